@@ -1,0 +1,28 @@
+"""Shared fixtures: every test starts from the same seed and leaves global state as it found it."""
+
+import os
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _clean_global_state():
+    threads = torch.get_num_threads()
+    dtype = torch.get_default_dtype()
+    environ = dict(os.environ)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(dtype)
+    torch.set_num_threads(threads)
+    for key in set(os.environ) - set(environ):
+        del os.environ[key]
+    os.environ.update(environ)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def _private_cache(tmp_path, monkeypatch):
+    """Keep cached teachers and data of the tests out of the user's cache."""
+    monkeypatch.setenv("KD_CACHE", str(tmp_path / "kd_cache"))

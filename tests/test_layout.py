@@ -1,0 +1,71 @@
+"""The repository's shape: one-way imports, equal versions, no shadowing test packages."""
+
+import ast
+import importlib
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = {
+    "kd_common": ROOT / "packages/common",
+    "vision_kd": ROOT / "packages/vision_kd",
+    "llm_kd": ROOT / "packages/llm_kd",
+    "spec_decode": ROOT / "packages/spec_decode",
+}
+TORCH_ONLY = {"torch", "kd_common", "__future__", "collections", "dataclasses", "math", "typing"}
+
+
+def imported_roots(file: Path) -> set[str]:
+    """Top-level names of every absolute import in a file, nested ones included."""
+    roots = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            roots |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            roots.add(node.module.split(".")[0])
+    return roots
+
+
+def sources(package: str) -> list[Path]:
+    files = sorted((PACKAGES[package] / "src" / package).rglob("*.py"))
+    assert files, f"no sources found for {package}"
+    return files
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_import_kd_common_only(package):
+    forbidden = set(PACKAGES) - {package, "kd_common"}
+    offenders = {str(f): imported_roots(f) & forbidden for f in sources(package) if imported_roots(f) & forbidden}
+    assert not offenders, f"method packages must not import each other: {offenders}"
+
+
+def test_functional_is_torch_only():
+    for file in (PACKAGES["kd_common"] / "src/kd_common/functional").rglob("*.py"):
+        assert imported_roots(file) <= TORCH_ONLY, f"{file.name} imports {imported_roots(file) - TORCH_ONLY}"
+
+
+def test_versions_agree():
+    versions = {name: importlib.import_module(name).__version__ for name in PACKAGES}
+    versions["root"] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    citation = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.M)
+    versions["citation"] = citation.group(1) if citation else "absent"
+    assert len(set(versions.values())) == 1, versions
+
+
+def test_no_module_beyond_400_lines():
+    long = {f.name: n for p in PACKAGES for f in sources(p) if (n := len(f.read_text().splitlines())) > 400}
+    assert not long, f"split these modules: {long}"
+
+
+def test_test_folders_do_not_shadow_packages():
+    assert not list((ROOT / "tests").glob("*/__init__.py"))
+
+
+def test_every_constraint_is_name_and_version():
+    lines = [ln for ln in (ROOT / "constraints.txt").read_text().splitlines() if ln and not ln.startswith("#")]
+    assert lines
+    bad = [ln for ln in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!+_-]+", ln)]
+    assert not bad, bad
