@@ -1,0 +1,55 @@
+"""What is done to logits before they become distributions: promotion, temperature, standardisation."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def at_least_fp32(tensor: Tensor) -> Tensor:
+    """Tensor in float32 or wider; float64 stays float64."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def scaled_pair(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Student and teacher logits divided by the temperature, in at least float32.
+
+    Raises:
+        ValueError: If the shapes differ or the temperature is not a positive finite number.
+    """
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            "student_logits and teacher_logits must have the same shape, got "
+            f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}; align their classes (vocabulary) first"
+        )
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be a positive finite number, got {temperature}")
+    return at_least_fp32(student_logits) / temperature, at_least_fp32(teacher_logits) / temperature
+
+
+def standardize_logits(logits: Tensor, *, eps: float = 1e-7) -> Tensor:
+    """Z-score of every row: (z - mean(z)) / (std(z) + eps), with the unbiased standard deviation over the classes.
+
+    A constant row gives zeros with a finite gradient.
+
+    Args:
+        logits: Finite logits of shape (..., V), V >= 2.
+        eps: Added to the standard deviation.
+
+    Returns:
+        Standardised logits of shape (..., V) in at least float32.
+
+    Raises:
+        ValueError: If there are fewer than two classes.
+
+    References:
+        Logit standardisation in knowledge distillation, arXiv 2403.01427.
+    """
+    classes = logits.shape[-1]
+    if classes < 2:
+        raise ValueError(f"standardize_logits needs at least 2 classes in the last dimension, got {classes}")
+    logits = at_least_fp32(logits)
+    centred = logits - logits.mean(dim=-1, keepdim=True)
+    # Not torch.std: its gradient is NaN on a constant row, that of the norm is 0.
+    std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / math.sqrt(classes - 1)
+    return centred / (std + eps)

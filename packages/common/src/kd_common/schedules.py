@@ -1,0 +1,187 @@
+"""Schedules as pure functions of training progress: the top-k mask's k, learning-rate and weight multipliers."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from itertools import pairwise
+from typing import Literal
+
+Phase = Literal["easy", "transition", "hard"]
+
+
+@dataclass(frozen=True)
+class TopKSchedule:
+    """Number k of surviving non-target classes of the dynamic top-k mask, a function of step / total_steps.
+
+    Easy phase: k grows linearly from k_start to k_opt. Transition: k_opt is held. Hard phase: k grows linearly from
+    k_opt to all num_classes - 1 non-target classes.
+
+    Args:
+        num_classes: Number of classes C, at least 2.
+        total_steps: Length of training in steps; steps beyond it (or below 0) count as its end (or start).
+        k_start: First k: a float is a fraction of C in (0, 1], rounded and kept in [1, C - 1]; an int is a count.
+        k_opt: k of the transition phase, given like k_start and not below it.
+        phase_ends: Shares of training in (0, 1], strictly increasing: the ends of the easy and the transition phase,
+            and optionally the point where k reaches C - 1 (then held); without it that is the end of training.
+
+    Raises:
+        ValueError: If a setting is out of its range.
+
+    References:
+        Dynamic top-k mask of DeepKD, arXiv 2505.15133; the shape of the phases is this project's.
+    """
+
+    num_classes: int
+    total_steps: int
+    _: KW_ONLY
+    k_start: int | float = 0.05
+    k_opt: int | float = 0.5
+    phase_ends: Sequence[float] = (0.3, 0.6)
+
+    def __post_init__(self) -> None:
+        if self.num_classes < 2:
+            raise ValueError(f"num_classes must be at least 2, got {self.num_classes}")
+        if self.total_steps < 1:
+            raise ValueError(f"total_steps must be at least 1, got {self.total_steps}")
+        if self._count("k_start", self.k_start) > self._count("k_opt", self.k_opt):
+            raise ValueError(f"k_start must not exceed k_opt, got k_start={self.k_start} and k_opt={self.k_opt}")
+        increasing = all(a < b <= 1 for a, b in pairwise((0.0, *self.phase_ends)))
+        if len(self.phase_ends) not in (2, 3) or not increasing:
+            raise ValueError(
+                f"phase_ends must be two or three strictly increasing shares of training in (0, 1], "
+                f"got {tuple(self.phase_ends)}"
+            )
+
+    def _count(self, name: str, value: int | float) -> int:
+        most = self.num_classes - 1
+        if isinstance(value, int):
+            if not 1 <= value <= most:
+                raise ValueError(
+                    f"{name}={value} is a count of classes and must lie in [1, {most}]; write a float for a fraction"
+                )
+            return value
+        if not 0 < value <= 1:
+            raise ValueError(
+                f"{name}={value} is a fraction of the classes and must lie in (0, 1]; write an int to count"
+            )
+        return min(max(round(value * self.num_classes), 1), most)
+
+    def _progress(self, step: float) -> float:
+        return min(max(step / self.total_steps, 0.0), 1.0)
+
+    def phase(self, step: float) -> Phase:
+        """Name of the phase that the step falls in."""
+        progress = self._progress(step)
+        if progress < self.phase_ends[0]:
+            return "easy"
+        return "transition" if progress < self.phase_ends[1] else "hard"
+
+    def __call__(self, step: float) -> int:
+        """Number of surviving classes at a step, in [1, C - 1]."""
+        progress, phase = self._progress(step), self.phase(step)
+        easy_end, transition_end, full = (*self.phase_ends, 1.0)[:3]
+        first, held = self._count("k_start", self.k_start), self._count("k_opt", self.k_opt)
+        if phase == "easy":
+            return round(first + (held - first) * progress / easy_end)
+        if phase == "transition":
+            return held
+        most = self.num_classes - 1
+        if progress >= full:
+            return most
+        return round(held + (most - held) * (progress - transition_end) / (full - transition_end))
+
+
+def linear_warmup(epoch: float, warmup_epochs: float) -> float:
+    """Warm-up factor min(epoch / warmup_epochs, 1); 1 when there is no warm-up.
+
+    Args:
+        epoch: Progress in epochs, fractions included.
+        warmup_epochs: Length of the warm-up in epochs.
+
+    Returns:
+        Factor in [0, 1].
+    """
+    return min(max(epoch / warmup_epochs, 0.0), 1.0) if warmup_epochs > 0 else 1.0
+
+
+def _warmup_from(start: float, epoch: float, warmup_epochs: float) -> float:
+    return start + (1 - start) * linear_warmup(epoch, warmup_epochs)
+
+
+def _check_warmup(warmup_epochs: float, warmup_start: float) -> None:
+    if warmup_epochs < 0:
+        raise ValueError(f"warmup_epochs must not be negative, got {warmup_epochs}")
+    if not 0 <= warmup_start <= 1:
+        raise ValueError(f"warmup_start must lie in [0, 1], a share of the full value, got {warmup_start}")
+
+
+@dataclass(frozen=True)
+class StepDecay:
+    """Multiplier gamma ** (number of milestones reached), after a linear warm-up.
+
+    Args:
+        milestones: Epochs at which the value is multiplied by gamma, strictly increasing.
+        gamma: Factor per milestone, in (0, 1].
+        warmup_epochs: Length of the linear warm-up in epochs.
+        warmup_start: Multiplier at epoch 0 of a warm-up, in [0, 1].
+
+    Raises:
+        ValueError: If a setting is out of its range.
+    """
+
+    milestones: Sequence[float]
+    gamma: float = 0.1
+    warmup_epochs: float = 0.0
+    warmup_start: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_warmup(self.warmup_epochs, self.warmup_start)
+        if any(a >= b for a, b in pairwise(self.milestones)):
+            raise ValueError(f"milestones must be strictly increasing, got {tuple(self.milestones)}")
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"gamma must lie in (0, 1], got {self.gamma}")
+
+    def __call__(self, epoch: float) -> float:
+        """Multiplier at a progress in epochs, fractions included."""
+        decay = self.gamma ** sum(epoch >= milestone for milestone in self.milestones)
+        return decay * _warmup_from(self.warmup_start, epoch, self.warmup_epochs)
+
+
+@dataclass(frozen=True)
+class CosineDecay:
+    """Multiplier that falls from 1 to ``final`` along half a cosine, after a linear warm-up.
+
+    Args:
+        total_epochs: Length of training in epochs; the multiplier stays at ``final`` beyond it.
+        warmup_epochs: Length of the linear warm-up in epochs, below total_epochs; the cosine starts at its end.
+        final: Multiplier at the end, in [0, 1].
+        warmup_start: Multiplier at epoch 0 of a warm-up, in [0, 1].
+
+    Raises:
+        ValueError: If a setting is out of its range.
+
+    References:
+        SGDR, arXiv 1608.03983, equation 5 without restarts.
+    """
+
+    total_epochs: float
+    warmup_epochs: float = 0.0
+    final: float = 0.0
+    warmup_start: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_warmup(self.warmup_epochs, self.warmup_start)
+        if self.total_epochs <= self.warmup_epochs:
+            raise ValueError(
+                f"total_epochs must exceed warmup_epochs, got {self.total_epochs} and {self.warmup_epochs}; "
+                "shorten the warm-up"
+            )
+        if not 0 <= self.final <= 1:
+            raise ValueError(f"final must lie in [0, 1], a share of the full value, got {self.final}")
+
+    def __call__(self, epoch: float) -> float:
+        """Multiplier at a progress in epochs, fractions included."""
+        if epoch < self.warmup_epochs:
+            return _warmup_from(self.warmup_start, epoch, self.warmup_epochs)
+        progress = min((epoch - self.warmup_epochs) / (self.total_epochs - self.warmup_epochs), 1.0)
+        return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
