@@ -1,0 +1,77 @@
+"""Named collections with exact keys: models, methods and datasets that a config file picks by name."""
+
+import difflib
+from collections.abc import Callable, Iterable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class UnknownNameError(KeyError):
+    """A name that no entry carries; unlike a plain KeyError it prints its message without quotes."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def suggest(name: str, names: Iterable[str]) -> str:
+    """Close matches of a misspelt name, compared without regard to case.
+
+    Args:
+        name: what the user wrote.
+        names: what exists.
+
+    Returns:
+        "; did you mean a, b?" with at most three names, or the empty string when nothing is close.
+    """
+    by_lower = {known.lower(): known for known in names}
+    close = [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower)]
+    return f"; did you mean {', '.join(close)}?" if close else ""
+
+
+class Registry(Generic[T]):
+    """An exact-key table that decorated classes and functions enter themselves.
+
+    Args:
+        kind: what the entries are ("model", "method"); used in messages.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator that enters its argument under a name and returns it unchanged.
+
+        Args:
+            name: the key, exactly as users will write it.
+
+        Raises:
+            ValueError: the name is taken.
+        """
+        if name in self._entries:
+            raise ValueError(f"{self.kind} {name!r} is already registered")
+
+        def enter(entry: T) -> T:
+            self._entries[name] = entry
+            return entry
+
+        return enter
+
+    def get(self, name: str) -> T:
+        """The entry under a name.
+
+        Args:
+            name: the key, matched exactly.
+
+        Raises:
+            UnknownNameError: no entry has this name; the message lists close matches and all names.
+        """
+        if name not in self._entries:
+            hint = suggest(name, self._entries)
+            raise UnknownNameError(f"unknown {self.kind} {name!r}{hint} (known: {', '.join(self.names())})")
+        return self._entries[name]
+
+    def names(self) -> tuple[str, ...]:
+        """All keys in the order of registration."""
+        return tuple(self._entries)
