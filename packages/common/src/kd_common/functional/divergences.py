@@ -224,7 +224,7 @@ def alpha_beta(
     # non-positive numbers: it cannot overflow, and it keeps its digits where p and q are close.
     absent = (log_p == -math.inf) & (log_q == -math.inf)
     gap = -(log_p - log_q).masked_fill(absent, 0.0).abs()
-    power = torch.where(log_p >= log_q, beta, alpha)
+    power = torch.full_like(log_p, alpha).masked_fill(log_p >= log_q, beta)
     rest = power / total * torch.expm1(total * gap) - torch.expm1(power * gap)
     return ((total * torch.maximum(log_p, log_q)).exp() * rest).sum(dim=-1) / (alpha * beta)
 
