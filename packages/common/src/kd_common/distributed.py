@@ -1,0 +1,61 @@
+"""Collectives that leave a single process alone."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def world_size() -> int:
+    """Number of ranks of the default process group; 1 when there is none."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, as the parameters and gradients under FSDP2 are."""
+    # Importing DTensor to ask isinstance costs seconds in every single-process run.
+    return hasattr(tensor, "full_tensor")
+
+
+def flat_all_reduce_mean(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Mean of every tensor over the ranks, with one all-reduce of their concatenation.
+
+    Args:
+        tensors: plain tensors on one device; the same shapes in the same order on every rank.
+
+    Returns:
+        New tensors of the same shapes and dtypes, views of one buffer; the given tensors themselves when there is
+        a single process.
+    """
+    ranks = world_size()
+    if ranks == 1 or not tensors:
+        return list(tensors)
+    flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat)
+    flat.div_(ranks)
+    pieces = flat.split([tensor.numel() for tensor in tensors])
+    return [piece.view_as(tensor).to(tensor.dtype) for piece, tensor in zip(pieces, tensors, strict=True)]
+
+
+@torch.no_grad()
+def average_batchnorm_buffers(module: nn.Module) -> None:
+    """Replace the running means and variances of all BatchNorm layers by their mean over the ranks.
+
+    Under Lightning's manual optimisation DDP broadcasts buffers on the first step only, so the running statistics
+    of the ranks drift apart; call this before validation and before a checkpoint. ``num_batches_tracked`` counts
+    the same steps on every rank and stays. Does nothing in a single process.
+
+    Args:
+        module: network whose buffers are changed in place; every rank must call this.
+    """
+    buffers = [
+        buffer
+        for layer in module.modules()
+        if isinstance(layer, _BatchNorm)
+        for buffer in (layer.running_mean, layer.running_var)
+        if buffer is not None
+    ]
+    for buffer, mean in zip(buffers, flat_all_reduce_mean(buffers), strict=True):
+        buffer.copy_(mean)

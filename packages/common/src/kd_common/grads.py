@@ -1,0 +1,241 @@
+"""Gradients of several loss components: at the network's outputs, through the network, over the ranks.
+
+The usual order of one step, with an optimizer of ``kd_common.optim``::
+
+    leaves = [logits.detach().requires_grad_()]
+    at_outputs = output_gradients(losses(leaves), leaves)            # cheap: no pass through the network
+    at_outputs = merge(at_outputs, optimizer.buckets)                # components that share a momentum become one
+    components = component_gradients([logits], at_outputs, params)   # one backward pass per bucket
+    components = all_reduce_mean(components)                         # one collective under DDP
+    optimizer.step(components=components)
+
+Cost: one forward pass and as many backward passes through the network as there are distinct momenta.
+"""
+
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kd_common.distributed import flat_all_reduce_mean, is_dtensor
+
+Gradients = Sequence[Tensor | None]
+"""One gradient per output or parameter; None where the component does not reach it."""
+
+
+def sum_gradients(gradients: Sequence[Gradients]) -> list[Tensor | None]:
+    """Sum of aligned gradient lists, in which None counts as zero.
+
+    Args:
+        gradients: at least one list; all of the same length, with the same shapes at the same place.
+
+    Returns:
+        The sums; None where every list has None. With a single list its own tensors, not copies.
+    """
+    total = list(gradients[0])
+    for other in gradients[1:]:
+        pairs = [
+            (i, t, o) for i, (t, o) in enumerate(zip(total, other, strict=True)) if t is not None and o is not None
+        ]
+        total = [o if t is None else t for t, o in zip(total, other, strict=True)]
+        if pairs:
+            places, left, right = zip(*pairs, strict=True)
+            for i, value in zip(places, torch._foreach_add(left, right), strict=True):
+                total[i] = value
+    return total
+
+
+def output_gradients(
+    components: Mapping[str, Tensor], outputs: Sequence[Tensor]
+) -> dict[str, tuple[Tensor | None, ...]]:
+    """Gradient of every component's mean over the rows with respect to the network's outputs.
+
+    Args:
+        components: loss per component, per sample with shape (N,) or already reduced with shape ().
+        outputs: detached outputs of the network that require a gradient and from which the losses were computed,
+            so that no pass through the network is paid here.
+
+    Returns:
+        One gradient per output and component, in the shape of the output; None where the loss does not use it.
+
+    Raises:
+        ValueError: If a component has more than one axis or carries no gradient.
+    """
+    for name, value in components.items():
+        if value.ndim > 1:
+            raise ValueError(f"component '{name}' must have shape (N,) or (), got {tuple(value.shape)}")
+        if not value.requires_grad:
+            raise ValueError(
+                f"component '{name}' carries no gradient: compute it from the outputs passed here, with gradients on"
+            )
+    names = list(components)
+    return {
+        name: torch.autograd.grad(value.mean(), outputs, retain_graph=name != names[-1], allow_unused=True)
+        for name, value in components.items()
+    }
+
+
+def merge(
+    output_grads: Mapping[str, Gradients], buckets: Mapping[str, Sequence[str]]
+) -> dict[str, tuple[Tensor | None, ...]]:
+    """Sum of the gradients of each bucket, which saves one backward pass per merged component.
+
+    Exact for components that share a momentum, because the momentum recursion is linear in the gradient.
+
+    Args:
+        output_grads: gradients per component, aligned lists.
+        buckets: component names per bucket, as in ``optimizer.buckets``. Members without a gradient, such as a
+            component made of the weight decay alone, add nothing; a bucket of such members only is left out.
+
+    Returns:
+        Gradients per bucket.
+
+    Raises:
+        ValueError: If a component belongs to no bucket.
+    """
+    if homeless := output_grads.keys() - {name for members in buckets.values() for name in members}:
+        raise ValueError(f"components {sorted(homeless)} belong to no bucket of {list(buckets)}: give them a momentum")
+    present = {bucket: [output_grads[n] for n in names if n in output_grads] for bucket, names in buckets.items()}
+    return {bucket: tuple(sum_gradients(gradients)) for bucket, gradients in present.items() if gradients}
+
+
+def component_gradients(
+    outputs: Sequence[Tensor], output_grads: Mapping[str, Gradients], params: Iterable[Tensor]
+) -> dict[str, list[Tensor | None]]:
+    """Gradient of every component with respect to the parameters: vector-Jacobian products through the network.
+
+    Costs one backward pass per entry that has a gradient; merge entries that share a momentum first. Frees the
+    graph. Plain parameters: ``.grad`` is neither read nor written, and the gradients are those of this rank, so
+    follow with `all_reduce_mean`. The forward pass must not have armed DDP's own reduction: it has not under
+    Lightning's manual optimisation; with a bare ``DistributedDataParallel`` run it inside ``no_sync()``.
+    FSDP2 parameters: `torch.autograd.grad` cannot reach them, so every pass runs `torch.autograd.backward` and
+    takes ``.grad`` away; the gradients are DTensors, already averaged over the ranks.
+
+    Args:
+        outputs: outputs of the network, attached to its graph.
+        output_grads: per component one gradient per output, in the shape of the output, or None.
+        params: parameters; under FSDP2 all those of the optimizer, as every pass fills them all and the module lists
+            gathered parameters between forward and backward.
+
+    Returns:
+        Gradients per component, aligned with ``params``; None for frozen parameters and for those the component
+        does not reach.
+
+    Raises:
+        ValueError: If some parameters are sharded by FSDP2 and others are not.
+        RuntimeError: If parameters are sharded by FSDP2 and some ``.grad`` is set already, which would be lost.
+    """
+    params = list(params)
+    sharded = [is_dtensor(param) for param in params]
+    if any(sharded) and not all(sharded):
+        raise ValueError(
+            "params mixes sharded and plain parameters: pass those of the optimizer, as after a forward pass the root "
+            "module of FSDP2 lists its gathered parameters instead"
+        )
+    vjp = _harvest if any(sharded) else _grad
+    reached = {
+        name: [(out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None]
+        for name, grads in output_grads.items()
+    }
+    names = [name for name, pairs in reached.items() if pairs]
+    return {
+        name: vjp(pairs, params, retain_graph=name != names[-1]) if pairs else [None] * len(params)
+        for name, pairs in reached.items()
+    }
+
+
+def _grad(pairs: Sequence[tuple[Tensor, Tensor]], params: Sequence[Tensor], retain_graph: bool) -> list[Tensor | None]:
+    outputs, grads = zip(*pairs, strict=True)
+    trainable = [param for param in params if param.requires_grad]
+    found = iter(torch.autograd.grad(outputs, trainable, grads, retain_graph=retain_graph, allow_unused=True))
+    return [next(found) if param.requires_grad else None for param in params]
+
+
+def _harvest(
+    pairs: Sequence[tuple[Tensor, Tensor]], params: Sequence[Tensor], retain_graph: bool
+) -> list[Tensor | None]:
+    if any(param.grad is not None for param in params):
+        raise RuntimeError("a parameter has .grad set, which would be lost: call zero_grad(set_to_none=True) first")
+    outputs, grads = zip(*pairs, strict=True)
+    torch.autograd.backward(outputs, grads, retain_graph=retain_graph)
+    found = [param.grad for param in params]
+    for param in params:
+        param.grad = None
+    return found
+
+
+def all_reduce_mean(components: Mapping[str, Gradients]) -> dict[str, list[Tensor | None]]:
+    """Mean of every gradient over the ranks, with one all-reduce for all components together.
+
+    With losses averaged over equally many rows per rank this is the gradient of the mean over the whole batch.
+
+    Args:
+        components: gradients per component. Names, order and the places of None must agree over the ranks; they
+            do when all ranks run the same graph.
+
+    Returns:
+        Averaged gradients in the same structure. FSDP2 gradients (DTensors) are averaged already and pass through,
+        as does everything in a single process.
+    """
+    local = [g for grads in components.values() for g in grads if g is not None and not is_dtensor(g)]
+    means = iter(flat_all_reduce_mean(local))
+    return {
+        name: [g if g is None or is_dtensor(g) else next(means) for g in grads] for name, grads in components.items()
+    }
+
+
+@torch.no_grad()
+def accumulate(
+    into: MutableMapping[str, list[Tensor | None]], components: Mapping[str, Gradients], scale: float
+) -> None:
+    """Add scaled gradients to running sums in place: ``into += scale * components``.
+
+    Args:
+        into: running sums per component; an empty dictionary before the first micro-batch.
+        components: gradients of one micro-batch; they are not kept.
+        scale: factor, 1 / number of micro-batches for the mean.
+    """
+    for name, grads in components.items():
+        sums = into.setdefault(name, [None] * len(grads))
+        pairs = [(s, g) for s, g in zip(sums, grads, strict=True) if s is not None and g is not None]
+        if pairs:
+            torch._foreach_add_(*zip(*pairs, strict=True), alpha=scale)
+        into[name] = [g * scale if s is None and g is not None else s for s, g in zip(sums, grads, strict=True)]
+
+
+@torch.no_grad()
+def clip_components(components: Mapping[str, Gradients], max_norm: float) -> Tensor:
+    """L2 norm of the summed gradient; scales all components in place so that it is at most ``max_norm``.
+
+    One common factor keeps the components' proportions, so the sum is clipped as
+    `torch.nn.utils.clip_grad_norm_` clips the gradient of a plain loss (with the same 1e-6 in the denominator).
+
+    Args:
+        components: gradients per component, changed in place.
+        max_norm: > 0.
+
+    Returns:
+        The norm before clipping, shape (); not read on the host.
+
+    Raises:
+        ValueError: If ``max_norm`` is not positive.
+    """
+    if not max_norm > 0:
+        raise ValueError(f"max_norm must be > 0, got {max_norm}")
+    norm = _norm(sum_gradients(list(components.values())))
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    if grads := [g for component in components.values() for g in component if g is not None]:
+        torch._foreach_mul_(grads, factor)
+    return norm
+
+
+@torch.no_grad()
+def component_norms(components: Mapping[str, Gradients]) -> dict[str, Tensor]:
+    """L2 norm of every component over all parameters, shape () each; not read on the host."""
+    return {name: _norm(grads) for name, grads in components.items()}
+
+
+def _norm(gradients: Gradients) -> Tensor:
+    norm: Any = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
+    return norm.full_tensor() if is_dtensor(norm) else norm
