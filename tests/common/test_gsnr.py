@@ -183,7 +183,7 @@ def test_state_dict_resumes_exactly(settings):
     torch.save(snapshot, file)
     feed(straight, stream[7:])
     file.seek(0)
-    for state in (snapshot, torch.load(file, weights_only=True)):
+    for state in (snapshot, snapshot, torch.load(file, weights_only=True)):  # twice: loading must copy
         resumed = GradientSNR(**settings)
         resumed.load_state_dict(state)
         feed(resumed, stream[7:])
