@@ -1,8 +1,10 @@
 """Schedules as pure functions of training progress: the top-k mask's k, learning-rate and weight multipliers."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
+from itertools import pairwise
 from itertools import pairwise
 from typing import Literal
 
@@ -91,6 +93,19 @@ class TopKSchedule:
         return round(held + (most - held) * (progress - transition_end) / (full - transition_end))
 
 
+class Schedule(ABC):
+    """Multiplier of a learning rate (or of any weight) as a pure function of progress."""
+
+    @abstractmethod
+    def __call__(self, epoch: float, total_epochs: float) -> float:
+        """Multiplier at a progress in epochs, fractions included.
+
+        Args:
+            epoch: Progress in epochs, >= 0.
+            total_epochs: Length of training in epochs, > 0.
+        """
+
+
 def linear_warmup(epoch: float, warmup_epochs: float) -> float:
     """Warm-up factor min(epoch / warmup_epochs, 1); 1 when there is no warm-up.
 
@@ -115,8 +130,7 @@ def _check_warmup(warmup_epochs: float, warmup_start: float) -> None:
         raise ValueError(f"warmup_start must lie in [0, 1], a share of the full value, got {warmup_start}")
 
 
-@dataclass(frozen=True)
-class StepDecay:
+class StepDecay(Schedule):
     """Multiplier gamma ** (number of milestones reached), after a linear warm-up.
 
     Args:
@@ -129,31 +143,30 @@ class StepDecay:
         ValueError: If a setting is out of its range.
     """
 
-    milestones: Sequence[float]
-    gamma: float = 0.1
-    warmup_epochs: float = 0.0
-    warmup_start: float = 0.0
+    def __init__(
+        self, milestones: Sequence[float], gamma: float = 0.1, warmup_epochs: float = 0.0, warmup_start: float = 0.0
+    ) -> None:
+        _check_warmup(warmup_epochs, warmup_start)
+        if any(a >= b for a, b in pairwise(milestones)):
+            raise ValueError(f"milestones must be strictly increasing, got {tuple(milestones)}")
+        if not 0 < gamma <= 1:
+            raise ValueError(f"gamma must lie in (0, 1], got {gamma}")
+        self.milestones = tuple(milestones)
+        self.gamma = gamma
+        self.warmup_epochs = warmup_epochs
+        self.warmup_start = warmup_start
 
-    def __post_init__(self) -> None:
-        _check_warmup(self.warmup_epochs, self.warmup_start)
-        if any(a >= b for a, b in pairwise(self.milestones)):
-            raise ValueError(f"milestones must be strictly increasing, got {tuple(self.milestones)}")
-        if not 0 < self.gamma <= 1:
-            raise ValueError(f"gamma must lie in (0, 1], got {self.gamma}")
-
-    def __call__(self, epoch: float) -> float:
-        """Multiplier at a progress in epochs, fractions included."""
+    def __call__(self, epoch: float, total_epochs: float) -> float:
+        """Multiplier at an epoch; the length of training does not matter here."""
         decay = self.gamma ** sum(epoch >= milestone for milestone in self.milestones)
         return decay * _warmup_from(self.warmup_start, epoch, self.warmup_epochs)
 
 
-@dataclass(frozen=True)
-class CosineDecay:
+class CosineDecay(Schedule):
     """Multiplier that falls from 1 to ``final`` along half a cosine, after a linear warm-up.
 
     Args:
-        total_epochs: Length of training in epochs; the multiplier stays at ``final`` beyond it.
-        warmup_epochs: Length of the linear warm-up in epochs, below total_epochs; the cosine starts at its end.
+        warmup_epochs: Length of the linear warm-up in epochs; the cosine starts at its end.
         final: Multiplier at the end, in [0, 1].
         warmup_start: Multiplier at epoch 0 of a warm-up, in [0, 1].
 
@@ -164,24 +177,26 @@ class CosineDecay:
         SGDR, arXiv 1608.03983, equation 5 without restarts.
     """
 
-    total_epochs: float
-    warmup_epochs: float = 0.0
-    final: float = 0.0
-    warmup_start: float = 0.0
+    def __init__(self, warmup_epochs: float = 0.0, final: float = 0.0, warmup_start: float = 0.0) -> None:
+        _check_warmup(warmup_epochs, warmup_start)
+        if not 0 <= final <= 1:
+            raise ValueError(f"final must lie in [0, 1], a share of the full value, got {final}")
+        self.warmup_epochs = warmup_epochs
+        self.final = final
+        self.warmup_start = warmup_start
 
-    def __post_init__(self) -> None:
-        _check_warmup(self.warmup_epochs, self.warmup_start)
-        if self.total_epochs <= self.warmup_epochs:
+    def __call__(self, epoch: float, total_epochs: float) -> float:
+        """Multiplier at an epoch; it stays at ``final`` beyond the end.
+
+        Raises:
+            ValueError: If training is not longer than the warm-up.
+        """
+        if total_epochs <= self.warmup_epochs:
             raise ValueError(
-                f"total_epochs must exceed warmup_epochs, got {self.total_epochs} and {self.warmup_epochs}; "
-                "shorten the warm-up"
+                f"training lasts {total_epochs} epochs, which the warm-up of {self.warmup_epochs} uses up; shorten "
+                "warmup_epochs"
             )
-        if not 0 <= self.final <= 1:
-            raise ValueError(f"final must lie in [0, 1], a share of the full value, got {self.final}")
-
-    def __call__(self, epoch: float) -> float:
-        """Multiplier at a progress in epochs, fractions included."""
         if epoch < self.warmup_epochs:
             return _warmup_from(self.warmup_start, epoch, self.warmup_epochs)
-        progress = min((epoch - self.warmup_epochs) / (self.total_epochs - self.warmup_epochs), 1.0)
+        progress = min((epoch - self.warmup_epochs) / (total_epochs - self.warmup_epochs), 1.0)
         return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))

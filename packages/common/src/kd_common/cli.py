@@ -1,0 +1,184 @@
+"""Command-line base of every ``python -m <package>.fit``: a LightningCLI that parses and builds, and runs nothing.
+
+On top of LightningCLI it adds
+
+* a default configuration packaged with the library, over which ``--config`` files and flags merge from left to right;
+* packaged configurations by their short name: ``--config pairs/a_b.yaml`` is looked up as a path first, then inside
+  the package;
+* ``--ckpt_path`` to resume and ``--run_dir`` for everything the run writes: checkpoints, TensorBoard and CSV logs and
+  the resolved configuration.
+"""
+
+import itertools
+import pickle
+import sys
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+CHECKPOINT_DIR = "checkpoints"
+
+
+class FitCLI(LightningCLI):
+    """Parse a configuration and instantiate model, data and trainer from it.
+
+    Args:
+        model_class: Base class of the models the configuration may name.
+        datamodule_class: Base class of the data modules the configuration may name.
+        config_dir: Folder of packaged YAML files; ``default.yaml`` in it is always applied first.
+        args: Command line as a list of strings or configuration as a dict; None reads ``sys.argv``. Notebooks and
+            tests pass a list.
+        checkpoint: Arguments of the ModelCheckpoint every run has (``monitor``, ``mode``); it keeps the best and the
+            last checkpoint in ``<run_dir>/checkpoints``.
+
+    Raises:
+        SystemExit: With code 2 and a message when the configuration does not parse (unknown key, wrong type, no file).
+    """
+
+    def __init__(
+        self,
+        model_class: type[LightningModule],
+        datamodule_class: type[LightningDataModule],
+        *,
+        config_dir: Path,
+        args: ArgsType = None,
+        checkpoint: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        self.config_dir = config_dir
+        self.checkpoint = dict(checkpoint)
+        self.run_dir: Path | None = None
+        super().__init__(
+            model_class,
+            datamodule_class,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            run=False,
+            args=args,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={
+                "allow_abbrev": False,  # a mistyped flag must not be taken for a longer one
+                "default_config_files": [str(config_dir / "default.yaml")],
+            },
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add ``--ckpt_path`` and ``--run_dir``."""
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help="Checkpoint to resume from.")
+        parser.add_argument(
+            "--run_dir",
+            type=str | None,
+            default=None,
+            help="Folder for checkpoints, logs and the resolved configuration (default: the next runs/NAME/run_N).",
+        )
+        parser.add_argument("--name", type=str, default="default", help="Experiment name, a folder under runs/.")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse the command line after resolving the names of packaged configurations."""
+        if isinstance(args, dict):
+            self.config = parser.parse_object(args)
+        else:
+            command_line = sys.argv[1:] if args is None else list(args)
+            self.config = parser.parse_args(resolve_config_names(command_line, self.config_dir))
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the trainer; logs and checkpoints go to :attr:`run_dir` unless the configuration sets a logger."""
+        if self.config_init.get("ckpt_path"):
+            check_resumable(Path(self.config_init["ckpt_path"]))
+        trainer_config = self.config_init["trainer"]
+        if trainer_config.get("fast_dev_run"):
+            return super().instantiate_trainer(**kwargs)
+        self.run_dir = reserve_run_dir(self.config_init["run_dir"], self.config_init["name"])
+        if trainer_config.get("default_root_dir") is None:
+            kwargs["default_root_dir"] = str(self.run_dir)
+        if trainer_config.get("logger") in (None, True):
+            where = {"save_dir": str(self.run_dir), "name": "", "version": ""}
+            kwargs["logger"] = [TensorBoardLogger(**where), CSVLogger(**where)]
+        if trainer_config.get("enable_checkpointing") is not False:
+            self.trainer_defaults["callbacks"] = ModelCheckpoint(
+                dirpath=self.run_dir / CHECKPOINT_DIR, filename="best", save_last=True, **self.checkpoint
+            )
+        return super().instantiate_trainer(**kwargs)
+
+
+def resolve_config_names(args: Sequence[str], config_dir: Path) -> list[str]:
+    """Replace ``--config NAME`` by the packaged file NAME when no such path exists.
+
+    Args:
+        args: Command line.
+        config_dir: Folder of the packaged YAML files.
+
+    Raises:
+        FileNotFoundError: If NAME is neither a path nor a packaged configuration; the message lists those there are.
+    """
+    resolved = list(args)
+    for i, arg in enumerate(args):
+        if arg == "--config" and i + 1 < len(args):
+            resolved[i + 1] = find_config(args[i + 1], config_dir)
+        elif arg.startswith("--config="):
+            resolved[i] = "--config=" + find_config(arg.removeprefix("--config="), config_dir)
+    return resolved
+
+
+def find_config(name: str, config_dir: Path) -> str:
+    """Path of a configuration given as a path or as the name of a packaged file (``.yaml`` may be left out)."""
+    candidates = [Path(name), config_dir / name, config_dir / f"{name}.yaml"]
+    for candidate in candidates:
+        if candidate.is_file():
+            return str(candidate)
+    packaged = "\n  ".join(sorted(str(p.relative_to(config_dir)) for p in config_dir.rglob("*.yaml")))
+    raise FileNotFoundError(f"--config {name}: no such file, and no packaged configuration. Packaged:\n  {packaged}")
+
+
+def reserve_run_dir(run_dir: str | None, name: str) -> Path:
+    """Create and return the folder of this run: the one asked for, else the first free ``runs/NAME/run_N``.
+
+    Only rank 0 creates it. The other ranks may settle on another number; they never write, and Lightning broadcasts
+    the checkpoint folder of rank 0.
+    """
+    if run_dir is not None:
+        path = Path(run_dir)
+        if rank_zero_only.rank == 0:
+            path.mkdir(parents=True, exist_ok=True)
+        return path
+    for number in itertools.count():
+        path = Path("runs") / name / f"run_{number}"
+        if rank_zero_only.rank != 0 and not path.exists():
+            return path
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return path
+    raise AssertionError("unreachable")
+
+
+def check_resumable(path: Path) -> None:
+    """Refuse a missing, truncated or foreign checkpoint before anything is built.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not a complete Lightning checkpoint of plain tensors (it is read with
+            ``weights_only=True``, so a pickle with code in it is refused, not run).
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"--ckpt_path {path}: no such file")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise ValueError(f"--ckpt_path {path}: not a readable checkpoint ({error})") from error
+    if not isinstance(checkpoint, dict) or not {"state_dict", "optimizer_states", "loops"} <= checkpoint.keys():
+        raise ValueError(
+            f"--ckpt_path {path}: holds no training state; give a file written during training "
+            f"(<run_dir>/{CHECKPOINT_DIR}/last.ckpt), not exported weights"
+        )

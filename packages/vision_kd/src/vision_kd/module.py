@@ -1,0 +1,348 @@
+"""The training system: manual optimisation of a student from named gradient components."""
+
+import itertools
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from kd_common.distributed import average_batchnorm_buffers
+from kd_common.grads import accumulate, all_reduce_mean, clip_components, component_norms
+from kd_common.gsnr import GradientSNR
+from kd_common.schedules import CosineDecay, Schedule, TopKSchedule
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from vision_kd.methods import Method
+from vision_kd.methods.base import cross_entropy
+from vision_kd.methods.kd import KD
+from vision_kd.models import Classifier, ModelSpec, build_classifier
+from vision_kd.policies import DeepKD, GradientPolicy
+from vision_kd.specs import DynamicTopK, TeacherSpec
+from vision_kd.step import ComponentGradients, StepOutput, distillation_step
+
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss component became NaN or infinite; the message names the batch and the last good checkpoint."""
+
+
+class DistillationModule(pl.LightningModule):
+    """Distil a classifier: a method yields loss components, a policy turns their gradients into updates.
+
+    Args:
+        student: Network to train.
+        num_classes: Number of classes C; linked from the data.
+        in_channels: Image channels; linked from the data.
+        mean: Per-channel mean of the images in [0, 1], the student's normalisation; linked from the data.
+        std: Per-channel standard deviation; linked from the data.
+        teacher: Network to distil from and how to obtain it; None for methods without a teacher.
+        method: Loss (:mod:`vision_kd.methods`); None means ``KD()``.
+        policy: Gradient policy (:mod:`vision_kd.policies`); None means ``DeepKD()``.
+        topk: Dynamic top-k mask on the non-target term; None distils all classes throughout.
+        lr_schedule: Factor on the learning rate; None means a cosine from 1 to 0 over the run.
+        learning_rate: Learning rate at factor 1, > 0.
+        momentum: Base momentum mu, in [0, 1).
+        weight_decay: Weight decay, >= 0.
+        accumulate: Micro-batches per update, >= 1; their gradients are averaged over samples, also when the last one
+            is smaller.
+        clip_norm: Largest norm of the summed gradient of all components; None does not clip.
+        ema_decay: Decay of an exponential moving average of the student, which is then the model that is validated
+            and exported; None keeps none.
+        gsnr_every: Measure gradient signal-to-noise, norms and cosines of the separate components every so many
+            updates; such an update runs one backward pass per component. 0 never measures.
+        seed: Seed of every random draw during training; linked from ``seed_everything``.
+
+    Raises:
+        ValueError: If a setting is out of range; the message names it.
+    """
+
+    def __init__(
+        self,
+        student: ModelSpec,
+        num_classes: int,
+        in_channels: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        teacher: TeacherSpec | None = None,
+        method: Method | None = None,
+        policy: GradientPolicy | None = None,
+        topk: DynamicTopK | None = None,
+        lr_schedule: Schedule | None = None,
+        learning_rate: float = 0.05,
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+        accumulate: int = 1,
+        clip_norm: float | None = None,
+        ema_decay: float | None = None,
+        gsnr_every: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.automatic_optimization = False
+        self.method = method or KD()
+        self.policy = policy or DeepKD()
+        self.topk = topk
+        self.lr_schedule = lr_schedule or CosineDecay()
+        self.student_spec = student
+        self.teacher_spec = teacher
+        self.num_classes = num_classes
+        self.learning_rate = learning_rate
+        self.momentum = momentum
+        self.weight_decay = weight_decay
+        self.accumulate = accumulate
+        self.clip_norm = clip_norm
+        self.gsnr_every = gsnr_every
+        self.seed = seed
+        self._check_settings()
+
+        self.student = build_classifier(student, num_classes=num_classes, in_channels=in_channels, mean=mean, std=std)
+        self.ema = None
+        if ema_decay is not None:
+            self.ema = AveragedModel(self.student, multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=True)
+        # Not a submodule: the teacher stays out of the checkpoint, the optimizer, DDP and `.train()`.
+        self._teacher: list[Classifier] = []
+        self.top1 = MulticlassAccuracy(num_classes, top_k=1, average="micro")
+        self.top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro")
+        self.val_loss = MeanMetric()
+        self.gsnr = GradientSNR()
+        self.history: list[dict[str, float]] = []
+        self._pending: ComponentGradients = {}
+        self._pending_samples = 0
+        self._epoch_start = self._epoch_seconds = 0.0
+
+    def _check_settings(self) -> None:
+        if self.method.needs_teacher and self.teacher_spec is None:
+            raise ValueError(f"model.method {type(self.method).__name__} needs model.teacher; it is not set")
+        if self.topk is not None and "nontarget" not in self.method.components:
+            raise ValueError(
+                f"model.topk masks the non-target term, which model.method {type(self.method).__name__} does not have; "
+                "set model.topk to null or choose another method"
+            )
+        if self.topk is not None:
+            self._topk_schedule(total_steps=1)  # raises on a k outside [1, C - 1]
+        if self.accumulate < 1:
+            raise ValueError(f"model.accumulate must be >= 1, got {self.accumulate}")
+        if self.gsnr_every < 0:
+            raise ValueError(f"model.gsnr_every must be >= 0, got {self.gsnr_every}")
+
+    # ------------------------------------------------------------------------------------------------ set-up
+
+    def attach_teacher(self, teacher: Classifier) -> None:
+        """Distil from this classifier; it is frozen and kept in evaluation mode.
+
+        Raises:
+            ValueError: If its number of classes differs from the student's.
+        """
+        if teacher.num_classes != self.num_classes:
+            raise ValueError(f"the teacher has {teacher.num_classes} classes, the student and data {self.num_classes}")
+        self._teacher = [teacher.eval().requires_grad_(False)]
+
+    @property
+    def teacher(self) -> Classifier | None:
+        """The attached teacher, or None."""
+        return self._teacher[0] if self._teacher else None
+
+    @property
+    def inference_model(self) -> Classifier:
+        """The student that is validated and exported: its moving average when there is one."""
+        model: Any = self.student if self.ema is None else self.ema.module
+        return model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of shape (N, C) for images in [0, 1] of shape (N, channels, H, W)."""
+        return self.inference_model(images)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """The policy's optimizer, and the learning-rate schedule stepped once per update."""
+        optimizer = self.policy.optimizer(
+            self.student,
+            self.method.components,
+            lr=self.learning_rate,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)}
+
+    def _lr_factor(self, step: int) -> float:
+        return self.lr_schedule(self._epochs(step), self._max_epochs)
+
+    def _epochs(self, step: int) -> float:
+        """Progress in epochs after a number of updates."""
+        return step / self.steps_per_epoch if step else 0.0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Updates per epoch."""
+        return math.ceil(self.trainer.num_training_batches / self.accumulate)
+
+    @property
+    def _max_epochs(self) -> int:
+        return self.trainer.max_epochs or 1
+
+    def _topk_schedule(self, total_steps: int) -> TopKSchedule:
+        assert self.topk is not None
+        return TopKSchedule(
+            self.num_classes,
+            total_steps,
+            k_start=self.topk.k_start,
+            k_opt=self.topk.k_opt,
+            phase_ends=self.topk.phase_ends,
+        )
+
+    @property
+    def k(self) -> int | None:
+        """Classes that survive the mask at this update; None without a mask."""
+        if self.topk is None:
+            return None
+        return self._topk_schedule(self._max_epochs * self.steps_per_epoch)(self.global_step)
+
+    def on_fit_start(self) -> None:
+        """Check what the schedules and the precision need, and bring the teacher to the device."""
+        if self.trainer.precision == "16-mixed":
+            raise ValueError(
+                "trainer.precision 16-mixed scales the loss, and component gradients bypass the scaler; "
+                "use bf16-mixed or 32-true"
+            )
+        if self.trainer.max_epochs is None or self.trainer.max_epochs < 1:
+            raise ValueError("trainer.max_epochs must be set to at least 1: the schedules run over it")
+        if self.method.needs_teacher and self.teacher is None:
+            raise RuntimeError("no teacher is attached; call attach_teacher(...) or run through vision_kd.fit")
+        if self.teacher is not None:
+            self.teacher.to(self.device)
+
+    # ------------------------------------------------------------------------------------------------ training
+
+    def on_train_epoch_start(self) -> None:
+        """Make every random draw of the epoch a function of seed, epoch and rank, so that a resumed run repeats it."""
+        torch.manual_seed((self.seed * 1_000_003 + self.current_epoch) * 1_009 + self.global_rank)
+        self.gsnr.reset()
+        self._first_bad_batch = torch.full((), -1, device=self.device)
+        self._epoch_start = time.perf_counter()
+
+    def training_step(self, batch: tuple[Mapping[str, Tensor], Tensor], batch_idx: int) -> None:
+        """One micro-batch; updates the student when enough of them have been accumulated."""
+        views, target = batch
+        optimizer: Any = self.optimizers()
+        measure = self.gsnr_every > 0 and self.global_step % self.gsnr_every == 0
+        k = self.k
+        step = distillation_step(
+            self.student,
+            self.teacher,
+            self.method,
+            views,
+            target,
+            [p for group in optimizer.param_groups for p in group["params"]],
+            buckets=None if measure else optimizer.buckets,
+            epoch=self._epochs(self.global_step),
+            k=k,
+        )
+        self._guard_finite(step, batch_idx)
+        self.log_dict({f"train/{name}": value for name, value in step.components.items()}, batch_size=len(target))
+        gradients = step.gradients
+        if self.accumulate > 1:
+            accumulate(self._pending, gradients, scale=len(target))
+            self._pending_samples += len(target)
+            if (batch_idx + 1) % self.accumulate and not self.trainer.is_last_batch:
+                return
+            gradients = {}
+            accumulate(gradients, self._pending, scale=1.0 / self._pending_samples)
+            self._pending, self._pending_samples = {}, 0
+        self._update(optimizer, all_reduce_mean(gradients), measure)
+        if k is not None:
+            self.log("train/k", float(k), batch_size=len(target))
+
+    def _update(self, optimizer: Any, gradients: ComponentGradients, measure: bool) -> None:
+        """One step of optimizer, learning-rate schedule and moving average."""
+        if measure:
+            self._measure(gradients)
+        if self.clip_norm is not None:
+            clip_components(gradients, self.clip_norm)
+        self.log("train/lr", optimizer.param_groups[0]["lr"])
+        optimizer.step(components=gradients)
+        scheduler: Any = self.lr_schedulers()
+        scheduler.step()
+        if self.ema is not None:
+            self.ema.update_parameters(self.student)
+
+    def _measure(self, gradients: ComponentGradients) -> None:
+        """Feed the gradient statistics; log norms of the components and the cosines between them."""
+        reached = {name: [g for g in grads if g is not None] for name, grads in gradients.items()}
+        reached = {name: grads for name, grads in reached.items() if grads}
+        self.gsnr.update(reached)
+        norms = component_norms(gradients)
+        self.log_dict({f"grad_norm/{name}": norm for name, norm in norms.items()})
+        for a, b in itertools.combinations(sorted(reached), 2):
+            dot = torch.stack([(x * y).sum() for x, y in zip(gradients[a], gradients[b], strict=True)]).sum()
+            self.log(f"grad_cosine/{a}_{b}", dot / (norms[a] * norms[b]).clamp_min(torch.finfo(dot.dtype).tiny))
+
+    def _guard_finite(self, step: StepOutput, batch_idx: int) -> None:
+        """Remember the first batch with a non-finite loss; read it where that does not stall the device.
+
+        Raises:
+            NonFiniteLossError: Naming the batch and the last checkpoint.
+        """
+        finite = torch.stack(list(step.components.values())).isfinite().all()
+        unseen = self._first_bad_batch < 0
+        self._first_bad_batch = torch.where(unseen & ~finite, batch_idx, self._first_bad_batch)
+        every = 1 if self.device.type == "cpu" else self.trainer.log_every_n_steps
+        if (batch_idx + 1) % every and not self.trainer.is_last_batch:
+            return
+        if (bad := int(self._first_bad_batch)) >= 0:
+            values = ", ".join(f"{name} {float(value):.4g}" for name, value in step.components.items())
+            kept = getattr(self.trainer.checkpoint_callback, "last_model_path", "") or "none written yet"
+            raise NonFiniteLossError(
+                f"the loss became NaN or infinite at epoch {self.current_epoch}, batch {bad} (components of batch "
+                f"{batch_idx}: {values}). Nothing was saved since; last good checkpoint: {kept}. Lower "
+                "model.learning_rate, set model.clip_norm or look at that batch."
+            )
+
+    def on_train_epoch_end(self) -> None:
+        """Log the epoch's gradient signal-to-noise ratios."""
+        for name, snr in self.gsnr_of_epoch().items():
+            self.log(f"gsnr/{name}", snr)
+
+    def gsnr_of_epoch(self) -> dict[str, float]:
+        """Vector GSNR of every component over the updates measured this epoch; empty with fewer than two of them."""
+        return {name: self.gsnr.vector(name) for name in self.gsnr.names if self.gsnr.count(name) > 1}
+
+    # ------------------------------------------------------------------------------------------------ validation
+
+    def on_validation_start(self) -> None:
+        """Give all ranks the same BatchNorm statistics; manual optimisation under DDP does not."""
+        average_batchnorm_buffers(self.inference_model)
+        self._epoch_seconds = time.perf_counter() - self._epoch_start
+
+    def validation_step(self, batch: tuple[Mapping[str, Tensor], Tensor], batch_idx: int) -> None:
+        """Count top-1 and top-5 hits and the cross-entropy of one batch."""
+        views, target = batch
+        logits = self(views["clean"]).float()
+        self.top1.update(logits, target)
+        self.top5.update(logits, target)
+        self.val_loss.update(cross_entropy(logits, target))
+        self.log("val/top1", self.top1, prog_bar=True)
+        self.log("val/top5", self.top5)
+        self.log("val/loss", self.val_loss)
+
+    def on_validation_epoch_end(self) -> None:
+        """Remember the epoch's result; the final table reads the last and the best from here."""
+        if not self.trainer.sanity_checking:
+            metrics = {"top1": self.top1, "top5": self.top5, "loss": self.val_loss}
+            values = {name: float(metric.compute()) for name, metric in metrics.items()}
+            self.history.append({"epoch": self.current_epoch, "seconds": self._epoch_seconds, **values})
+            self.log("train/seconds_per_epoch", self._epoch_seconds)
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the validation history with the weights."""
+        checkpoint["history"] = self.history
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the validation history."""
+        self.history = list(checkpoint["history"])

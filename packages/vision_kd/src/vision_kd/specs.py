@@ -1,0 +1,55 @@
+"""Plain settings that configurations fill in: the dynamic mask and the teacher."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from vision_kd.models import ModelSpec
+
+
+@dataclass(frozen=True)
+class DynamicTopK:
+    """Dynamic top-k mask; see :class:`kd_common.schedules.TopKSchedule`.
+
+    Attributes:
+        k_start: Surviving non-target classes at the start: a fraction of the classes (float) or a count (int).
+        k_opt: The same for the transition phase.
+        phase_ends: Ends of the easy and the transition phase as shares of the run, increasing; an optional third
+            entry is where all classes are reached (default: at the end).
+    """
+
+    k_start: int | float = 0.05
+    k_opt: int | float = 0.5
+    phase_ends: tuple[float, ...] = (0.3, 0.6)
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """A teacher: which network, and where its weights come from.
+
+    Weights are taken from ``checkpoint``, else from the library the network comes from (``pretrained``), else from the
+    cache, else the teacher is trained on the labels of the run's own data with the settings below and cached.
+
+    Attributes:
+        name: Model name as in :class:`vision_kd.models.ModelSpec`.
+        args: Arguments of the model's constructor.
+        checkpoint: Weight file.
+        pretrained: Take the weights that timm or torchvision provide.
+        epochs: Length of training when it has to be trained.
+        learning_rate: Its peak learning rate (cosine schedule, SGD).
+        weight_decay: Its weight decay.
+        seed: Its seed; independent of the student's, so that all seeds of a comparison share one teacher.
+    """
+
+    name: str
+    args: dict[str, Any] = field(default_factory=dict)
+    checkpoint: str | None = None
+    pretrained: bool = False
+    epochs: int = 30
+    learning_rate: float = 0.05
+    weight_decay: float = 5e-4
+    seed: int = 0
+
+    @property
+    def model(self) -> ModelSpec:
+        """The network alone."""
+        return ModelSpec(self.name, self.args, self.checkpoint, self.pretrained)

@@ -1,0 +1,83 @@
+"""From logits to component gradients: the part of a training step that needs neither trainer nor optimizer state.
+
+The components are differentiated at the logits first, where each is a cheap (N, C) tensor. Components that share a
+momentum are summed there, and only then does each remaining entry travel back through the network:
+
+    images -> student -> logits -> method -> {task, target, nontarget} -> d/dlogits -> merge -> one backward per bucket
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from kd_common.grads import component_gradients, merge, output_gradients
+from torch import Tensor, nn
+
+from vision_kd.methods import Method
+
+ComponentGradients = dict[str, list[Tensor | None]]
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What one micro-batch yields.
+
+    Attributes:
+        components: Mean of every loss component over the batch, detached scalars.
+        gradients: One list of parameter gradients per bucket, or per component when they were kept apart.
+        logits: Student logits of each view, detached.
+    """
+
+    components: dict[str, Tensor]
+    gradients: ComponentGradients
+    logits: dict[str, Tensor]
+
+
+def teacher_logits(teacher: nn.Module | None, views: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    """Teacher logits of the named views in fp32, without gradient; empty when there is no teacher."""
+    if teacher is None:
+        return {}
+    with torch.no_grad():
+        return {name: teacher(views[name]).float() for name in names}
+
+
+def distillation_step(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    method: Method,
+    views: Mapping[str, Tensor],
+    target: Tensor,
+    params: Sequence[nn.Parameter],
+    *,
+    buckets: Mapping[str, tuple[str, ...]] | None = None,
+    epoch: float = 0.0,
+    k: int | None = None,
+) -> StepOutput:
+    """Run student and teacher on one micro-batch and differentiate every component.
+
+    Args:
+        student: Network to train, images in [0, 1] to logits.
+        teacher: Frozen network of the same kind, or None for methods without one.
+        method: Loss.
+        views: Images of shape (N, C, H, W) for every view the method declares.
+        target: Class indices, shape (N,).
+        params: Parameters to differentiate, in the optimizer's order.
+        buckets: Components to merge before the backward passes (``optimizer.buckets``); None keeps every component
+            apart, which costs one backward pass each and allows measuring them.
+        epoch: Progress in epochs, for losses that warm up.
+        k: Surviving classes of the dynamic top-k mask.
+    """
+    # fp32 logits inside the graph: their gradients then arrive in fp32 and autograd casts once, at the last layer.
+    logits = {name: student(views[name]).float() for name in method.views}
+    leaves = {name: z.detach().requires_grad_() for name, z in logits.items()}
+    soft_labels = teacher_logits(teacher, views, method.views)
+    with torch.autocast(device_type=target.device.type, enabled=False):
+        parts = method(leaves, soft_labels, target, epoch=epoch, k=k)
+        gradients = output_gradients(parts, list(leaves.values()))
+    if buckets is not None:
+        gradients = merge(gradients, buckets)
+    return StepOutput(
+        components={name: part.detach().mean() for name, part in parts.items()},
+        gradients=component_gradients(list(logits.values()), gradients, params),
+        logits={name: z.detach() for name, z in leaves.items()},
+    )

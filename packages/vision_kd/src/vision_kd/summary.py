@@ -1,0 +1,55 @@
+"""The table at the end of a run."""
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from vision_kd.module import DistillationModule
+
+if TYPE_CHECKING:
+    from vision_kd.fit import Result
+
+
+def print_summary(result: "Result", model: DistillationModule, console: Console | None = None) -> None:
+    """Print what a run achieved: accuracies, gradient signal-to-noise ratios, costs and where its files lie.
+
+    Args:
+        result: The run's result.
+        model: The trained module, for the names of method and policy.
+        console: Where to print; standard output by default.
+    """
+    console = console or Console()
+    table = Table(title=f"{type(model.method).__name__} with {type(model.policy).__name__}", show_header=True)
+    for column in ("", "top-1", "top-5", "parameters"):
+        table.add_column(column, justify="left" if not column else "right")
+    parameters = {name: f"{count:,}" for name, count in result.parameters.items()}
+    if result.teacher:
+        spec = model.teacher_spec
+        assert spec is not None
+        table.add_row(f"teacher {spec.name}", *accuracies(result.teacher), parameters["teacher"])
+    student = f"student {model.student_spec.name}"
+    table.add_row(f"{student}, last epoch", *accuracies(result.last), parameters["student"])
+    table.add_row(f"{student}, best epoch ({result.best['epoch'] + 1:.0f})", *accuracies(result.best), "")
+    console.print(table)
+
+    lines = {f"GSNR of {name}, last epoch": f"{value:.4f}" for name, value in result.gsnr.items()}
+    if result.k is not None:
+        lines["k reached"] = f"{result.k} of {model.num_classes - 1} non-target classes"
+    lines["seconds per epoch"] = f"{result.seconds_per_epoch:.2f}"
+    if result.teacher:
+        lines["teacher weights"] = result.teacher["origin"]
+    if result.run_dir is not None:
+        lines["student weights"] = str(result.run_dir / "student_{last,best}.pt")
+        lines["resume from"] = str(result.run_dir / "checkpoints" / "last.ckpt")
+        lines["logs"] = f"{result.run_dir / 'metrics.csv'}, tensorboard --logdir {result.run_dir}"
+        lines["configuration"] = str(result.run_dir / "config.yaml")
+    details = Table(show_header=False, box=None)
+    for name, value in lines.items():
+        details.add_row(name, value)
+    console.print(details, soft_wrap=True)
+
+
+def accuracies(metrics: dict[str, float]) -> tuple[str, str]:
+    """Top-1 and top-5 in per cent."""
+    return f"{metrics['top1']:.2%}", f"{metrics['top5']:.2%}"

@@ -1,0 +1,108 @@
+"""Obtain the teacher: from a file, from its library, from the cache, or by training it once."""
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from filelock import FileLock
+from lightning.pytorch.utilities import rank_zero_info
+
+from vision_kd.data.base import ImageDataModule
+from vision_kd.methods.vanilla import Vanilla
+from vision_kd.models import Classifier, build_classifier, load_classifier, save_student
+from vision_kd.module import DistillationModule
+from vision_kd.policies import SGD
+from vision_kd.specs import TeacherSpec
+
+CACHE_FORMAT = 1
+
+
+def cache_root() -> Path:
+    """Folder of cached teachers: ``$KD_CACHE``, else ``~/.cache/kd``."""
+    return Path(os.environ.get("KD_CACHE") or Path.home() / ".cache" / "kd")
+
+
+def teacher_cache_path(spec: TeacherSpec, data: Mapping[str, Any]) -> Path:
+    """File of a trained teacher; its name is a hash of everything that determines the weights.
+
+    Args:
+        spec: The teacher.
+        data: Resolved configuration of the DataModule, plain types.
+    """
+    recipe = {"teacher": asdict(spec), "data": data, "format": CACHE_FORMAT}
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return cache_root() / "teachers" / f"{spec.name.replace('/', '_')}-{digest}.pt"
+
+
+def obtain_teacher(spec: TeacherSpec, datamodule: ImageDataModule, data: Mapping[str, Any]) -> tuple[Classifier, str]:
+    """The teacher and where it came from.
+
+    Args:
+        spec: The teacher.
+        datamodule: Data it is trained on when no weights are found.
+        data: Resolved configuration of that DataModule, plain types; part of the cache key.
+
+    Returns:
+        The classifier, and one line that says how it was obtained.
+
+    Raises:
+        FileNotFoundError, ValueError: From loading a checkpoint that is missing, damaged or of another model.
+        RuntimeError: If it has to be trained inside a run that a launcher started on several processes.
+    """
+    shape = {"num_classes": datamodule.num_classes, "in_channels": datamodule.in_channels}
+    if spec.checkpoint is not None or spec.pretrained:
+        teacher = build_classifier(spec.model, **shape, mean=datamodule.mean, std=datamodule.std)
+        return teacher, f"loaded from {spec.checkpoint or spec.name.split('/')[0]}"
+
+    path = teacher_cache_path(spec, data)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if path.is_file():
+            return load_classifier(path), f"from the cache, {path}"
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise RuntimeError(
+                f"no weights for the teacher {spec.name}, and training it inside a multi-process launch would train "
+                "it once per process. Train and cache it first with --trainer.devices 1, or set "
+                "model.teacher.checkpoint"
+            )
+        teacher = train_teacher(spec, datamodule)
+        save_student(path, teacher, spec.model, extra={"recipe": json.loads(json.dumps(asdict(spec), default=str))})
+    return teacher, f"trained for {spec.epochs} epochs, cached as {path}"
+
+
+def train_teacher(spec: TeacherSpec, datamodule: ImageDataModule) -> Classifier:
+    """Train a teacher on the labels alone, with SGD and a cosine schedule, on one device."""
+    rank_zero_info(f"No weights for the teacher {spec.name}: training it for {spec.epochs} epochs, once.")
+    torch.manual_seed(spec.seed)
+    data = copy.deepcopy(datamodule)
+    data.seed, data.views = spec.seed, Vanilla.views
+    module = DistillationModule(
+        spec.model,
+        num_classes=data.num_classes,
+        in_channels=data.in_channels,
+        mean=data.mean,
+        std=data.std,
+        method=Vanilla(),
+        policy=SGD(),
+        learning_rate=spec.learning_rate,
+        weight_decay=spec.weight_decay,
+        seed=spec.seed,
+    )
+    trainer = pl.Trainer(
+        max_epochs=spec.epochs,
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        check_val_every_n_epoch=spec.epochs,
+    )
+    trainer.fit(module, datamodule=data)
+    return module.student.cpu()
