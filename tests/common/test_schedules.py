@@ -80,20 +80,20 @@ def learning_rates(scheduler_of, epochs):
 
 def test_step_decay_matches_torch():
     expected = learning_rates(lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [3, 6, 7], gamma=0.2), 10)
-    assert [StepDecay((3, 6, 7), gamma=0.2)(epoch) for epoch in range(10)] == pytest.approx(expected)
-    assert StepDecay([150, 180, 210])(209.99) == pytest.approx(0.01)
+    assert [StepDecay((3, 6, 7), gamma=0.2)(epoch, 10) for epoch in range(10)] == pytest.approx(expected)
+    assert StepDecay([150, 180, 210])(209.99, 240) == pytest.approx(0.01)
 
 
 def test_cosine_decay_matches_torch():
     expected = learning_rates(lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 10, eta_min=0.05), 10)
-    assert [CosineDecay(10, final=0.05)(epoch) for epoch in range(10)] == pytest.approx(expected)
-    assert CosineDecay(10)(10) == pytest.approx(0)
-    assert CosineDecay(10, final=0.1)(25) == pytest.approx(0.1)
+    assert [CosineDecay(final=0.05)(epoch, 10) for epoch in range(10)] == pytest.approx(expected)
+    assert CosineDecay()(10, 10) == pytest.approx(0)
+    assert CosineDecay(final=0.1)(25, 10) == pytest.approx(0.1)
 
 
 def test_through_lambda_lr_in_steps():
-    schedule = CosineDecay(4, warmup_epochs=1)
-    rates = learning_rates(lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: schedule(step / 5)), 20)
+    schedule = CosineDecay(warmup_epochs=1)
+    rates = learning_rates(lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: schedule(step / 5, 4)), 20)
     assert rates[:6] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[10] == pytest.approx(0.5 * (1 + math.cos(math.pi / 3)))
 
@@ -101,11 +101,11 @@ def test_through_lambda_lr_in_steps():
 def test_warmup():
     assert [linear_warmup(epoch, 20) for epoch in (0, 5, 20, 300)] == [0, 0.25, 1, 1]
     assert linear_warmup(0, 0) == 1
-    assert StepDecay((3,), warmup_epochs=4)(2) == pytest.approx(0.5)
-    assert StepDecay((3,), warmup_epochs=4, warmup_start=0.2)(2) == pytest.approx(0.6)
-    assert StepDecay((1,), warmup_epochs=4)(2) == pytest.approx(0.05)
-    cosine = CosineDecay(12, warmup_epochs=2, warmup_start=0.5)
-    assert [cosine(epoch) for epoch in (0, 1, 2, 7, 12)] == pytest.approx([0.5, 0.75, 1, 0.5, 0])
+    assert StepDecay((3,), warmup_epochs=4)(2, 9) == pytest.approx(0.5)
+    assert StepDecay((3,), warmup_epochs=4, warmup_start=0.2)(2, 9) == pytest.approx(0.6)
+    assert StepDecay((1,), warmup_epochs=4)(2, 9) == pytest.approx(0.05)
+    cosine = CosineDecay(warmup_epochs=2, warmup_start=0.5)
+    assert [cosine(epoch, 12) for epoch in (0, 1, 2, 7, 12)] == pytest.approx([0.5, 0.75, 1, 0.5, 0])
 
 
 @pytest.mark.parametrize(
@@ -115,8 +115,8 @@ def test_warmup():
         (lambda: StepDecay((3,), gamma=0), "gamma"),
         (lambda: StepDecay((3,), warmup_epochs=-1), "warmup_epochs"),
         (lambda: StepDecay((3,), warmup_start=2), "warmup_start"),
-        (lambda: CosineDecay(5, warmup_epochs=5), "total_epochs must exceed warmup_epochs"),
-        (lambda: CosineDecay(5, final=-0.1), "final"),
+        (lambda: CosineDecay(warmup_epochs=5)(0, 5), "shorten warmup_epochs"),
+        (lambda: CosineDecay(final=-0.1), "final"),
     ],
 )
 def test_bad_multipliers(build, message):

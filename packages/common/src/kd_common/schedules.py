@@ -5,7 +5,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from itertools import pairwise
-from itertools import pairwise
 from typing import Literal
 
 Phase = Literal["easy", "transition", "hard"]
