@@ -1,0 +1,103 @@
+"""Student files: weights with a description that rebuilds their classifier; and exported programs."""
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vision_kd.models.checkpoints import STUDENT_FORMAT, CheckpointError, read_checkpoint
+from vision_kd.models.classifier import Classifier, ModelSpec, build_classifier
+
+
+def save_student(
+    path: str | Path, classifier: Classifier, spec: ModelSpec, extra: dict[str, Any] | None = None
+) -> None:
+    """Write the network's weights and what is needed to rebuild it; an interrupted call leaves the old file.
+
+    Plain PyTorch reads it: `network.load_state_dict(torch.load(path, weights_only=True)["model"])`.
+
+    Args:
+        path: the file; missing folders are made.
+        classifier: whose network to write.
+        spec: how that network was built.
+        extra: further plain values (text, numbers, lists, dicts) for the "meta" entry, such as the accuracy.
+
+    Raises:
+        TypeError: a value could not be read back without running code, or takes the name of one of our entries.
+    """
+    meta = dict(
+        format=STUDENT_FORMAT,
+        name=spec.name,
+        args=spec.args,
+        num_classes=classifier.num_classes,
+        in_channels=classifier.in_channels,
+        mean=list(classifier.mean),
+        std=list(classifier.std),
+        **(extra or {}),
+    )
+    for key, value in meta.items():
+        if not _is_plain(value):
+            raise TypeError(f"{key!r} of a student file must be text, numbers, lists or dicts, got {value!r}")
+    # Clones, so that a view does not drag its whole storage into the file.
+    state = {key: tensor.detach().cpu().clone() for key, tensor in classifier.network.state_dict().items()}
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        torch.save({"model": state, "meta": meta}, partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(type(key) is str and _is_plain(entry) for key, entry in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (str, int, float, bool)
+
+
+def load_classifier(path: str | Path) -> Classifier:
+    """Rebuild a classifier, in evaluation mode, from a file that `save_student` wrote.
+
+    Args:
+        path: the file.
+
+    Raises:
+        CheckpointError: the file was not written by `save_student`.
+    """
+    meta = read_checkpoint(path).meta
+    if meta.get("format") != STUDENT_FORMAT:
+        raise CheckpointError(
+            f"{path} does not describe its network (format {meta.get('format')!r}, expected {STUDENT_FORMAT!r}): "
+            "name the network with build_classifier(ModelSpec(name, checkpoint=...), ...)"
+        )
+    spec = ModelSpec(meta["name"], meta["args"], checkpoint=str(path))
+    facts = {key: meta[key] for key in ("num_classes", "in_channels", "mean", "std")}
+    return build_classifier(spec, **facts).eval()
+
+
+def export(classifier: Classifier, path: str | Path, example: Tensor) -> None:
+    """Write a `torch.export` program of the classifier in evaluation mode, on the CPU, for any batch size.
+
+    It needs no code of this project: `torch.export.load(path).module()(images)`.
+
+    Args:
+        classifier: the classifier, left unchanged.
+        path: the file, ending in ".pt2".
+        example: images (N, C, H, W) whose C, H and W the program will take.
+
+    Raises:
+        ValueError: the file does not end in ".pt2".
+    """
+    if Path(path).suffix != ".pt2":
+        raise ValueError(f"exported programs end in .pt2, got {str(path)!r}")
+    # A batch of one would be taken for a constant.
+    images = example[:1].detach().cpu().repeat(2, 1, 1, 1)
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(copy.deepcopy(classifier).cpu().eval(), (images,), dynamic_shapes=({0: batch},))
+    torch.export.save(program, path)
