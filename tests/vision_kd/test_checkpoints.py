@@ -310,7 +310,7 @@ def test_code_in_a_file_does_not_run(tmp_path, trained, legacy):
 
 def test_plain_pickle_with_code_does_not_run(tmp_path):
     path, marker = tmp_path / "teacher.pkl", tmp_path / "executed"
-    path.write_bytes(pickle.dumps(Malicious(marker)))
+    path.write_bytes(pickle.dumps(Malicious(marker), protocol=2))
     with pytest.raises(CheckpointError, match=r"teacher\.pkl is refused"):
         build(checkpoint=str(path))
     assert not marker.exists()

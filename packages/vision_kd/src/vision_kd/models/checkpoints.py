@@ -110,7 +110,8 @@ def _read(path: Path) -> Any:
         ) from error
     # On damaged bytes torch.load raises almost any kind of error: KeyError, IndexError, struct.error, ...
     except Exception as error:
-        raise CheckpointError(f"{path} cannot be read: damaged or not a weight file ({type(error).__name__}: {error})") from error
+        cause = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path} cannot be read: damaged or not a weight file ({cause})") from error
 
 
 def _is_state_dict(value: Any) -> bool:
