@@ -1,0 +1,179 @@
+"""What every image data set offers: its recipe, its views, and loaders that shard themselves."""
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+
+from vision_kd.data.augment import Augment, identity, strong
+from vision_kd.data.loader import DeviceLoader
+
+VIEWS = ("weak", "strong")
+
+
+def data_root(root: str | None = None) -> Path:
+    """Where data sets lie: `root` if given, else the environment variable KD_DATA, else ~/.cache/kd_data."""
+    return Path(root or os.environ.get("KD_DATA") or "~/.cache/kd_data").expanduser()
+
+
+def missing_data(name: str, places: Sequence[Path], remedy: str) -> FileNotFoundError:
+    """The error for a data set that is in none of the places searched."""
+    listed = "\n".join(f"  {place}" for place in places)
+    return FileNotFoundError(f"{name} not found. Looked in:\n{listed}\nGet it with: {remedy}")
+
+
+def stratified_order(labels: Tensor, seed: int = 0) -> Tensor:
+    """A random order of the samples whose every prefix has the classes in proportion, up to one sample.
+
+    Args:
+        labels: shape (N,), int64.
+        seed: seed of the order.
+
+    Returns:
+        Sample numbers, shape (N,), int64.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = torch.randperm(len(labels), generator=generator)
+    shares = torch.empty(len(labels))
+    for label in labels.unique():
+        members = (labels[shuffled] == label).nonzero()[:, 0]
+        shares[members] = (torch.arange(len(members)) + torch.rand((), generator=generator)) / len(members)
+    return shuffled[shares.argsort(stable=True)]
+
+
+class ImageDataModule(LightningDataModule):
+    """Common ground of the image data sets.
+
+    Training batches are `(views, target)`: `views` maps "weak" and, when asked for, "strong" to float32 images in
+    [0, 1] of shape (N, C, H, W). Validation batches are `({"clean": images}, target)`. Images are not normalised:
+    teacher and student each apply their own mean and standard deviation.
+
+    Args:
+        batch_size: training images a batch on one rank; an incomplete last batch is left out.
+        val_batch_size: validation images a batch on one rank.
+        seed: seed of the order and the augmentation.
+
+    Attributes:
+        num_classes: number of classes.
+        class_names: their names, in the order of the labels.
+        in_channels: channels of an image.
+        image_size: height and width of an image in pixels.
+        mean: mean of every channel in [0, 1].
+        std: standard deviation of every channel.
+
+    Raises:
+        ValueError: when a batch size is not positive.
+    """
+
+    class_names: tuple[str, ...]
+    in_channels: int
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __init__(self, batch_size: int = 64, val_batch_size: int = 256, seed: int = 0) -> None:
+        super().__init__()
+        for name, value in (("batch_size", batch_size), ("val_batch_size", val_batch_size)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.batch_size, self.val_batch_size, self.seed = batch_size, val_batch_size, seed
+        self._views: tuple[str, ...] = ("weak",)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """The views of every training batch; set before the training loader is made."""
+        return self._views
+
+    @views.setter
+    def views(self, names: Sequence[str]) -> None:
+        if not names or set(names) - set(VIEWS):
+            raise ValueError(f"views must be some of {VIEWS}, got {tuple(names)}")
+        self._views = tuple(names)
+
+    @property
+    def rank(self) -> int:
+        """This process among those of the trainer; 0 without a trainer."""
+        return self.trainer.global_rank if self.trainer else 0
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes of the trainer; 1 without a trainer."""
+        return self.trainer.world_size if self.trainer else 1
+
+
+class TensorDataModule(ImageDataModule):
+    """A data set small enough to live on the training device as uint8 and to be augmented there.
+
+    A subclass names its recipe in class attributes and implements `load`.
+
+    Args:
+        batch_size: training images a batch on one rank; an incomplete last batch is left out.
+        val_batch_size: validation images a batch on one rank.
+        seed: seed of the order and the augmentation.
+        train_subset: train on this many images only, the first of a fixed order with balanced classes.
+
+    Attributes:
+        weak: the weak augmentation.
+    """
+
+    weak: Augment
+
+    def __init__(
+        self, batch_size: int = 64, val_batch_size: int = 256, seed: int = 0, train_subset: int | None = None
+    ) -> None:
+        super().__init__(batch_size, val_batch_size, seed)
+        self.train_subset = train_subset
+        self._splits: dict[bool, tuple[Tensor, Tensor]] = {}
+
+    def load(self, train: bool) -> tuple[Tensor, Tensor]:
+        """Images of one split, shape (N, C, H, W), uint8, and their labels, shape (N,), int64."""
+        raise NotImplementedError
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the splits that the stage needs, once."""
+        for train in (True, False) if stage in (None, "fit") else (False,):
+            if train not in self._splits:
+                images, labels = self.load(train)
+                if train and self.train_subset is not None:
+                    if not 1 <= self.train_subset <= len(images):
+                        raise ValueError(
+                            f"train_subset must be in [1, {len(images)}], the size of the training set, "
+                            f"got {self.train_subset}"
+                        )
+                    chosen = stratified_order(labels)[: self.train_subset]
+                    images, labels = images[chosen], labels[chosen]
+                self._splits[train] = images, labels
+
+    def _loader(self, train: bool) -> DeviceLoader:
+        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        images, labels = self._splits[train]
+        self._splits[train] = images, labels = images.to(device), labels.to(device)
+        available: dict[str, Augment] = {"weak": self.weak, "strong": partial(strong, weak=self.weak)}
+        return DeviceLoader(
+            images,
+            labels,
+            self.batch_size if train else self.val_batch_size,
+            {name: available[name] for name in self.views} if train else {"clean": identity},
+            shuffle=train,
+            drop_last=train,
+            seed=self.seed,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+
+    def train_dataloader(self) -> DeviceLoader:
+        """Augmented batches of this rank's share, in a new order every epoch."""
+        return self._loader(train=True)
+
+    def val_dataloader(self) -> DeviceLoader:
+        """The validation images of this rank, each exactly once over all ranks."""
+        return self._loader(train=False)

@@ -1,0 +1,115 @@
+"""Fashion-MNIST from its four idx files, packed or unpacked."""
+
+import gzip
+import math
+import zlib
+from functools import partial
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor
+
+from vision_kd.data.augment import random_crop_flip
+from vision_kd.data.base import TensorDataModule, data_root, missing_data
+
+DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+FILES = {
+    True: ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    False: ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+
+
+def read_idx(path: Path) -> Tensor:
+    """The array of unsigned bytes in an idx file, gzip-packed when its name ends in .gz.
+
+    Args:
+        path: the file.
+
+    Returns:
+        A uint8 tensor of the shape that the file's header states.
+
+    Raises:
+        ValueError: when the file is damaged, truncated or holds something else.
+    """
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is truncated or damaged ({error}): delete it and fetch it again") from error
+    dimensions = content[3] if len(content) > 3 else 0
+    start = 4 + 4 * dimensions
+    shape = [int.from_bytes(content[at : at + 4], "big") for at in range(4, start, 4)]
+    if content[:3] != b"\x00\x00\x08" or len(content) != start + math.prod(shape):
+        raise ValueError(
+            f"{path} is not a complete idx file of unsigned bytes: its header states {shape}, "
+            f"it holds {len(content)} bytes. Delete it and fetch it again"
+        )
+    return torch.frombuffer(bytearray(content[start:]), dtype=torch.uint8).view(shape)
+
+
+class FashionMNIST(TensorDataModule):
+    """Fashion-MNIST: 60,000 training and 10,000 validation images of clothes, 28 x 28 pixels, grey.
+
+    The weak view crops with padding 2 and mirrors.
+
+    Args:
+        root: folder that holds the idx files or torchvision's `FashionMNIST/raw`; by default KD_DATA or
+            ~/.cache/kd_data and then Debian's /usr/share/datasets/fashion-mnist.
+        download: fetch the files into `root` with torchvision when they are in none of these places.
+        batch_size: training images a batch on one rank; an incomplete last batch is left out.
+        val_batch_size: validation images a batch on one rank.
+        seed: seed of the order and the augmentation.
+        train_subset: train on this many images only, the first of a fixed order with balanced classes.
+    """
+
+    class_names = tuple(torchvision.datasets.FashionMNIST.classes)
+    in_channels, image_size = 1, 28
+    mean, std = (0.2860,), (0.3530,)
+    weak = staticmethod(partial(random_crop_flip, padding=2))
+
+    def __init__(
+        self,
+        root: str | None = None,
+        download: bool = False,
+        batch_size: int = 64,
+        val_batch_size: int = 256,
+        seed: int = 0,
+        train_subset: int | None = None,
+    ) -> None:
+        super().__init__(batch_size, val_batch_size, seed, train_subset)
+        self.root, self.download = root, download
+
+    def _places(self) -> list[Path]:
+        folder = data_root(self.root)
+        return [folder, folder / "FashionMNIST" / "raw"] + ([] if self.root else [DEBIAN_FOLDER])
+
+    def _find(self, train: bool) -> list[Path] | None:
+        for place in self._places():
+            candidates = [(place / name, place / f"{name}.gz") for name in FILES[train]]
+            found = [next((path for path in pair if path.is_file()), None) for pair in candidates]
+            if all(found):
+                return [path for path in found if path]
+        return None
+
+    def prepare_data(self) -> None:
+        """Fetch the files when they are missing and may be downloaded."""
+        if self.download and not (self._find(train=True) and self._find(train=False)):
+            torchvision.datasets.FashionMNIST(data_root(self.root), download=True)
+
+    def load(self, train: bool) -> tuple[Tensor, Tensor]:
+        """One split, read from the first place that has both of its files."""
+        paths = self._find(train)
+        if paths is None:
+            raise missing_data(
+                "Fashion-MNIST",
+                self._places(),
+                "the setting download=true, or `apt-get install dataset-fashion-mnist` on Debian; "
+                "the variable KD_DATA and the setting root name another folder",
+            )
+        images, labels = (read_idx(path) for path in paths)
+        if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1] or labels.max() >= self.num_classes:
+            raise ValueError(
+                f"{paths[0]} and {paths[1]} do not belong together: images {tuple(images.shape)}, "
+                f"labels {tuple(labels.shape)} up to {labels.max().item()}"
+            )
+        return images[:, None], labels.long()

@@ -1,0 +1,199 @@
+"""Image trees with one folder per class, read by the workers of an ordinary DataLoader."""
+
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from vision_kd.data.augment import SEED_RANGE, ImageDraws, distort
+from vision_kd.data.base import ImageDataModule, missing_data
+from vision_kd.data.loader import EpochSampler
+
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
+
+
+def class_folders(split: Path) -> tuple[str, ...]:
+    """The sorted names of the folders in a split, one per class.
+
+    Raises:
+        FileNotFoundError: when there is none.
+    """
+    names = sorted(entry.name for entry in split.iterdir() if entry.is_dir()) if split.is_dir() else []
+    if not names:
+        raise missing_data(
+            "A folder per class", [split], f"one sub-folder per class in {split}, each holding that class's images"
+        )
+    return tuple(names)
+
+
+def list_images(split: Path, class_names: Sequence[str]) -> tuple[list[Path], list[int]]:
+    """The image files of a split in a fixed order, with their labels.
+
+    Raises:
+        ValueError: when the class folders are not the expected ones.
+        FileNotFoundError: when a class folder holds no image.
+    """
+    found, expected = set(class_folders(split)), set(class_names)
+    if found != expected:
+        raise ValueError(
+            f"the classes of {split} do not match: missing there {sorted(expected - found)}, "
+            f"only there {sorted(found - expected)}"
+        )
+    paths: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(class_names):
+        files = sorted(path for path in (split / name).rglob("*") if path.suffix.lower() in EXTENSIONS)
+        if not files:
+            raise FileNotFoundError(f"{split / name} holds no image ({', '.join(sorted(EXTENSIONS))})")
+        paths += files
+        labels += [label] * len(files)
+    return paths, labels
+
+
+def read_rgb(path: Path) -> Tensor:
+    """The image in a file, shape (3, H, W), uint8.
+
+    Raises:
+        ValueError: when the file is no image or is truncated.
+    """
+    try:
+        with Image.open(path) as image:
+            return F.pil_to_tensor(image.convert("RGB"))
+    except (OSError, SyntaxError) as error:  # PIL reports a damaged PNG as a SyntaxError
+        raise ValueError(f"{path} is not a complete image ({error}): replace or delete it") from error
+
+
+Transform = Callable[[Tensor, int], dict[str, Tensor]]
+
+
+class ImageFiles(Dataset[tuple[dict[str, Tensor], int]]):
+    """Views and label of the image files, indexed by the pairs (row, seed) of an `EpochSampler`.
+
+    Args:
+        paths: the image files.
+        labels: their labels.
+        transform: makes the views, uint8, of an image and its seed.
+    """
+
+    def __init__(self, paths: Sequence[Path], labels: Sequence[int], transform: Transform) -> None:
+        self.paths, self.labels, self.transform = paths, labels, transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[dict[str, Tensor], int]:
+        row, seed = item
+        views = self.transform(read_rgb(self.paths[row]), seed)
+        return {name: view.to(torch.float32).div(255) for name, view in views.items()}, self.labels[row]
+
+
+def training_views(image: Tensor, seed: int, *, size: int, views: Sequence[str]) -> dict[str, Tensor]:
+    """The standard ImageNet crop and mirror as the weak view; the strong view distorts another such crop.
+
+    Args:
+        image: shape (3, H, W), uint8.
+        seed: the randomness of all views.
+        size: side of a view in pixels.
+        views: names of the views to make.
+
+    Returns:
+        Views of shape (3, size, size), uint8.
+    """
+    crop = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()])
+    # torchvision draws from the global CPU state: use a private one, so that a view depends on its seed alone.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made: dict[str, Tensor] = {}
+        for name in views:
+            made[name] = crop(image)
+            if name == "strong":
+                draws = ImageDraws(torch.randint(SEED_RANGE, (1,)))
+                made[name] = distort(made[name][None], draws)[0]
+    return made
+
+
+def clean_view(image: Tensor, seed: int, *, size: int) -> dict[str, Tensor]:
+    """The centre crop used for validation, from the image with its short side at 8/7 of the crop (256 for 224)."""
+    return {"clean": F.center_crop(F.resize(image, [round(size * 8 / 7)], antialias=True), [size, size])}
+
+
+class ImageFolder(ImageDataModule):
+    """ImageNet, or any tree `root/train/<class>/*` and `root/val/<class>/*`; the classes are the folder names.
+
+    Order and views are a pure function of (seed, epoch), whatever the number of workers.
+
+    Args:
+        root: the folder that holds `train` and `val`.
+        image_size: side of a view in pixels.
+        num_workers: worker processes of each loader.
+        batch_size: training images a batch on one rank; an incomplete last batch is left out.
+        val_batch_size: validation images a batch on one rank.
+        seed: seed of the order and the augmentation.
+    """
+
+    in_channels = 3
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+    def __init__(
+        self,
+        root: str,
+        image_size: int = 224,
+        num_workers: int = 4,
+        batch_size: int = 64,
+        val_batch_size: int = 256,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, val_batch_size, seed)
+        self.root, self.image_size, self.num_workers = Path(root).expanduser(), image_size, num_workers
+
+    @cached_property
+    def class_names(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The folder names of the training split."""
+        return class_folders(self.root / "train")
+
+    def setup(self, stage: str | None = None) -> None:
+        """List the files; both splits must have the same classes."""
+        for split in ("train", "val"):
+            if not (self.root / split).is_dir():
+                raise missing_data(
+                    f"The {split} split",
+                    [self.root / split],
+                    f"the layout {self.root}/{split}/<class>/<image>, or the setting root",
+                )
+        self._files = {split: list_images(self.root / split, self.class_names) for split in ("train", "val")}
+
+    def _loader(self, split: str, batch_size: int, transform: Transform) -> DataLoader:
+        paths, labels = self._files[split]
+        train = split == "train"
+        sampler = EpochSampler(
+            len(paths),
+            batch_size,
+            shuffle=train,
+            drop_last=train,
+            seed=self.seed,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+        # Lightning makes the first iterator, whose workers read ahead, before it tells the sampler the epoch.
+        sampler.set_epoch(self.trainer.current_epoch if self.trainer else 0)
+        return DataLoader(
+            ImageFiles(paths, labels, transform),
+            batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches of this rank's share, in a new order every epoch."""
+        return self._loader("train", self.batch_size, partial(training_views, size=self.image_size, views=self.views))
+
+    def val_dataloader(self) -> DataLoader:
+        """The validation images of this rank, each exactly once over all ranks."""
+        return self._loader("val", self.val_batch_size, partial(clean_view, size=self.image_size))

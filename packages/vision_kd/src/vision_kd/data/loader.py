@@ -1,0 +1,161 @@
+"""Batches whose order and augmentation depend on the seed and the epoch alone, for any number of processes."""
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DistributedSampler
+
+from vision_kd.data.augment import SEED_RANGE, Augment, ImageDraws
+
+Batch = tuple[dict[str, Tensor], Tensor]
+
+
+class EpochSampler(DistributedSampler):
+    """One rank's rows of an epoch, each with the seed of its augmentation.
+
+    The global order and seeds are a pure function of (seed, epoch); rank r takes rows r, r + world_size, ... of them.
+    The ranks' i-th batches of size b therefore make up the i-th batch of size `b * world_size` of a single process.
+
+    Being a `DistributedSampler`, it gets `set_epoch` from Lightning and is not replaced by Lightning's own.
+
+    Args:
+        count: number of images.
+        batch_size: images a batch on one rank.
+        shuffle: permute the rows and give every rank equally many (training); otherwise every image appears
+            exactly once, in order, on one of the ranks (validation).
+        drop_last: leave out the last global batch when it is incomplete.
+        seed: seed of the whole run.
+        rank: this process.
+        world_size: number of processes.
+
+    Raises:
+        ValueError: when dropping the incomplete batch leaves none.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        drop_last: bool,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        super().__init__(range(count), world_size, rank, shuffle, seed, drop_last)  # type: ignore[arg-type]
+        self.count = count
+        global_batch = batch_size * world_size
+        if drop_last and count < global_batch:
+            raise ValueError(
+                f"{count} images do not fill one batch of {batch_size} on each of {world_size} processes: "
+                f"lower batch_size to at most {count // world_size}"
+            )
+        if drop_last:
+            self.total_size = count - count % global_batch
+        elif shuffle:
+            self.total_size = count + -count % world_size  # wraps around, so that all ranks make equally many steps
+        else:
+            self.total_size = count
+        self.num_samples = len(range(rank, self.total_size, world_size))
+
+    def rows(self, streams: int = 1) -> tuple[Tensor, Tensor]:
+        """This rank's image numbers of the epoch, shape (n,), and their seeds, shape (streams, n)."""
+        state = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1).item()
+        generator = torch.Generator().manual_seed(state)
+        order = torch.randperm(self.count, generator=generator) if self.shuffle else torch.arange(self.count)
+        order = order[torch.arange(self.total_size) % self.count]
+        seeds = torch.randint(SEED_RANGE, (streams, self.total_size), generator=generator)
+        return order[self.rank :: self.num_replicas], seeds[:, self.rank :: self.num_replicas]
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order, seeds = self.rows()
+        return iter(zip(order.tolist(), seeds[0].tolist(), strict=True))
+
+
+class DeviceLoader:
+    """Augmented batches of a small data set that lives on the training device as uint8.
+
+    Order and augmentation are drawn for a whole epoch at once; a batch is then a handful of tensor operations
+    without worker processes or work per image. Iterating to the end moves on to the next epoch; `sampler.set_epoch`,
+    which Lightning calls, chooses one. `state_dict` lets a run that stopped inside an epoch continue at its next batch.
+
+    Args:
+        images: shape (N, C, H, W), uint8.
+        labels: shape (N,), int64, on the same device.
+        batch_size: images a batch on one rank.
+        augment: the views to make, by name.
+        shuffle: see `EpochSampler`.
+        drop_last: see `EpochSampler`.
+        seed: seed of the whole run.
+        rank: this process.
+        world_size: number of processes.
+
+    Yields:
+        `(views, target)`: every view float32 in [0, 1] of shape (batch, C, H, W), not normalised; target (batch,).
+    """
+
+    batch_sampler = None  # Lightning reads it next to `sampler`
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        batch_size: int,
+        augment: Mapping[str, Augment],
+        *,
+        shuffle: bool,
+        drop_last: bool,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if images.dtype != torch.uint8 or images.ndim != 4 or len(images) != len(labels):
+            raise ValueError(
+                "images must be uint8 of shape (N, C, H, W) with one label each, got "
+                f"{images.dtype} {tuple(images.shape)} and {len(labels)} labels"
+            )
+        self.images, self.labels, self.batch_size, self.augment = images, labels, batch_size, dict(augment)
+        self.sampler = EpochSampler(
+            len(images),
+            batch_size,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+        )
+        self._delivered = 0
+        self._resume: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return -(-len(self.sampler) // self.batch_size)
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch and the number of its batches delivered so far."""
+        return {"epoch": self.sampler.epoch, "batch": self._delivered}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue the stored epoch behind its last delivered batch; choosing another epoch starts that one anew."""
+        self.sampler.set_epoch(state["epoch"])
+        self._resume = dict(state)
+
+    def __iter__(self) -> Iterator[Batch]:
+        # A generator: nothing is drawn before the first batch is asked for, hence after Lightning has set the epoch.
+        epoch = self.sampler.epoch
+        self._delivered = self._resume["batch"] if self._resume.get("epoch") == epoch else 0
+        self._resume = {}
+        order, seeds = (part.to(self.images.device) for part in self.sampler.rows(len(self.augment)))
+        for start in range(self._delivered * self.batch_size, len(order), self.batch_size):
+            batch = slice(start, start + self.batch_size)
+            images = self.images.index_select(0, order[batch])
+            views = {
+                name: augment(images, ImageDraws(seeds[stream, batch])).to(torch.float32).div_(255)
+                for stream, (name, augment) in enumerate(self.augment.items())
+            }
+            self._delivered += 1
+            yield views, self.labels.index_select(0, order[batch])
+        self.sampler.set_epoch(epoch + 1)
+        self._delivered = 0
