@@ -5,6 +5,7 @@ declares, and the gradient policy (:mod:`vision_kd.policies`) decides how the gr
 update. So every method runs with every policy, and adding a method is adding one file to this package.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar
@@ -103,15 +104,23 @@ def kd_components(
     return tckd, others.sum(-1) * nckd
 
 
-def check_settings(*, positive: Mapping[str, float] = {}, non_negative: Mapping[str, float] = {}) -> None:
+def check_settings(
+    *,
+    positive: Mapping[str, float] = {},
+    non_negative: Mapping[str, float] = {},
+    probabilities: Mapping[str, float] = {},
+) -> None:
     """Refuse out-of-range settings when a method is built, not at its first batch.
 
     Raises:
-        ValueError: If a value is out of range; the message names the setting.
+        ValueError: If a value is out of range, infinite or NaN; the message names the setting.
     """
     for name, value in positive.items():
-        if not value > 0:
-            raise ValueError(f"{name} must be > 0, got {value}")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be > 0 and finite, got {value}")
     for name, value in non_negative.items():
-        if not value >= 0:
-            raise ValueError(f"{name} must be >= 0, got {value}")
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be >= 0 and finite, got {value}")
+    for name, value in probabilities.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must be in [0, 1], got {value}")

@@ -52,9 +52,8 @@ class CRLD(Method):
                 "ce_weight": ce_weight,
                 "within_weight": within_weight,
                 "cross_weight": cross_weight,
-                "weak_threshold": weak_threshold,
-                "strong_threshold": strong_threshold,
             },
+            probabilities={"weak_threshold": weak_threshold, "strong_threshold": strong_threshold},
         )
         self.temperature = temperature
         self.ce_weight = ce_weight

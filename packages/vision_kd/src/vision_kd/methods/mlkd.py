@@ -30,7 +30,7 @@ class MLKD(Method):
         temperatures: Temperatures summed over, each > 0.
         ce_weight: Weight of the cross-entropy of each view.
         kd_weight: Weight of all distillation terms.
-        standardize: Z-score the logits of the instance terms first (LSKD; published with T = 2 added and weight 9).
+        standardize: Z-score the logits of the instance terms first (LSKD; published with T = 2 for 4 and weight 9).
     """
 
     views: ClassVar[tuple[str, ...]] = ("weak", "strong")
@@ -47,6 +47,8 @@ class MLKD(Method):
             positive={f"temperatures[{i}]": t for i, t in enumerate(temperatures)},
             non_negative={"ce_weight": ce_weight, "kd_weight": kd_weight},
         )
+        if not temperatures:
+            raise ValueError("temperatures is empty; name at least one")
         self.temperatures = tuple(temperatures)
         self.ce_weight = ce_weight
         self.kd_weight = kd_weight
