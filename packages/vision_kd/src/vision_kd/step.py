@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from kd_common.grads import component_gradients, merge, output_gradients
 from torch import Tensor, nn
 
+from kd_common.functional.logits import at_least_fp32
+from kd_common.grads import component_gradients, merge, output_gradients
 from vision_kd.methods import Method
 
 ComponentGradients = dict[str, list[Tensor | None]]
@@ -34,11 +35,11 @@ class StepOutput:
 
 
 def teacher_logits(teacher: nn.Module | None, views: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-    """Teacher logits of the named views in fp32, without gradient; empty when there is no teacher."""
+    """Teacher logits of the named views in at least fp32, without gradient; empty when there is no teacher."""
     if teacher is None:
         return {}
     with torch.no_grad():
-        return {name: teacher(views[name]).float() for name in names}
+        return {name: at_least_fp32(teacher(views[name])) for name in names}
 
 
 def distillation_step(
@@ -67,8 +68,8 @@ def distillation_step(
         epoch: Progress in epochs, for losses that warm up.
         k: Surviving classes of the dynamic top-k mask.
     """
-    # fp32 logits inside the graph: their gradients then arrive in fp32 and autograd casts once, at the last layer.
-    logits = {name: student(views[name]).float() for name in method.views}
+    # The cast is inside the graph: gradients of bf16 logits arrive in fp32 and autograd casts once, at the last layer.
+    logits = {name: at_least_fp32(student(views[name])) for name in method.views}
     leaves = {name: z.detach().requires_grad_() for name, z in logits.items()}
     soft_labels = teacher_logits(teacher, views, method.views)
     with torch.autocast(device_type=target.device.type, enabled=False):
