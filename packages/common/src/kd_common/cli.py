@@ -10,8 +10,10 @@ On top of LightningCLI it adds
 """
 
 import itertools
+import logging
 import pickle
 import sys
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,6 +56,7 @@ class FitCLI(LightningCLI):
         checkpoint: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.config_dir = config_dir
+        silence_known_noise()
         self.checkpoint = dict(checkpoint)
         self.run_dir: Path | None = None
         super().__init__(
@@ -102,13 +105,31 @@ class FitCLI(LightningCLI):
         if trainer_config.get("default_root_dir") is None:
             kwargs["default_root_dir"] = str(self.run_dir)
         if trainer_config.get("logger") in (None, True):
-            where = {"save_dir": str(self.run_dir), "name": "", "version": ""}
+            where: dict[str, Any] = {"save_dir": str(self.run_dir), "name": "", "version": ""}
             kwargs["logger"] = [TensorBoardLogger(**where), CSVLogger(**where)]
         if trainer_config.get("enable_checkpointing") is not False:
             self.trainer_defaults["callbacks"] = ModelCheckpoint(
-                dirpath=self.run_dir / CHECKPOINT_DIR, filename="best", save_last=True, **self.checkpoint
+                dirpath=self.run_dir / CHECKPOINT_DIR,
+                filename="best",
+                save_last=True,
+                enable_version_counter=False,  # a second run in this folder must not leave the first one's last.ckpt
+                **self.checkpoint,
             )
         return super().instantiate_trainer(**kwargs)
+
+
+def silence_known_noise() -> None:
+    """Drop messages of Lightning that say nothing about the user's run."""
+    # CSVLogger finds the folder reserved for this run a moment ago and believes it to be an older run's.
+    warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
+    # Lightning 2.6 calls what torch 2.15 deprecates.
+    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)")
+    # Batches of data that is already on the device need no worker processes.
+    warnings.filterwarnings("ignore", message=".*does not have many workers")
+    # An advertisement for a hosted logger, printed for every trainer.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "litlogger" not in record.getMessage()
+    )
 
 
 def resolve_config_names(args: Sequence[str], config_dir: Path) -> list[str]:
@@ -146,14 +167,15 @@ def reserve_run_dir(run_dir: str | None, name: str) -> Path:
     Only rank 0 creates it. The other ranks may settle on another number; they never write, and Lightning broadcasts
     the checkpoint folder of rank 0.
     """
+    main = getattr(rank_zero_only, "rank", 0) == 0
     if run_dir is not None:
         path = Path(run_dir)
-        if rank_zero_only.rank == 0:
+        if main:
             path.mkdir(parents=True, exist_ok=True)
         return path
     for number in itertools.count():
         path = Path("runs") / name / f"run_{number}"
-        if rank_zero_only.rank != 0 and not path.exists():
+        if not main and not path.exists():
             return path
         try:
             path.mkdir(parents=True)

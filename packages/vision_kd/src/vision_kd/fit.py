@@ -5,24 +5,24 @@ and tests call ``build([...])`` with the same arguments as the command line.
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from kd_common.cli import FitCLI
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info
 
 import vision_kd.methods
 import vision_kd.policies  # noqa: F401  (makes the class names known to the command line)
+from kd_common.cli import FitCLI
 from vision_kd.callbacks import StudentExport
 from vision_kd.data import ImageDataModule
 from vision_kd.evaluate import accuracy
 from vision_kd.models import count_parameters
-from vision_kd.module import DistillationModule
+from vision_kd.module import DistillationModule, check_trainer
 from vision_kd.summary import print_summary
 from vision_kd.teacher import obtain_teacher
 
@@ -39,6 +39,10 @@ class VisionCLI(FitCLI):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
         for target in ("data.init_args.seed", "model.init_args.seed"):
             parser.link_arguments("seed_everything", target, compute_fn=fixed_seed)
+
+    def before_instantiate_classes(self) -> None:
+        """Check what Lightning would replace without an error: 16-mixed on a CPU, a missing number of epochs."""
+        check_trainer(self.config["trainer"]["precision"], self.config["trainer"]["max_epochs"])
 
 
 def fixed_seed(seed: bool | int) -> int:
@@ -58,23 +62,38 @@ class Result:
 
     Attributes:
         teacher: Accuracy of the teacher before training, and how it was obtained; empty without a teacher.
-        last: Validation metrics of the last epoch.
-        best: Those of the epoch with the highest top-1; selected on the validation data, so optimistic.
-        gsnr: Vector GSNR of each component in the last epoch.
+        history: Per epoch: validation ``top1``, ``top5`` and ``loss``, training ``seconds``, and the vector GSNR of
+            each component (``gsnr/task`` ...) where it was measured.
         k: Surviving classes at the last update; None without a mask.
-        seconds_per_epoch: Mean training time of an epoch.
         parameters: Parameter counts of student and teacher.
         run_dir: Folder of checkpoints, logs and the resolved configuration; None if nothing was written.
     """
 
     teacher: dict[str, Any]
-    last: dict[str, float]
-    best: dict[str, float]
-    gsnr: dict[str, float]
+    history: list[dict[str, float]]
     k: int | None
-    seconds_per_epoch: float
     parameters: dict[str, int]
-    run_dir: Path | None = field(default=None)
+    run_dir: Path | None
+
+    @property
+    def last(self) -> dict[str, float]:
+        """Metrics of the last epoch."""
+        return self.history[-1]
+
+    @property
+    def best(self) -> dict[str, float]:
+        """Metrics of the epoch with the highest top-1; chosen on the validation data, so optimistic."""
+        return max(self.history, key=lambda epoch: epoch["top1"])
+
+    @property
+    def gsnr(self) -> dict[str, float]:
+        """Vector GSNR per component in the last epoch; empty when it was not measured."""
+        return {key.removeprefix("gsnr/"): value for key, value in self.last.items() if key.startswith("gsnr/")}
+
+    @property
+    def seconds_per_epoch(self) -> float:
+        """Mean training time of an epoch."""
+        return fmean(epoch["seconds"] for epoch in self.history)
 
 
 def build(args: ArgsType = None) -> VisionCLI:
@@ -103,24 +122,27 @@ def run(cli: VisionCLI) -> Result:
         classifier, origin = obtain_teacher(model.teacher_spec, data, data_config)
         model.attach_teacher(classifier)
         parameters["teacher"] = count_parameters(classifier)
-        teacher = measure_teacher(cli) | {"origin": origin}
+        teacher = {"origin": origin}
+        if cli.trainer.is_global_zero:
+            teacher |= measure_teacher(cli)
     if cli.run_dir is not None:
-        cli.trainer.callbacks.append(StudentExport(cli.run_dir, {"data": data_config}))
+        callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        callbacks.append(StudentExport(cli.run_dir, {"data": data_config}))
     cli.trainer.fit(model, datamodule=data, ckpt_path=cli.config["ckpt_path"], weights_only=True)
+    if not model.history:
+        raise RuntimeError(
+            "no epoch was validated, so there is no result: check trainer.max_steps, max_time and limit_val_batches"
+        )
     return Result(
         teacher=teacher,
-        last=model.history[-1],
-        best=max(model.history, key=lambda epoch: epoch["top1"]),
-        gsnr=model.gsnr_of_epoch(),
+        history=model.history,
         k=model.k,
-        seconds_per_epoch=fmean(epoch["seconds"] for epoch in model.history),
         parameters=parameters,
         run_dir=cli.run_dir,
     )
 
 
-@rank_zero_only
-def measure_teacher(cli: VisionCLI) -> dict[str, Any]:
+def measure_teacher(cli: VisionCLI) -> dict[str, float]:
     """Accuracy of the attached teacher on the validation data, printed before training starts."""
     cli.datamodule.prepare_data()
     cli.datamodule.setup("validate")
@@ -131,7 +153,7 @@ def measure_teacher(cli: VisionCLI) -> dict[str, Any]:
         cli.trainer.strategy.root_device,
     )
     rank_zero_info(f"Teacher {cli.model.teacher_spec.name}: top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%}")
-    return dict(result)
+    return result
 
 
 def main(args: ArgsType = None) -> Result:

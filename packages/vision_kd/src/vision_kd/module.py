@@ -8,15 +8,18 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from kd_common.distributed import average_batchnorm_buffers
-from kd_common.grads import accumulate, all_reduce_mean, clip_components, component_norms
-from kd_common.gsnr import GradientSNR
-from kd_common.schedules import CosineDecay, Schedule, TopKSchedule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from kd_common.distributed import average_batchnorm_buffers
+from kd_common.functional.logits import at_least_fp32
+from kd_common.grads import accumulate, all_reduce_mean, clip_components, component_norms
+from kd_common.gsnr import GradientSNR
+from kd_common.optim import ComponentOptimizer
+from kd_common.schedules import CosineDecay, Schedule, TopKSchedule
 from vision_kd.methods import Method
 from vision_kd.methods.base import cross_entropy
 from vision_kd.methods.kd import KD
@@ -26,9 +29,23 @@ from vision_kd.specs import DynamicTopK, TeacherSpec
 from vision_kd.step import ComponentGradients, StepOutput, distillation_step
 
 
-
 class NonFiniteLossError(RuntimeError):
     """A loss component became NaN or infinite; the message names the batch and the last good checkpoint."""
+
+
+def check_trainer(precision: str | int | None, max_epochs: int | None) -> None:
+    """Refuse trainer settings that component gradients or the schedules cannot work with.
+
+    Raises:
+        ValueError: For fp16 with loss scaling, and for a run without a known length.
+    """
+    if str(precision) in ("16", "16-mixed"):
+        raise ValueError(
+            f"trainer.precision {precision} scales the loss, and component gradients bypass the scaler; "
+            "use bf16-mixed or 32-true"
+        )
+    if max_epochs is None or max_epochs < 1:
+        raise ValueError(f"trainer.max_epochs must be at least 1, got {max_epochs}: the schedules run over it")
 
 
 class DistillationModule(pl.LightningModule):
@@ -102,6 +119,7 @@ class DistillationModule(pl.LightningModule):
         self._check_settings()
 
         self.student = build_classifier(student, num_classes=num_classes, in_channels=in_channels, mean=mean, std=std)
+        self._build_optimizer()  # a policy that does not fit the method fails here, not after the teacher was trained
         self.ema = None
         if ema_decay is not None:
             self.ema = AveragedModel(self.student, multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=True)
@@ -158,16 +176,19 @@ class DistillationModule(pl.LightningModule):
         """Logits of shape (N, C) for images in [0, 1] of shape (N, channels, H, W)."""
         return self.inference_model(images)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The policy's optimizer, and the learning-rate schedule stepped once per update."""
-        optimizer = self.policy.optimizer(
+        optimizer = self._build_optimizer()
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)}
+
+    def _build_optimizer(self) -> ComponentOptimizer:
+        return self.policy.optimizer(
             self.student,
             self.method.components,
             lr=self.learning_rate,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
         )
-        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)}
 
     def _lr_factor(self, step: int) -> float:
         return self.lr_schedule(self._epochs(step), self._max_epochs)
@@ -180,6 +201,10 @@ class DistillationModule(pl.LightningModule):
     def steps_per_epoch(self) -> int:
         """Updates per epoch."""
         return math.ceil(self.trainer.num_training_batches / self.accumulate)
+
+    @property
+    def _log_every(self) -> int:
+        return self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
 
     @property
     def _max_epochs(self) -> int:
@@ -204,17 +229,12 @@ class DistillationModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Check what the schedules and the precision need, and bring the teacher to the device."""
-        if self.trainer.precision == "16-mixed":
-            raise ValueError(
-                "trainer.precision 16-mixed scales the loss, and component gradients bypass the scaler; "
-                "use bf16-mixed or 32-true"
-            )
-        if self.trainer.max_epochs is None or self.trainer.max_epochs < 1:
-            raise ValueError("trainer.max_epochs must be set to at least 1: the schedules run over it")
+        check_trainer(self.trainer.precision, self.trainer.max_epochs)
         if self.method.needs_teacher and self.teacher is None:
             raise RuntimeError("no teacher is attached; call attach_teacher(...) or run through vision_kd.fit")
         if self.teacher is not None:
-            self.teacher.to(self.device)
+            # A lower precision than fp32 is the student's choice; float64 images need a float64 teacher.
+            self.teacher.to(self.device, torch.promote_types(self.dtype, torch.float32))
 
     # ------------------------------------------------------------------------------------------------ training
 
@@ -222,6 +242,7 @@ class DistillationModule(pl.LightningModule):
         """Make every random draw of the epoch a function of seed, epoch and rank, so that a resumed run repeats it."""
         torch.manual_seed((self.seed * 1_000_003 + self.current_epoch) * 1_009 + self.global_rank)
         self.gsnr.reset()
+        self._pending, self._pending_samples = {}, 0  # an interrupted fit may have left some
         self._first_bad_batch = torch.full((), -1, device=self.device)
         self._epoch_start = time.perf_counter()
 
@@ -243,7 +264,6 @@ class DistillationModule(pl.LightningModule):
             k=k,
         )
         self._guard_finite(step, batch_idx)
-        self.log_dict({f"train/{name}": value for name, value in step.components.items()}, batch_size=len(target))
         gradients = step.gradients
         if self.accumulate > 1:
             accumulate(self._pending, gradients, scale=len(target))
@@ -253,33 +273,42 @@ class DistillationModule(pl.LightningModule):
             gradients = {}
             accumulate(gradients, self._pending, scale=1.0 / self._pending_samples)
             self._pending, self._pending_samples = {}, 0
-        self._update(optimizer, all_reduce_mean(gradients), measure)
-        if k is not None:
-            self.log("train/k", float(k), batch_size=len(target))
+        gradients = all_reduce_mean(gradients)
+        if measure or self.global_step % self._log_every == 0:
+            values = {f"train/{name}": float(value) for name, value in step.components.items()}
+            values["train/lr"] = optimizer.param_groups[0]["lr"]
+            if k is not None:
+                values["train/k"] = k
+            self._log_now(values | (self._measure(gradients) if measure else {}))
+        self._update(optimizer, gradients)
 
-    def _update(self, optimizer: Any, gradients: ComponentGradients, measure: bool) -> None:
+    def _log_now(self, values: Mapping[str, float]) -> None:
+        """Write to the loggers directly: `self.log` costs more than a small network's step."""
+        for logger in self.loggers:
+            logger.log_metrics(dict(values), step=self.global_step)
+
+    def _update(self, optimizer: Any, gradients: ComponentGradients) -> None:
         """One step of optimizer, learning-rate schedule and moving average."""
-        if measure:
-            self._measure(gradients)
         if self.clip_norm is not None:
             clip_components(gradients, self.clip_norm)
-        self.log("train/lr", optimizer.param_groups[0]["lr"])
         optimizer.step(components=gradients)
         scheduler: Any = self.lr_schedulers()
         scheduler.step()
         if self.ema is not None:
             self.ema.update_parameters(self.student)
 
-    def _measure(self, gradients: ComponentGradients) -> None:
-        """Feed the gradient statistics; log norms of the components and the cosines between them."""
+    def _measure(self, gradients: ComponentGradients) -> dict[str, float]:
+        """Feed the gradient statistics; return the norms of the components and the cosines between them."""
         reached = {name: [g for g in grads if g is not None] for name, grads in gradients.items()}
-        reached = {name: grads for name, grads in reached.items() if grads}
-        self.gsnr.update(reached)
+        self.gsnr.update({name: grads for name, grads in reached.items() if grads})
         norms = component_norms(gradients)
-        self.log_dict({f"grad_norm/{name}": norm for name, norm in norms.items()})
-        for a, b in itertools.combinations(sorted(reached), 2):
-            dot = torch.stack([(x * y).sum() for x, y in zip(gradients[a], gradients[b], strict=True)]).sum()
-            self.log(f"grad_cosine/{a}_{b}", dot / (norms[a] * norms[b]).clamp_min(torch.finfo(dot.dtype).tiny))
+        values = {f"grad_norm/{name}": float(norm) for name, norm in norms.items()}
+        for a, b in itertools.combinations(sorted(gradients), 2):
+            pairs = [(x, y) for x, y in zip(gradients[a], gradients[b], strict=True) if x is not None and y is not None]
+            dot = sum((x * y).sum() for x, y in pairs)
+            if (scale := float(norms[a] * norms[b])) > 0:
+                values[f"grad_cosine/{a}_{b}"] = float(dot) / scale
+        return values
 
     def _guard_finite(self, step: StepOutput, batch_idx: int) -> None:
         """Remember the first batch with a non-finite loss; read it where that does not stall the device.
@@ -290,26 +319,24 @@ class DistillationModule(pl.LightningModule):
         finite = torch.stack(list(step.components.values())).isfinite().all()
         unseen = self._first_bad_batch < 0
         self._first_bad_batch = torch.where(unseen & ~finite, batch_idx, self._first_bad_batch)
-        every = 1 if self.device.type == "cpu" else self.trainer.log_every_n_steps
+        every = 1 if self.device.type == "cpu" else self._log_every
         if (batch_idx + 1) % every and not self.trainer.is_last_batch:
             return
         if (bad := int(self._first_bad_batch)) >= 0:
             values = ", ".join(f"{name} {float(value):.4g}" for name, value in step.components.items())
-            kept = getattr(self.trainer.checkpoint_callback, "last_model_path", "") or "none written yet"
             raise NonFiniteLossError(
                 f"the loss became NaN or infinite at epoch {self.current_epoch}, batch {bad} (components of batch "
-                f"{batch_idx}: {values}). Nothing was saved since; last good checkpoint: {kept}. Lower "
+                f"{batch_idx}: {values}). Nothing was saved since; last good checkpoint: {self._last_checkpoint}. Lower "
                 "model.learning_rate, set model.clip_norm or look at that batch."
             )
 
-    def on_train_epoch_end(self) -> None:
-        """Log the epoch's gradient signal-to-noise ratios."""
-        for name, snr in self.gsnr_of_epoch().items():
-            self.log(f"gsnr/{name}", snr)
+    @property
+    def _last_checkpoint(self) -> str:
+        return getattr(self.trainer.checkpoint_callback, "last_model_path", "") or "none written yet"
 
     def gsnr_of_epoch(self) -> dict[str, float]:
         """Vector GSNR of every component over the updates measured this epoch; empty with fewer than two of them."""
-        return {name: self.gsnr.vector(name) for name in self.gsnr.names if self.gsnr.count(name) > 1}
+        return {f"gsnr/{name}": self.gsnr.vector(name) for name in self.gsnr.names if self.gsnr.count(name) > 1}
 
     # ------------------------------------------------------------------------------------------------ validation
 
@@ -321,21 +348,28 @@ class DistillationModule(pl.LightningModule):
     def validation_step(self, batch: tuple[Mapping[str, Tensor], Tensor], batch_idx: int) -> None:
         """Count top-1 and top-5 hits and the cross-entropy of one batch."""
         views, target = batch
-        logits = self(views["clean"]).float()
+        logits = at_least_fp32(self(views["clean"]))
         self.top1.update(logits, target)
         self.top5.update(logits, target)
         self.val_loss.update(cross_entropy(logits, target))
-        self.log("val/top1", self.top1, prog_bar=True)
-        self.log("val/top5", self.top5)
-        self.log("val/loss", self.val_loss)
 
     def on_validation_epoch_end(self) -> None:
-        """Remember the epoch's result; the final table reads the last and the best from here."""
+        """Log and remember the epoch's result; the final table reads the last and the best from here."""
+        values = {}
+        for name, metric in {"top1": self.top1, "top5": self.top5, "loss": self.val_loss}.items():
+            values[name] = float(metric.compute())  # gathers all ranks
+            metric.reset()
+            self.log(f"val/{name}", values[name], prog_bar=name == "top1")
+        if not math.isfinite(values["loss"]):
+            raise NonFiniteLossError(
+                f"the validation loss is {values['loss']} at epoch {self.current_epoch}: an update made the student "
+                f"non-finite. It was not saved; last good checkpoint: {self._last_checkpoint}. Lower "
+                "model.learning_rate or set model.clip_norm."
+            )
         if not self.trainer.sanity_checking:
-            metrics = {"top1": self.top1, "top5": self.top5, "loss": self.val_loss}
-            values = {name: float(metric.compute()) for name, metric in metrics.items()}
-            self.history.append({"epoch": self.current_epoch, "seconds": self._epoch_seconds, **values})
-            self.log("train/seconds_per_epoch", self._epoch_seconds)
+            of_training = {"seconds": self._epoch_seconds, **self.gsnr_of_epoch()}
+            self.log_dict(of_training)
+            self.history.append({"epoch": self.current_epoch, **values, **of_training})
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 

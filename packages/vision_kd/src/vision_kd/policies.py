@@ -9,9 +9,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from torch import nn
+
 from kd_common.optim import ComponentOptimizer, DecoupledAdamW, DecoupledSGD, deepkd_adamw, deepkd_sgd
 from kd_common.optim.sgd import WEIGHT_DECAY
-from torch import nn
 
 Delta = float | dict[str, float]
 

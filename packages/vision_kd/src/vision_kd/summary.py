@@ -44,10 +44,8 @@ def print_summary(result: "Result", model: DistillationModule, console: Console 
         lines["resume from"] = str(result.run_dir / "checkpoints" / "last.ckpt")
         lines["logs"] = f"{result.run_dir / 'metrics.csv'}, tensorboard --logdir {result.run_dir}"
         lines["configuration"] = str(result.run_dir / "config.yaml")
-    details = Table(show_header=False, box=None)
     for name, value in lines.items():
-        details.add_row(name, value)
-    console.print(details, soft_wrap=True)
+        console.print(f"{name:<{max(map(len, lines))}}  {value}", soft_wrap=True, highlight=False)
 
 
 def accuracies(metrics: dict[str, float]) -> tuple[str, str]:

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from vision_kd.data.base import ImageDataModule
 from vision_kd.methods.vanilla import Vanilla
-from vision_kd.models import Classifier, build_classifier, load_classifier, save_student
+from vision_kd.models import CheckpointError, Classifier, build_classifier, load_classifier, save_student
 from vision_kd.module import DistillationModule
 from vision_kd.policies import SGD
 from vision_kd.specs import TeacherSpec
@@ -34,9 +34,11 @@ def teacher_cache_path(spec: TeacherSpec, data: Mapping[str, Any]) -> Path:
 
     Args:
         spec: The teacher.
-        data: Resolved configuration of the DataModule, plain types.
+        data: Resolved configuration of the DataModule, ``class_path`` and ``init_args`` in plain types.
     """
-    recipe = {"teacher": asdict(spec), "data": data, "format": CACHE_FORMAT}
+    # The teacher is trained with its own seed, so the student's seed must not lead to another teacher.
+    settings = {key: value for key, value in data["init_args"].items() if key not in ("seed", "val_batch_size")}
+    recipe = {"teacher": asdict(spec), "data": {**data, "init_args": settings}, "format": CACHE_FORMAT}
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()[:16]
     return cache_root() / "teachers" / f"{spec.name.replace('/', '_')}-{digest}.pt"
 
@@ -65,7 +67,10 @@ def obtain_teacher(spec: TeacherSpec, datamodule: ImageDataModule, data: Mapping
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         if path.is_file():
-            return load_classifier(path), f"from the cache, {path}"
+            try:
+                return load_classifier(path), f"from the cache, {path}"
+            except CheckpointError as error:
+                raise CheckpointError(f"cached teacher: {error}\nDelete {path} to train it again.") from error
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise RuntimeError(
                 f"no weights for the teacher {spec.name}, and training it inside a multi-process launch would train "

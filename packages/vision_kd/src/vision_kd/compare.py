@@ -1,0 +1,195 @@
+"""``python -m vision_kd.compare --config FILE``: several methods, several seeds, one table and two plots.
+
+A comparison file names the configurations all runs share and those each variant adds::
+
+    base: [fashion_mnist]
+    variants:
+      KD: [methods/kd, policies/sgd]
+      KD + DeepKD: [methods/kd, policies/deepkd]
+    seeds: [0, 1, 2]
+
+Every finished run is written to ``results.json`` at once; an interrupted comparison continues where it stopped.
+"""
+
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
+from rich.table import Table
+
+from kd_common.cli import resolve_config_names
+from vision_kd.figures import plot_accuracy, plot_gsnr
+from vision_kd.fit import CONFIG_DIR, build, run
+
+Row = dict[str, Any]
+
+
+def run_one(variant: str, seed: int, args: Sequence[str], threads: int) -> Row:
+    """Train one variant with one seed; return what the table and the plots need, in plain types.
+
+    Args:
+        variant: Name in the table.
+        seed: ``seed_everything`` of the run.
+        args: Command line of :func:`vision_kd.fit.build`.
+        threads: CPU threads of this run.
+    """
+    torch.set_num_threads(threads)
+    cli = build([*args, "--seed_everything", str(seed), "--trainer.enable_progress_bar", "false"])
+    result = run(cli)
+    return {
+        "variant": variant,
+        "seed": seed,
+        "teacher": result.teacher,
+        "parameters": result.parameters,
+        "history": result.history,
+        "args": list(args),
+    }
+
+
+def compare(
+    base: list[str],
+    variants: dict[str, list[str]],
+    output: Path,
+    seeds: list[int] = [0, 1, 2],  # noqa: B006 (a default the command line prints)
+    overrides: list[str] = [],  # noqa: B006
+    jobs: int = 1,
+) -> list[Row]:
+    """Run every variant with every seed and write the table and the plots.
+
+    Args:
+        base: Configurations all runs share.
+        variants: Further configurations of each variant, by the name it has in the table.
+        output: Folder of the runs, ``results.json``, ``results.md``, ``accuracy.png`` and ``gsnr.png``.
+        seeds: One run per seed and variant.
+        overrides: Command-line arguments added to all runs, such as ``--trainer.max_epochs=2``.
+        jobs: Runs at a time; the CPU's threads are shared among them.
+
+    Returns:
+        One row per run.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    results = output / "results.json"
+    done = json.loads(results.read_text())["runs"] if results.is_file() else []
+    finished = {(row["variant"], row["seed"]) for row in done}
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    pending = []
+    for variant, configs in variants.items():
+        for seed in seeds:
+            if (variant, seed) in finished:
+                continue
+            args = [part for name in (*base, *configs) for part in ("--config", name)]
+            run_dir = output / "runs" / f"{variant.replace(' ', '_').replace('/', '-')}-{seed}"
+            pending.append((variant, seed, [*args, "--run_dir", str(run_dir), *overrides], threads))
+    with Progress() as progress:
+        task = progress.add_task("runs", total=len(pending))
+        for row in execute(pending, jobs):
+            done.append(row)
+            write_atomically(results, json.dumps({"environment": environment(), "runs": done}, indent=1))
+            progress.console.print(f"{row['variant']}, seed {row['seed']}: top-1 {row['history'][-1]['top1']:.2%}")
+            progress.advance(task)
+    done.sort(key=lambda row: (list(variants).index(row["variant"]) if row["variant"] in variants else 0, row["seed"]))
+    report(done, output)
+    return done
+
+
+def execute(pending: Sequence[tuple[str, int, list[str], int]], jobs: int) -> Iterable[Row]:
+    """Rows of all runs as they finish, in this process or in ``jobs`` fresh ones."""
+    if jobs == 1:
+        yield from (run_one(*arguments) for arguments in pending)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(run_one, *arguments) for arguments in pending]):
+            yield future.result()
+
+
+def environment() -> dict[str, Any]:
+    """Hardware and versions the numbers belong to."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {
+        "device": device,
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file in one step, so that an interruption leaves the old one."""
+    partial = path.with_suffix(".tmp")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """Mean and sample standard deviation in per cent; the mean alone for a single value."""
+    mean = 100 * statistics.fmean(values)
+    return f"{mean:.2f}" if len(values) < 2 else f"{mean:.2f} ± {100 * statistics.stdev(values):.2f}"
+
+
+def summarise(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """One table row per variant: accuracies over the seeds, gain over the first variant, and cost."""
+    by_variant: dict[str, list[Row]] = {}
+    for row in rows:
+        by_variant.setdefault(row["variant"], []).append(row)
+    lines = []
+    for variant, runs in by_variant.items():
+        last = [run["history"][-1] for run in runs]
+        best = [max(run["history"], key=lambda epoch: epoch["top1"]) for run in runs]
+        lines.append(
+            {
+                "variant": variant,
+                "seeds": str(len(runs)),
+                "last top-1": mean_and_spread([epoch["top1"] for epoch in last]),
+                "best top-1": mean_and_spread([epoch["top1"] for epoch in best]),
+                "last loss": f"{statistics.fmean(epoch['loss'] for epoch in last):.4f}",
+                "s/epoch": f"{statistics.fmean(epoch['seconds'] for run in runs for epoch in run['history']):.1f}",
+            }
+        )
+    return lines
+
+
+def report(rows: Sequence[Row], output: Path) -> None:
+    """Print the table and write it beside the plots."""
+    lines = summarise(rows)
+    table = Table(title="validation accuracy in %, mean ± standard deviation over seeds")
+    for column in lines[0]:
+        table.add_column(column, justify="left" if column == "variant" else "right")
+    for line in lines:
+        table.add_row(*(escape(value) for value in line.values()))
+    Console().print(table)
+    header = [list(lines[0]), ["---"] * len(lines[0])]
+    markdown = "\n".join("| " + " | ".join(row) + " |" for row in [*header, *(list(line.values()) for line in lines)])
+    write_atomically(output / "results.md", markdown + "\n")
+    plot_accuracy(rows, output / "accuracy.png")
+    if any(key.startswith("gsnr/") for row in rows for key in row["history"][-1]):
+        plot_gsnr(rows, output / "gsnr.png")
+    Console().print(f"written to {output}", highlight=False)
+
+
+def main(args: list[str] | None = None) -> list[Row]:
+    """Parse the comparison and run it."""
+    import sys
+
+    parser = ArgumentParser(prog="python -m vision_kd.compare", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="Comparison file; packaged ones are found by name.")
+    parser.add_function_arguments(compare, as_positional=False)
+    command_line = sys.argv[1:] if args is None else args
+    settings = parser.parse_args(resolve_config_names(command_line, CONFIG_DIR))
+    settings.pop("config")
+    return compare(**parser.instantiate_classes(settings))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Figures of several runs: accuracy over epochs and gradient signal-to-noise ratios."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+
+Row = Mapping[str, Any]
+
+
+def by_variant(rows: Sequence[Row]) -> dict[str, list[list[dict[str, float]]]]:
+    """Histories of all seeds per variant, in order of appearance."""
+    histories: dict[str, list[list[dict[str, float]]]] = {}
+    for row in rows:
+        histories.setdefault(row["variant"], []).append(row["history"])
+    return histories
+
+
+def curve(histories: Sequence[Sequence[Mapping[str, float]]], key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Epochs, mean and standard deviation over seeds of a quantity; NaN where an epoch did not measure it."""
+    length = min(len(history) for history in histories)
+    values = np.array([[epoch.get(key, np.nan) for epoch in history[:length]] for history in histories])
+    return np.arange(1, length + 1), values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0 * values[0]
+
+
+def plot_accuracy(rows: Sequence[Row], path: Path) -> None:
+    """Top-1 over epochs (mean, band of one standard deviation) and last-epoch top-1 of every seed."""
+    variants = by_variant(rows)
+    colours = mpl.colormaps["tab20" if len(variants) > 10 else "tab10"].colors  # type: ignore[attr-defined]
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    curves, points = figure.subplots(1, 2, width_ratios=[3, 2])
+    for index, ((variant, histories), colour) in enumerate(zip(variants.items(), colours, strict=False)):
+        epochs, mean, spread = curve(histories, "top1")
+        curves.plot(epochs, 100 * mean, color=colour, label=variant)
+        curves.fill_between(epochs, 100 * (mean - spread), 100 * (mean + spread), color=colour, alpha=0.15, lw=0)
+        last = [100 * history[-1]["top1"] for history in histories]
+        points.plot(last, [index] * len(last), "o", color=colour, alpha=0.6, ms=4)
+        points.plot(np.mean(last), index, "|", color=colour, ms=16, mew=2)
+    half = 100 * np.concatenate([curve(h, "top1")[1][len(h[0]) // 2 :] for h in variants.values()])
+    curves.set(xlabel="epoch", ylabel="validation top-1 (%)", ylim=(half.min() - 1.5, half.max() + 0.7))
+    points.set(xlabel="last-epoch top-1 (%), one dot a seed, bar the mean", yticks=range(len(variants)))
+    points.set_yticklabels(list(variants))
+    points.invert_yaxis()
+    curves.legend(fontsize=7, loc="lower right")
+    for axes in (curves, points):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+
+
+def plot_gsnr(rows: Sequence[Row], path: Path) -> None:
+    """Vector GSNR of each component over epochs, one panel per variant that measured it."""
+    measured = {
+        variant: histories
+        for variant, histories in by_variant(rows).items()
+        if any(key.startswith("gsnr/") for key in histories[0][-1])
+    }
+    columns = min(4, len(measured))
+    lines = -(-len(measured) // columns)
+    figure = Figure(figsize=(3.2 * columns, 2.6 * lines), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False, sharex=True)
+    for axes in grid.flat[len(measured) :]:
+        axes.set_visible(False)
+    for axes, (variant, histories) in zip(grid.flat, measured.items(), strict=False):
+        for key in sorted(key for key in histories[0][-1] if key.startswith("gsnr/")):
+            epochs, mean, spread = curve(histories, key)
+            (line,) = axes.plot(epochs, mean, label=key.removeprefix("gsnr/"))
+            axes.fill_between(epochs, mean - spread, mean + spread, color=line.get_color(), alpha=0.15, lw=0)
+        axes.set_title(variant, fontsize=9)
+        axes.set_yscale("log")
+        axes.grid(alpha=0.3, which="both", lw=0.4)
+    grid[0, 0].legend(fontsize=7)
+    figure.supxlabel("epoch", fontsize=9)
+    figure.supylabel("gradient signal-to-noise ratio (vector form)", fontsize=9)
+    figure.savefig(path, dpi=130)
