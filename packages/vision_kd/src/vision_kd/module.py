@@ -326,8 +326,8 @@ class DistillationModule(pl.LightningModule):
             values = ", ".join(f"{name} {float(value):.4g}" for name, value in step.components.items())
             raise NonFiniteLossError(
                 f"the loss became NaN or infinite at epoch {self.current_epoch}, batch {bad} (components of batch "
-                f"{batch_idx}: {values}). Nothing was saved since; last good checkpoint: {self._last_checkpoint}. Lower "
-                "model.learning_rate, set model.clip_norm or look at that batch."
+                f"{batch_idx}: {values}). Nothing was saved since; last good checkpoint: {self._last_checkpoint}. "
+                "Lower model.learning_rate, set model.clip_norm or look at that batch."
             )
 
     @property
