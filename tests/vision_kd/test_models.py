@@ -72,7 +72,8 @@ def assert_same_function(ours: nn.Module, theirs: nn.Module, *shape: int) -> Non
 
 
 def test_zoo_is_the_published_list():
-    assert set(MODELS.names()) == PUBLISHED.keys()
+    # Other test files register toy networks under names that start with "test_".
+    assert {name for name in MODELS.names() if not name.startswith("test_")} == PUBLISHED.keys()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
