@@ -227,9 +227,13 @@ class DistillationModule(pl.LightningModule):
             return None
         return self._topk_schedule(self._max_epochs * self.steps_per_epoch)(self.global_step)
 
+    def setup(self, stage: str) -> None:
+        """Check what the schedules and the precision need."""
+        if stage == "fit":
+            check_trainer(self.trainer.precision, self.trainer.max_epochs)
+
     def on_fit_start(self) -> None:
-        """Check what the schedules and the precision need, and bring the teacher to the device."""
-        check_trainer(self.trainer.precision, self.trainer.max_epochs)
+        """Bring the teacher to the device."""
         if self.method.needs_teacher and self.teacher is None:
             raise RuntimeError("no teacher is attached; call attach_teacher(...) or run through vision_kd.fit")
         if self.teacher is not None:
