@@ -127,7 +127,7 @@ class DistillationModule(pl.LightningModule):
         self._teacher: list[Classifier] = []
         self.top1 = MulticlassAccuracy(num_classes, top_k=1, average="micro")
         self.top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro")
-        self.val_loss = MeanMetric()
+        self.val_loss = MeanMetric(nan_strategy="disable")  # the default drops NaN
         self.gsnr = GradientSNR()
         self.history: list[dict[str, float]] = []
         self._pending: ComponentGradients = {}
