@@ -1,0 +1,273 @@
+"""Whole runs on the embedded digits: results, files, replay, seeds, divergence, bad input."""
+
+import csv
+import math
+import re
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from vision_kd.data import Digits
+from vision_kd.evaluate import accuracy
+from vision_kd.fit import build, main, run
+from vision_kd.models import MODELS, load_classifier
+from vision_kd.module import NonFiniteLossError
+
+
+def weights(module):
+    return torch.cat([p.detach().flatten() for p in module.student.parameters()])
+
+
+def train(args, *extra):
+    """Build and run; the parsed run and its result."""
+    cli = build([*args, *extra])
+    return cli, run(cli)
+
+
+@pytest.fixture
+def sgd_args(digits_args):
+    """A run without a teacher, the quickest there is."""
+    return [*digits_args, "--config=methods/vanilla"]
+
+
+class Poison(pl.Callback):
+    """Makes the student infinite in epoch 1, before or after a batch."""
+
+    def __init__(self, batch_idx, *, after=False):
+        self.batch_idx, self.after = batch_idx, after
+
+    def poison(self, trainer, module, batch_idx):
+        if (trainer.current_epoch, batch_idx) == (1, self.batch_idx):
+            with torch.no_grad():
+                next(module.student.parameters()).fill_(torch.inf)
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if not self.after:
+            self.poison(trainer, module, batch_idx)
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if self.after:
+            self.poison(trainer, module, batch_idx)
+
+
+# ------------------------------------------------------------------------------------------------------ whole run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One run with everything switched on, by the command line's own entry point."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KD_CACHE", str(folder / "cache"))
+        args = [
+            f"--run_dir={folder / 'run'}",
+            "--trainer.accelerator=cpu",
+            "--trainer.max_epochs=3",
+            "--trainer.log_every_n_steps=1",
+            "--trainer.enable_progress_bar=false",
+            "--data.batch_size=32",
+            "--data.train_subset=256",
+            "--model.teacher.name=resnet8",
+            "--model.teacher.epochs=4",
+            "--model.ema_decay=0.5",
+            "--model.clip_norm=5",
+            "--model.accumulate=2",
+        ]
+        cli = build(args)
+        yield folder, cli, run(cli)
+
+
+def test_result(finished):
+    folder, cli, result = finished
+    assert 0.15 < result.teacher["top1"] <= result.teacher["top5"] <= 1
+    assert result.teacher["origin"].startswith("trained for 4 epochs")
+    assert [epoch["epoch"] for epoch in result.history] == [0, 1, 2]
+    assert result.last == result.history[-1]
+    assert result.best["top1"] == max(epoch["top1"] for epoch in result.history)
+    assert set(result.gsnr) == {"task", "target", "nontarget"}
+    assert all(value > 0 for value in result.gsnr.values())
+    assert result.k == 9
+    assert result.seconds_per_epoch > 0
+    assert result.parameters == {"student": 77_754, "teacher": 77_754}
+    assert result.run_dir == folder / "run"
+    assert cli.trainer.global_step == 3 * 4
+
+
+@pytest.mark.parametrize("which", ["last", "best"])
+def test_student_files_load_with_plain_pytorch_and_reach_the_reported_accuracy(finished, which):
+    _, cli, result = finished
+    path = result.run_dir / f"student_{which}.pt"
+    network = MODELS.get("resnet8")(num_classes=10, in_channels=1)
+    saved = torch.load(path, weights_only=True)
+    network.load_state_dict(saved["model"])
+
+    data = Digits()
+    data.setup("validate")
+    found = accuracy(load_classifier(path), data.val_dataloader(), 10, "cpu")
+    expected = getattr(result, which)
+    assert found == pytest.approx({"top1": expected["top1"], "top5": expected["top5"]})
+    assert saved["meta"]["epoch"] == expected["epoch"]
+    if which == "last":
+        for key, value in cli.model.inference_model.network.state_dict().items():
+            assert torch.equal(saved["model"][key], value)
+
+
+def test_checkpoints(finished):
+    _, cli, result = finished
+    folder = result.run_dir / "checkpoints"
+    assert sorted(p.name for p in folder.iterdir()) == ["best.ckpt", "last.ckpt"]
+    last = torch.load(folder / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 12
+    assert last["epoch"] == 2
+    assert not any("teacher" in key for key in last["state_dict"])
+    assert last["history"] == result.history
+    best = torch.load(folder / "best.ckpt", weights_only=True)
+    assert best["history"][-1] == result.best
+    for key, value in cli.model.state_dict().items():
+        assert torch.equal(last["state_dict"][key], value)
+
+
+def test_metrics_file(finished):
+    _, _, result = finished
+    with (result.run_dir / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+
+    def column(name):
+        return [float(row[name]) for row in rows if row[name]]
+
+    assert column("train/lr") == pytest.approx([0.05 * 0.5 * (1 + math.cos(math.pi * s / 12)) for s in range(12)])
+    k = column("train/k")
+    assert k[0] == 1
+    assert k == sorted(k)
+    assert len(column("val/top1")) == 3
+    for name in ("task", "target", "nontarget"):
+        assert len(column(f"train/{name}")) == 12
+        assert len(column(f"grad_norm/{name}")) == 6
+        assert len(column(f"gsnr/{name}")) == 3
+    assert all(-1 <= value <= 1 for value in column("grad_cosine/target_task"))
+
+
+def test_saved_configuration_replays_the_run(finished, monkeypatch):
+    folder, cli, result = finished
+    monkeypatch.setenv("KD_CACHE", str(folder / "cache"))
+    replayed, again = train([f"--config={result.run_dir / 'config.yaml'}", f"--run_dir={folder / 'replay'}"])
+    assert torch.equal(weights(replayed.model), weights(cli.model))
+    assert again.teacher["origin"].startswith("from the cache")
+    assert again.last["loss"] == result.last["loss"]
+
+
+def test_table(digits_args, capsys, tmp_path):
+    main([*digits_args, "--trainer.max_epochs=1"])
+    printed = capsys.readouterr().out
+    for part in ("KD with DeepKD", "teacher resnet8", "student resnet8, best epoch (1)", "77,754", "k reached"):
+        assert part in printed
+    for name in ("task", "target", "nontarget"):
+        assert f"GSNR of {name}" in printed
+    for path in ("student_{last,best}.pt", "checkpoints/last.ckpt", "metrics.csv", "config.yaml"):
+        assert str(tmp_path / "run" / path) in printed
+
+
+# ---------------------------------------------------------------------------------------------- seeds and precision
+
+
+def test_the_seed_decides_the_run(sgd_args, tmp_path):
+    first, second, other = (
+        weights(train(sgd_args, f"--seed_everything={seed}", f"--run_dir={tmp_path / name}")[0].model)
+        for name, seed in (("a", 3), ("b", 3), ("c", 4))
+    )
+    assert torch.equal(first, second)
+    assert not torch.allclose(first, other, atol=1e-2)
+
+
+def test_a_random_seed_is_refused(sgd_args, capsys):
+    with pytest.raises(SystemExit):
+        build([*sgd_args, "--seed_everything=true"])
+    assert "a run is resumed from its seed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16-mixed", torch.float32), ("64-true", torch.float64)])
+def test_precisions(digits_args, precision, dtype):
+    cli, result = train(digits_args, f"--trainer.precision={precision}", "--trainer.max_epochs=1")
+    assert weights(cli.model).dtype == dtype
+    assert 0 < result.last["loss"] < 3
+
+
+def test_loss_scaling_is_refused_before_anything_runs(digits_args):
+    with pytest.raises(ValueError, match="bf16-mixed or 32-true"):
+        build([*digits_args, "--trainer.precision=16-mixed"])
+
+
+# ---------------------------------------------------------------------------------------------------- divergence
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty")
+@pytest.mark.parametrize("poison", [Poison(2), Poison(3, after=True)], ids=["loss", "last update"])
+def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(sgd_args, tmp_path, poison):
+    cli = build([*sgd_args, "--trainer.max_epochs=3"])
+    cli.trainer.callbacks.append(poison)
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    named = "validation loss is nan at epoch 1" if poison.after else "epoch 1, batch 2"
+    with pytest.raises(NonFiniteLossError, match=rf"(?s){named}.*{last}"):
+        run(cli)
+    checkpoint = torch.load(last, weights_only=True)
+    assert checkpoint["epoch"] == 0
+    assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
+    student = torch.load(tmp_path / "run/student_last.pt", weights_only=True)["model"]
+    assert all(value.isfinite().all() for value in student.values())
+
+    resumed, result = train(sgd_args, "--trainer.max_epochs=3", f"--ckpt_path={last}")
+    assert [epoch["epoch"] for epoch in result.history] == [0, 1, 2]
+    assert weights(resumed.model).isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--model.topk.k_start=10"], r"k_start=10 .* \[1, 9\]"),
+        (["--model.method=Vanilla"], "model.topk masks the non-target term"),
+        (["--model.method=Vanilla", "--model.topk=null"], "treats the gradient of target, nontarget apart"),
+        (["--model.policy=DeepKD", "--model.policy.delta=0.2"], r"outside \[0, 1\)"),
+        (["--trainer.max_epochs=null"], r"trainer\.max_epochs must be at least 1"),
+        (["--model.teacher=null"], "KD needs model.teacher"),
+        (["--model.student.name=resnet9"], "unknown model 'resnet9'; did you mean"),
+        (["--model.learnin_rate=1"], "learnin_rate"),
+    ],
+)
+def test_bad_settings_fail_before_anything_runs(digits_args, capsys, extra, message):
+    with pytest.raises((SystemExit, ValueError, KeyError)) as caught:
+        build([*digits_args, *extra])
+    said = capsys.readouterr().err + str(caught.value)
+    assert re.search(message, said, re.S), said
+
+
+def test_a_checkpoint_of_other_classes_names_both_sides(digits_args, finished):
+    saved = finished[2].run_dir / "student_last.pt"
+    state = torch.load(saved, weights_only=True)["model"]
+    other = saved.with_name("seven_classes.pt")
+    state["fc.weight"], state["fc.bias"] = state["fc.weight"][:7], state["fc.bias"][:7]
+    torch.save({"model": state}, other)
+    cli = build([*digits_args, f"--model.teacher.checkpoint={other}"])
+    with pytest.raises(ValueError, match=r"(?s)seven_classes\.pt has 7 classes.*10 classes"):
+        run(cli)
+
+
+@pytest.mark.filterwarnings("ignore:.*could not find the monitored key")
+def test_a_run_without_validation_has_no_result(sgd_args):
+    with pytest.raises(RuntimeError, match=r"no epoch was validated.*trainer\.max_steps"):
+        train(sgd_args, "--trainer.max_steps=2")
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty")
+def test_a_second_run_in_the_same_folder_replaces_the_checkpoints(sgd_args, tmp_path):
+    train(sgd_args, "--seed_everything=1")
+    cli, result = train(sgd_args, "--seed_everything=2")
+    folder = tmp_path / "run/checkpoints"
+    assert sorted(p.name for p in folder.iterdir()) == ["best.ckpt", "last.ckpt"]
+    last = torch.load(folder / "last.ckpt", weights_only=True)
+    for key, value in cli.model.state_dict().items():
+        assert torch.equal(last["state_dict"][key], value)
+    assert last["history"] == result.history
