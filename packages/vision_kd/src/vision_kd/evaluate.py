@@ -1,10 +1,20 @@
-"""``python -m vision_kd.evaluate --ckpt FILE``: top-1 and top-5 accuracy of a saved classifier."""
+"""``python -m vision_kd.evaluate --ckpt FILE``: top-1 and top-5 accuracy of a saved classifier.
+
+A student file written by ``fit`` knows its network and its data. For any other weight file (a training checkpoint, a
+teacher of the public bundle, safetensors) name both: ``--model.name resnet32x4 --data CIFAR100``.
+"""
 
 from collections.abc import Iterable
 
 import torch
+from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
+
+from vision_kd.data import ImageDataModule
+from vision_kd.models import Classifier, ModelSpec, build_classifier, count_parameters, export, load_classifier
+from vision_kd.models.checkpoints import read_checkpoint
 
 
 def accuracy(
@@ -37,3 +47,64 @@ def accuracy(
             for metric in metrics.values():
                 metric.update(logits, target.to(device))
     return {name: float(metric.compute()) for name, metric in metrics.items()}
+
+
+def parser() -> ArgumentParser:
+    """Command line of this module."""
+    parser = ArgumentParser(prog="python -m vision_kd.evaluate", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--ckpt", type=str, required=True, help="Weight file.")
+    parser.add_argument("--model", type=ModelSpec | None, default=None, help="Network, for files that do not name it.")
+    parser.add_argument("--data", type=ImageDataModule | None, default=None, help="Data to evaluate on.")
+    parser.add_argument("--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu", help="Device.")
+    parser.add_argument("--export", type=str | None, default=None, help="Also write a torch.export program (.pt2).")
+    return parser
+
+
+def load(settings: Namespace) -> tuple[Classifier, ImageDataModule]:
+    """Classifier and data of a parsed command line.
+
+    Raises:
+        ValueError: If neither the file nor the command line says which data, or the classes of the two differ.
+    """
+    meta = read_checkpoint(settings.ckpt).meta
+    if settings.data is None:
+        if "data" not in meta:
+            raise ValueError(
+                f"{settings.ckpt} does not say which data it was trained on; give --data, as in --data Digits"
+            )
+        settings.data = parser().parse_object({"ckpt": settings.ckpt, "data": meta["data"]}).data
+    data = parser().instantiate_classes(settings).data
+    if settings.model is None:
+        model = load_classifier(settings.ckpt)
+    else:
+        spec = ModelSpec(settings.model.name, settings.model.args, settings.ckpt)
+        model = build_classifier(
+            spec, num_classes=data.num_classes, in_channels=data.in_channels, mean=data.mean, std=data.std
+        )
+    if model.num_classes != data.num_classes:
+        raise ValueError(f"{settings.ckpt} has {model.num_classes} classes, the data {data.num_classes}")
+    return model, data
+
+
+def main(args: list[str] | None = None) -> dict[str, float]:
+    """Evaluate, print and return the accuracies."""
+    settings = parser().parse_args(args)
+    model, data = load(settings)
+    data.prepare_data()
+    data.setup("validate")
+    result = accuracy(model, data.val_dataloader(), model.num_classes, settings.device)
+    console = Console(highlight=False)
+    console.print(
+        f"{settings.ckpt}: {count_parameters(model):,} parameters, {type(data).__name__} validation set: "
+        f"top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%}",
+        soft_wrap=True,
+    )
+    if settings.export is not None:
+        views, _ = next(iter(data.val_dataloader()))
+        export(model, settings.export, views["clean"])
+        console.print(f"exported to {settings.export}; load with torch.export.load(...).module()", soft_wrap=True)
+    return result
+
+
+if __name__ == "__main__":
+    main()
