@@ -41,8 +41,11 @@ def save_student(
     for key, value in meta.items():
         if not _is_plain(value):
             raise TypeError(f"{key!r} of a student file must be text, numbers, lists or dicts, got {value!r}")
-    # Clones, so that a view does not drag its whole storage into the file.
-    state = {key: tensor.detach().cpu().clone() for key, tensor in classifier.network.state_dict().items()}
+    # Contiguous clones, so that neither a view's whole storage nor our memory layout gets into the file.
+    state = {
+        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, tensor in classifier.network.state_dict().items()
+    }
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
@@ -99,5 +102,7 @@ def export(classifier: Classifier, path: str | Path, example: Tensor) -> None:
     # A batch of one would be taken for a constant.
     images = example[:1].detach().cpu().repeat(2, 1, 1, 1)
     batch = torch.export.Dim("batch")
-    program = torch.export.export(copy.deepcopy(classifier).cpu().eval(), (images,), dynamic_shapes=({0: batch},))
+    # torch.export.save takes weights in another layout for slices of larger tensors, and warns.
+    model = copy.deepcopy(classifier).to("cpu", memory_format=torch.contiguous_format).eval()
+    program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
     torch.export.save(program, path)
