@@ -103,6 +103,6 @@ def export(classifier: Classifier, path: str | Path, example: Tensor) -> None:
     images = example[:1].detach().cpu().repeat(2, 1, 1, 1)
     batch = torch.export.Dim("batch")
     # torch.export.save takes weights in another layout for slices of larger tensors, and warns.
-    model = copy.deepcopy(classifier).to("cpu", memory_format=torch.contiguous_format).eval()
+    model = copy.deepcopy(classifier).cpu().to(memory_format=torch.contiguous_format).eval()
     program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
     torch.export.save(program, path)
