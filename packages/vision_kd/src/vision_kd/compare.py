@@ -69,7 +69,8 @@ def compare(
 
     Args:
         base: Configurations all runs share.
-        variants: Further configurations of each variant, by the name it has in the table.
+        variants: Further configurations of each variant, by the name it has in the table; an entry that starts with
+            ``--`` is a command-line argument instead.
         output: Folder of the runs, ``results.json``, ``results.md``, ``accuracy.png`` and ``gsnr.png``.
         seeds: One run per seed and variant.
         overrides: Command-line arguments added to all runs, such as ``--trainer.max_epochs=2``.
@@ -88,7 +89,7 @@ def compare(
         for seed in seeds:
             if (variant, seed) in finished:
                 continue
-            args = [part for name in (*base, *configs) for part in ("--config", name)]
+            args = [f"--config={name}" if not name.startswith("--") else name for name in (*base, *configs)]
             run_dir = output / "runs" / f"{variant.replace(' ', '_').replace('/', '-')}-{seed}"
             pending.append((variant, seed, [*args, "--run_dir", str(run_dir), *overrides], threads))
     with Progress() as progress:
