@@ -39,8 +39,8 @@ class FitCLI(LightningCLI):
         config_dir: Folder of packaged YAML files; ``default.yaml`` in it is always applied first.
         args: Command line as a list of strings or configuration as a dict; None reads ``sys.argv``. Notebooks and
             tests pass a list.
-        checkpoint: Arguments of the ModelCheckpoint every run has (``monitor``, ``mode``); it keeps the best and the
-            last checkpoint in ``<run_dir>/checkpoints``.
+        checkpoint: ``monitor`` and ``mode`` of the ModelCheckpoint that keeps ``<run_dir>/checkpoints/best.ckpt``;
+            empty for none. ``last.ckpt`` beside it is written after every validated epoch.
 
     Raises:
         SystemExit: With code 2 and a message when the configuration does not parse (unknown key, wrong type, no file).
@@ -92,7 +92,11 @@ class FitCLI(LightningCLI):
             self.config = parser.parse_object(args)
         else:
             command_line = sys.argv[1:] if args is None else list(args)
-            self.config = parser.parse_args(resolve_config_names(command_line, self.config_dir))
+            try:
+                command_line = resolve_config_names(command_line, self.config_dir)
+            except FileNotFoundError as error:
+                parser.error(str(error))
+            self.config = parser.parse_args(command_line)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer; logs and checkpoints go to :attr:`run_dir` unless the configuration sets a logger."""
@@ -108,13 +112,14 @@ class FitCLI(LightningCLI):
             where: dict[str, Any] = {"save_dir": str(self.run_dir), "name": "", "version": ""}
             kwargs["logger"] = [TensorBoardLogger(**where), CSVLogger(**where)]
         if trainer_config.get("enable_checkpointing") is not False:
-            self.trainer_defaults["callbacks"] = ModelCheckpoint(
-                dirpath=self.run_dir / CHECKPOINT_DIR,
-                filename="best",
-                save_last=True,
-                enable_version_counter=False,  # a second run in this folder must not leave the first one's last.ckpt
-                **self.checkpoint,
-            )
+            # Not `save_last`: Lightning 2.6 then writes last.ckpt only when the best one changes. The last comes
+            # second, so that it knows this epoch's best.
+            files: dict[str, dict[str, Any]] = {"best": self.checkpoint} if self.checkpoint else {}
+            self.trainer_defaults["callbacks"] = [
+                # No version counter: a second run in this folder must not leave the first one's last.ckpt.
+                ModelCheckpoint(self.run_dir / CHECKPOINT_DIR, name, enable_version_counter=False, **settings)
+                for name, settings in (files | {"last": {}}).items()
+            ]
         return super().instantiate_trainer(**kwargs)
 
 
@@ -133,7 +138,7 @@ def silence_known_noise() -> None:
 
 
 def resolve_config_names(args: Sequence[str], config_dir: Path) -> list[str]:
-    """Replace ``--config NAME`` by the packaged file NAME when no such path exists.
+    """Replace ``--config NAME`` (or ``-c NAME``) by the packaged file NAME when no such path exists.
 
     Args:
         args: Command line.
@@ -144,7 +149,7 @@ def resolve_config_names(args: Sequence[str], config_dir: Path) -> list[str]:
     """
     resolved = list(args)
     for i, arg in enumerate(args):
-        if arg == "--config" and i + 1 < len(args):
+        if arg in ("--config", "-c") and i + 1 < len(args):
             resolved[i + 1] = find_config(args[i + 1], config_dir)
         elif arg.startswith("--config="):
             resolved[i] = "--config=" + find_config(arg.removeprefix("--config="), config_dir)
@@ -195,9 +200,13 @@ def check_resumable(path: Path) -> None:
     """
     if not path.is_file():
         raise FileNotFoundError(f"--ckpt_path {path}: no such file")
+    # Every checkpoint of Lightning is a zip archive; its directory, at the end, is what a killed writer leaves out.
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"--ckpt_path {path}: not a readable checkpoint (truncated, or not written by torch.save)")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    # What torch's unpickler raises on damaged bytes: besides its own error whatever the opcodes run into.
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"--ckpt_path {path}: not a readable checkpoint ({error})") from error
     if not isinstance(checkpoint, dict) or not {"state_dict", "optimizer_states", "loops"} <= checkpoint.keys():
         raise ValueError(

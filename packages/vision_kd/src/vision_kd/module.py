@@ -238,7 +238,7 @@ class DistillationModule(pl.LightningModule):
             raise RuntimeError("no teacher is attached; call attach_teacher(...) or run through vision_kd.fit")
         if self.teacher is not None:
             # A lower precision than fp32 is the student's choice; float64 images need a float64 teacher.
-            self.teacher.to(self.device, torch.promote_types(self.dtype, torch.float32))
+            self.teacher.to(self.device, torch.promote_types(next(self.student.parameters()).dtype, torch.float32))
 
     # ------------------------------------------------------------------------------------------------ training
 
@@ -336,7 +336,9 @@ class DistillationModule(pl.LightningModule):
 
     @property
     def _last_checkpoint(self) -> str:
-        return getattr(self.trainer.checkpoint_callback, "last_model_path", "") or "none written yet"
+        # FitCLI adds the callback that saves every epoch behind the one that saves the best.
+        paths = [getattr(callback, "best_model_path", "") for callback in self.trainer.checkpoint_callbacks]
+        return next(filter(None, reversed(paths)), "none written yet")
 
     def gsnr_of_epoch(self) -> dict[str, float]:
         """Vector GSNR of every component over the updates measured this epoch; empty with fewer than two of them."""
