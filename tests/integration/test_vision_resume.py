@@ -1,0 +1,111 @@
+"""A run killed in the middle of an epoch and resumed equals one that was never interrupted, bit for bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from vision_kd.fit import build, run
+
+pytestmark = pytest.mark.slow
+PLAIN = ["--model.gsnr_every=2"]
+FULL = ["--model.ema_decay=0.9", "--model.accumulate=3", "--model.clip_norm=1", "--config=methods/dkd_beta2"]
+
+# Trains as the command line does, but stands still in epoch 2 after five batches, until it is killed.
+VICTIM = """
+import sys, time
+from pathlib import Path
+import lightning.pytorch as pl
+from vision_kd.fit import build, run
+
+class StandStill(pl.Callback):
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if (trainer.current_epoch, batch_idx) == (2, 4):
+            Path(sys.argv[1]).touch()
+            time.sleep(600)
+
+cli = build(sys.argv[2:])
+cli.trainer.callbacks.append(StandStill())
+run(cli)
+"""
+
+
+def arguments(run_dir, extra):
+    return [
+        f"--run_dir={run_dir}",
+        "--seed_everything=5",
+        "--trainer.accelerator=cpu",
+        "--trainer.max_epochs=4",
+        "--trainer.log_every_n_steps=1",
+        "--trainer.enable_progress_bar=false",
+        "--data.batch_size=32",
+        "--data.train_subset=256",
+        "--model.teacher.name=resnet8",
+        "--model.teacher.epochs=1",
+        *extra,
+    ]
+
+
+def assert_equal(found, expected, where=""):
+    """Every tensor and number of two nested states, bit for bit; but for the time an epoch took."""
+    assert type(found) is type(expected), where
+    if isinstance(expected, dict):
+        assert list(found) == list(expected), where
+        for key in expected:
+            if key != "seconds":
+                assert_equal(found[key], expected[key], f"{where}.{key}")
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected), where
+        for i, pair in enumerate(zip(found, expected, strict=True)):
+            assert_equal(*pair, f"{where}[{i}]")
+    elif isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected), where
+    else:
+        assert found == expected, where
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty")
+@pytest.mark.parametrize("extra", [PLAIN, FULL], ids=["plain", "ema, accumulation, DKD"])
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, extra):
+    torch.set_num_threads(1)
+    whole = build(arguments(tmp_path / "whole", extra))
+    expected = run(whole)  # also leaves the teacher in the cache
+
+    script, mark, folder = tmp_path / "victim.py", tmp_path / "mark", tmp_path / "killed"
+    script.write_text(VICTIM)
+    with (tmp_path / "output").open("w") as output:
+        victim = subprocess.Popen(
+            [sys.executable, str(script), str(mark), *arguments(folder, extra)],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=output,
+            stderr=output,
+        )
+        deadline = time.monotonic() + 240
+        while not mark.exists():
+            assert victim.poll() is None, (tmp_path / "output").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "output").read_text()
+            time.sleep(0.1)
+        os.kill(victim.pid, signal.SIGKILL)
+        assert victim.wait() == -signal.SIGKILL
+
+    last = folder / "checkpoints/last.ckpt"
+    assert torch.load(last, weights_only=True)["epoch"] == 1
+    resumed = build([*arguments(folder, extra), f"--ckpt_path={last}"])
+    result = run(resumed)
+
+    assert resumed.trainer.current_epoch == whole.trainer.current_epoch == 4
+    assert resumed.trainer.global_step == whole.trainer.global_step
+    assert_equal(resumed.model.state_dict(), whole.model.state_dict())
+    assert_equal(resumed.trainer.optimizers[0].state_dict(), whole.trainer.optimizers[0].state_dict(), "optimizer")
+    assert_equal(result.history, expected.history, "history")
+    assert [epoch["epoch"] for epoch in result.history] == [0, 1, 2, 3]
+    files = [
+        {name: torch.load(Path(r.run_dir) / f"student_{name}.pt", weights_only=True) for name in ("last", "best")}
+        for r in (result, expected)
+    ]
+    assert_equal(*files, "student")
