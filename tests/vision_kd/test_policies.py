@@ -120,7 +120,7 @@ def test_every_policy_takes_every_method_but_vanilla_which_needs_one_momentum():
     for cls in available_methods().values():
         for policy in ALL:
             if cls.components == ("task",) and policy in DECOUPLING:
-                with pytest.raises(ValueError, match="model.policy"):
+                with pytest.raises(ValueError, match=r"model\.policy"):
                     optimizer_of(policy, cls.components)
             else:
                 assert optimizer_of(policy, cls.components).gradient_components == set(cls.components)

@@ -1,0 +1,430 @@
+"""FitCLI on a toy model: what is packaged, what merges, what is refused, where a run writes, what it resumes from."""
+
+import inspect
+import pickle
+import re
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import yaml
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch.utils.data import DataLoader
+
+from kd_common.cli import FitCLI, check_resumable, find_config, reserve_run_dir, resolve_config_names
+
+
+class Rule:
+    """A replaceable part."""
+
+
+class Mild(Rule):
+    """A rule with settings whose names Strong shares.
+
+    Args:
+        rate: Its rate.
+        decay: Its decay.
+    """
+
+    def __init__(self, rate: float = 0.5, decay: float = 0.25) -> None:
+        self.rate, self.decay = rate, decay
+
+
+class Strong(Rule):
+    """Another rule.
+
+    Args:
+        rate: Its rate.
+        decay: Its decay.
+        power: Its power.
+    """
+
+    def __init__(self, rate: float = 5.0, decay: float = 2.5, power: int = 2) -> None:
+        self.rate, self.decay, self.power = rate, decay, power
+
+
+class Toy(pl.LightningModule):
+    """A linear model.
+
+    Args:
+        width: Number of inputs.
+        rule: A rule; None means ``Mild()``.
+        tags: Some names.
+    """
+
+    def __init__(self, width: int = 2, rule: Rule | None = None, tags: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.width, self.rule, self.tags = width, rule or Mild(), tags
+        self.layer = torch.nn.Linear(width, 1)
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch).square().mean()
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", self.layer(batch).square().mean())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class Numbers(pl.LightningDataModule):
+    """Random rows.
+
+    Args:
+        batch_size: Rows of a batch.
+    """
+
+    def __init__(self, batch_size: int = 4) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+
+    def train_dataloader(self):
+        return DataLoader(torch.randn(8, 2), self.batch_size)
+
+    def val_dataloader(self):
+        return DataLoader(torch.randn(8, 2), self.batch_size)
+
+
+DEFAULT = """
+name: toy
+trainer:
+  {max_epochs: 3, accelerator: cpu, devices: 1, log_every_n_steps: 1, enable_progress_bar: false,
+   enable_model_summary: false}
+model:
+  class_path: MODULE.Toy
+  init_args: {width: 2}
+data:
+  class_path: MODULE.Numbers
+"""
+RULES = "model: {class_path: MODULE.Toy, init_args: {rule: {class_path: MODULE.RULE, init_args: ARGS}}}"
+
+
+@pytest.fixture
+def configs(tmp_path, monkeypatch):
+    """Packaged configurations, with an empty working directory beside them."""
+    folder = tmp_path / "configs"
+    files = {
+        "default": DEFAULT,
+        "wide": "name: wide\nmodel: {class_path: MODULE.Toy, init_args: {width: 7}}",
+        "long": "trainer: {max_epochs: 30}",
+        "rules/strong": RULES.replace("RULE", "Strong").replace("ARGS", "{rate: 6.0, decay: 3.0, power: 4}"),
+    }
+    for name, text in files.items():
+        path = folder / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text.replace("MODULE", __name__))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return folder
+
+
+@pytest.fixture
+def build(configs):
+    def run(*args, **kwargs):
+        given = args[0] if args and isinstance(args[0], dict) else list(args)
+        return FitCLI(Toy, pl.LightningDataModule, config_dir=configs, args=given, **kwargs)
+
+    return run
+
+
+# ---------------------------------------------------------------- merging
+
+
+def test_the_packaged_default_applies(build):
+    cli = build()
+    assert isinstance(cli.model, Toy)
+    assert isinstance(cli.datamodule, Numbers)
+    assert (cli.model.width, cli.datamodule.batch_size, cli.trainer.max_epochs) == (2, 4, 3)
+    assert (cli.config["seed_everything"], cli.config["ckpt_path"]) == (0, None)
+
+
+def test_a_partial_config_merges_over_the_default(build, tmp_path):
+    partial = tmp_path / "mine.yaml"
+    partial.write_text("trainer: {max_epochs: 9}")
+    cli = build("--config", str(partial))
+    assert (cli.trainer.max_epochs, cli.model.width, cli.trainer.accelerator.name()) == (9, 2, "cpu")
+
+
+def test_later_configs_and_flags_win(build):
+    assert build("--config", "wide", "--model.width", "8").model.width == 8
+    assert build("--model.width", "8", "--config", "wide").model.width == 7
+    cli = build("--config", "long", "--config", "wide", "--trainer.max_epochs", "4")
+    assert (cli.trainer.max_epochs, cli.model.width, cli.config["name"]) == (4, 7, "wide")
+
+
+def test_nested_overrides(build):
+    cli = build("--model.rule", "Strong", "--model.rule.power", "3", "--data.batch_size=2", "--model.tags", "[a, b]")
+    assert (type(cli.model.rule), cli.model.rule.power, cli.model.rule.rate) == (Strong, 3, 5.0)
+    assert (cli.datamodule.batch_size, cli.model.tags) == (2, ("a", "b"))
+
+
+def test_a_dict_is_taken_as_configuration(build):
+    cli = build({"model": {"class_path": f"{__name__}.Toy", "init_args": {"width": 5}}, "trainer": {"max_epochs": 1}})
+    assert (cli.model.width, cli.trainer.max_epochs, cli.config["name"]) == (5, 1, "toy")
+
+
+def test_args_none_reads_the_command_line(configs, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["fit", "--config", "wide"])
+    assert FitCLI(Toy, Numbers, config_dir=configs).model.width == 7
+
+
+# ---------------------------------------------------------------- names of packaged configurations
+
+
+@pytest.mark.parametrize("name", ["rules/strong", "rules/strong.yaml"])
+@pytest.mark.parametrize("flag", ["--config {}", "--config={}", "-c {}"])
+def test_packaged_names_with_and_without_suffix(build, name, flag):
+    args = flag.format(name).split()
+    assert vars(build(*args).model.rule) == {"rate": 6.0, "decay": 3.0, "power": 4}
+
+
+def test_a_path_goes_before_a_packaged_name(build):
+    Path("long.yaml").write_text("trainer: {max_epochs: 77}")
+    assert build("--config", "long.yaml").trainer.max_epochs == 77
+    assert build("--config", "long").trainer.max_epochs == 30
+
+
+def test_an_unknown_name_lists_the_packaged_ones(build, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        build("--config", "rules/weak")
+    shown = capsys.readouterr().err
+    for name in ("rules/weak: no such file", "default.yaml", "long.yaml", "rules/strong.yaml", "wide.yaml"):
+        assert name in shown
+
+
+def test_names_are_resolved_without_touching_other_arguments(configs):
+    args = ["--name", "wide", "--config", "wide", "--trainer.max_epochs", "1"]
+    assert resolve_config_names(args, configs) == [*args[:3], str(configs / "wide.yaml"), *args[4:]]
+    assert resolve_config_names(["--config"], configs) == ["--config"]
+    with pytest.raises(FileNotFoundError, match=r"(?s)--config no: .*rules/strong\.yaml"):
+        find_config("no", configs)
+
+
+# ---------------------------------------------------------------- what is refused, what is printed
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["--trainer.max_epoch", "2"], "max_epoch"),
+        (["--nonsense", "2"], "nonsense"),
+        (["--model.widht", "2"], "widht"),
+        (["--ckpt", "x"], "ckpt"),
+        (["--model.width", "two"], "width"),
+        (["--model.rule", "Stronk"], "Stronk"),
+        (["--model.rule", "Mild", "--model.rule.power", "2"], "power"),
+    ],
+)
+def test_unknown_keys_abbreviations_and_wrong_types_are_refused(build, capsys, args, named):
+    with pytest.raises(SystemExit, match="2"):
+        build(*args)
+    assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["model: {class_path: MODULE.Toy, init_args: {widht: 3}}", "trainr: {max_epochs: 2}"])
+def test_an_unknown_key_in_a_file_is_refused(build, tmp_path, capsys, text):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text.replace("MODULE", __name__))
+    with pytest.raises(SystemExit, match="2"):
+        build("--config", str(path))
+    assert re.search("widht|trainr", capsys.readouterr().err)
+
+
+def test_print_config_prints_what_replays(build, tmp_path, capsys):
+    args = ["--config", "wide", "--model.rule", "Strong", "--model.rule.power", "9", "--trainer.max_epochs", "5"]
+    with pytest.raises(SystemExit, match="0"):
+        build(*args, "--print_config")
+    printed = capsys.readouterr().out
+    assert yaml.safe_load(printed)["model"]["init_args"]["width"] == 7
+    path = tmp_path / "printed.yaml"
+    path.write_text(printed)
+    replayed, original = build("--config", str(path)), build(*args)
+    left, right = (cli.config.as_dict() for cli in (replayed, original))
+    left.pop("config"), right.pop("config")
+    assert left == right
+    assert vars(replayed.model.rule) == {"rate": 5.0, "decay": 2.5, "power": 9}
+
+
+@pytest.mark.parametrize(
+    ("flag", "cls"),
+    [
+        ("--model.help", Toy),
+        ("--data.help", Numbers),
+        ("--model.rule.help", Mild),
+        ("--model.rule.help", Strong),
+    ],
+)
+def test_help_lists_every_setting(build, capsys, flag, cls):
+    with pytest.raises(SystemExit, match="0"):
+        build(f"{flag}={__name__}.{cls.__name__}")
+    shown = capsys.readouterr().out
+    for name in inspect.signature(cls).parameters:
+        assert f"{flag.removesuffix('.help').rpartition('.')[2].lstrip('-')}.{name}" in shown
+
+
+def test_help_lists_the_options_of_a_run(build, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        build("--help")
+    shown = capsys.readouterr().out
+    for option in ("--config", "--print_config", "--ckpt_path", "--run_dir", "--name", "--seed_everything"):
+        assert option in shown
+
+
+# ---------------------------------------------------------------- jsonargparse issue 460
+
+
+def test_switching_a_class_the_default_does_not_name_gives_its_own_defaults(build):
+    assert vars(build("--model.rule", "Mild").model.rule) == vars(Mild())
+    assert vars(build("--model.rule", "Strong").model.rule) == vars(Strong())
+
+
+def test_settings_leak_when_a_named_class_is_switched(build):
+    """Why default.yaml names no class. If this fails, jsonargparse was repaired and complete blocks are not needed."""
+    rule = build("--config", "rules/strong", "--model.rule", "Mild").model.rule
+    assert vars(rule) == {"rate": 6.0, "decay": 3.0}
+
+
+def test_a_complete_block_inherits_nothing(build, tmp_path):
+    path = tmp_path / "mild.yaml"
+    block = RULES.replace("RULE", "Mild").replace("ARGS", "{rate: 0.1, decay: 0.2}").replace("MODULE", __name__)
+    path.write_text(block)
+    rule = build("--config", "rules/strong", "--config", str(path)).model.rule
+    assert vars(rule) == {"rate": 0.1, "decay": 0.2}
+
+
+# ---------------------------------------------------------------- what a run writes
+
+
+def test_run_dirs_are_numbered(build):
+    runs = [build("--name", "exp").run_dir for _ in range(3)]
+    assert runs == [Path("runs/exp") / f"run_{i}" for i in range(3)]
+    assert build("--name", "other").run_dir == Path("runs/other/run_0")
+    assert all(path.is_dir() for path in runs)
+    runs[1].rmdir()
+    assert reserve_run_dir(None, "exp") == runs[1], "the first free number"
+
+
+def test_run_dir_can_be_chosen_and_holds_everything(build, tmp_path):
+    args = ["--run_dir", str(tmp_path / "here"), "--trainer.max_epochs", "1"]
+    cli = build(*args, checkpoint={"monitor": "val/loss"})
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    written = {str(path.relative_to(tmp_path / "here")) for path in (tmp_path / "here").rglob("*") if path.is_file()}
+    assert {"config.yaml", "metrics.csv", "checkpoints/best.ckpt", "checkpoints/last.ckpt"} <= written
+    assert any(name.startswith("events.out.tfevents") for name in written)
+    assert not list(Path.cwd().iterdir()), "nothing elsewhere"
+    assert build("--config", str(tmp_path / "here/config.yaml")).config["run_dir"] == str(tmp_path / "here")
+
+
+def test_other_ranks_create_nothing(monkeypatch):
+    monkeypatch.setattr("kd_common.cli.rank_zero_only.rank", 1)
+    assert not reserve_run_dir("somewhere", "exp").exists()
+    assert not reserve_run_dir(None, "exp").exists()
+
+
+def test_a_given_logger_and_no_checkpoints_are_respected(build, tmp_path):
+    quiet = build("--trainer.logger", "false", "--trainer.enable_checkpointing", "false")
+    assert quiet.trainer.loggers == []
+    assert quiet.trainer.checkpoint_callback is None
+    assert [type(logger) for logger in build().trainer.loggers] == [TensorBoardLogger, CSVLogger]
+
+
+def test_the_checkpoint_monitors_what_the_package_says(build):
+    best, last = build(checkpoint={"monitor": "val/loss", "mode": "max"}).trainer.checkpoint_callbacks
+    assert (best.filename, best.monitor, best.mode) == ("best", "val/loss", "max")
+    assert (last.filename, last.monitor) == ("last", None)
+    for callback in (best, last):
+        assert Path(callback.dirpath).parts[-4:] == ("runs", "toy", "run_0", "checkpoints")
+    assert [callback.filename for callback in build().trainer.checkpoint_callbacks] == ["last"]
+
+
+def test_fast_dev_run_reserves_no_folder(build):
+    assert build("--trainer.fast_dev_run", "true").run_dir is None
+    assert not Path("runs").exists()
+
+
+# ---------------------------------------------------------------- resuming
+
+
+@pytest.fixture
+def last_checkpoint(build, tmp_path):
+    cli = build("--run_dir", str(tmp_path / "first"), "--trainer.max_epochs", "1")
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    return tmp_path / "first/checkpoints/last.ckpt"
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_checkpoint_resumes(build, last_checkpoint):
+    check_resumable(last_checkpoint)
+    run_dir = str(last_checkpoint.parents[1])
+    cli = build("--ckpt_path", str(last_checkpoint), "--run_dir", run_dir, "--trainer.max_epochs", "2")
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config["ckpt_path"], weights_only=True)
+    assert (cli.trainer.current_epoch, cli.trainer.global_step) == (2, 4)
+
+
+def test_a_missing_checkpoint_is_refused_before_a_run_dir_is_made(build):
+    with pytest.raises(FileNotFoundError, match=r"--ckpt_path nowhere\.ckpt: no such file"):
+        build("--ckpt_path", "nowhere.ckpt")
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
+def test_a_truncated_checkpoint_is_refused(last_checkpoint, share):
+    content = last_checkpoint.read_bytes()
+    last_checkpoint.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ValueError, match=r"last\.ckpt: not a readable checkpoint"):
+        check_resumable(last_checkpoint)
+
+
+@pytest.mark.parametrize("content", [b"", b"just some text", b"PK\x03\x04", pickle.dumps({"state_dict": {}})])
+def test_a_foreign_file_is_refused(tmp_path, content):
+    (tmp_path / "x.ckpt").write_bytes(content)
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        check_resumable(tmp_path / "x.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_damaged_checkpoint_is_refused_or_still_whole(last_checkpoint):
+    """Damage to the pickle within the archive ends in one kind of error, whatever opcode it hits."""
+    content = last_checkpoint.read_bytes()
+    start = content.index(b"data.pkl") + len(b"data.pkl")
+    generator = torch.Generator().manual_seed(0)
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(content)
+        for place in torch.randint(start, start + 1500, (3,), generator=generator).tolist():
+            damaged[place] = int(torch.randint(256, (), generator=generator))
+        last_checkpoint.write_bytes(damaged)
+        try:
+            check_resumable(last_checkpoint)
+        except ValueError:
+            refused += 1
+    assert refused > 200
+
+
+@pytest.mark.parametrize("content", [{"state_dict": {}}, torch.zeros(3), {"model": {"w": torch.zeros(2)}}])
+def test_a_file_without_training_state_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "student.pt")
+    with pytest.raises(ValueError, match=r"holds no training state.*checkpoints/last\.ckpt"):
+        check_resumable(tmp_path / "student.pt")
+
+
+class Touch:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path, legacy):
+    trace, path = tmp_path / "executed", tmp_path / "evil.ckpt"
+    content = {"state_dict": Touch(trace), "optimizer_states": [], "loops": {}}
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        check_resumable(path)
+    assert not trace.exists()
+    torch.load(path, weights_only=False)
+    assert trace.exists(), "the file would have run its code"
