@@ -226,6 +226,12 @@ def test_unknown_views_are_refused(views):
         Digits().views = views
 
 
+def test_the_order_of_the_views_has_no_say():
+    data = Digits()
+    data.views = ("strong", "weak")
+    assert data.views == ("weak", "strong")
+
+
 def test_two_ranks_equal_one_process_with_the_doubled_batch():
     batches = []
     for options, trainer in (({"batch_size": 64}, None), *(({"batch_size": 32}, rank(r, 2)) for r in (0, 1))):

@@ -97,7 +97,7 @@ class ImageDataModule(LightningDataModule):
     def views(self, names: Sequence[str]) -> None:
         if not names or set(names) - set(VIEWS):
             raise ValueError(f"views must be some of {VIEWS}, got {tuple(names)}")
-        self._views = tuple(names)
+        self._views = tuple(name for name in VIEWS if name in names)  # weak first: its randomness stays the same
 
     @property
     def rank(self) -> int:
