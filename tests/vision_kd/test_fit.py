@@ -221,6 +221,28 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(sgd_args, t
     assert weights(resumed.model).isfinite().all()
 
 
+class Spoil(pl.Callback):
+    """Makes the student answer class 0 throughout, after the last update of epoch 1."""
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.current_epoch == 1 and trainer.is_last_batch:
+            with torch.no_grad():
+                module.student.network.fc.bias[0] = 1e4
+
+
+def test_best_and_last_are_told_apart(sgd_args, tmp_path):
+    cli = build([*sgd_args, "--data.train_subset=null"])
+    cli.trainer.callbacks.append(Spoil())
+    result = run(cli)
+    assert result.best["top1"] > 0.2 > result.last["top1"]
+    for name, epoch in (("best", 0), ("last", 1)):
+        checkpoint = torch.load(tmp_path / f"run/checkpoints/{name}.ckpt", weights_only=True)
+        student = torch.load(tmp_path / f"run/student_{name}.pt", weights_only=True)
+        assert (checkpoint["epoch"], student["meta"]["epoch"]) == (epoch, epoch)
+        assert torch.equal(checkpoint["state_dict"]["student.network.fc.bias"], student["model"]["fc.bias"])
+        assert bool(student["model"]["fc.bias"][0] > 1e3) == (name == "last")
+
+
 # ------------------------------------------------------------------------------------------------------ bad input
 
 
