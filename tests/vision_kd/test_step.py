@@ -163,3 +163,28 @@ def test_bf16_autocast_keeps_losses_and_gradients_in_fp32(cls, batch):
     for name in cls.components:
         rounded, reference = (torch.cat([g.flatten() for g in s.gradients[name]]) for s in (step, exact))
         torch.testing.assert_close(rounded, reference, rtol=0, atol=0.05 * reference.norm().item())
+
+
+class Scaled(nn.Module):
+    """Pixels times weights as logits: nothing that autocast would round."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(C, generator=torch.Generator().manual_seed(seed)))
+
+    def forward(self, images):
+        return images.flatten(1)[:, :C] * self.weight
+
+
+@pytest.mark.parametrize("cls", available_methods().values(), ids=available_methods())
+def test_losses_are_computed_outside_autocast(cls, batch):
+    student, teacher = Scaled(1), Scaled(2)
+    views, target = {v: 5 * x.float() for v, x in batch[0].items()}, batch[1]
+    logits, soft = ({v: net(views[v]) for v in cls.views} for net in (student, teacher))
+    expected = cls()(logits, {v: z.detach() for v, z in soft.items()}, target, epoch=7.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        step = distillation_step(student, teacher, cls(), views, target, [student.weight], epoch=7.0)
+    for name, part in expected.items():
+        assert torch.equal(step.components[name], part.mean()), name
+        (gradient,) = torch.autograd.grad(part.mean(), student.weight, retain_graph=True)
+        torch.testing.assert_close(step.gradients[name][0], gradient, rtol=1e-5, atol=1e-7)
