@@ -1,0 +1,6 @@
+"""The distillation head: the only code that sees tensors with a vocabulary axis."""
+
+from llm_kd.head.linear import LMHead
+from llm_kd.head.module import HeadOutput, KDHead
+
+__all__ = ["HeadOutput", "KDHead", "LMHead"]

@@ -1,0 +1,261 @@
+"""LM heads, token selection and loss in one module, chunk by chunk.
+
+It never holds the logits of all tokens: it walks over chunks of rows, forms loss and gradient in closed form while the
+chunk's logits exist, and keeps only the gradients with respect to hidden states and head. Shapes: N tokens, n rows of a
+chunk, H hidden, V vocabulary.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from llm_kd.head.linear import Gradients, LMHead, Projection, ValueWithGradients
+from llm_kd.objectives import Objective
+from llm_kd.selectors import Selector
+
+# Elementwise work runs on an eighth of a chunk at a time, so its dozen temporaries weigh less than the two logits.
+BLOCKS = 8
+BYTES_PER_LOGIT = 4 * (2 + 12 / BLOCKS)
+
+
+@dataclass(frozen=True)
+class HeadOutput:
+    """Loss of a batch and what is logged about it; tensors per token have shape (N,), N valid tokens, no gradient.
+
+    Attributes:
+        loss_sum: Sum over tokens of weight * divergence (times T^2 if so set), the scalar to differentiate.
+        denominator: What the sum is to be divided by: the number of valid tokens, or the sum of the weights.
+        row_loss: The summands of loss_sum; 0 for a token of weight 0, whose divergence is not computed.
+        weights: Loss weights.
+        accepted: 1 where the token was accepted, 0 where not, or the probability.
+    """
+
+    loss_sum: Tensor
+    denominator: Tensor
+    row_loss: Tensor
+    weights: Tensor
+    accepted: Tensor
+
+    @property
+    def loss(self) -> Tensor:
+        """Normalised loss of this batch alone; 0 where the denominator is."""
+        return self.loss_sum / self.denominator.masked_fill(self.denominator == 0, 1.0)
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of valid tokens, the denominator of the token acceptance rate."""
+        return len(self.accepted)
+
+    @property
+    def accepted_sum(self) -> Tensor:
+        """Sum of ``accepted``, the numerator of the token acceptance rate."""
+        return self.accepted.sum()
+
+
+class KDHead(nn.Module):
+    """Weighted divergence between two language models, from their last hidden states.
+
+    Call it inside the student's forward pass, where sharded head weights are gathered. One backward per call.
+
+    Args:
+        objective: Divergence per token.
+        selector: Weights per token.
+        normalize: ``valid``: divide by the number of valid tokens, as SelecTKD does; ``selected``: by the sum of the
+            weights, which is the number of selected tokens where the weights are 0 and 1.
+        loss_temperature: T of the divergence.
+        verify_temperature: Temperature of the logits that the selector sees.
+        temperature_scale: ``squared`` multiplies a token's divergence by the square of its temperature; ``none`` does
+            not.
+        vocab_size: Size of the tokenizer's vocabulary; rows of either head beyond it are padding and are left out.
+            None if both heads have exactly that size.
+        chunk_size: Rows per chunk; None chooses it so that a chunk's work takes 64 MiB on a CPU, 1 GiB elsewhere.
+
+    Raises:
+        ValueError: If a setting is out of its range.
+
+    References:
+        SelecTKD, arXiv 2510.24021, for the weighted loss.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        selector: Selector,
+        *,
+        normalize: Literal["valid", "selected"] = "valid",
+        loss_temperature: float = 1.0,
+        verify_temperature: float = 1.0,
+        temperature_scale: Literal["squared", "none"] = "squared",
+        vocab_size: int | None = None,
+        chunk_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        if normalize not in ("valid", "selected"):
+            raise ValueError(f"normalize must be 'valid' or 'selected', got {normalize!r}")
+        if temperature_scale not in ("squared", "none"):
+            raise ValueError(f"temperature_scale must be 'squared' or 'none', got {temperature_scale!r}")
+        for name, value in {"loss_temperature": loss_temperature, "verify_temperature": verify_temperature}.items():
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a positive finite number, got {value}")
+        for name, size in {"vocab_size": vocab_size, "chunk_size": chunk_size}.items():
+            if size is not None and size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        self.objective = objective
+        self.selector = selector
+        self.normalize = normalize
+        self.loss_temperature = loss_temperature
+        self.verify_temperature = verify_temperature
+        self.temperature_scale = temperature_scale
+        self.vocab_size = vocab_size
+        self.chunk_size = chunk_size
+
+    def forward(
+        self,
+        student_hidden: Tensor,
+        teacher_hidden: Tensor,
+        student_head: LMHead,
+        teacher_head: LMHead,
+        mask: Tensor | None = None,
+    ) -> HeadOutput:
+        """Loss of a batch, with gradients for the student's hidden states, head weight and bias.
+
+        Args:
+            student_hidden: Hidden states before the student's head, shape (..., H).
+            teacher_hidden: The teacher's hidden states of the same tokens, shape (..., H').
+            student_head: The student's output layer.
+            teacher_head: The teacher's output layer; no gradient is taken.
+            mask: Booleans of shape (...), true at the tokens that carry a loss; None if all do.
+
+        Returns:
+            Sums and per-token values; the tokens are those of the mask, in order.
+
+        Raises:
+            ValueError: If shapes, vocabularies or the mask do not fit.
+        """
+        student_hidden, teacher_hidden = _pack(student_hidden, teacher_hidden, mask)
+        vocab_size = self._shared_vocab(student_head.weight, teacher_head.weight)
+        student = Projection(student_hidden, student_head, vocab_size)
+        teacher = Projection(teacher_hidden, teacher_head, vocab_size)
+        inputs = (student_hidden, student_head.weight, student_head.bias)
+        gradients = Gradients(student, inputs) if torch.is_grad_enabled() else None
+        with torch.no_grad(), torch.autocast(student_hidden.device.type, enabled=False):
+            row_loss, weights, accepted = self._walk(student, teacher, gradients)
+            loss_sum = row_loss.sum()
+            denominator = weights.sum() if self.normalize == "selected" else torch.full_like(loss_sum, len(weights))
+        if gradients is not None:
+            loss_sum = ValueWithGradients.apply(loss_sum, gradients, *inputs)
+        return HeadOutput(loss_sum, denominator, row_loss, weights, accepted)
+
+    def on_step(self, loss: float, step: int, total_steps: int) -> None:
+        """Advance objective and selector after an optimizer step, never in validation.
+
+        Args:
+            loss: Mean loss of the step, reduced over accumulation and ranks.
+            step: Number of optimizer steps done.
+            total_steps: Length of training in optimizer steps.
+        """
+        self.objective.on_step(loss, step, total_steps)
+        self.selector.on_step(loss, step, total_steps)
+
+    def _shared_vocab(self, student_weight: Tensor, teacher_weight: Tensor) -> int:
+        rows, teacher_rows = student_weight.shape[0], teacher_weight.shape[0]
+        if self.vocab_size is None:
+            if rows != teacher_rows:
+                raise ValueError(
+                    f"the student's head has {rows} rows, the teacher's {teacher_rows}; if both models share a "
+                    "tokenizer and the rest is padding, set vocab_size to the tokenizer's length"
+                )
+            return rows
+        if self.vocab_size > min(rows, teacher_rows):
+            raise ValueError(
+                f"vocab_size={self.vocab_size} exceeds the {rows} rows of the student's head or the {teacher_rows} of "
+                "the teacher's"
+            )
+        return self.vocab_size
+
+    def _walk(
+        self, student: Projection, teacher: Projection, gradients: Gradients | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses, weights and acceptance of all N rows; adds to the gradients."""
+        rows = torch.arange(len(student.hidden), device=student.hidden.device)
+        row_loss, weights, accepted, temperature = rows.new_zeros((4, len(rows)), dtype=student.dtype)
+        size = self.chunk_size or _default_chunk(student)
+        noise = self.selector.draw(len(rows), rows.device)
+
+        def select(chunk: Tensor, score: Tensor) -> Tensor:
+            """Record the selection among some rows and return the places of those with a weight."""
+            selection = self.selector.select(score, None if noise is None else noise[chunk])
+            weights[chunk], accepted[chunk], temperature[chunk] = selection
+            return selection.weights.nonzero()[:, 0]
+
+        if not self.selector.per_row:
+            # The weights need the scores of all rows first. Rows that get a weight are projected a second time.
+            score = torch.cat([self._score(student.logits(part), teacher.logits(part)) for part in rows.split(size)])
+            rows = rows[select(rows, score)]
+        for chunk in rows.split(size):
+            z, z_teacher = student.logits(chunk), teacher.logits(chunk)
+            if self.selector.per_row:
+                kept = select(chunk, self._score(z, z_teacher))
+                if len(kept) < len(chunk):
+                    chunk, z, z_teacher = chunk[kept], z[kept], z_teacher[kept]
+            tau = self.loss_temperature * temperature[chunk]
+            scale = weights[chunk] * tau**2 if self.temperature_scale == "squared" else weights[chunk]
+            row_loss[chunk] = self._losses(student, z, z_teacher, tau, scale, with_gradient=gradients is not None)
+            if gradients is not None:
+                gradients.add(chunk, z)
+        return row_loss, weights, accepted
+
+    def _score(self, z: Tensor, z_teacher: Tensor) -> Tensor:
+        """The selector's scores of a chunk, shape (n,)."""
+        t = self.verify_temperature
+        blocks = _blocks(z, z_teacher)
+        return torch.cat(
+            [self.selector.score(a / t, b / t) if t != 1 else self.selector.score(a, b) for a, b in blocks]
+        )
+
+    def _losses(
+        self, student: Projection, z: Tensor, z_teacher: Tensor, tau: Tensor, scale: Tensor, with_gradient: bool
+    ) -> Tensor:
+        """Scaled divergences of a chunk, shape (n,); their gradient by the raw student logits replaces z if asked."""
+        losses = []
+        for z_, z_teacher_, tau_, scale_ in _blocks(z, z_teacher, tau[:, None], scale[:, None]):
+            log_q, log_p = (z_ / tau_).log_softmax(dim=-1), (z_teacher_ / tau_).log_softmax(dim=-1)
+            losses.append(scale_[:, 0] * self.objective(log_q, log_p))
+            if with_gradient:
+                slope = self.objective.slope(log_q, log_p)
+                gradient = torch.addcmul(slope, log_q.exp_(), slope.sum(dim=-1, keepdim=True), value=-1)
+                z_.copy_(student.through_softcap(gradient.mul_(scale_ / tau_), z_))
+        return torch.cat(losses)
+
+
+def _pack(student_hidden: Tensor, teacher_hidden: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Hidden states of the valid tokens, shapes (N, H) and (N, H')."""
+    shape = student_hidden.shape[:-1]
+    if teacher_hidden.shape[:-1] != shape:
+        raise ValueError(
+            "student_hidden and teacher_hidden must hold the same tokens, got shapes "
+            f"{tuple(student_hidden.shape)} and {tuple(teacher_hidden.shape)}"
+        )
+    if mask is None:
+        return student_hidden.reshape(-1, student_hidden.shape[-1]), teacher_hidden.reshape(
+            -1, teacher_hidden.shape[-1]
+        )
+    if mask.dtype != torch.bool or mask.shape != shape:
+        raise ValueError(f"mask must be boolean of shape {tuple(shape)}, got {mask.dtype} of {tuple(mask.shape)}")
+    return student_hidden[mask], teacher_hidden[mask]
+
+
+def _blocks(first: Tensor, *rest: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of an eighth of the rows at a time; one empty block when there are no rows."""
+    size = max(1, math.ceil(len(first) / BLOCKS))
+    return zip(*(tensor.split(size) for tensor in (first, *rest)), strict=True)
+
+
+def _default_chunk(student: Projection) -> int:
+    """Rows per chunk whose logits and temporaries fit the device's budget."""
+    budget = 2**26 if student.hidden.device.type == "cpu" else 2**30
+    return max(1, int(budget / (student.weight.shape[0] * BYTES_PER_LOGIT)))

@@ -1,0 +1,70 @@
+"""What an objective is: a divergence per row, and its slope in closed form."""
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from kd_common.registry import Registry
+
+
+class Objective(nn.Module, ABC):
+    """A divergence between the teacher's and the student's distribution, as a sum over tokens of f(log p, log q).
+
+    The value is differentiable; the slope h = df/dlog q lets the head form the gradient with respect to the logits,
+    (h - q * sum_v h) / T, without autograd. An objective with a state that follows training keeps it in the module's
+    extra state and changes it in :meth:`on_step` only.
+    """
+
+    @abstractmethod
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+        """Divergence per row in nats, without a factor T^2.
+
+        Args:
+            student_logits: Student logits of shape (..., V).
+            teacher_logits: Teacher logits of shape (..., V).
+            temperature: Positive divisor of both logits.
+
+        Returns:
+            Values of shape (...), in at least float32.
+        """
+
+    @abstractmethod
+    def slope(self, log_q: Tensor, log_p: Tensor) -> Tensor:
+        """Slope h = df/dlog q of the summand.
+
+        Args:
+            log_q: Student log-probabilities of shape (..., V).
+            log_p: Teacher log-probabilities of shape (..., V).
+
+        Returns:
+            A new tensor of shape (..., V).
+        """
+
+    def on_step(self, loss: float, step: int, total_steps: int) -> None:
+        """Advance the state after an optimizer step; most objectives have none.
+
+        Args:
+            loss: Mean loss of the step, reduced over accumulation and ranks.
+            step: Number of optimizer steps done.
+            total_steps: Length of training in optimizer steps.
+        """
+
+    def _check_settings(self) -> None:
+        """Raise what the divergence says about its settings now instead of at the first batch."""
+        self(torch.zeros(1, 2), torch.zeros(1, 2))
+
+
+def log_ratio(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """log(a / b), and 0 where a = 0: every slope multiplies it by a."""
+    return (log_a - log_b).masked_fill(log_a == -math.inf, 0.0)
+
+
+def log_mixture(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
+    """Log of weight * a + (1 - weight) * b, for weight in [0, 1)."""
+    return torch.logaddexp(log_a + math.log(weight), log_b + math.log1p(-weight)) if weight else log_b
+
+
+OBJECTIVES: Registry[type[Objective]] = Registry("objective")
+"""Objective classes by the name a config file uses."""

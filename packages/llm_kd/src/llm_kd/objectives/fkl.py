@@ -1,0 +1,19 @@
+"""Forward KL divergence."""
+
+from torch import Tensor
+
+from kd_common.functional import forward_kl
+from llm_kd.objectives.base import OBJECTIVES, Objective
+
+
+@OBJECTIVES.register("fkl")
+class ForwardKL(Objective):
+    """KL(p || q), the divergence of classical distillation (arXiv 1503.02531)."""
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+        """Divergence per row; see :meth:`Objective.forward`."""
+        return forward_kl(student_logits, teacher_logits, temperature=temperature)
+
+    def slope(self, log_q: Tensor, log_p: Tensor) -> Tensor:
+        """Slope h = -p."""
+        return -log_p.exp()

@@ -1,0 +1,31 @@
+"""Generalised Jensen-Shannon divergence."""
+
+from torch import Tensor
+
+from kd_common.functional import jensen_shannon
+from llm_kd.objectives.base import OBJECTIVES, Objective, log_mixture, log_ratio
+
+
+@OBJECTIVES.register("jsd")
+class JensenShannon(Objective):
+    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q (GKD, arXiv 2306.13649).
+
+    Args:
+        beta: Weight of the teacher in the mixture, in (0, 1).
+
+    Raises:
+        ValueError: If beta is outside (0, 1).
+    """
+
+    def __init__(self, beta: float = 0.5) -> None:
+        super().__init__()
+        self.beta = beta
+        self._check_settings()
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+        """Divergence per row; see :meth:`Objective.forward`."""
+        return jensen_shannon(student_logits, teacher_logits, temperature=temperature, beta=self.beta)
+
+    def slope(self, log_q: Tensor, log_p: Tensor) -> Tensor:
+        """Slope h = (1 - beta) q log(q / m)."""
+        return (1 - self.beta) * log_q.exp() * log_ratio(log_q, log_mixture(log_p, log_q, self.beta))

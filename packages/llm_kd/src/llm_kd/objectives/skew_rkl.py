@@ -1,0 +1,34 @@
+"""Skew reverse KL divergence."""
+
+from torch import Tensor
+
+from kd_common.functional import skew_reverse_kl
+from llm_kd.objectives.base import OBJECTIVES, Objective, log_mixture, log_ratio
+
+
+@OBJECTIVES.register("skew_rkl")
+class SkewReverseKL(Objective):
+    """KL(q || (1 - alpha) p + alpha q) (DistiLLM, arXiv 2402.03898).
+
+    The whole gradient is taken, that through the mixture included; DistiLLM-2 stops it there.
+
+    Args:
+        alpha: Share of the student in the mixture, in [0, 1).
+
+    Raises:
+        ValueError: If alpha is outside [0, 1).
+    """
+
+    def __init__(self, alpha: float = 0.1) -> None:
+        super().__init__()
+        self.alpha = alpha
+        self._check_settings()
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+        """Divergence per row; see :meth:`Objective.forward`."""
+        return skew_reverse_kl(student_logits, teacher_logits, temperature=temperature, alpha=self.alpha)
+
+    def slope(self, log_q: Tensor, log_p: Tensor) -> Tensor:
+        """Slope h = q (log(q / m) + 1 - alpha q / m)."""
+        ratio = log_ratio(log_q, log_mixture(log_q, log_p, self.alpha))
+        return log_q.exp() * (ratio + 1 - self.alpha * ratio.exp())

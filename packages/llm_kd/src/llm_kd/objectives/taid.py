@@ -1,0 +1,86 @@
+"""Temporally adaptive interpolated distillation."""
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from kd_common.functional.logits import scaled_pair
+from llm_kd.objectives.base import OBJECTIVES, Objective
+
+
+@OBJECTIVES.register("taid")
+class TAID(Objective):
+    """Cross-entropy of q to p_t = softmax((1 - t) sg(z) + t z_teacher), t growing from t_start to t_end.
+
+    After optimizer step n with loss L_n: delta = (L_{n-1} - L_n) / (L_{n-1} + 1e-15),
+    m <- momentum * m + (1 - momentum) * delta, and t becomes the larger of the linear ramp
+    t_start + (t_end - t_start) * step / total and t + rate * sigmoid(m) * (1 - t), at most t_end. The first loss is
+    only remembered. The value is the method's cross-entropy, not a divergence: it ends at the entropy of p_t, not at 0.
+
+    Args:
+        t_start: First t, in (0, 1].
+        t_end: Last t, in [t_start, 1].
+        rate: Step size alpha of the adaptive part, >= 0.
+        momentum: Decay beta of the running relative change of the loss, in [0, 1).
+
+    Raises:
+        ValueError: If a setting is out of its range.
+
+    References:
+        TAID, arXiv 2501.16937.
+    """
+
+    def __init__(self, t_start: float = 0.4, t_end: float = 1.0, rate: float = 5e-4, momentum: float = 0.99) -> None:
+        super().__init__()
+        if not 0 < t_start <= t_end <= 1:
+            raise ValueError(f"0 < t_start <= t_end <= 1 must hold, got t_start={t_start} and t_end={t_end}")
+        if rate < 0 or not 0 <= momentum < 1:
+            raise ValueError(f"rate must be >= 0 and momentum in [0, 1), got rate={rate} and momentum={momentum}")
+        self.t_start = t_start
+        self.t_end = t_end
+        self.rate = rate
+        self.momentum = momentum
+        self.t = t_start
+        self.trend = 0.0
+        self.previous_loss: float | None = None
+
+    def _log_target(self, log_q: Tensor, log_p: Tensor) -> Tensor:
+        # At t = 1 the student's term is left out: 0 * -inf would be NaN.
+        return log_p if self.t == 1 else (self.t * log_p + (1 - self.t) * log_q).log_softmax(dim=-1)
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+        """Cross-entropy per row; see :meth:`Objective.forward`."""
+        log_q, log_p = (z.log_softmax(dim=-1) for z in scaled_pair(student_logits, teacher_logits, temperature))
+        target = self._log_target(log_q.detach(), log_p).exp()
+        return -(target * log_q.masked_fill(target == 0, 0.0)).sum(dim=-1)
+
+    def slope(self, log_q: Tensor, log_p: Tensor) -> Tensor:
+        """Slope h = -p_t."""
+        return -self._log_target(log_q, log_p).exp()
+
+    def on_step(self, loss: float, step: int, total_steps: int) -> None:
+        """Advance t after an optimizer step; see :meth:`Objective.on_step`.
+
+        Raises:
+            ValueError: If the loss is not finite.
+        """
+        if not math.isfinite(loss):
+            raise ValueError(f"TAID follows the training loss, which is {loss} after step {step}")
+        previous, self.previous_loss = self.previous_loss, loss
+        if previous is None:
+            return
+        change = (previous - loss) / (previous + 1e-15)
+        self.trend = self.momentum * self.trend + (1 - self.momentum) * change
+        sigmoid = 0.5 * (1 + math.tanh(0.5 * self.trend))  # unlike 1 / (1 + exp(-m)), it cannot overflow
+        adaptive = self.t + self.rate * sigmoid * (1 - self.t)
+        ramp = self.t_start + (self.t_end - self.t_start) * step / total_steps
+        self.t = min(self.t_end, max(ramp, adaptive))
+
+    def get_extra_state(self) -> dict[str, float | None]:
+        """State for a checkpoint: t, the running change and the last loss."""
+        return {"t": self.t, "trend": self.trend, "previous_loss": self.previous_loss}
+
+    def set_extra_state(self, state: Any) -> None:
+        """Restore :meth:`get_extra_state`."""
+        self.t, self.trend, self.previous_loss = state["t"], state["trend"], state["previous_loss"]
