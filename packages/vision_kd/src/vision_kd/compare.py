@@ -25,8 +25,8 @@ import torch
 from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
 from rich.table import Table
+from tqdm import tqdm
 
 from kd_common.cli import resolve_config_names
 from vision_kd.figures import plot_accuracy, plot_gsnr
@@ -92,13 +92,12 @@ def compare(
             args = [f"--config={name}" if not name.startswith("--") else name for name in (*base, *configs)]
             run_dir = output / "runs" / f"{variant.replace(' ', '_').replace('/', '-')}-{seed}"
             pending.append((variant, seed, [*args, "--run_dir", str(run_dir), *overrides], threads))
-    with Progress() as progress:
-        task = progress.add_task("runs", total=len(pending))
+    with tqdm(total=len(pending), unit="run") as progress:
         for row in execute(pending, jobs):
             done.append(row)
             write_atomically(results, json.dumps({"environment": environment(), "runs": done}, indent=1))
-            progress.console.print(f"{row['variant']}, seed {row['seed']}: top-1 {row['history'][-1]['top1']:.2%}")
-            progress.advance(task)
+            progress.write(f"{row['variant']}, seed {row['seed']}: top-1 {row['history'][-1]['top1']:.2%}")
+            progress.update()
     done.sort(key=lambda row: (list(variants).index(row["variant"]) if row["variant"] in variants else 0, row["seed"]))
     report(done, output)
     return done

@@ -119,7 +119,12 @@ def run(cli: VisionCLI) -> Result:
     teacher: dict[str, Any] = {}
     data.views = model.method.views
     if model.method.needs_teacher:
-        classifier, origin = obtain_teacher(model.teacher_spec, data, data_config)
+        classifier, origin = obtain_teacher(
+            model.teacher_spec,
+            data,
+            data_config,
+            progress_bar=cli.config["trainer"]["enable_progress_bar"] is not False,
+        )
         model.attach_teacher(classifier)
         parameters["teacher"] = count_parameters(classifier)
         teacher = {"origin": origin}

@@ -43,13 +43,16 @@ def teacher_cache_path(spec: TeacherSpec, data: Mapping[str, Any]) -> Path:
     return cache_root() / "teachers" / f"{spec.name.replace('/', '_')}-{digest}.pt"
 
 
-def obtain_teacher(spec: TeacherSpec, datamodule: ImageDataModule, data: Mapping[str, Any]) -> tuple[Classifier, str]:
+def obtain_teacher(
+    spec: TeacherSpec, datamodule: ImageDataModule, data: Mapping[str, Any], *, progress_bar: bool = True
+) -> tuple[Classifier, str]:
     """The teacher and where it came from.
 
     Args:
         spec: The teacher.
         datamodule: Data it is trained on when no weights are found.
         data: Resolved configuration of that DataModule, plain types; part of the cache key.
+        progress_bar: Show one while training.
 
     Returns:
         The classifier, and one line that says how it was obtained.
@@ -77,12 +80,12 @@ def obtain_teacher(spec: TeacherSpec, datamodule: ImageDataModule, data: Mapping
                 "it once per process. Train and cache it first with --trainer.devices 1, or set "
                 "model.teacher.checkpoint"
             )
-        teacher = train_teacher(spec, datamodule)
+        teacher = train_teacher(spec, datamodule, progress_bar)
         save_student(path, teacher, spec.model, extra={"recipe": json.loads(json.dumps(asdict(spec), default=str))})
     return teacher, f"trained for {spec.epochs} epochs, cached as {path}"
 
 
-def train_teacher(spec: TeacherSpec, datamodule: ImageDataModule) -> Classifier:
+def train_teacher(spec: TeacherSpec, datamodule: ImageDataModule, progress_bar: bool = True) -> Classifier:
     """Train a teacher on the labels alone, with SGD and a cosine schedule, on one device."""
     rank_zero_info(f"No weights for the teacher {spec.name}: training it for {spec.epochs} epochs, once.")
     torch.manual_seed(spec.seed)
@@ -106,6 +109,7 @@ def train_teacher(spec: TeacherSpec, datamodule: ImageDataModule) -> Classifier:
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
+        enable_progress_bar=progress_bar,
         num_sanity_val_steps=0,
         check_val_every_n_epoch=spec.epochs,
     )

@@ -1,0 +1,84 @@
+"""Comparisons: every variant and seed runs once, finished runs survive an interruption, table and plots are right."""
+
+import json
+
+import pytest
+
+from kd_common.cli import find_config
+from vision_kd import compare as module
+from vision_kd.compare import compare, main, mean_and_spread, summarise
+from vision_kd.fit import CONFIG_DIR
+
+PNG = b"\x89PNG"
+
+
+def fake_row(variant, seed, tops, **extra):
+    history = [{"epoch": i, "top1": t, "top5": 1.0, "loss": 1 - t, "seconds": 2.0, **extra} for i, t in enumerate(tops)]
+    return {"variant": variant, "seed": seed, "teacher": {}, "parameters": {}, "history": history, "args": []}
+
+
+def test_mean_and_spread():
+    assert mean_and_spread([0.5, 0.7]) == "60.00 ± 14.14"
+    assert mean_and_spread([0.5]) == "50.00"
+
+
+def test_summary_separates_last_from_best():
+    (line,) = summarise([fake_row("KD", 0, [0.2, 0.6, 0.4]), fake_row("KD", 1, [0.2, 0.3, 0.4])])
+    assert line["last top-1"] == "40.00 ± 0.00"
+    assert line["best top-1"] == "50.00 ± 14.14"
+    assert line["seeds"] == "2"
+    assert line["s/epoch"] == "2.0"
+
+
+def test_runs_every_variant_and_continues_after_an_interruption(tmp_path, monkeypatch):
+    calls = []
+
+    def train(variant, seed, args, threads):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append((variant, seed, tuple(a for a in args if a.startswith("--config"))))
+        return fake_row(variant, seed, [0.1 * len(calls)], **{"gsnr/task": 0.5})
+
+    monkeypatch.setattr(module, "run_one", train)
+    variants = {"A": ["methods/kd", "--model.accumulate=2"], "B": ["methods/vanilla"]}
+    with pytest.raises(KeyboardInterrupt):
+        compare(["default"], variants, tmp_path, seeds=[0, 1])
+    assert len(json.loads((tmp_path / "results.json").read_text())["runs"]) == 3
+
+    calls_before = list(calls)
+    calls.clear()
+    rows = compare(["default"], variants, tmp_path, seeds=[0, 1])
+    assert calls == [("B", 1, ("--config=default", "--config=methods/vanilla"))]
+    assert [c[:2] for c in calls_before] == [("A", 0), ("A", 1), ("B", 0)]
+    assert [(row["variant"], row["seed"]) for row in rows] == [("A", 0), ("A", 1), ("B", 0), ("B", 1)]
+    assert (tmp_path / "results.md").read_text().count("\n") == 4
+    for figure in ("accuracy.png", "gsnr.png"):
+        assert (tmp_path / figure).read_bytes().startswith(PNG)
+
+
+@pytest.mark.slow
+def test_real_runs_from_the_command_line(tmp_path):
+    overrides = ["--trainer.max_epochs=1", "--model.teacher.epochs=1", "--data.train_subset=128"]
+    overrides += ["--model.teacher.name=resnet8", "--model.gsnr_every=1", "--trainer.accelerator=cpu"]
+    overrides += ["--trainer.log_every_n_steps=1"]
+    arguments = ["--config=compare/digits", f"--output={tmp_path}", "--seeds=[0]", f"--overrides={overrides}"]
+    rows = main(arguments)
+    assert [row["variant"] for row in rows] == ["vanilla", "KD", "KD + DeepKD"]
+    assert {key for key in rows[2]["history"][-1] if key.startswith("gsnr/")} == {
+        "gsnr/task",
+        "gsnr/target",
+        "gsnr/nontarget",
+    }
+    assert (tmp_path / "runs/KD_+_DeepKD-0/student_best.pt").is_file()
+    assert main(arguments) == rows  # everything is finished: nothing runs again
+
+
+@pytest.mark.parametrize("name", ["compare/digits", "compare/fashion_mnist"])
+def test_packaged_comparisons_name_packaged_configurations(name):
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser()
+    parser.add_function_arguments(compare, as_positional=False)
+    settings = parser.parse_path(find_config(name, CONFIG_DIR))
+    for entry in [*settings.base, *(e for configs in settings.variants.values() for e in configs)]:
+        assert entry.startswith("--") or find_config(entry, CONFIG_DIR)
