@@ -365,7 +365,7 @@ class DistillationModule(pl.LightningModule):
         for name, metric in {"top1": self.top1, "top5": self.top5, "loss": self.val_loss}.items():
             values[name] = float(metric.compute())  # gathers all ranks
             metric.reset()
-            self.log(f"val/{name}", values[name], prog_bar=name == "top1")
+            self.log(f"val/{name}", values[name], prog_bar=name == "top1", sync_dist=True)
         if not math.isfinite(values["loss"]):
             raise NonFiniteLossError(
                 f"the validation loss is {values['loss']} at epoch {self.current_epoch}: an update made the student "
@@ -374,7 +374,7 @@ class DistillationModule(pl.LightningModule):
             )
         if not self.trainer.sanity_checking:
             of_training = {"seconds": self._epoch_seconds, **self.gsnr_of_epoch()}
-            self.log_dict(of_training)
+            self.log_dict(of_training, sync_dist=True)
             self.history.append({"epoch": self.current_epoch, **values, **of_training})
 
     # ------------------------------------------------------------------------------------------------ checkpoints
