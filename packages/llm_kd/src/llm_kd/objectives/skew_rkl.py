@@ -31,4 +31,6 @@ class SkewReverseKL(Objective):
     def slope(self, log_q: Tensor, log_p: Tensor) -> Tensor:
         """Slope h = q (log(q / m) + 1 - alpha q / m)."""
         ratio = log_ratio(log_q, log_mixture(log_q, log_p, self.alpha))
-        return log_q.exp() * (ratio + 1 - self.alpha * ratio.exp())
+        # q / m is at most 1 / alpha; without a share of the student in m it has no bound.
+        share = self.alpha * ratio.exp() if self.alpha else 0.0
+        return log_q.exp() * (ratio + 1 - share)

@@ -1,0 +1,404 @@
+"""The chunked head against a dense float64 loss with autograd: values, gradients, memory, bad input."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from llm_kd.head import KDHead, LMHead
+from llm_kd.objectives import OBJECTIVES
+from llm_kd.selectors import SELECTORS, Selection, Selector
+
+F64 = torch.float64
+N, H, H_TEACHER, V = 17, 6, 5, 23
+
+
+class Fixed(Selector):
+    """Given weights; None rejects all."""
+
+    def __init__(self, weights=None):
+        super().__init__()
+        self.weights = weights
+
+    def score(self, student_logits, teacher_logits):
+        return student_logits[:, 0]
+
+    def select(self, score, noise=None):
+        weights = torch.zeros_like(score) if self.weights is None else self.weights.to(score)
+        return Selection(weights, (weights > 0).to(score))
+
+    per_row = False
+
+
+class Inputs:
+    """Hidden states and heads of a small teacher and student."""
+
+    def __init__(self, rows=N, vocab=V, teacher_vocab=V, dtype=F64, bias=True, softcap=None, scale=1.0):
+        def randn(*shape):
+            return torch.randn(*shape, dtype=dtype)
+
+        self.hidden = (scale * randn(rows, H)).requires_grad_()
+        self.weight = randn(vocab, H).requires_grad_()
+        self.bias = randn(vocab).requires_grad_() if bias else None
+        self.teacher_hidden = scale * randn(rows, H_TEACHER)
+        self.teacher = LMHead(randn(teacher_vocab, H_TEACHER), randn(teacher_vocab) if bias else None, softcap)
+        self.softcap = softcap
+
+    @property
+    def student(self):
+        return LMHead(self.weight, self.bias, self.softcap)
+
+    @property
+    def leaves(self):
+        return [self.hidden, self.weight] + ([] if self.bias is None else [self.bias])
+
+    def run(self, head, mask=None):
+        return head(self.hidden, self.teacher_hidden, self.student, self.teacher, mask)
+
+    def gradients(self, head, mask=None):
+        output = self.run(head, mask)
+        return output, torch.autograd.grad(output.loss, self.leaves)
+
+
+def capped(hidden, head):
+    z = hidden @ head.weight.T + (0 if head.bias is None else head.bias)
+    return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+
+
+def dense(inputs, head, mask=None):
+    """Loss, summands and selection from the logits of all tokens, for autograd."""
+    keep = slice(None) if mask is None else mask
+    z = capped(inputs.hidden, inputs.student)[keep][:, : head.vocab_size]
+    z_teacher = capped(inputs.teacher_hidden, inputs.teacher)[keep][:, : head.vocab_size]
+    with torch.no_grad():
+        t = head.verify_temperature
+        noise = head.selector.draw(len(z), z.device)
+        selection = head.selector.select(head.selector.score(z / t, z_teacher / t), noise)
+    tau = head.loss_temperature * torch.as_tensor(selection.temperature, dtype=z.dtype).expand(len(z))[:, None]
+    rows = selection.weights * head.objective(z / tau, z_teacher / tau)
+    if head.temperature_scale == "squared":
+        rows = rows * tau[:, 0] ** 2
+    count = selection.weights.sum() if head.normalize == "selected" else len(z)
+    return rows.sum() / count, rows, selection
+
+
+def assert_agrees(inputs, head, mask=None, tolerance=1e-10):
+    head.eval()  # Spec-k then draws the same numbers for both
+    loss, rows, selection = dense(inputs, head, mask)
+    expected = torch.autograd.grad(loss, inputs.leaves)
+    output, gradients = inputs.gradients(head, mask)
+    close = {"rtol": tolerance, "atol": tolerance}
+    torch.testing.assert_close(output.loss.detach(), loss.detach(), **close)
+    torch.testing.assert_close(output.row_loss, rows.detach(), **close)
+    torch.testing.assert_close(output.weights, selection.weights)
+    torch.testing.assert_close(output.accepted, selection.accepted)
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, wanted, **close)
+    return output
+
+
+def build(objective="fkl", selector="topk", /, objective_args=None, selector_args=None, **settings):
+    return KDHead(
+        OBJECTIVES.get(objective)(**(objective_args or {})),
+        SELECTORS.get(selector)(**(selector_args or {})),
+        **settings,
+    )
+
+
+@pytest.mark.parametrize("chunk_size", [3, 100])
+@pytest.mark.parametrize("objective", OBJECTIVES.names())
+@pytest.mark.parametrize("selector", SELECTORS.names())
+def test_every_objective_with_every_selector(objective, selector, chunk_size):
+    head = build(objective, selector, loss_temperature=1.7, verify_temperature=0.8, chunk_size=chunk_size)
+    if selector == "adakd":
+        head.selector.share = 0.6
+    assert_agrees(Inputs(), head)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 5, 8, 16, 17, 18, None])
+@pytest.mark.parametrize("selector", ["speck", "adakd", "entropy_top_p"])
+def test_any_chunk_size(selector, chunk_size):
+    inputs = Inputs()
+    output = assert_agrees(inputs, build("rkl", selector, chunk_size=chunk_size))
+    assert 0 < output.weights.sum() <= N
+
+
+@pytest.mark.parametrize("normalize", ["valid", "selected"])
+@pytest.mark.parametrize("scale", ["squared", "none"])
+@pytest.mark.parametrize("beta", [0.0, 0.01, 1.0])
+@pytest.mark.parametrize("selector", ["topk", "speck", "speck_expected"])
+def test_normalisation_scale_and_beta(selector, beta, scale, normalize):
+    args = {"k": 2, "beta": beta}
+    head = build(
+        "jsd", selector, selector_args=args, normalize=normalize, temperature_scale=scale, loss_temperature=2.0
+    )
+    head.chunk_size = 4
+    output = assert_agrees(Inputs(), head)
+    assert 0 < output.accepted.mean() < 1
+    expected = N if normalize == "valid" else output.weights.sum()
+    assert output.denominator == expected
+    torch.testing.assert_close(output.loss, output.loss_sum / expected)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_bias_and_softcap(bias, softcap):
+    assert_agrees(Inputs(bias=bias, softcap=softcap), build("rkl", "tsdkd", chunk_size=5, loss_temperature=1.3))
+
+
+@pytest.mark.parametrize("selector", ["none", "adakd"])
+def test_padded_vocabularies_are_sliced(selector):
+    inputs = Inputs(vocab=V + 4, teacher_vocab=V + 9, scale=2.0)
+    with pytest.raises(ValueError, match="27 rows, the teacher's 32.*set vocab_size"):
+        inputs.run(build())
+    with pytest.raises(ValueError, match="vocab_size=28 exceeds the 27 rows"):
+        inputs.run(build(vocab_size=28))
+    head = build("rkl", selector, vocab_size=V, chunk_size=4)
+    assert_agrees(inputs, head)
+    _, (_, weight, bias) = inputs.gradients(head)
+    assert weight.shape == (V + 4, H)
+    assert (weight[V:] == 0).all()
+    assert (bias[V:] == 0).all()
+    assert (weight[:V] != 0).any()
+
+
+@pytest.mark.parametrize("selector", SELECTORS.names())
+def test_masked_tokens_are_not_seen(selector):
+    inputs = Inputs()
+    mask = torch.rand(N) < 0.5
+    head = build("fkl", selector, chunk_size=3)
+    output = assert_agrees(inputs, head, mask)
+    assert output.num_tokens == mask.sum() == len(output.row_loss)
+    hidden = inputs.gradients(head, mask)[1][0]
+    assert (hidden[~mask] == 0).all()
+    # Batch dimensions, and content of masked positions, make no difference.
+    inputs.hidden.data[~mask] = 1e6
+    inputs.teacher_hidden[~mask] = -1e6
+    shaped = head(
+        inputs.hidden.reshape(1, N, H),
+        inputs.teacher_hidden.reshape(1, N, -1),
+        inputs.student,
+        inputs.teacher,
+        mask.reshape(1, N),
+    )
+    torch.testing.assert_close(shaped.loss, output.loss)
+
+
+@pytest.mark.parametrize("selector", SELECTORS.names())
+@pytest.mark.parametrize("normalize", ["valid", "selected"])
+def test_all_masked_batch_is_a_zero_with_a_gradient_path(selector, normalize):
+    inputs = Inputs()
+    output, gradients = inputs.gradients(build("rkl", selector, normalize=normalize), torch.zeros(N, dtype=torch.bool))
+    assert output.loss.item() == output.accepted_sum.item() == output.num_tokens == 0
+    for gradient, leaf in zip(gradients, inputs.leaves, strict=True):
+        assert torch.equal(gradient, torch.zeros_like(leaf))
+
+
+@pytest.mark.parametrize("per_row", [True, False])
+@pytest.mark.parametrize("normalize", ["valid", "selected"])
+def test_all_rejected_batch_is_a_zero_with_a_gradient_path(normalize, per_row):
+    inputs = Inputs()
+    selector = Fixed()
+    selector.per_row = per_row
+    head = KDHead(OBJECTIVES.get("rkl")(), selector, normalize=normalize, chunk_size=4)
+    output, gradients = inputs.gradients(head)
+    assert output.loss.item() == output.accepted_sum.item() == 0
+    assert output.num_tokens == N
+    for gradient, leaf in zip(gradients, inputs.leaves, strict=True):
+        assert torch.equal(gradient, torch.zeros_like(leaf))
+
+
+def test_rows_of_weight_zero_reach_neither_the_loss_nor_the_backward():
+    inputs = Inputs()
+    weights = torch.zeros(N)
+    weights[[2, 9]] = torch.tensor([1.0, 0.5])
+    seen = []
+
+    class Spy(type(OBJECTIVES.get("fkl")())):
+        def slope(self, log_q, log_p):
+            seen.append(len(log_q))
+            return super().slope(log_q, log_p)
+
+    head = KDHead(Spy(), Fixed(weights), chunk_size=4)
+    assert_agrees(inputs, head)
+    assert sum(seen) == 2
+
+
+def test_validation_builds_no_gradient():
+    inputs = Inputs()
+    head = build("rkl", "topk")
+    with torch.no_grad():
+        silent = inputs.run(head)
+    assert not silent.loss.requires_grad
+    torch.testing.assert_close(silent.loss, inputs.run(head).loss.detach())
+
+
+def test_frozen_parts_get_no_gradient():
+    inputs = Inputs()
+    inputs.weight.requires_grad_(False)
+    inputs.bias.requires_grad_(False)
+    head = build("rkl", "topk", chunk_size=4)
+    expected = torch.autograd.grad(dense(inputs, head)[0], inputs.hidden)[0]
+    inputs.run(head).loss.backward()
+    torch.testing.assert_close(inputs.hidden.grad, expected)
+    assert inputs.weight.grad is None
+    inputs.hidden.requires_grad_(False)
+    assert not inputs.run(head).loss.requires_grad
+
+
+def test_gradient_scales_with_the_upstream_gradient_and_is_used_once():
+    inputs = Inputs()
+    head = build("rkl", "topk", chunk_size=4)
+    plain = torch.autograd.grad(inputs.run(head).loss_sum, inputs.leaves)
+    loss = 3 * inputs.run(head).loss_sum
+    for scaled, gradient in zip(torch.autograd.grad(loss, inputs.leaves, retain_graph=True), plain, strict=True):
+        torch.testing.assert_close(scaled, 3 * gradient)
+    with pytest.raises(RuntimeError, match="run the head again"):
+        loss.backward()
+
+
+def test_tied_embeddings_add_up():
+    inputs = Inputs(bias=False)
+    tokens = torch.randint(0, V, (N,))
+    head = build("rkl", "none", chunk_size=4)
+
+    def gradient(loss_of):
+        inputs.hidden = inputs.weight[tokens]
+        return torch.autograd.grad(loss_of(), inputs.weight)[0]
+
+    torch.testing.assert_close(
+        gradient(lambda: inputs.run(head).loss), gradient(lambda: dense(inputs, head)[0]), rtol=1e-10, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.names())
+def test_extreme_logits_in_float32(objective):
+    inputs = Inputs(dtype=torch.float32, scale=100.0)
+    inputs.weight.data[:, 0] *= 10
+    head = build(objective, "speck", chunk_size=4)
+    output, gradients = inputs.gradients(head)
+    assert output.loss.isfinite()
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_bfloat16_models_are_summed_in_float32():
+    rows = 40
+    inputs = Inputs(rows, dtype=torch.bfloat16)
+    output, gradients = inputs.gradients(build("fkl", "none", chunk_size=1))
+    assert output.row_loss.dtype == torch.float32
+    assert [g.dtype for g in gradients] == [torch.bfloat16] * 3
+    exact = Inputs(rows)
+    exact.softcap = None
+    exact.hidden, exact.weight, exact.bias = (x.detach().double().requires_grad_() for x in inputs.leaves)
+    exact.teacher_hidden = inputs.teacher_hidden.double()
+    exact.teacher = LMHead(inputs.teacher.weight.double(), inputs.teacher.bias.double())
+    loss, expected = exact.gradients(build("fkl", "none"))
+    torch.testing.assert_close(output.loss.double(), loss.loss, rtol=1e-2, atol=1e-2)
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        assert (gradient.double() - wanted).norm() < 0.01 * wanted.norm()
+
+
+def test_autocast_projects_in_low_precision_and_keeps_parameter_dtypes():
+    inputs = Inputs(dtype=torch.float32)
+    head = build("fkl", "none", chunk_size=4)
+    full, expected = inputs.gradients(head)
+    with torch.autocast("cpu", torch.bfloat16):
+        low, gradients = inputs.gradients(head)
+    assert low.row_loss.dtype == torch.float32
+    assert not torch.equal(low.row_loss, full.row_loss)
+    torch.testing.assert_close(low.loss, full.loss, rtol=2e-2, atol=1e-2)
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        assert gradient.dtype == torch.float32
+        assert (gradient - wanted).norm() < 0.03 * wanted.norm()
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that any operation returns, views left out."""
+
+    def __init__(self, ignore):
+        super().__init__()
+        self.ignore = {tensor.untyped_storage().data_ptr() for tensor in ignore}
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.ignore:
+                self.largest = max(self.largest, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("selector", SELECTORS.names())
+@pytest.mark.parametrize("objective", ["rkl", "alpha_beta", "taid"])
+def test_largest_tensor_is_a_chunk(objective, selector):
+    vocab, chunk = 64, 4
+    largest = []
+    for rows in (16, 40):
+        inputs = Inputs(rows, vocab, vocab)
+        head = build(objective, selector, chunk_size=chunk)
+        with LargestTensor(ignore=[*inputs.leaves, inputs.teacher.weight, inputs.teacher_hidden]) as record:
+            inputs.gradients(head)
+        largest.append(record.largest)
+    assert largest == [vocab * H, vocab * H]  # the head's gradient; a chunk is 64 * 4, all logits 64 * 16 or 64 * 40
+    inputs.weight.requires_grad_(False)
+    with LargestTensor(ignore=[*inputs.leaves, inputs.teacher.weight, inputs.teacher_hidden]) as record:
+        inputs.run(head).loss.backward()
+    assert record.largest <= max(vocab * chunk, rows * H)
+
+
+def test_default_chunk_shrinks_with_the_vocabulary():
+    from llm_kd.head.module import BYTES_PER_LOGIT, _default_chunk
+
+    class Stub:
+        hidden = torch.empty(1)
+
+        def __init__(self, vocab):
+            self.weight = torch.empty(vocab, 1, device="meta")
+
+    sizes = [_default_chunk(Stub(vocab)) for vocab in (49_152, 151_936)]
+    assert all(size * vocab * BYTES_PER_LOGIT <= 2**26 for size, vocab in zip(sizes, (49_152, 151_936), strict=True))
+    assert sizes[0] > sizes[1] > 16
+    assert _default_chunk(Stub(10**9)) == 1
+
+
+def test_steps_and_state_pass_through():
+    head = build("taid", "adakd", objective_args={"rate": 0.1})
+    for step, loss in enumerate([4.0, 3.0, 2.0, 0.1], start=1):
+        head.on_step(loss, step, 20)
+    twin = build("taid", "adakd", objective_args={"rate": 0.1})
+    twin.load_state_dict(head.state_dict())
+    assert twin.objective.t == head.objective.t > 0.4
+    assert twin.selector.mean_loss == head.selector.mean_loss
+    before = head.state_dict()
+    Inputs().gradients(head)
+    Inputs().gradients(head.eval())
+    assert head.state_dict() == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"normalize": "all"}, "normalize must be"),
+        ({"temperature_scale": "T2"}, "temperature_scale must be"),
+        ({"loss_temperature": 0.0}, "loss_temperature must be"),
+        ({"verify_temperature": float("inf")}, "verify_temperature must be"),
+        ({"vocab_size": 0}, "vocab_size must be"),
+        ({"chunk_size": 0}, "chunk_size must be"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        build(**settings)
+
+
+def test_bad_tensors():
+    inputs, head = Inputs(), build()
+    with pytest.raises(ValueError, match="mask must be boolean"):
+        inputs.run(head, torch.ones(N))
+    with pytest.raises(ValueError, match="mask must be boolean of shape"):
+        inputs.run(head, torch.ones(N + 1, dtype=torch.bool))
+    inputs.teacher_hidden = inputs.teacher_hidden[:-1]
+    with pytest.raises(ValueError, match="the same tokens"):
+        inputs.run(head)
+    with pytest.raises(ValueError, match=r"k must lie in \[1, 23\]"):
+        Inputs().run(build("fkl", "topk", selector_args={"k": 24}))
