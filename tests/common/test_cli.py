@@ -12,7 +12,15 @@ import yaml
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader
 
-from kd_common.cli import FitCLI, check_resumable, find_config, reserve_run_dir, resolve_config_names
+from kd_common.cli import (
+    FitCLI,
+    check_resumable,
+    constructor_message,
+    find_config,
+    keep_earlier_metrics,
+    reserve_run_dir,
+    resolve_config_names,
+)
 
 
 class Rule:
@@ -428,3 +436,25 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path, legacy):
     assert not trace.exists()
     torch.load(path, weights_only=False)
     assert trace.exists(), "the file would have run its code"
+
+
+def test_constructor_message_drops_the_wrapping():
+    wrapped = (
+        "Does not validate against any of the Union subtypes\n"
+        "Subtypes: [<class 'NoneType'>, <class 'Model'>]\n"
+        "Errors:\n"
+        "  - Expected a <class 'NoneType'>\n"
+        "  - width must be > 0,\n    got 0\n"
+        "Given value type: <class 'Namespace'>\n"
+        "Given value: Namespace(width=0)"
+    )
+    assert constructor_message(wrapped) == "width must be > 0,\n    got 0"
+    assert constructor_message("width must be > 0, got 0") == "width must be > 0, got 0"
+
+
+def test_metrics_of_an_earlier_run_in_the_folder_are_kept(tmp_path):
+    for content in ("first", "second"):
+        (tmp_path / "metrics.csv").write_text(content)
+        keep_earlier_metrics(tmp_path)
+    assert not (tmp_path / "metrics.csv").exists()
+    assert [(tmp_path / f"metrics_{n}.csv").read_text() for n in (1, 2)] == ["first", "second"]

@@ -9,6 +9,7 @@ from kd_common.grads import (
     accumulate,
     all_reduce_mean,
     clip_components,
+    component_cosines,
     component_gradients,
     component_norms,
     merge,
@@ -166,3 +167,15 @@ def test_single_process_collectives_are_identities():
     norm.running_mean.copy_(grad)
     average_batchnorm_buffers(norm)
     assert torch.equal(norm.running_mean, grad)
+
+
+def test_component_cosines():
+    components = {
+        "b": [torch.tensor([1.0, 0.0]), torch.tensor([[2.0]]), None],
+        "a": [torch.tensor([3.0, 4.0]), None, torch.tensor([12.0])],
+        "zero": [torch.zeros(2), None, None],
+    }
+    cosines = component_cosines(components)
+    assert set(cosines) == {("a", "b"), ("a", "zero"), ("b", "zero")}
+    assert cosines["a", "b"].item() == pytest.approx(3 / (13 * 5**0.5))
+    assert cosines["a", "zero"].item() == cosines["b", "zero"].item() == 0

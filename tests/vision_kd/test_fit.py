@@ -8,11 +8,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
+from kd_common.schedules import TopKSchedule
 from vision_kd.data import Digits
 from vision_kd.evaluate import accuracy
 from vision_kd.fit import build, main, run
+from vision_kd.guards import NonFiniteLossError
 from vision_kd.models import MODELS, load_classifier
-from vision_kd.module import NonFiniteLossError
 
 
 def weights(module):
@@ -87,7 +88,7 @@ def test_result(finished):
     assert result.best["top1"] == max(epoch["top1"] for epoch in result.history)
     assert set(result.gsnr) == {"task", "target", "nontarget"}
     assert all(value > 0 for value in result.gsnr.values())
-    assert result.k == 9
+    assert result.k == TopKSchedule(10, 12, k_start=0.05, k_opt=0.5, phase_ends=(0.3, 0.6))(11) == 8
     assert result.seconds_per_epoch > 0
     assert result.parameters == {"student": 77_754, "teacher": 77_754}
     assert result.run_dir == folder / "run"

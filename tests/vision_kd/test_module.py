@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -11,11 +12,12 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from kd_common.schedules import TopKSchedule
+from vision_kd.callbacks import StudentExport
 from vision_kd.evaluate import accuracy
+from vision_kd.guards import NonFiniteLossError, check_trainer
 from vision_kd.methods.dkd import DKD
 from vision_kd.methods.kd import KD
 from vision_kd.methods.vanilla import Vanilla
-from vision_kd.module import NonFiniteLossError, check_trainer
 from vision_kd.policies import DOT, SGD, DeepKD
 from vision_kd.specs import DynamicTopK
 
@@ -353,3 +355,24 @@ def test_a_fit_after_an_interrupted_one_starts_without_its_gradients(toy):
     for m in (module, fresh):
         toy.train(m, batches)
     assert_same_parameters(module.student, fresh.student, atol=0)
+
+
+def test_schedules_stretch_over_a_run_that_max_steps_ends(toy):
+    module = toy.module(topk=DynamicTopK(k_start=1, k_opt=2), learning_rate=0.1)
+    trainer = toy.train(module, toy.batches(4, 4, 4), epochs=4, max_steps=6)
+    assert trainer.global_step == module.total_steps == 6
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0)
+    assert module.k_at(6) == toy.classes - 1
+
+
+def test_a_resumed_run_brings_the_best_student_along(tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    (old / "checkpoints").mkdir(parents=True)
+    new.mkdir()
+    (old / "student_best.pt").write_bytes(b"weights")
+    rank0 = SimpleNamespace(is_global_zero=True)
+    StudentExport(new, {}, str(old / "checkpoints/last.ckpt")).on_fit_start(rank0, None)
+    assert (new / "student_best.pt").read_bytes() == b"weights"
+    StudentExport(old, {}, str(old / "checkpoints/last.ckpt")).on_fit_start(rank0, None)
+    StudentExport(tmp_path, {}).on_fit_start(rank0, None)
+    assert not (tmp_path / "student_best.pt").exists()

@@ -201,3 +201,20 @@ def test_two_steps_of_the_released_deepkd_by_hand():
     v_target = 0.825 * v_target + 0.75 + WD * (theta - LR * (task + nontarget))
     expected = theta - LR * (task + nontarget + v_target)
     assert two_steps(DeepKD(preset="released")) == pytest.approx(expected, abs=1e-15)
+
+
+def test_adamw_spares_what_a_timm_network_lists():
+    class Transformer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pos_embed = nn.Parameter(torch.zeros(1, 4, 8))
+            self.head = nn.Linear(8, 3)
+
+        def no_weight_decay(self):
+            return {"pos_embed"}
+
+    network = nn.Sequential(Transformer())
+    decayed, spared = AdamW().optimizer(network, PARTS, lr=0.1, momentum=0.9, weight_decay=0.05).param_groups
+    assert [p.shape for p in decayed["params"]] == [(3, 8)]
+    assert {tuple(p.shape) for p in spared["params"]} == {(1, 4, 8), (3,)}
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.05, 0.0)

@@ -12,6 +12,7 @@ On top of LightningCLI it adds
 import itertools
 import logging
 import pickle
+import re
 import sys
 import warnings
 import zipfile
@@ -98,10 +99,21 @@ class FitCLI(LightningCLI):
                 parser.error(str(error))
             self.config = parser.parse_args(command_line)
 
+    def instantiate_classes(self) -> None:
+        """Build data, model and trainer.
+
+        Raises:
+            ValueError: What a constructor objects to, without jsonargparse's wrapping.
+        """
+        if self.config["ckpt_path"]:
+            check_resumable(Path(self.config["ckpt_path"]))
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise ValueError(constructor_message(str(error))) from error.__cause__
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer; logs and checkpoints go to :attr:`run_dir` unless the configuration sets a logger."""
-        if self.config_init.get("ckpt_path"):
-            check_resumable(Path(self.config_init["ckpt_path"]))
         trainer_config = self.config_init["trainer"]
         if trainer_config.get("fast_dev_run"):
             return super().instantiate_trainer(**kwargs)
@@ -110,6 +122,7 @@ class FitCLI(LightningCLI):
             kwargs["default_root_dir"] = str(self.run_dir)
         if trainer_config.get("logger") in (None, True):
             where: dict[str, Any] = {"save_dir": str(self.run_dir), "name": "", "version": ""}
+            keep_earlier_metrics(self.run_dir)
             kwargs["logger"] = [TensorBoardLogger(**where), CSVLogger(**where)]
         if trainer_config.get("enable_checkpointing") is not False:
             # Not `save_last`: Lightning 2.6 then writes last.ckpt only when the best one changes. The last comes
@@ -125,16 +138,31 @@ class FitCLI(LightningCLI):
 
 def silence_known_noise() -> None:
     """Drop messages of Lightning that say nothing about the user's run."""
-    # CSVLogger finds the folder reserved for this run a moment ago and believes it to be an older run's.
+    # They find the folder reserved for this run a moment ago, or the run that is resumed; nothing is lost there.
     warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     # Lightning 2.6 calls what torch 2.15 deprecates.
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)")
     # Batches of data that is already on the device need no worker processes.
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     # An advertisement for a hosted logger, printed for every trainer.
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "litlogger" not in record.getMessage()
-    )
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "litlogger" not in record.getMessage()
+
+
+def constructor_message(text: str) -> str:
+    """The objection of a class's constructor, taken out of jsonargparse's report on a union of types.
+
+    An optional class is a union with None, so a ValueError from its constructor arrives as one of several mismatches,
+    between a list of types and a dump of the whole configuration.
+    """
+    if not text.startswith("Does not validate against any of the Union subtypes"):
+        return text
+    mismatches = re.findall(r"^ +- (.*?)(?=\n +- |\nGiven value|\Z)", text, flags=re.M | re.S)
+    return next((m for m in reversed(mismatches) if not m.startswith("Expected a <class")), text)
 
 
 def resolve_config_names(args: Sequence[str], config_dir: Path) -> list[str]:
@@ -188,6 +216,13 @@ def reserve_run_dir(run_dir: str | None, name: str) -> Path:
             continue
         return path
     raise AssertionError("unreachable")
+
+
+def keep_earlier_metrics(run_dir: Path) -> None:
+    """Rename the metrics of an earlier run in this folder, as when resuming there: CSVLogger would delete them."""
+    metrics = run_dir / "metrics.csv"
+    if getattr(rank_zero_only, "rank", 0) == 0 and metrics.is_file():
+        metrics.rename(next(p for n in itertools.count(1) if not (p := run_dir / f"metrics_{n}.csv").exists()))
 
 
 def check_resumable(path: Path) -> None:

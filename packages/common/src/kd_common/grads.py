@@ -12,8 +12,8 @@ The usual order of one step, with an optimizer of ``kd_common.optim``::
 Cost: one forward pass and as many backward passes through the network as there are distinct momenta.
 """
 
+import itertools
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -236,6 +236,26 @@ def component_norms(components: Mapping[str, Gradients]) -> dict[str, Tensor]:
     return {name: _norm(grads) for name, grads in components.items()}
 
 
+@torch.no_grad()
+def component_cosines(components: Mapping[str, Gradients]) -> dict[tuple[str, str], Tensor]:
+    """Cosine of the angle between every two components over all parameters, shape () each; not read on the host.
+
+    None counts as zero. A component that is zero everywhere has cosine 0 with all others.
+    """
+    norms = component_norms(components)
+    cosines = {}
+    for a, b in itertools.combinations(sorted(components), 2):
+        pairs = zip(components[a], components[b], strict=True)
+        products = [(x * y).sum() for x, y in pairs if x is not None and y is not None]
+        dot = _replicated(torch.stack(products).sum()) if products else torch.zeros_like(norms[a])
+        cosines[a, b] = dot / (norms[a] * norms[b]).clamp_min(torch.finfo(dot.dtype).tiny)
+    return cosines
+
+
 def _norm(gradients: Gradients) -> Tensor:
-    norm: Any = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
-    return norm.full_tensor() if is_dtensor(norm) else norm
+    return _replicated(torch.nn.utils.get_total_norm([g for g in gradients if g is not None]))
+
+
+def _replicated(scalar: Tensor) -> Tensor:
+    """A scalar as a plain tensor, summed over the ranks if it was a DTensor."""
+    return scalar.full_tensor() if is_dtensor(scalar) else scalar  # type: ignore[attr-defined]

@@ -1,5 +1,6 @@
 """Callbacks of a vision run."""
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,21 @@ class StudentExport(pl.Callback):
     Args:
         folder: Where to write.
         extra: Plain values stored beside the weights (the data configuration, for ``vision_kd.evaluate``).
+        resumed_from: Checkpoint the run continues. Its run's best student is the best here too, until it is beaten.
     """
 
-    def __init__(self, folder: Path, extra: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, extra: Mapping[str, Any], resumed_from: str | None = None) -> None:
         self.folder = folder
         self.extra = dict(extra)
+        self.resumed_from = resumed_from
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Bring the best student of a resumed run along when this run writes to another folder."""
+        if self.resumed_from is None or not trainer.is_global_zero:
+            return
+        best = Path(self.resumed_from).resolve().parent.parent / "student_best.pt"
+        if best.is_file() and best.parent != self.folder.resolve():
+            shutil.copy(best, self.folder / best.name)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Export the student when its epoch was validated."""

@@ -11,7 +11,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -123,6 +122,7 @@ def run(cli: VisionCLI) -> Result:
             model.teacher_spec,
             data,
             data_config,
+            accelerator=cli.config["trainer"]["accelerator"],
             progress_bar=cli.config["trainer"]["enable_progress_bar"] is not False,
         )
         model.attach_teacher(classifier)
@@ -132,7 +132,7 @@ def run(cli: VisionCLI) -> Result:
             teacher |= measure_teacher(cli)
     if cli.run_dir is not None:
         callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        callbacks.append(StudentExport(cli.run_dir, {"data": data_config}))
+        callbacks.append(StudentExport(cli.run_dir, {"data": data_config}, cli.config["ckpt_path"]))
     cli.trainer.fit(model, datamodule=data, ckpt_path=cli.config["ckpt_path"], weights_only=True)
     if not model.history:
         raise RuntimeError(
@@ -141,7 +141,7 @@ def run(cli: VisionCLI) -> Result:
     return Result(
         teacher=teacher,
         history=model.history,
-        k=model.k,
+        k=model.k_at(model.global_step - 1),
         parameters=parameters,
         run_dir=cli.run_dir,
     )
@@ -171,5 +171,4 @@ def main(args: ArgsType = None) -> Result:
 
 
 if __name__ == "__main__":
-    torch.set_float32_matmul_precision("high")
     main()

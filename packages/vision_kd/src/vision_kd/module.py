@@ -1,6 +1,5 @@
 """The training system: manual optimisation of a student from named gradient components."""
 
-import itertools
 import math
 import time
 from collections.abc import Mapping
@@ -16,36 +15,18 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from kd_common.distributed import average_batchnorm_buffers
 from kd_common.functional.logits import at_least_fp32
-from kd_common.grads import accumulate, all_reduce_mean, clip_components, component_norms
+from kd_common.grads import accumulate, all_reduce_mean, clip_components, component_cosines, component_norms
 from kd_common.gsnr import GradientSNR
 from kd_common.optim import ComponentOptimizer
 from kd_common.schedules import CosineDecay, Schedule, TopKSchedule
+from vision_kd.guards import FiniteGuard, NonFiniteLossError, check_trainer
 from vision_kd.methods import Method
 from vision_kd.methods.base import cross_entropy
 from vision_kd.methods.kd import KD
 from vision_kd.models import Classifier, ModelSpec, build_classifier
 from vision_kd.policies import DeepKD, GradientPolicy
 from vision_kd.specs import DynamicTopK, TeacherSpec
-from vision_kd.step import ComponentGradients, StepOutput, distillation_step
-
-
-class NonFiniteLossError(RuntimeError):
-    """A loss component became NaN or infinite; the message names the batch and the last good checkpoint."""
-
-
-def check_trainer(precision: str | int | None, max_epochs: int | None) -> None:
-    """Refuse trainer settings that component gradients or the schedules cannot work with.
-
-    Raises:
-        ValueError: For fp16 with loss scaling, and for a run without a known length.
-    """
-    if str(precision) in ("16", "16-mixed"):
-        raise ValueError(
-            f"trainer.precision {precision} scales the loss, and component gradients bypass the scaler; "
-            "use bf16-mixed or 32-true"
-        )
-    if max_epochs is None or max_epochs < 1:
-        raise ValueError(f"trainer.max_epochs must be at least 1, got {max_epochs}: the schedules run over it")
+from vision_kd.step import ComponentGradients, distillation_step
 
 
 class DistillationModule(pl.LightningModule):
@@ -191,16 +172,20 @@ class DistillationModule(pl.LightningModule):
         )
 
     def _lr_factor(self, step: int) -> float:
-        return self.lr_schedule(self._epochs(step), self._max_epochs)
-
-    def _epochs(self, step: int) -> float:
-        """Progress in epochs after a number of updates."""
-        return step / self.steps_per_epoch if step else 0.0
+        if step == 0:  # asked for when the optimizer is built, before the length of an epoch is known
+            return self.lr_schedule(0.0, self._max_epochs)
+        return self.lr_schedule(step / self.steps_per_epoch, self.total_steps / self.steps_per_epoch)
 
     @property
     def steps_per_epoch(self) -> int:
         """Updates per epoch."""
         return math.ceil(self.trainer.num_training_batches / self.accumulate)
+
+    @property
+    def total_steps(self) -> int:
+        """Updates of the whole run, over which the schedules stretch: all epochs, or ``trainer.max_steps`` if fewer."""
+        steps = self._max_epochs * self.steps_per_epoch
+        return min(steps, self.trainer.max_steps) if self.trainer.max_steps > 0 else steps
 
     @property
     def _log_every(self) -> int:
@@ -220,12 +205,9 @@ class DistillationModule(pl.LightningModule):
             phase_ends=self.topk.phase_ends,
         )
 
-    @property
-    def k(self) -> int | None:
-        """Classes that survive the mask at this update; None without a mask."""
-        if self.topk is None:
-            return None
-        return self._topk_schedule(self._max_epochs * self.steps_per_epoch)(self.global_step)
+    def k_at(self, step: int) -> int | None:
+        """Classes that survive the mask at an update, counted from 0; None without a mask."""
+        return None if self.topk is None else self._topk_schedule(self.total_steps)(step)
 
     def setup(self, stage: str) -> None:
         """Check what the schedules and the precision need."""
@@ -243,11 +225,11 @@ class DistillationModule(pl.LightningModule):
     # ------------------------------------------------------------------------------------------------ training
 
     def on_train_epoch_start(self) -> None:
-        """Make every random draw of the epoch a function of seed, epoch and rank, so that a resumed run repeats it."""
+        """Make every draw a function of seed, epoch and rank: a run resumed from an epoch's end repeats the next."""
         torch.manual_seed((self.seed * 1_000_003 + self.current_epoch) * 1_009 + self.global_rank)
         self.gsnr.reset()
         self._pending, self._pending_samples = {}, 0  # an interrupted fit may have left some
-        self._first_bad_batch = torch.full((), -1, device=self.device)
+        self._guard = FiniteGuard(self.device)
         self._epoch_start = time.perf_counter()
 
     def training_step(self, batch: tuple[Mapping[str, Tensor], Tensor], batch_idx: int) -> None:
@@ -255,7 +237,7 @@ class DistillationModule(pl.LightningModule):
         views, target = batch
         optimizer: Any = self.optimizers()
         measure = self.gsnr_every > 0 and self.global_step % self.gsnr_every == 0
-        k = self.k
+        k = self.k_at(self.global_step)
         step = distillation_step(
             self.student,
             self.teacher,
@@ -264,10 +246,10 @@ class DistillationModule(pl.LightningModule):
             target,
             [p for group in optimizer.param_groups for p in group["params"]],
             buckets=None if measure else optimizer.buckets,
-            epoch=self._epochs(self.global_step),
+            epoch=self.global_step / self.steps_per_epoch,
             k=k,
         )
-        self._guard_finite(step, batch_idx)
+        self._stop_if_not_finite(step.components, batch_idx)
         gradients = step.gradients
         if self.accumulate > 1:
             accumulate(self._pending, gradients, scale=len(target))
@@ -284,10 +266,11 @@ class DistillationModule(pl.LightningModule):
             if k is not None:
                 values["train/k"] = k
             self._log_now(values | (self._measure(gradients) if measure else {}))
+            self.log("loss", sum(step.components.values()), prog_bar=True, logger=False)
         self._update(optimizer, gradients)
 
     def _log_now(self, values: Mapping[str, float]) -> None:
-        """Write to the loggers directly: `self.log` costs more than a small network's step."""
+        """Write this rank's values to the loggers directly: `self.log` costs more than a small network's step."""
         for logger in self.loggers:
             logger.log_metrics(dict(values), step=self.global_step)
 
@@ -305,29 +288,23 @@ class DistillationModule(pl.LightningModule):
         """Feed the gradient statistics; return the norms of the components and the cosines between them."""
         reached = {name: [g for g in grads if g is not None] for name, grads in gradients.items()}
         self.gsnr.update({name: grads for name, grads in reached.items() if grads})
-        norms = component_norms(gradients)
-        values = {f"grad_norm/{name}": float(norm) for name, norm in norms.items()}
-        for a, b in itertools.combinations(sorted(gradients), 2):
-            pairs = [(x, y) for x, y in zip(gradients[a], gradients[b], strict=True) if x is not None and y is not None]
-            dot = sum((x * y).sum() for x, y in pairs)
-            if (scale := float(norms[a] * norms[b])) > 0:
-                values[f"grad_cosine/{a}_{b}"] = float(dot) / scale
-        return values
+        values = {f"grad_norm/{name}": float(norm) for name, norm in component_norms(gradients).items()}
+        return values | {
+            f"grad_cosine/{a}_{b}": float(cosine) for (a, b), cosine in component_cosines(gradients).items()
+        }
 
-    def _guard_finite(self, step: StepOutput, batch_idx: int) -> None:
-        """Remember the first batch with a non-finite loss; read it where that does not stall the device.
+    def _stop_if_not_finite(self, losses: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Stop at a non-finite loss: at once on a CPU, at the next logging step where a look would stall the device.
 
         Raises:
             NonFiniteLossError: Naming the batch and the last checkpoint.
         """
-        finite = torch.stack(list(step.components.values())).isfinite().all()
-        unseen = self._first_bad_batch < 0
-        self._first_bad_batch = torch.where(unseen & ~finite, batch_idx, self._first_bad_batch)
+        self._guard.observe(losses, batch_idx)
         every = 1 if self.device.type == "cpu" else self._log_every
         if (batch_idx + 1) % every and not self.trainer.is_last_batch:
             return
-        if (bad := int(self._first_bad_batch)) >= 0:
-            values = ", ".join(f"{name} {float(value):.4g}" for name, value in step.components.items())
+        if (bad := self._guard.first_bad_batch()) is not None:
+            values = ", ".join(f"{name} {float(value):.4g}" for name, value in losses.items())
             raise NonFiniteLossError(
                 f"the loss became NaN or infinite at epoch {self.current_epoch}, batch {bad} (components of batch "
                 f"{batch_idx}: {values}). Nothing was saved since; last good checkpoint: {self._last_checkpoint}. "
@@ -348,7 +325,9 @@ class DistillationModule(pl.LightningModule):
 
     def on_validation_start(self) -> None:
         """Give all ranks the same BatchNorm statistics; manual optimisation under DDP does not."""
-        average_batchnorm_buffers(self.inference_model)
+        average_batchnorm_buffers(self.student)
+        if self.ema is not None:
+            average_batchnorm_buffers(self.ema)
         self._epoch_seconds = time.perf_counter() - self._epoch_start
 
     def validation_step(self, batch: tuple[Mapping[str, Tensor], Tensor], batch_idx: int) -> None:
@@ -373,9 +352,9 @@ class DistillationModule(pl.LightningModule):
                 "model.learning_rate or set model.clip_norm."
             )
         if not self.trainer.sanity_checking:
-            of_training = {"seconds": self._epoch_seconds, **self.gsnr_of_epoch()}
-            self.log_dict(of_training, sync_dist=True)
-            self.history.append({"epoch": self.current_epoch, **values, **of_training})
+            gsnr = self.gsnr_of_epoch()
+            self.log_dict({"train/seconds": self._epoch_seconds, **gsnr}, sync_dist=True)
+            self.history.append({"epoch": self.current_epoch, **values, "seconds": self._epoch_seconds, **gsnr})
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 

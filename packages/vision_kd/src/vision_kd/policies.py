@@ -116,7 +116,7 @@ class DeepKD(GradientPolicy):
 class AdamW(GradientPolicy):
     """AdamW on the summed loss, in one backward pass, for transformer students.
 
-    Biases and normalisation weights (parameters with fewer than two axes) are not decayed.
+    Biases, normalisation weights and what timm lists in ``no_weight_decay()`` are not decayed.
 
     Args:
         beta2: Decay of the second moment, in [0, 1).
@@ -136,7 +136,7 @@ class AdamW(GradientPolicy):
 class DeepKDAdamW(GradientPolicy):
     """DeepKD's rule applied to beta1 of AdamW: mu + delta, mu - delta, mu + delta; two backward passes.
 
-    Biases and normalisation weights (parameters with fewer than two axes) are not decayed.
+    Biases, normalisation weights and what timm lists in ``no_weight_decay()`` are not decayed.
 
     Args:
         delta: As in :class:`DeepKD`.
@@ -182,12 +182,23 @@ def require_parts(policy: GradientPolicy, components: Sequence[str]) -> dict[str
 
 
 def decay_matrices_only(student: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups that decay weights with two or more axes and spare biases and normalisation weights."""
+    """Parameter groups that decay weight matrices and spare what transformers leave alone.
+
+    Spared are parameters with fewer than two axes (biases, normalisation weights) and those a timm network lists in
+    ``no_weight_decay()`` (class token, position embedding).
+    """
+    spared = {
+        id(parameter)
+        for module in student.modules()
+        if callable(listed := getattr(module, "no_weight_decay", None))
+        for name, parameter in module.named_parameters()
+        if name in listed()
+    }
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for parameter in student.parameters():
-        groups[parameter.ndim > 1].append(parameter)
+        groups[parameter.ndim > 1 and id(parameter) not in spared].append(parameter)
     return [
-        {"params": params, "weight_decay": weight_decay if matrix else 0.0}
-        for matrix, params in groups.items()
+        {"params": params, "weight_decay": weight_decay if decayed else 0.0}
+        for decayed, params in groups.items()
         if params
     ]

@@ -36,15 +36,21 @@ def teacher_cache_path(spec: TeacherSpec, data: Mapping[str, Any]) -> Path:
         spec: The teacher.
         data: Resolved configuration of the DataModule, ``class_path`` and ``init_args`` in plain types.
     """
-    # The teacher is trained with its own seed, so the student's seed must not lead to another teacher.
-    settings = {key: value for key, value in data["init_args"].items() if key not in ("seed", "val_batch_size")}
+    # The teacher is trained with its own seed, so the student's must not lead to another teacher.
+    ignored = ("seed", "val_batch_size", "download", "num_workers")
+    settings = {key: value for key, value in data["init_args"].items() if key not in ignored}
     recipe = {"teacher": asdict(spec), "data": {**data, "init_args": settings}, "format": CACHE_FORMAT}
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()[:16]
     return cache_root() / "teachers" / f"{spec.name.replace('/', '_')}-{digest}.pt"
 
 
 def obtain_teacher(
-    spec: TeacherSpec, datamodule: ImageDataModule, data: Mapping[str, Any], *, progress_bar: bool = True
+    spec: TeacherSpec,
+    datamodule: ImageDataModule,
+    data: Mapping[str, Any],
+    *,
+    accelerator: str = "auto",
+    progress_bar: bool = True,
 ) -> tuple[Classifier, str]:
     """The teacher and where it came from.
 
@@ -52,6 +58,7 @@ def obtain_teacher(
         spec: The teacher.
         datamodule: Data it is trained on when no weights are found.
         data: Resolved configuration of that DataModule, plain types; part of the cache key.
+        accelerator: Lightning's name of the hardware it is trained on.
         progress_bar: Show one while training.
 
     Returns:
@@ -80,12 +87,14 @@ def obtain_teacher(
                 "it once per process. Train and cache it first with --trainer.devices 1, or set "
                 "model.teacher.checkpoint"
             )
-        teacher = train_teacher(spec, datamodule, progress_bar)
+        teacher = train_teacher(spec, datamodule, accelerator, progress_bar)
         save_student(path, teacher, spec.model, extra={"recipe": json.loads(json.dumps(asdict(spec), default=str))})
     return teacher, f"trained for {spec.epochs} epochs, cached as {path}"
 
 
-def train_teacher(spec: TeacherSpec, datamodule: ImageDataModule, progress_bar: bool = True) -> Classifier:
+def train_teacher(
+    spec: TeacherSpec, datamodule: ImageDataModule, accelerator: str = "auto", progress_bar: bool = True
+) -> Classifier:
     """Train a teacher on the labels alone, with SGD and a cosine schedule, on one device."""
     rank_zero_info(f"No weights for the teacher {spec.name}: training it for {spec.epochs} epochs, once.")
     torch.manual_seed(spec.seed)
@@ -105,6 +114,7 @@ def train_teacher(spec: TeacherSpec, datamodule: ImageDataModule, progress_bar: 
     )
     trainer = pl.Trainer(
         max_epochs=spec.epochs,
+        accelerator=accelerator,
         devices=1,
         logger=False,
         enable_checkpointing=False,
