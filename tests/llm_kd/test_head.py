@@ -1,11 +1,16 @@
 """The chunked head against a dense float64 loss with autograd: values, gradients, memory, bad input."""
 
+import importlib.util
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llm_kd.head import KDHead, LMHead
+from llm_kd.head.module import BYTES_PER_LOGIT, _default_chunk
 from llm_kd.objectives import OBJECTIVES
 from llm_kd.selectors import SELECTORS, Selection, Selector
 
@@ -149,7 +154,7 @@ def test_bias_and_softcap(bias, softcap):
 @pytest.mark.parametrize("selector", ["none", "adakd"])
 def test_padded_vocabularies_are_sliced(selector):
     inputs = Inputs(vocab=V + 4, teacher_vocab=V + 9, scale=2.0)
-    with pytest.raises(ValueError, match="27 rows, the teacher's 32.*set vocab_size"):
+    with pytest.raises(ValueError, match=r"27 rows, the teacher's 32.*set vocab_size"):
         inputs.run(build())
     with pytest.raises(ValueError, match="vocab_size=28 exceeds the 27 rows"):
         inputs.run(build(vocab_size=28))
@@ -208,7 +213,8 @@ def test_all_rejected_batch_is_a_zero_with_a_gradient_path(normalize, per_row):
         assert torch.equal(gradient, torch.zeros_like(leaf))
 
 
-def test_rows_of_weight_zero_reach_neither_the_loss_nor_the_backward():
+@pytest.mark.parametrize("per_row", [True, False])
+def test_rows_of_weight_zero_reach_neither_the_loss_nor_the_backward(per_row):
     inputs = Inputs()
     weights = torch.zeros(N)
     weights[[2, 9]] = torch.tensor([1.0, 0.5])
@@ -219,9 +225,9 @@ def test_rows_of_weight_zero_reach_neither_the_loss_nor_the_backward():
             seen.append(len(log_q))
             return super().slope(log_q, log_p)
 
-    head = KDHead(Spy(), Fixed(weights), chunk_size=4)
-    assert_agrees(inputs, head)
-    assert sum(seen) == 2
+    selector = SELECTORS.get("topk")(k=3, beta=0.0) if per_row else Fixed(weights)
+    output = assert_agrees(inputs, KDHead(Spy(), selector, chunk_size=4))
+    assert sum(seen) == (output.weights > 0).sum() < N
 
 
 def test_validation_builds_no_gradient():
@@ -346,9 +352,40 @@ def test_largest_tensor_is_a_chunk(objective, selector):
     assert record.largest <= max(vocab * chunk, rows * H)
 
 
-def test_default_chunk_shrinks_with_the_vocabulary():
-    from llm_kd.head.module import BYTES_PER_LOGIT, _default_chunk
+@pytest.fixture(scope="module")
+def benchmark():
+    path = Path(__file__).resolve().parents[2] / "benchmarks/kd_head.py"
+    spec = importlib.util.spec_from_file_location("kd_head_benchmark", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
+
+@pytest.mark.parametrize("selector", SELECTORS.names())
+@pytest.mark.parametrize("objective", OBJECTIVES.names())
+def test_live_memory_is_a_few_chunks(benchmark, objective, selector):
+    vocab, chunk = 64, 16  # entropy_top_p keeps more than a chunk of either batch
+    extra = {}
+    for rows in (96, 160):
+        inputs = Inputs(rows, vocab, vocab, dtype=torch.float32, bias=False)
+        held = [*inputs.leaves, inputs.teacher_hidden, inputs.teacher.weight]
+        with benchmark.LiveBytes(held) as record:
+            inputs.gradients(build(objective, selector, chunk_size=chunk))
+        extra[rows] = record.peak - 4 * (vocab + rows) * H
+    per_row = 64  # a few numbers per token; its logits would be 256 bytes
+    assert extra[96] <= BYTES_PER_LOGIT * vocab * chunk + per_row * 96
+    assert extra[160] - extra[96] <= per_row * 64
+
+
+def test_benchmark_runs(benchmark, monkeypatch, capsys, tmp_path):
+    sizes = ["--vocab", "32", "--tokens", "8", "--hidden", "4", "--teacher-hidden", "4", "--rounds", "2"]
+    monkeypatch.setattr(sys, "argv", ["kd_head", *sizes, "--threads", "1", "--json", str(tmp_path / "out.json")])
+    benchmark.main()
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 9
+    assert (tmp_path / "out.json").stat().st_size
+
+
+def test_default_chunk_shrinks_with_the_vocabulary():
     class Stub:
         hidden = torch.empty(1)
 

@@ -17,7 +17,10 @@ CASES = [
     *(("jsd", {"beta": b}) for b in (0.1, 0.5, 0.9)),
     *((name, {"alpha": a}) for name in ("skew_fkl", "skew_rkl") for a in (0.0, 0.1, 0.7)),
     ("tvd", {}),
-    *(("alpha_beta", {"alpha": a, "beta": b}) for a, b in ((0.2, 0.7), (1.0, 0.0), (0.0, 1.0), (0.5, 0.0), (2.0, 0.5))),
+    *(
+        ("alpha_beta", {"alpha": a, "beta": b})
+        for a, b in ((0.2, 0.7), (1.0, 0.0), (0.0, 1.0), (0.0, 0.5), (0.5, 0.0), (2.0, 0.5))
+    ),
     *(("taid", {"t_start": t}) for t in (0.2, 0.4, 1.0)),
 ]
 

@@ -62,7 +62,10 @@ def test_topk_default_is_five():
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
 def test_speck_probability_by_enumeration(k):
     student, teacher = logits_pair(3, 4)
-    expected = [enumerate_speck(q.softmax(-1).tolist(), p.softmax(-1).tolist(), k) for q, p in zip(student, teacher)]
+    expected = [
+        enumerate_speck(q.softmax(-1).tolist(), p.softmax(-1).tolist(), k)
+        for q, p in zip(student, teacher, strict=True)
+    ]
     torch.testing.assert_close(speck_accept_probability(student, teacher, k), torch.tensor(expected, dtype=F64))
 
 

@@ -207,6 +207,7 @@ class KDHead(nn.Module):
             row_loss[chunk] = self._losses(student, z, z_teacher, tau, scale, with_gradient=gradients is not None)
             if gradients is not None:
                 gradients.add(chunk, z)
+            del z, z_teacher  # else the next chunk's logits would be made beside them
         return row_loss, weights, accepted
 
     def _score(self, z: Tensor, z_teacher: Tensor) -> Tensor:
