@@ -161,8 +161,8 @@ def verify_sampled(
         law, seed, position = sampling.log_probs(logits[rows, nodes]), seeds[rows], root_positions[rows] + depth + 1
         if depth == levels:
             return gumbel_argmax(law, seed, position)
-        # Of the nodes at this depth only the backbone's, which carries the depth as its index, has candidates.
-        draws = draft.draws[rows, depth].masked_fill((nodes != depth).unsqueeze(1), -1)
+        # A leaf has no children, yet testing the level's draws there is exact as well; its token is then the bonus.
+        draws = draft.draws[rows, depth]
         acceptance, residual = recursive_rejection(law.exp(), draft.log_probs[rows, depth].double().exp(), draws)
         ranks = torch.arange(draws.shape[1], device=draws.device)
         accepted = uniform_noise(seed, position, ranks, Stream.ACCEPT) < acceptance
