@@ -1,16 +1,9 @@
-"""The chunked head against a dense float64 loss with autograd: values, gradients, memory, bad input."""
-
-import importlib.util
-import sys
-from pathlib import Path
+"""The chunked head against a dense float64 loss with autograd: values, gradients, precision, bad input."""
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from llm_kd.head import KDHead, LMHead
-from llm_kd.head.module import BYTES_PER_LOGIT, _default_chunk
 from llm_kd.objectives import OBJECTIVES
 from llm_kd.selectors import SELECTORS, Selection, Selector
 
@@ -316,86 +309,6 @@ def test_autocast_projects_in_low_precision_and_keeps_parameter_dtypes():
     for gradient, wanted in zip(gradients, expected, strict=True):
         assert gradient.dtype == torch.float32
         assert (gradient - wanted).norm() < 0.03 * wanted.norm()
-
-
-class LargestTensor(TorchDispatchMode):
-    """Records the number of elements of the largest tensor that any operation returns, views left out."""
-
-    def __init__(self, ignore):
-        super().__init__()
-        self.ignore = {tensor.untyped_storage().data_ptr() for tensor in ignore}
-        self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.ignore:
-                self.largest = max(self.largest, tensor.numel())
-        return out
-
-
-@pytest.mark.parametrize("selector", SELECTORS.names())
-@pytest.mark.parametrize("objective", ["rkl", "alpha_beta", "taid"])
-def test_largest_tensor_is_a_chunk(objective, selector):
-    vocab, chunk = 64, 4
-    largest = []
-    for rows in (16, 40):
-        inputs = Inputs(rows, vocab, vocab)
-        head = build(objective, selector, chunk_size=chunk)
-        with LargestTensor(ignore=[*inputs.leaves, inputs.teacher.weight, inputs.teacher_hidden]) as record:
-            inputs.gradients(head)
-        largest.append(record.largest)
-    assert largest == [vocab * H, vocab * H]  # the head's gradient; a chunk is 64 * 4, all logits 64 * 16 or 64 * 40
-    inputs.weight.requires_grad_(False)
-    with LargestTensor(ignore=[*inputs.leaves, inputs.teacher.weight, inputs.teacher_hidden]) as record:
-        inputs.run(head).loss.backward()
-    assert record.largest <= max(vocab * chunk, rows * H)
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    path = Path(__file__).resolve().parents[2] / "benchmarks/kd_head.py"
-    spec = importlib.util.spec_from_file_location("kd_head_benchmark", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize("selector", SELECTORS.names())
-@pytest.mark.parametrize("objective", OBJECTIVES.names())
-def test_live_memory_is_a_few_chunks(benchmark, objective, selector):
-    vocab, chunk = 64, 16  # entropy_top_p keeps more than a chunk of either batch
-    extra = {}
-    for rows in (96, 160):
-        inputs = Inputs(rows, vocab, vocab, dtype=torch.float32, bias=False)
-        held = [*inputs.leaves, inputs.teacher_hidden, inputs.teacher.weight]
-        with benchmark.LiveBytes(held) as record:
-            inputs.gradients(build(objective, selector, chunk_size=chunk))
-        extra[rows] = record.peak - 4 * (vocab + rows) * H
-    per_row = 64  # a few numbers per token; its logits would be 256 bytes
-    assert extra[96] <= BYTES_PER_LOGIT * vocab * chunk + per_row * 96
-    assert extra[160] - extra[96] <= per_row * 64
-
-
-def test_benchmark_runs(benchmark, monkeypatch, capsys, tmp_path):
-    sizes = ["--vocab", "32", "--tokens", "8", "--hidden", "4", "--teacher-hidden", "4", "--rounds", "2"]
-    monkeypatch.setattr(sys, "argv", ["kd_head", *sizes, "--threads", "1", "--json", str(tmp_path / "out.json")])
-    benchmark.main()
-    assert len(capsys.readouterr().out.splitlines()) == 2 + 9
-    assert (tmp_path / "out.json").stat().st_size
-
-
-def test_default_chunk_shrinks_with_the_vocabulary():
-    class Stub:
-        hidden = torch.empty(1)
-
-        def __init__(self, vocab):
-            self.weight = torch.empty(vocab, 1, device="meta")
-
-    sizes = [_default_chunk(Stub(vocab)) for vocab in (49_152, 151_936)]
-    assert all(size * vocab * BYTES_PER_LOGIT <= 2**26 for size, vocab in zip(sizes, (49_152, 151_936), strict=True))
-    assert sizes[0] > sizes[1] > 16
-    assert _default_chunk(Stub(10**9)) == 1
 
 
 def test_steps_and_state_pass_through():
