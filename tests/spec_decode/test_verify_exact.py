@@ -274,6 +274,19 @@ def test_chi_square_rejects_draws_tested_in_the_wrong_order(exact):
     assert p_value(observed, expected) < 1e-9
 
 
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_rejection_of_one_level_end_to_end(exact, k):
+    """Residuals with several tokens: their noise must not be that of the candidates."""
+    count, law = 100_000, as_tensor(exact.p)
+    zeros = torch.zeros(count, dtype=torch.int64)
+    arguments = {"sampling": Sampling(), "seeds": row_seeds(6, count), "root_positions": zeros}
+    draft = sampled_tree(zeros, as_tensor(exact.q).log().expand(count, 1, -1), (k,), vocab_size=5, **arguments)
+    verified = verify_sampled(draft, law.log().expand(count, k + 1, -1), **arguments)
+    assert p_value(verified.tokens[:, 0].bincount(minlength=5), count * law) > 1e-3
+    rate = exact.one_level(exact.reject(exact.without_replacement), exact.p, exact.q, k)[1]
+    assert float(verified.accepted.double().mean()) == pytest.approx(float(rate), abs=0.006)
+
+
 def test_rejection_with_a_smaller_draft_vocabulary(exact):
     """Tokens outside it are emitted through the residual; laws with fewer tokens than candidates leave gaps."""
     count, vocabulary = 50_000, torch.tensor([4, 1])

@@ -130,7 +130,8 @@ def recursive_rejection(p: Tensor, q: Tensor, draws: Tensor) -> tuple[Tensor, Te
         # No mass is left where p equals q up to rounding: the rejection itself then had no probability.
         p = torch.where(drawn & (mass > 0), left / mass, p)
         rest = q.scatter(1, x, 0.0)
-        q = torch.where(drawn, rest / rest.sum(1, keepdim=True).clamp(min=torch.finfo(q.dtype).tiny), q)
+        # Becomes NaN once q is used up; NaN > 0 being false, no further candidate is then tested.
+        q = torch.where(drawn, rest / rest.sum(1, keepdim=True), q)
     return acceptance, p
 
 
