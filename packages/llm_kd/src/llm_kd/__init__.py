@@ -1,3 +1,3 @@
-"""Token-selective distillation of language models (no public functionality yet)."""
+"""Token-selective distillation of language models (SelecTKD): selection, selectors, objectives and the chunked head."""
 
 __version__ = "0.1.0"

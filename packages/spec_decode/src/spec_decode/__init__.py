@@ -1,3 +1,3 @@
-"""FastEagle speculative decoding (no public functionality yet)."""
+"""FastEagle speculative decoding: draft trees, exact verification, noise keyed by position, cost model."""
 
 __version__ = "0.1.0"
