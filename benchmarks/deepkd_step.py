@@ -13,10 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from kd_common.functional import decoupled_kl, topk_class_mask
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
+
+from kd_common.functional import decoupled_kl, topk_class_mask
 from vision_kd.methods import Method
 from vision_kd.methods.kd import KD
 from vision_kd.models import ModelSpec, build_classifier
@@ -46,6 +47,12 @@ def clock(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def count_flops(call: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
 
 
 def naive_step(student: nn.Module, teacher: nn.Module, images: Tensor, target: Tensor) -> Callable[[], None]:
@@ -154,15 +161,7 @@ def main() -> None:
         "DeepKD, 3 momenta": (3, our_step(network(args.student), teacher, images, target, three, None)),
         "three-backward version": (3, naive_step(network(args.student), teacher, images, target)),
     }
-    with FlopCounterMode(display=False) as counter:
-        parts["teacher forward"]()
-    flops = {"teacher forward": counter.get_total_flops()}
-    with FlopCounterMode(display=False) as counter:
-        parts["student forward"]()
-    flops["student forward"] = counter.get_total_flops()
-    with FlopCounterMode(display=False) as counter:
-        parts["one backward"]()
-    flops["one backward"] = counter.get_total_flops()
+    flops = {name: count_flops(parts[name]) for name in ("teacher forward", "student forward", "one backward")}
 
     calls = {**parts, **{name: step for name, (_, step) in variants.items()}}
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -184,14 +183,21 @@ def main() -> None:
         low, _, high = statistics.quantiles(times[name], n=4)
         work = f"{flops[name] / 1e9:8.2f}" if name in flops else ""
         print(f"{name:<28}{median[name]:>10.3f}{f'{low:.2f}-{high:.2f}':>14}{work}")
-    print(f"\n{'step':<28}{'median ms':>10}{'IQR':>14}{'floor ms':>10}{'x floor':>9}{'x plain KD':>12}{'floor GFLOP':>13}")
+    print(
+        f"\n{'step':<28}{'median ms':>10}{'IQR':>14}{'floor ms':>10}{'x floor':>9}{'x plain KD':>12}{'floor GFLOP':>13}"
+    )
     rows = {}
     for name, (passes, _) in variants.items():
         floor = median["teacher forward"] + median["student forward"] + passes * median["one backward"]
         work = (flops["teacher forward"] + flops["student forward"] + passes * flops["one backward"]) / 1e9
         low, _, high = statistics.quantiles(times[name], n=4)
         ratio = median[name] / median["KD, plain SGD"]
-        rows[name] = {"ms": median[name], "floor_ms": floor, "backward_passes": passes, "over_floor": median[name] / floor}
+        rows[name] = {
+            "ms": median[name],
+            "floor_ms": floor,
+            "backward_passes": passes,
+            "over_floor": median[name] / floor,
+        }
         print(
             f"{name:<28}{median[name]:>10.2f}{f'{low:.1f}-{high:.1f}':>14}{floor:>10.2f}"
             f"{median[name] / floor:>9.3f}{ratio:>12.2f}{work:>13.2f}"
@@ -200,7 +206,9 @@ def main() -> None:
     extra = median["optimizer, 2 momenta"] + median["top-k mask"]
     print(f"\noptimizer and mask: {extra:.3f} ms, {extra / step_ms:.2%} of the DeepKD step with mask")
     if args.json:
-        args.json.write_text(json.dumps({"settings": vars(args), "parts": median, "steps": rows}, default=str, indent=1))
+        args.json.write_text(
+            json.dumps({"settings": vars(args), "parts": median, "steps": rows}, default=str, indent=1)
+        )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What README and docs promise exists: links, packaged configurations, commands and code blocks."""
 
+import itertools
 import re
 import runpy
 import shlex
@@ -31,7 +32,7 @@ def test_commands_name_modules_and_packaged_configurations(page):
     for module, *arguments in commands(page):
         assert find_spec(module), module
         configs = ROOT / "packages" / module.split(".")[0] / "src" / module.split(".")[0] / "configs"
-        for flag, value in zip(arguments, arguments[1:], strict=False):
+        for flag, value in itertools.pairwise(arguments):
             if flag == "--config" and value.isidentifier() | ("/" in value):
                 assert (configs / f"{value}.yaml").is_file(), f"{page.name}: --config {value}"
 
