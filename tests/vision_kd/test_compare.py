@@ -37,7 +37,7 @@ def test_runs_every_variant_and_continues_after_an_interruption(tmp_path, monkey
         if len(calls) == 3:
             raise KeyboardInterrupt
         calls.append((variant, seed, tuple(a for a in args if a.startswith("--config"))))
-        return fake_row(variant, seed, [0.1 * len(calls)], **{"gsnr/task": 0.5})
+        return fake_row(variant, seed, [0.1 * len(calls)], **{"gsnr/task": 0.5}) | {"args": args}
 
     monkeypatch.setattr(module, "run_one", train)
     variants = {"A": ["methods/kd", "--model.accumulate=2"], "B": ["methods/vanilla"]}
@@ -51,6 +51,8 @@ def test_runs_every_variant_and_continues_after_an_interruption(tmp_path, monkey
     assert calls == [("B", 1, ("--config=default", "--config=methods/vanilla"))]
     assert [c[:2] for c in calls_before] == [("A", 0), ("A", 1), ("B", 0)]
     assert [(row["variant"], row["seed"]) for row in rows] == [("A", 0), ("A", 1), ("B", 0), ("B", 1)]
+    with pytest.raises(ValueError, match="run with other settings"):
+        compare(["default"], variants, tmp_path, seeds=[0, 1], overrides=["--trainer.max_epochs=2"])
     assert (tmp_path / "results.md").read_text().count("\n") == 4
     for figure in ("accuracy.png", "gsnr.png"):
         assert (tmp_path / figure).read_bytes().startswith(PNG)

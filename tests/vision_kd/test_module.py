@@ -293,7 +293,7 @@ def test_training_without_the_teacher_attached_is_an_error(toy):
         ({"policy": DeepKD(delta=0.1), "momentum": 0.9}, r"outside \[0, 1\)"),
         ({"accumulate": 0}, "model.accumulate must be >= 1"),
         ({"gsnr_every": -1}, "model.gsnr_every must be >= 0"),
-        ({"learning_rate": -0.1}, "lr must be >= 0"),
+        ({"learning_rate": -0.1}, "model.learning_rate must be > 0"),
     ],
 )
 def test_bad_settings_fail_when_the_module_is_built(toy, settings, message):

@@ -10,6 +10,7 @@ On top of LightningCLI it adds
 """
 
 import itertools
+import json
 import logging
 import pickle
 import re
@@ -54,10 +55,12 @@ class FitCLI(LightningCLI):
         *,
         config_dir: Path,
         args: ArgsType = None,
+        class_defaults: Mapping[str, str] = MappingProxyType({}),
         checkpoint: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.config_dir = config_dir
         silence_known_noise()
+        self.class_defaults = dict(class_defaults)
         self.checkpoint = dict(checkpoint)
         self.run_dir: Path | None = None
         super().__init__(
@@ -94,10 +97,14 @@ class FitCLI(LightningCLI):
         else:
             command_line = sys.argv[1:] if args is None else list(args)
             try:
+                command_line = resumed_config(command_line) + command_line
                 command_line = resolve_config_names(command_line, self.config_dir)
             except FileNotFoundError as error:
                 parser.error(str(error))
-            self.config = parser.parse_args(command_line)
+            plain = [arg for arg in command_line if not arg.startswith("--print_config")]
+            chosen = parser.parse_args(plain)
+            missing = [f"--{key}={name}" for key, name in self.class_defaults.items() if chosen.get(key) is None]
+            self.config = parser.parse_args([*command_line, *missing])
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer.
@@ -105,12 +112,14 @@ class FitCLI(LightningCLI):
         Raises:
             ValueError: What a constructor objects to, without jsonargparse's wrapping.
         """
-        if self.config["ckpt_path"]:
-            check_resumable(Path(self.config["ckpt_path"]))
+        path = Path(self.config["ckpt_path"]) if self.config["ckpt_path"] else None
+        saved = check_resumable(path) if path else {}
         try:
             super().instantiate_classes()
         except ValueError as error:
             raise ValueError(constructor_message(str(error))) from error.__cause__
+        if path:
+            check_same_settings(path, saved.get("hyper_parameters", {}), self.model.hparams)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer; logs and checkpoints go to :attr:`run_dir` unless the configuration sets a logger."""
@@ -225,8 +234,42 @@ def keep_earlier_metrics(run_dir: Path) -> None:
         metrics.rename(next(p for n in itertools.count(1) if not (p := run_dir / f"metrics_{n}.csv").exists()))
 
 
-def check_resumable(path: Path) -> None:
-    """Refuse a missing, truncated or foreign checkpoint before anything is built.
+def resumed_config(args: Sequence[str]) -> list[str]:
+    """``--config`` for the configuration saved beside the checkpoint that ``--ckpt_path`` names, if there is one.
+
+    A resumed run thus continues with its own settings; what else is on the command line still wins.
+    """
+    for i, arg in enumerate(args):
+        value = args[i + 1] if arg == "--ckpt_path" and i + 1 < len(args) else arg.partition("--ckpt_path=")[2]
+        config = Path(value).parent.parent / "config.yaml"
+        if value and config.is_file():
+            return [f"--config={config}"]
+    return []
+
+
+def check_same_settings(path: Path, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Refuse to resume with other model settings: the optimizer's state would go on with the old ones.
+
+    Raises:
+        ValueError: Naming the settings that differ.
+    """
+
+    def plain(value: Any) -> Any:
+        return json.loads(json.dumps(value, default=vars, sort_keys=True))
+
+    differing = [
+        key for key in saved if not key.startswith("_") and key in asked and plain(saved[key]) != plain(asked[key])
+    ]
+    if differing:
+        changes = "; ".join(f"model.{key} was {plain(saved[key])}, now {plain(asked[key])}" for key in differing)
+        raise ValueError(
+            f"--ckpt_path {path} was trained with other settings: {changes}. Resume with its own configuration "
+            "(leave those flags out), or start a new run"
+        )
+
+
+def check_resumable(path: Path) -> dict[str, Any]:
+    """Refuse a missing, truncated or foreign checkpoint before anything is built; return its content.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -248,3 +291,4 @@ def check_resumable(path: Path) -> None:
             f"--ckpt_path {path}: holds no training state; give a file written during training "
             f"(<run_dir>/{CHECKPOINT_DIR}/last.ckpt), not exported weights"
         )
+    return checkpoint

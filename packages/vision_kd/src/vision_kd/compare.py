@@ -82,16 +82,22 @@ def compare(
     output.mkdir(parents=True, exist_ok=True)
     results = output / "results.json"
     done = json.loads(results.read_text())["runs"] if results.is_file() else []
-    finished = {(row["variant"], row["seed"]) for row in done}
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    finished = {(row["variant"], row["seed"]): row["args"] for row in done}
+    threads = max(1, torch.get_num_threads() // jobs)  # OMP_NUM_THREADS stays the upper limit
     pending = []
     for variant, configs in variants.items():
         for seed in seeds:
-            if (variant, seed) in finished:
-                continue
             args = [f"--config={name}" if not name.startswith("--") else name for name in (*base, *configs)]
             run_dir = output / "runs" / f"{variant.replace(' ', '_').replace('/', '-')}-{seed}"
-            pending.append((variant, seed, [*args, "--run_dir", str(run_dir), *overrides], threads))
+            args += [f"--run_dir={run_dir}", *overrides]
+            earlier = finished.get((variant, seed))
+            if earlier is None:
+                pending.append((variant, seed, args, threads))
+            elif earlier != args:
+                raise ValueError(
+                    f"{results} holds {variant}, seed {seed}, run with other settings ({' '.join(earlier)}); "
+                    "choose another output folder or delete that file"
+                )
     with tqdm(total=len(pending), unit="run") as progress:
         for row in execute(pending, jobs):
             done.append(row)
@@ -108,9 +114,17 @@ def execute(pending: Sequence[tuple[str, int, list[str], int]], jobs: int) -> It
     if jobs == 1:
         yield from (run_one(*arguments) for arguments in pending)
         return
+    failures = []
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         for future in as_completed([pool.submit(run_one, *arguments) for arguments in pending]):
-            yield future.result()
+            try:
+                row = future.result()
+            except Exception as error:  # the runs beside it are worth keeping; raised together at the end
+                failures.append(error)
+            else:
+                yield row
+    if failures:
+        raise ExceptionGroup(f"{len(failures)} of {len(pending)} runs failed; the others are saved", failures)
 
 
 def environment() -> dict[str, Any]:
@@ -139,7 +153,7 @@ def mean_and_spread(values: Sequence[float]) -> str:
 
 
 def summarise(rows: Sequence[Row]) -> list[dict[str, str]]:
-    """One table row per variant: accuracies over the seeds, gain over the first variant, and cost."""
+    """One table row per variant: accuracies over the seeds and cost."""
     by_variant: dict[str, list[Row]] = {}
     for row in rows:
         by_variant.setdefault(row["variant"], []).append(row)

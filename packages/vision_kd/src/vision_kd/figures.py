@@ -7,8 +7,12 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 Row = Mapping[str, Any]
+
+# A component looks the same in every panel and figure.
+COMPONENT_COLOURS = {"task": "tab:blue", "target": "tab:orange", "nontarget": "tab:green", "relation": "tab:red"}
 
 
 def by_variant(rows: Sequence[Row]) -> dict[str, list[list[dict[str, float]]]]:
@@ -39,8 +43,10 @@ def plot_accuracy(rows: Sequence[Row], path: Path) -> None:
         last = [100 * history[-1]["top1"] for history in histories]
         points.plot(last, [index] * len(last), "o", color=colour, alpha=0.6, ms=4)
         points.plot(np.mean(last), index, "|", color=colour, ms=16, mew=2)
+    # The first epochs would squeeze the differences that matter; the axis says where it starts.
     half = 100 * np.concatenate([curve(h, "top1")[1][len(h[0]) // 2 :] for h in variants.values()])
-    curves.set(xlabel="epoch", ylabel="validation top-1 (%)", ylim=(half.min() - 1.5, half.max() + 0.7))
+    curves.set(xlabel="epoch", ylabel="validation top-1 (%), cut below", ylim=(half.min() - 1.5, half.max() + 0.7))
+    curves.xaxis.set_major_locator(MaxNLocator(integer=True))
     points.set(xlabel="last-epoch top-1 (%), one dot a seed, bar the mean", yticks=range(len(variants)))
     points.set_yticklabels(list(variants))
     points.invert_yaxis()
@@ -51,7 +57,10 @@ def plot_accuracy(rows: Sequence[Row], path: Path) -> None:
 
 
 def plot_gsnr(rows: Sequence[Row], path: Path) -> None:
-    """Vector GSNR of each component over epochs, one panel per variant that measured it."""
+    """Vector GSNR of each component over epochs, one panel per variant that measured it.
+
+    The dashed line is what pure noise reads with as many samples as the epoch had.
+    """
     measured = {
         variant: histories
         for variant, histories in by_variant(rows).items()
@@ -59,19 +68,25 @@ def plot_gsnr(rows: Sequence[Row], path: Path) -> None:
     }
     columns = min(4, len(measured))
     lines = -(-len(measured) // columns)
-    figure = Figure(figsize=(3.2 * columns, 2.6 * lines), layout="constrained")
-    grid = figure.subplots(lines, columns, squeeze=False, sharex=True)
+    figure = Figure(figsize=(3.1 * columns + 0.6, 2.5 * lines + 0.7), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
+    handles = {}
     for axes in grid.flat[len(measured) :]:
         axes.set_visible(False)
     for axes, (variant, histories) in zip(grid.flat, measured.items(), strict=False):
-        for key in sorted(key for key in histories[0][-1] if key.startswith("gsnr/")):
-            epochs, mean, spread = curve(histories, key)
-            (line,) = axes.plot(epochs, mean, label=key.removeprefix("gsnr/"))
-            axes.fill_between(epochs, mean - spread, mean + spread, color=line.get_color(), alpha=0.15, lw=0)
+        for name, colour in COMPONENT_COLOURS.items():
+            epochs, mean, spread = curve(histories, f"gsnr/{name}")
+            if np.isfinite(mean).any():
+                (handles[name],) = axes.plot(epochs, mean, color=colour)
+                axes.fill_between(epochs, mean - spread, mean + spread, color=colour, alpha=0.15, lw=0)
+        epochs, samples, _ = curve(histories, "gsnr_samples")
+        if np.isfinite(samples).any():
+            (handles["pure noise"],) = axes.plot(epochs, 1 / samples, color="0.4", ls="--", lw=1)
         axes.set_title(variant, fontsize=9)
         axes.set_yscale("log")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3, which="both", lw=0.4)
-    grid[0, 0].legend(fontsize=7)
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles), fontsize=8)
     figure.supxlabel("epoch", fontsize=9)
-    figure.supylabel("gradient signal-to-noise ratio (vector form)", fontsize=9)
+    figure.supylabel("GSNR (vector form)", fontsize=9)
     figure.savefig(path, dpi=130)

@@ -40,8 +40,17 @@ class VisionCLI(FitCLI):
             parser.link_arguments("seed_everything", target, compute_fn=fixed_seed)
 
     def before_instantiate_classes(self) -> None:
-        """Check what Lightning would replace without an error: 16-mixed on a CPU, a missing number of epochs."""
-        check_trainer(self.config["trainer"]["precision"], self.config["trainer"]["max_epochs"])
+        """Refuse what Lightning would replace silently, or refuse with advice that does not fit manual optimisation.
+
+        Raises:
+            ValueError: For fp16 scaling, an unknown length, and accumulation or clipping by the trainer.
+        """
+        trainer = self.config["trainer"]
+        check_trainer(trainer["precision"], trainer["max_epochs"])
+        if trainer["accumulate_grad_batches"] not in (None, 1):
+            raise ValueError("trainer.accumulate_grad_batches does not see component gradients; set model.accumulate")
+        if trainer["gradient_clip_val"] is not None:
+            raise ValueError("trainer.gradient_clip_val does not see component gradients; set model.clip_norm")
 
 
 def fixed_seed(seed: bool | int) -> int:
@@ -106,6 +115,11 @@ def build(args: ArgsType = None) -> VisionCLI:
         ImageDataModule,
         config_dir=CONFIG_DIR,
         args=args,
+        class_defaults={
+            "model.init_args.method": "KD",
+            "model.init_args.policy": "DeepKD",
+            "model.init_args.lr_schedule": "CosineDecay",
+        },
         checkpoint={"monitor": "val/top1", "mode": "max"},
     )
 

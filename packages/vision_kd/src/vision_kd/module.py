@@ -125,6 +125,11 @@ class DistillationModule(pl.LightningModule):
             )
         if self.topk is not None:
             self._topk_schedule(total_steps=1)  # raises on a k outside [1, C - 1]
+        for name in ("learning_rate", "clip_norm"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"model.{name} must be > 0, got {value}")
+        if self.weight_decay < 0:
+            raise ValueError(f"model.weight_decay must be >= 0, got {self.weight_decay}")
         if self.accumulate < 1:
             raise ValueError(f"model.accumulate must be >= 1, got {self.accumulate}")
         if self.gsnr_every < 0:
@@ -318,8 +323,13 @@ class DistillationModule(pl.LightningModule):
         return next(filter(None, reversed(paths)), "none written yet")
 
     def gsnr_of_epoch(self) -> dict[str, float]:
-        """Vector GSNR of every component over the updates measured this epoch; empty with fewer than two of them."""
-        return {f"gsnr/{name}": self.gsnr.vector(name) for name in self.gsnr.names if self.gsnr.count(name) > 1}
+        """Vector GSNR of every component over the updates measured this epoch, and their number.
+
+        Empty with fewer than two of them. Pure noise reads about 1 / gsnr_samples.
+        """
+        counts = {name: self.gsnr.count(name) for name in self.gsnr.names}
+        measured = {f"gsnr/{name}": self.gsnr.vector(name) for name, count in counts.items() if count > 1}
+        return measured | {"gsnr_samples": float(max(counts.values()))} if measured else {}
 
     # ------------------------------------------------------------------------------------------------ validation
 

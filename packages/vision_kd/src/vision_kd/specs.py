@@ -33,7 +33,7 @@ class TeacherSpec:
         name: Model name as in :class:`vision_kd.models.ModelSpec`.
         args: Arguments of the model's constructor.
         checkpoint: Weight file.
-        pretrained: Take the weights that timm or torchvision provide.
+        pretrained: Take the weights that timm or torchvision provide; a string names one of torchvision's sets.
         epochs: Length of training when it has to be trained.
         learning_rate: Its peak learning rate (cosine schedule, SGD).
         weight_decay: Its weight decay.
@@ -43,7 +43,7 @@ class TeacherSpec:
     name: str
     args: dict[str, Any] = field(default_factory=dict)
     checkpoint: str | None = None
-    pretrained: bool = False
+    pretrained: bool | str = False
     epochs: int = 30
     learning_rate: float = 0.05
     weight_decay: float = 5e-4

@@ -68,10 +68,11 @@ def distillation_step(
         epoch: Progress in epochs, for losses that warm up.
         k: Surviving classes of the dynamic top-k mask.
     """
+    # The teacher goes first: the student's activations are then still in the cache when the backward passes start.
+    soft_labels = teacher_logits(teacher, views, method.views)
     # The cast is inside the graph: gradients of bf16 logits arrive in fp32 and autograd casts once, at the last layer.
     logits = {name: at_least_fp32(student(views[name])) for name in method.views}
     leaves = {name: z.detach().requires_grad_() for name, z in logits.items()}
-    soft_labels = teacher_logits(teacher, views, method.views)
     with torch.autocast(device_type=target.device.type, enabled=False):
         parts = method(leaves, soft_labels, target, epoch=epoch, k=k)
         gradients = output_gradients(parts, list(leaves.values()))

@@ -33,7 +33,8 @@ def print_summary(result: "Result", model: DistillationModule, console: Console 
     table.add_row(f"{student}, best epoch ({result.best['epoch'] + 1:.0f})", *accuracies(result.best), "")
     console.print(table)
 
-    lines = {f"GSNR of {name}, last epoch": f"{value:.4f}" for name, value in result.gsnr.items()}
+    noise = f"(pure noise reads about {1 / result.last['gsnr_samples']:.2f})" if result.gsnr else ""
+    lines = {f"GSNR of {name}, last epoch": f"{value:.3f} {noise}" for name, value in result.gsnr.items()}
     if result.k is not None:
         lines["k reached"] = f"{result.k} of {model.num_classes - 1} non-target classes"
     lines["seconds per epoch"] = f"{result.seconds_per_epoch:.2f}"
@@ -41,7 +42,7 @@ def print_summary(result: "Result", model: DistillationModule, console: Console 
         lines["teacher weights"] = result.teacher["origin"]
     if result.run_dir is not None:
         lines["student weights"] = str(result.run_dir / "student_{last,best}.pt")
-        lines["resume from"] = str(result.run_dir / "checkpoints" / "last.ckpt")
+        lines["to resume"] = f"--ckpt_path {result.run_dir / 'checkpoints' / 'last.ckpt'} --trainer.max_epochs ..."
         lines["logs"] = f"{result.run_dir / 'metrics.csv'}, tensorboard --logdir {result.run_dir}"
         lines["configuration"] = str(result.run_dir / "config.yaml")
     for name, value in lines.items():

@@ -16,6 +16,9 @@ STUDENT_FORMAT = "vision_kd.student/1"
 WRAPPERS = ("module.", "_orig_mod.", "student.", "network.")
 """Prefixes that DDP, torch.compile and this project's modules put before the keys of a network."""
 
+EMA = "ema.module."
+"""Prefix of the student's moving average in a training checkpoint."""
+
 
 class CheckpointError(ValueError):
     """A weight file that cannot be read or does not fit the model."""
@@ -59,7 +62,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             f"found {type(content).__name__} with {', '.join(map(repr, list(fields)[:5])) or 'no entries'}"
         )
     meta = fields.get("meta")
-    return Checkpoint(path, _strip_wrappers(state), meta if isinstance(meta, dict) else {})
+    return Checkpoint(path, _strip_wrappers(_inference_network(state)), meta if isinstance(meta, dict) else {})
 
 
 def load_weights(network: nn.Module, checkpoint: Checkpoint, *, model: str, num_classes: int) -> None:
@@ -121,6 +124,12 @@ def _is_state_dict(value: Any) -> bool:
         and bool(value)
         and all(isinstance(key, str) and isinstance(entry, Tensor) for key, entry in value.items())
     )
+
+
+def _inference_network(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The moving average's entries of a training checkpoint that holds the student twice; else all entries."""
+    average = {key.removeprefix(EMA): tensor for key, tensor in state.items() if key.startswith(EMA)}
+    return average or state
 
 
 def _strip_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

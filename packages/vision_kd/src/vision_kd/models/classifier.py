@@ -21,13 +21,14 @@ class ModelSpec:
         name: a built-in network, "timm/<name>" or "torchvision/<name>".
         args: extra arguments of the network's constructor.
         checkpoint: weight file; with `pretrained`, a local copy of the published weights.
-        pretrained: use the library's published weights and their normalisation.
+        pretrained: use the library's published weights and their normalisation; a string names one of torchvision's
+            sets, such as IMAGENET1K_V1, instead of its default.
     """
 
     name: str
     args: dict[str, Any] = field(default_factory=dict)
     checkpoint: str | None = None
-    pretrained: bool = False
+    pretrained: bool | str = False
 
 
 class Classifier(nn.Module):
@@ -149,7 +150,13 @@ def _build_torchvision(name: str, spec: ModelSpec, num_classes: int, in_channels
     arguments = dict(num_classes=num_classes, **spec.args)
     if not spec.pretrained:
         return models.get_model(name, **arguments), None
-    weights = models.get_model_weights(name).DEFAULT
+    published = models.get_model_weights(name)
+    tag = "DEFAULT" if spec.pretrained is True else str(spec.pretrained)
+    if tag not in published.__members__:
+        raise ValueError(
+            f"model {spec.name!r} has no weights {tag!r}; pretrained can be {', '.join(published.__members__)}"
+        )
+    weights = published[tag]
     _require_classes(spec, len(weights.meta["categories"]), num_classes)
     try:
         network = models.get_model(name, weights=weights if spec.checkpoint is None else None, **arguments)
