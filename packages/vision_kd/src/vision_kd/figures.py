@@ -84,7 +84,10 @@ def plot_gsnr(rows: Sequence[Row], path: Path) -> None:
             (handles["pure noise"],) = axes.plot(epochs, 1 / samples, color="0.4", ls="--", lw=1)
         axes.set_title(variant, fontsize=9)
         axes.set_yscale("log")
+        for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            which("{x:g}")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.tick_params(axis="y", which="both", labelsize=7)
         axes.grid(alpha=0.3, which="both", lw=0.4)
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles), fontsize=8)
     figure.supxlabel("epoch", fontsize=9)

@@ -1,8 +1,8 @@
 """Decoupled knowledge distillation (Zhao et al., arXiv 2203.08679)."""
 
-from kd_common.schedules import linear_warmup
 from torch import Tensor
 
+from kd_common.schedules import linear_warmup
 from vision_kd.methods.base import (
     Method,
     Views,
