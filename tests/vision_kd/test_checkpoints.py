@@ -24,6 +24,7 @@ from vision_kd.models import (
     load_classifier,
     save_student,
 )
+from vision_kd.models.checkpoints import read_checkpoint
 
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 TINY_TORCHVISION = "shufflenet_v2_x0_5"
@@ -462,3 +463,19 @@ def test_exported_program_round_trip(tmp_path, name):
 def test_export_wants_its_own_suffix(tmp_path, trained):
     with pytest.raises(ValueError, match=r"end in \.pt2, got"):
         export(Classifier(trained, MEAN, STD, 10), tmp_path / "student.onnx", torch.rand(1, 3, 32, 32))
+
+
+def test_unknown_set_of_published_weights_lists_those_there_are():
+    with pytest.raises(ValueError, match="no weights 'IMAGENET1K_V9'; pretrained can be IMAGENET1K_V1, IMAGENET1K_V2"):
+        build("torchvision/resnet50", num_classes=1000, pretrained="IMAGENET1K_V9")
+
+
+def test_training_checkpoint_with_a_moving_average_gives_the_average(tmp_path):
+    fresh = MODELS.get("resnet8")(num_classes=3).state_dict()
+    student, average = ({key: torch.full_like(value, n) for key, value in fresh.items()} for n in (1, 2))
+    state = {f"student.network.{k}": v for k, v in student.items()}
+    state |= {f"ema.module.network.{k}": v for k, v in average.items()} | {"ema.n_averaged": torch.tensor(3)}
+    torch.save({"state_dict": state}, tmp_path / "last.ckpt")
+    found = read_checkpoint(tmp_path / "last.ckpt").state
+    assert found.keys() == average.keys()
+    assert all((tensor == 2).all() for tensor in found.values())

@@ -294,3 +294,32 @@ def test_a_second_run_in_the_same_folder_replaces_the_checkpoints(sgd_args, tmp_
     for key, value in cli.model.state_dict().items():
         assert torch.equal(last["state_dict"][key], value)
     assert last["history"] == result.history
+
+
+def test_open_classes_are_resolved_in_the_configuration(digits_args):
+    init = build(digits_args).config["model"]["init_args"]
+    assert init["method"]["class_path"] == "vision_kd.methods.kd.KD"
+    assert init["policy"]["class_path"] == "vision_kd.policies.DeepKD"
+    assert init["lr_schedule"]["class_path"] == "kd_common.schedules.CosineDecay"
+    assert init["policy"]["init_args"]["preset"] == "paper"
+
+
+@pytest.mark.parametrize(
+    ("option", "remedy"),
+    [("accumulate_grad_batches=2", "model.accumulate"), ("gradient_clip_val=1.0", "model.clip_norm")],
+)
+def test_trainer_options_that_miss_component_gradients_name_ours(digits_args, option, remedy):
+    with pytest.raises(ValueError, match=remedy):
+        build([*digits_args, f"--trainer.{option}"])
+
+
+def test_a_resumed_run_keeps_its_own_settings_and_refuses_others(digits_args, tmp_path):
+    first = [*digits_args, "--config=methods/dkd_short", "--trainer.max_epochs=1"]
+    run(build(first))
+    last = f"--ckpt_path={tmp_path / 'run/checkpoints/last.ckpt'}"
+
+    cli = build([last, "--trainer.max_epochs=2"])
+    assert type(cli.model.method).__name__ == "DKD"
+    assert [epoch["epoch"] for epoch in run(cli).history] == [0, 1]
+    with pytest.raises(ValueError, match=r"model\.learning_rate was 0\.05, now 0\.001"):
+        build([last, "--model.learning_rate=0.001"])

@@ -185,17 +185,9 @@ class CosineDecay(Schedule):
         self.warmup_start = warmup_start
 
     def __call__(self, epoch: float, total_epochs: float) -> float:
-        """Multiplier at an epoch; it stays at ``final`` beyond the end.
-
-        Raises:
-            ValueError: If training is not longer than the warm-up.
-        """
-        if total_epochs <= self.warmup_epochs:
-            raise ValueError(
-                f"training lasts {total_epochs} epochs, which the warm-up of {self.warmup_epochs} uses up; shorten "
-                "warmup_epochs"
-            )
+        """Multiplier at an epoch, ``final`` beyond the end; a run shorter than the warm-up ends within it."""
         if epoch < self.warmup_epochs:
             return _warmup_from(self.warmup_start, epoch, self.warmup_epochs)
-        progress = min((epoch - self.warmup_epochs) / (total_epochs - self.warmup_epochs), 1.0)
+        falling = total_epochs - self.warmup_epochs
+        progress = min((epoch - self.warmup_epochs) / falling, 1.0) if falling > 0 else 1.0
         return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
