@@ -9,8 +9,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llm_kd.head import KDHead, LMHead
-from llm_kd.head.module import BYTES_PER_LOGIT, _default_chunk
+from llm_kd.head import HiddenSignal, KDHead, LMHead
+from llm_kd.head.linear import rows_per_chunk
+from llm_kd.head.module import BYTES_PER_LOGIT
 from llm_kd.objectives import OBJECTIVES
 from llm_kd.selectors import SELECTORS
 
@@ -35,7 +36,7 @@ def tensors(rows):
 def run(objective, selector, chunk_size, inputs):
     hidden, weight, teacher_hidden, teacher_weight = inputs
     head = KDHead(OBJECTIVES.get(objective)(), SELECTORS.get(selector)(), chunk_size=chunk_size)
-    head(hidden, teacher_hidden, LMHead(weight), LMHead(teacher_weight)).loss.backward()
+    head(hidden, LMHead(weight), HiddenSignal(teacher_hidden, LMHead(teacher_weight))).loss.backward()
 
 
 class LargestTensor(TorchDispatchMode):
@@ -89,10 +90,10 @@ def test_default_chunk_shrinks_with_the_vocabulary():
             self.weight = torch.empty(vocab, 1, device="meta")
 
     vocabularies = (49_152, 151_936)
-    sizes = [_default_chunk(Stub(vocab)) for vocab in vocabularies]
+    sizes = [rows_per_chunk(Stub(vocab), BYTES_PER_LOGIT) for vocab in vocabularies]
     assert all(size * vocab * BYTES_PER_LOGIT <= 2**26 for size, vocab in zip(sizes, vocabularies, strict=True))
     assert sizes[0] > sizes[1] > 16
-    assert _default_chunk(Stub(10**9)) == 1
+    assert rows_per_chunk(Stub(10**9), BYTES_PER_LOGIT) == 1
 
 
 def test_benchmark_runs(benchmark, monkeypatch, capsys, tmp_path):
