@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llm_kd.head import HiddenSignal, KDHead, LMHead
+from llm_kd.head import HiddenSignal, KDHead, LMHead, truncate
 from llm_kd.head.linear import rows_per_chunk
 from llm_kd.head.module import BYTES_PER_LOGIT
 from llm_kd.objectives import OBJECTIVES
@@ -80,6 +80,21 @@ def test_live_memory_is_a_few_chunks(benchmark, objective, selector):
     per_row = 64  # a few numbers per token; its logits would be 256 bytes
     assert extra[96] <= BYTES_PER_LOGIT * V * chunk + per_row * 96
     assert extra[160] - extra[96] <= per_row * 64
+
+
+@pytest.mark.parametrize("size", [4, 40, V])
+def test_stored_teachers_take_no_more(benchmark, size):
+    chunk, extra = 16, {}
+    for rows in (96, 160):
+        hidden, weight, *teacher = tensors(rows)
+        stored = truncate(HiddenSignal(teacher[0], LMHead(teacher[1])), size, V)
+        head = KDHead(OBJECTIVES.get("rkl")(), SELECTORS.get("topk")(k=2), chunk_size=chunk)
+        ignore = [hidden, weight, stored.log_probs, stored.indices, stored.tail_mass]
+        with benchmark.LiveBytes(ignore) as record:
+            head(hidden, LMHead(weight), stored).loss.backward()
+        extra[rows] = record.peak - 4 * (V + rows) * H
+    assert extra[96] <= (BYTES_PER_LOGIT * V + 16 * size) * chunk + 64 * 96
+    assert extra[160] - extra[96] <= 64 * 64
 
 
 def test_default_chunk_shrinks_with_the_vocabulary():
