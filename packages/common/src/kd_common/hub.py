@@ -89,8 +89,8 @@ def _downloaded(name: str) -> Path:
     except OSError as error:
         raise ModelNotFoundError(
             f"{name}: the Hub cannot be reached, and the model is not in its local cache. Download it on a machine "
-            f"with network (`hf download {name} --local-dir FOLDER`) and give that folder; without network the embedded "
-            f"{EMBEDDED} works"
+            f"with network (`hf download {name} --local-dir FOLDER`) and give that folder; without network the "
+            f"embedded {EMBEDDED} works"
         ) from error
 
 
