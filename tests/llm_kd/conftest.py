@@ -38,9 +38,9 @@ def byte_tokenizer():
 def tiny_model(architecture="llama", *, layers=3, hidden=32, vocab=258, seed=0, **settings):
     """A random causal language model; ``hidden`` must be a multiple of 16."""
     torch.manual_seed(seed)
-    shared = {"vocab_size": vocab, "pad_token_id": 257, "eos_token_id": 257, "bos_token_id": None}
+    shared = {"vocab_size": vocab, "pad_token_id": 257, "eos_token_id": 257, "bos_token_id": None, **settings}
     if architecture == "gpt2":
-        config = GPT2Config(n_embd=hidden, n_layer=layers, n_head=2, n_positions=512, **shared, **settings)
+        config = GPT2Config(n_embd=hidden, n_layer=layers, n_head=2, n_positions=512, **shared)
         return GPT2LMHeadModel(config).eval()
     classes = {
         "llama": (LlamaConfig, LlamaForCausalLM),
@@ -50,7 +50,7 @@ def tiny_model(architecture="llama", *, layers=3, hidden=32, vocab=258, seed=0, 
     }
     config_class, model_class = classes[architecture]
     if architecture == "gemma2":
-        settings = {"head_dim": hidden // 2, "attn_implementation": "eager", **settings}
+        shared |= {"head_dim": hidden // 2, "attn_implementation": "eager"}
     config = config_class(
         hidden_size=hidden,
         intermediate_size=2 * hidden,
@@ -59,7 +59,6 @@ def tiny_model(architecture="llama", *, layers=3, hidden=32, vocab=258, seed=0, 
         num_key_value_heads=1,
         max_position_embeddings=512,
         **shared,
-        **settings,
     )
     return model_class(config).eval()
 
