@@ -4,6 +4,7 @@ import hashlib
 import math
 import random
 import time
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -85,7 +86,10 @@ class DistillationModule(pl.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        with warnings.catch_warnings():
+            # Built by the command line, the checkpoint gets their settings, not these modules.
+            warnings.filterwarnings("ignore", message="Attribute .* is an instance of `nn.Module`")
+            self.save_hyperparameters()
         if not learning_rate > 0:
             raise ValueError(f"model.learning_rate must be > 0, got {learning_rate}")
         if weight_decay < 0:
@@ -120,7 +124,7 @@ class DistillationModule(pl.LightningModule):
         )
         body = build_student(student, teacher.name)
         if gradient_checkpointing:
-            body.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+            body.causal_lm.activation_checkpointing_enable()
         if compile:
             body.compile(dynamic=True)
         self.distiller = Distiller(body, head, self.vocab_size).train()
@@ -178,7 +182,8 @@ class DistillationModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _lr_factor(self, step: int) -> float:
-        return self.lr_schedule(step / self.steps_per_epoch, self.total_steps / self.steps_per_epoch)
+        total = self.total_steps  # first: asking for it makes Lightning count the batches
+        return self.lr_schedule(step / self.steps_per_epoch, total / self.steps_per_epoch)
 
     @property
     def steps_per_epoch(self) -> int:
