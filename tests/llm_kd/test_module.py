@@ -78,6 +78,11 @@ def parameters(model):
     return {name: p.detach().clone() for name, p in model.distiller.named_parameters()}
 
 
+def dense_log_probs(body, batch):
+    logits = body.model(batch.input_ids, position_ids=batch.position_ids).logits
+    return logits[batch.predict].log_softmax(-1)
+
+
 def plain_loop(model, steps=STEPS, batch_size=8, clip=None):
     """The same training written out: dense logits, one mean over all tokens of an update, AdamW, cosine."""
     student, teacher = copy.deepcopy(model.distiller.student), model.teacher.body
@@ -89,9 +94,17 @@ def plain_loop(model, steps=STEPS, batch_size=8, clip=None):
     )
     losses = []
     for step, batch in enumerate(TextLoader(sequences(), batch_size, pad_id=257, shuffle=True, seed=5)):
-        log_q = student.model(batch.input_ids, position_ids=batch.position_ids).logits[batch.predict][:, :258].log_softmax(-1)
+        log_q = (
+            student.model(batch.input_ids, position_ids=batch.position_ids)
+            .logits[batch.predict][:, :258]
+            .log_softmax(-1)
+        )
         with torch.no_grad():
-            log_p = teacher.model(batch.input_ids, position_ids=batch.position_ids).logits[batch.predict][:, :258].log_softmax(-1)
+            log_p = (
+                teacher.model(batch.input_ids, position_ids=batch.position_ids)
+                .logits[batch.predict][:, :258]
+                .log_softmax(-1)
+            )
         loss = F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
         optimizer.zero_grad()
         loss.backward()
@@ -279,7 +292,7 @@ def test_settings_out_of_range(folder, settings, match):
 
 
 def test_a_stored_teacher_cannot_follow_the_student(folder):
-    with pytest.raises(ValueError, match="model.rollout OnPolicy writes new ones"):
+    with pytest.raises(ValueError, match=r"model\.rollout OnPolicy writes new ones"):
         DistillationModule(TeacherSpec(folder, cache="anywhere"), StudentSpec(), rollout=OnPolicy())
 
 

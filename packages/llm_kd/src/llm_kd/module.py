@@ -6,7 +6,7 @@ import random
 import time
 import warnings
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
@@ -22,14 +22,14 @@ from llm_kd.data.batch import TokenBatch, collate
 from llm_kd.data.example import Example, answered
 from llm_kd.distiller import Distiller
 from llm_kd.head import KDHead
-from llm_kd.models import StudentSpec, TeacherSpec, build_student, shared_vocabulary
+from llm_kd.models import Body, StudentSpec, TeacherSpec, build_student, shared_vocabulary
 from llm_kd.objectives import Objective
 from llm_kd.objectives.fkl import ForwardKL
 from llm_kd.rollout import OffPolicy, Rollout
 from llm_kd.selectors import Selector
 from llm_kd.selectors.topk import TopK
 from llm_kd.strategies import shard_student, shard_teacher
-from llm_kd.teacher import CachedTeacher, OnlineTeacher, Teacher
+from llm_kd.teacher import CachedTeacher, OnlineTeacher, Teacher, vocabulary_fingerprint
 
 WINDOW = ("loss", "denominator", "accepted", "tokens")
 """What is summed over the micro-batches and ranks of an update."""
@@ -132,7 +132,7 @@ class DistillationModule(pl.LightningModule):
         self._teacher: list[Teacher] = []
         self.sharded = False
         self.history: list[dict[str, float]] = []
-        self._window: Tensor | None = None
+        self._window = torch.zeros(len(WINDOW), dtype=torch.float64)
         self._epoch = dict.fromkeys(WINDOW, 0.0)
         self._val: dict[str, Tensor] = {}
         self._epoch_start = self._epoch_seconds = 0.0
@@ -143,10 +143,13 @@ class DistillationModule(pl.LightningModule):
         """Distil from this teacher.
 
         Raises:
+            CacheError: If it is stored and belongs to another tokenizer.
             ValueError: If it is stored and does not determine the loss.
         """
         if isinstance(teacher, CachedTeacher):
-            self.distiller.head.check_truncated(teacher.size, teacher.vocab_size)
+            cache = teacher.cache
+            cache.check(tokenizer=vocabulary_fingerprint(self.tokenizer.get_vocab()), vocab_size=self.vocab_size)
+            self.distiller.head.check_truncated(cache.header.size, cache.header.vocab_size)
         self._teacher = [teacher]
 
     @property
@@ -164,10 +167,10 @@ class DistillationModule(pl.LightningModule):
         """Shard student and teacher under FSDP2; other strategies leave them whole."""
         if self._device_mesh is None or self.sharded:
             return
-        mesh = self.device_mesh["data_parallel"]
+        mesh = self._device_mesh["data_parallel"]
         shard_student(self.distiller, mesh)
         if isinstance(self.teacher, OnlineTeacher):
-            shard_teacher(self.teacher.body, mesh)
+            shard_teacher(cast(Body, self.teacher.body), mesh)
         self.sharded = True
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
@@ -269,7 +272,6 @@ class DistillationModule(pl.LightningModule):
             NonFiniteLossError: If the loss is not finite; the update is not made.
         """
         window = self._window
-        assert window is not None
         if world_size() > 1:
             dist.all_reduce(window)
         sums = dict(zip(WINDOW, window.tolist(), strict=True))

@@ -31,21 +31,21 @@ class Rollout(ABC):
             progress: Share of training done, in [0, 1].
         """
 
-    def keep(self, examples: list[Example]) -> None:
-        """Remember what the student has written; most rules need not."""
+    def keep(self, examples: list[Example]) -> None:  # noqa: B027  (doing nothing is most rules' answer)
+        """Remember what the student has written."""
 
     def replay(self, count: int, rng: random.Random) -> list[Example]:
         """Earlier responses, asked for after :meth:`choose` said so; only rules with a memory have any."""
         return []
 
-    def on_validation(self, loss: float) -> None:
-        """Follow the validation loss; most rules do not."""
+    def on_validation(self, loss: float) -> None:  # noqa: B027
+        """Follow the validation loss."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, in plain types."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
         """Restore :meth:`state_dict`."""
 
 
