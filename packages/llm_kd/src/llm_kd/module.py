@@ -348,7 +348,9 @@ class DistillationModule(pl.LightningModule):
     # ------------------------------------------------------------------------------------------------ checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the history, and the rollout's memory of every rank."""
+        """Keep the history, and the rollout's memory of every rank; leave out settings that are live objects."""
+        if isinstance(self.hparams["teacher"], TeacherSpec):  # built by hand; a safe load would refuse the file
+            checkpoint.pop("hyper_parameters", None)
         states: list[Any] = [self.rollout.state_dict()]
         if world_size() > 1:
             states = [None] * world_size()
