@@ -57,8 +57,14 @@ def load_causal_lm(name: str, dtype: str = "float32", *, attention: str = "sdpa"
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model; see :func:`load_causal_lm` for the names and errors."""
-    return _load(AutoTokenizer.from_pretrained, name)
+    """The tokenizer of a model; see :func:`load_causal_lm` for the names and errors.
+
+    One without a padding token (GPT-2) pads with its end-of-text token.
+    """
+    tokenizer = _load(AutoTokenizer.from_pretrained, name)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def load_config(name: str) -> Any:
@@ -89,8 +95,8 @@ def _downloaded(name: str) -> Path:
     except OSError as error:
         raise ModelNotFoundError(
             f"{name}: the Hub cannot be reached, and the model is not in its local cache. Download it on a machine "
-            f"with network (`hf download {name} --local-dir FOLDER`) and give that folder; without network the embedded "
-            f"{EMBEDDED} works"
+            f"with network (`hf download {name} --local-dir FOLDER`) and give that folder; without network the "
+            f"embedded {EMBEDDED} works"
         ) from error
 
 

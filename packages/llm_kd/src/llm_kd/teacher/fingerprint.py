@@ -1,0 +1,35 @@
+"""What identifies a teacher and a vocabulary in a cache."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from llm_kd.teacher.base import TeacherBody
+
+
+def weights_fingerprint(body: TeacherBody) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of a teacher's weights, its output layer's included.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    head = body.lm_head()
+    digest = hashlib.sha256(f"softcap {head.softcap}".encode())
+    tensors = {**body.state_dict(), "head.weight": head.weight, "head.bias": head.bias}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def vocabulary_fingerprint(vocabulary: Mapping[str, int]) -> str:
+    """SHA-256 over the tokens and their ids, as ``tokenizer.get_vocab()`` gives them.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    return hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()
