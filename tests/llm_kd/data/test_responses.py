@@ -13,7 +13,7 @@ import torch
 
 from llm_kd.data import responses as module
 from llm_kd.data.responses import ResponsesError, responses_path, write_responses
-from llm_kd.fingerprint import model_fingerprint
+from llm_kd.fingerprint import tensors_fingerprint
 from llm_kd.generation import Sampling, generate
 
 PROMPTS = [[10 + i] * (1 + i % 4) for i in range(11)]
@@ -90,29 +90,32 @@ def test_whatever_determines_them_has_its_own_file(write, files, changed):
     assert len(files()) == 2
 
 
-def test_another_model_has_its_own_file(write, files, teacher):
-    write()
-    before = model_fingerprint(teacher)
-    weight = teacher.model.layers[1].mlp.up_proj.weight
+def change_a_weight(model):
     with torch.no_grad():
-        weight[3, 5] += 1e-3
-    assert model_fingerprint(teacher) != before
+        model.model.layers[1].mlp.up_proj.weight[3, 5] += 1e-3
+
+
+def change_the_configuration(model):
+    model.config.rms_norm_eps = 1e-3
+
+
+@pytest.mark.parametrize("change", [change_a_weight, change_the_configuration])
+def test_another_model_has_its_own_file(write, files, teacher, change):
+    write()
+    change(teacher)
     write()
     assert len(files()) == 2
 
 
 def test_a_fingerprint_depends_on_names_shapes_precisions_and_values():
-    def of(**tensors):
-        holder = torch.nn.Module()
-        for name, tensor in tensors.items():
-            holder.register_buffer(name, tensor)
-        return model_fingerprint(holder)
-
     a = torch.arange(6.0)
-    made = [of(x=a), of(y=a), of(x=a.view(2, 3)), of(x=a.double()), of(x=-a), of(x=a, y=a)]
+    variants = [{"x": a}, {"y": a}, {"x": a.view(2, 3)}, {"x": a.double()}, {"x": -a}, {"x": a, "y": a}]
+    made = [*map(tensors_fingerprint, variants), tensors_fingerprint({"x": a}, "note")]
     assert len(set(made)) == len(made)
-    assert of(x=a, y=-a) == of(y=-a, x=a.clone())
-    assert of(x=a.bfloat16(), y=torch.tensor(3)) != of(x=a.bfloat16(), y=torch.tensor(4))  # scalars and bfloat16, too
+    assert tensors_fingerprint({"x": a, "none": None}) == tensors_fingerprint({"x": a.clone()})
+    # scalars, bfloat16 and transposed tensors, too
+    odd = [{"x": a.bfloat16()}, {"x": torch.tensor(3)}, {"x": torch.tensor(4)}, {"x": a.view(2, 3).T}]
+    assert len(set(map(tensors_fingerprint, odd))) == 4
 
 
 @pytest.mark.parametrize("torn", [0, 1, 10, 10_000])

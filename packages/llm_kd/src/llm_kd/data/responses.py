@@ -14,10 +14,12 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from kd_common.files import cache_root
-from llm_kd.fingerprint import model_fingerprint
+from llm_kd.fingerprint import tensors_fingerprint
 from llm_kd.generation import Sampling, generate
 
 CACHE_FORMAT = 1
+CONFIG_WITHOUT_EFFECT = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
+"""Entries of a model's configuration that change neither its logits nor, beyond the weights, their precision."""
 
 
 class ResponsesError(ValueError):
@@ -117,16 +119,18 @@ def responses_path(
     seed: int,
 ) -> Path:
     """File of a teacher's responses; its name is a hash of everything that determines them, but for the batches."""
+    config = {key: value for key, value in model.config.to_dict().items() if key not in CONFIG_WITHOUT_EFFECT}
     content = {
         "format": CACHE_FORMAT,
-        "model": model_fingerprint(model),
+        "weights": tensors_fingerprint(model.state_dict()),
+        "config": config,
         "prompts": list(prompts),
         "sampling": asdict(sampling),
         "eos_ids": sorted(eos_ids),
         "vocab_size": vocab_size,
         "seed": seed,
     }
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
     return cache_root() / "responses" / f"{Path(model.config.name_or_path).name or 'model'}-{digest}.jsonl"
 
 
