@@ -57,8 +57,14 @@ def load_causal_lm(name: str, dtype: str = "float32", *, attention: str = "sdpa"
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model; see :func:`load_causal_lm` for the names and errors."""
-    return _load(AutoTokenizer.from_pretrained, name)
+    """The tokenizer of a model; see :func:`load_causal_lm` for the names and errors.
+
+    One without a padding token (GPT-2) pads with its end-of-text token.
+    """
+    tokenizer = _load(AutoTokenizer.from_pretrained, name)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def load_config(name: str) -> Any:

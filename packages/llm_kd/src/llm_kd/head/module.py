@@ -7,8 +7,7 @@ chunk, H hidden, V vocabulary.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +27,7 @@ TeacherLogits = Tensor | TruncatedDistribution
 TeacherRows = Callable[[Tensor], TeacherLogits]
 
 
-@dataclass(frozen=True)
-class HeadOutput:
+class HeadOutput(NamedTuple):
     """Loss of a batch and what is logged about it; tensors per token have shape (N,), N valid tokens, no gradient.
 
     Attributes:
