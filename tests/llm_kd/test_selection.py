@@ -224,8 +224,9 @@ def test_truncated_teacher_refuses_wrong_order_and_shapes():
             TruncatedDistribution(stored.log_probs, stored.indices.fill_(wrong), stored.tail_mass, 6)
     with pytest.raises(ValueError, match="vocabulary of 6 tokens, the student's logits have 7"):
         topk_accept(torch.randn(2, 7), TruncatedDistribution.from_logits(torch.randn(2, 6), 3), 1)
-    with pytest.raises(ValueError, match="NaN"):
-        TruncatedDistribution.from_logits(torch.tensor([[0.0, 1.0, math.nan]]), 1)
+    for wrong in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="hold NaN or infinity"):
+            TruncatedDistribution.from_logits(torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, wrong]]), 1)
     with pytest.raises(ValueError, match=r"size must lie in \[1, 6\]"):
         TruncatedDistribution.from_logits(torch.randn(2, 6), 7)
 

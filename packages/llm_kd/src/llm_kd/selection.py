@@ -61,16 +61,16 @@ class TruncatedDistribution:
             size: K, in [1, V].
 
         Raises:
-            ValueError: If size is outside [1, V] or a logit is NaN.
+            ValueError: If size is outside [1, V] or a logit is NaN or +inf.
         """
         _check_k(size, logits.shape[-1], "size")
-        if logits.isnan().any():
-            raise ValueError("the logits hold NaN, which has no rank; look for the cause in the model that gave them")
         logits = at_least_fp32(logits.detach())
+        log_probs = logits.log_softmax(dim=-1)
+        if log_probs[..., 0].isnan().any():  # one such logit makes its whole row NaN
+            raise ValueError("the logits hold NaN or infinity, which have no rank; the model that gave them is broken")
         stored = topk_mask(logits, size)
         indices = stored.nonzero()[:, -1].view(*logits.shape[:-1], size)  # ascending, so a stable sort keeps ties right
         indices = indices.gather(-1, logits.gather(-1, indices).argsort(dim=-1, descending=True, stable=True))
-        log_probs = logits.log_softmax(dim=-1)
         tail_mass = log_probs.masked_fill(stored, -math.inf).exp().sum(dim=-1)
         return cls(log_probs.gather(-1, indices), indices, tail_mass, logits.shape[-1], check=False)
 
