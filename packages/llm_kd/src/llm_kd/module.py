@@ -19,6 +19,7 @@ from kd_common.errors import NonFiniteLossError
 from kd_common.hub import load_config, load_tokenizer
 from kd_common.schedules import CosineDecay, Schedule
 from llm_kd.data.batch import TokenBatch, collate
+from llm_kd.data.encode import Encoder
 from llm_kd.data.example import Example, answered
 from llm_kd.distiller import Distiller
 from llm_kd.head import KDHead
@@ -109,6 +110,7 @@ class DistillationModule(pl.LightningModule):
             )
         student_name = student.name or teacher.name
         self.tokenizer = load_tokenizer(student_name)
+        self._template_ends = Encoder(self.tokenizer).eos_ids  # a chat template may close turns with a token of its own
         self.vocab_size = shared_vocabulary(
             load_tokenizer(teacher.name), self.tokenizer, load_config(teacher.name), load_config(student_name)
         )
@@ -262,7 +264,7 @@ class DistillationModule(pl.LightningModule):
         """Tokens that end a response."""
         configured = self.distiller.student.causal_lm.generation_config.eos_token_id
         more = configured if isinstance(configured, list) else [configured]
-        return sorted({self.tokenizer.eos_token_id, *(token for token in more if token is not None)})
+        return sorted({*self._template_ends, *(token for token in more if token is not None)})
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Normalise the gradient by the tokens of the whole update, and let objective and selector follow the loss.
