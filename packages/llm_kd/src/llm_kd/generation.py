@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
+from transformers.generation.streamers import BaseStreamer
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def generate(
     batch_size: int,
     vocab_size: int | None = None,
     synced: bool = False,
+    streamer: BaseStreamer | None = None,
 ) -> list[list[int]]:
     """Responses of a causal language model to prompts.
 
@@ -74,6 +76,7 @@ def generate(
             it has nothing beyond.
         synced: Keep all ranks generating until the last of them is done, as sharded models need it; every rank must
             then give equally many prompts.
+        streamer: Shown every token as it is drawn; those of transformers take one prompt at a time.
 
     Returns:
         Response of every prompt in the order of the prompts, with the token that ended it if one did; no padding.
@@ -97,6 +100,7 @@ def generate(
                 generation_config=settings,
                 logits_processor=beyond,
                 synced_gpus=synced,
+                streamer=streamer,
             )
             for number, tokens in zip(batch, output[:, input_ids.shape[1] :].tolist(), strict=True):
                 responses[number] = _until_end(tokens, eos_ids)
