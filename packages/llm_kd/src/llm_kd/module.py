@@ -133,9 +133,9 @@ class DistillationModule(pl.LightningModule):
         self.sharded = False
         self.history: list[dict[str, float]] = []
         self._window = torch.zeros(len(WINDOW), dtype=torch.float64)
-        self._epoch = dict.fromkeys(WINDOW, 0.0)
+        self._since_validation = dict.fromkeys(WINDOW, 0.0)
+        self._validated_at = self._seconds = 0.0
         self._val: dict[str, Tensor] = {}
-        self._epoch_start = self._epoch_seconds = 0.0
 
     # ------------------------------------------------------------------------------------------------ set-up
 
@@ -204,11 +204,10 @@ class DistillationModule(pl.LightningModule):
 
     # ------------------------------------------------------------------------------------------------ training
 
-    def on_train_epoch_start(self) -> None:
-        """Start the epoch's counts."""
-        self._epoch = dict.fromkeys(WINDOW, 0.0)
+    def on_train_start(self) -> None:
+        """Start the sums of the first update, and the clock."""
         self._window = torch.zeros(len(WINDOW), dtype=torch.float64, device=self.device)
-        self._epoch_start = time.perf_counter()
+        self._validated_at = time.perf_counter()
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         """Sum of the losses of one micro-batch; it is normalised before the optimizer steps."""
@@ -277,7 +276,7 @@ class DistillationModule(pl.LightningModule):
         sums = dict(zip(WINDOW, window.tolist(), strict=True))
         window.zero_()
         for name, value in sums.items():
-            self._epoch[name] += value
+            self._since_validation[name] += value
         if not math.isfinite(sums["loss"]):
             raise NonFiniteLossError(
                 f"the loss of update {self.global_step + 1} is {sums['loss']}; the update was not made. Last good "
@@ -308,7 +307,11 @@ class DistillationModule(pl.LightningModule):
         """Start the sums; the teacher must be on the device also when nothing was trained."""
         self.teacher.to(self.device)
         self._val = {}
-        self._epoch_seconds = time.perf_counter() - self._epoch_start
+        self._seconds = time.perf_counter() - self._validated_at
+
+    def on_validation_end(self) -> None:
+        """Start the clock of the training until the next validation."""
+        self._validated_at = time.perf_counter()
 
     def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
         """Add the sums of one batch."""
@@ -334,12 +337,13 @@ class DistillationModule(pl.LightningModule):
             )
         if self.trainer.state.fn != "fit" or self.trainer.sanity_checking:
             return
-        tokens = max(1.0, self._epoch["tokens"])
+        trained, self._since_validation = self._since_validation, dict.fromkeys(WINDOW, 0.0)
+        tokens = trained["tokens"] or 1.0
         train = {
-            "train_loss": self._epoch["loss"] / (self._epoch["denominator"] or 1.0),
-            "train_tar": self._epoch["accepted"] / tokens,
-            "seconds": self._epoch_seconds,
-            "tokens_per_second": tokens / self._epoch_seconds,
+            "train_loss": trained["loss"] / (trained["denominator"] or 1.0),
+            "train_tar": trained["accepted"] / tokens,
+            "seconds": self._seconds,
+            "tokens_per_second": tokens / self._seconds,
         }
         self.rollout.on_validation(values["kl"])
         self.history.append({"epoch": self.current_epoch, "step": self.global_step, **values, **train})
@@ -348,17 +352,21 @@ class DistillationModule(pl.LightningModule):
     # ------------------------------------------------------------------------------------------------ checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the history, and the rollout's memory of every rank."""
+        """Keep the history, and the rollout's memory of every rank; leave out settings that are live objects."""
+        if isinstance(self.hparams["teacher"], TeacherSpec):  # built by hand; a safe load would refuse the file
+            checkpoint.pop("hyper_parameters", None)
         states: list[Any] = [self.rollout.state_dict()]
         if world_size() > 1:
             states = [None] * world_size()
             dist.all_gather_object(states, self.rollout.state_dict())
         checkpoint["history"] = self.history
+        checkpoint["since_validation"] = self._since_validation
         checkpoint["rollout"] = states
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the history and this rank's memory; a run on more ranks than before starts those with rank 0's."""
         self.history = list(checkpoint["history"])
+        self._since_validation = dict(checkpoint["since_validation"])
         states = checkpoint["rollout"]
         self.rollout.load_state_dict(states[self.global_rank] if self.global_rank < len(states) else states[0])
 

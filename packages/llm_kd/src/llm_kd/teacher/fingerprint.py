@@ -4,9 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 
-import torch
-from torch import Tensor
-
+from llm_kd.fingerprint import tensors_fingerprint
 from llm_kd.teacher.base import TeacherBody
 
 
@@ -17,13 +15,8 @@ def weights_fingerprint(body: TeacherBody) -> str:
         64 hexadecimal digits.
     """
     head = body.lm_head()
-    digest = hashlib.sha256(f"softcap {head.softcap}".encode())
     tensors = {**body.state_dict(), "head.weight": head.weight, "head.bias": head.bias}
-    for name, tensor in tensors.items():
-        if isinstance(tensor, Tensor):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return tensors_fingerprint(tensors, note=f"softcap {head.softcap}")
 
 
 def vocabulary_fingerprint(vocabulary: Mapping[str, int]) -> str:
