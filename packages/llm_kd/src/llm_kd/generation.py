@@ -1,6 +1,7 @@
 """Batched generation that leaves model and random state as it found them."""
 
 import math
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -107,15 +108,21 @@ def generate(
     return responses
 
 
+def room_for_prompt(model: Any, sampling: Sampling) -> int:
+    """Largest number of tokens of a prompt that leaves the model positions for its longest response."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return (sys.maxsize if positions is None else positions) - sampling.max_new_tokens
+
+
 def _check_lengths(model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
     if not all(prompts):
         raise ValueError("a prompt holds no token; a model needs at least one to continue from")
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(map(len, prompts), default=0)
-    if positions is not None and longest + sampling.max_new_tokens > positions:
+    longest, room = max(map(len, prompts), default=0), room_for_prompt(model, sampling)
+    if longest > room:
         raise ValueError(
-            f"a prompt of {longest} tokens and max_new_tokens={sampling.max_new_tokens} exceed the model's {positions} "
-            "positions: lower max_new_tokens, or leave out long prompts with max_length"
+            f"a prompt of {longest} tokens and max_new_tokens={sampling.max_new_tokens} exceed the model's "
+            f"{room + sampling.max_new_tokens} positions: lower max_new_tokens, or leave out long prompts with "
+            "max_length"
         )
 
 
