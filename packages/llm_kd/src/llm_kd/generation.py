@@ -1,6 +1,7 @@
 """Batched generation that leaves model and random state as it found them."""
 
 import math
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
+from transformers.generation.streamers import BaseStreamer
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ def generate(
     batch_size: int,
     vocab_size: int | None = None,
     synced: bool = False,
+    streamer: BaseStreamer | None = None,
 ) -> list[list[int]]:
     """Responses of a causal language model to prompts.
 
@@ -74,6 +77,7 @@ def generate(
             it has nothing beyond.
         synced: Keep all ranks generating until the last of them is done, as sharded models need it; every rank must
             then give equally many prompts.
+        streamer: Shown every token as it is drawn; those of transformers take one prompt at a time.
 
     Returns:
         Response of every prompt in the order of the prompts, with the token that ended it if one did; no padding.
@@ -97,21 +101,28 @@ def generate(
                 generation_config=settings,
                 logits_processor=beyond,
                 synced_gpus=synced,
+                streamer=streamer,
             )
             for number, tokens in zip(batch, output[:, input_ids.shape[1] :].tolist(), strict=True):
                 responses[number] = _until_end(tokens, eos_ids)
     return responses
 
 
+def room_for_prompt(model: Any, sampling: Sampling) -> int:
+    """Largest number of tokens of a prompt that leaves the model positions for its longest response."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return (sys.maxsize if positions is None else positions) - sampling.max_new_tokens
+
+
 def _check_lengths(model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
     if not all(prompts):
         raise ValueError("a prompt holds no token; a model needs at least one to continue from")
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(map(len, prompts), default=0)
-    if positions is not None and longest + sampling.max_new_tokens > positions:
+    longest, room = max(map(len, prompts), default=0), room_for_prompt(model, sampling)
+    if longest > room:
         raise ValueError(
-            f"a prompt of {longest} tokens and max_new_tokens={sampling.max_new_tokens} exceed the model's {positions} "
-            "positions: lower max_new_tokens, or leave out long prompts with max_length"
+            f"a prompt of {longest} tokens and max_new_tokens={sampling.max_new_tokens} exceed the model's "
+            f"{room + sampling.max_new_tokens} positions: lower max_new_tokens, or leave out long prompts with "
+            "max_length"
         )
 
 

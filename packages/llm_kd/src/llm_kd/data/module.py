@@ -140,13 +140,23 @@ class TextDataModule(LightningDataModule):
         pad = self.encoder.tokenizer.pad_token_id
         return self.eos_ids[0] if pad is None else pad
 
-    def write_responses(self, teacher: Any, *, progress_bar: bool = True) -> None:
-        """Have the teacher answer the prompts of both splits, or read what it answered before.
+    def rows(self, split: str) -> list[Row]:
+        """The conversations of ``train`` or ``val`` as they stand in the files, too long ones included.
+
+        Raises:
+            FileNotFoundError, RowsError: From the data.
+        """
+        rows = [row for name in self.files[split] for row in read_rows(find_data(name), self.fields)]
+        return rows[: self.limits[split]]
+
+    def write_responses(self, teacher: Any, *, splits: Sequence[str] = SPLITS, progress_bar: bool = True) -> None:
+        """Have the teacher answer the prompts, or read what it answered before.
 
         Does nothing with ``responses: dataset``.
 
         Args:
             teacher: Model that :func:`llm_kd.generation.generate` takes, on the device it is to run on.
+            splits: Which prompts; ``val`` alone is enough for validation.
             progress_bar: Show one while writing.
 
         Raises:
@@ -154,8 +164,8 @@ class TextDataModule(LightningDataModule):
         """
         if self.responses == "dataset":
             return
-        for split in SPLITS:
-            rows = self._rows(split)
+        for split in splits:
+            rows = self.rows(split)
             prompts = [(row, self.encoder.prompt(row)) for row in rows]
             room = self.max_length - self.sampling.max_new_tokens
             kept = [(row, prompt) for row, prompt in prompts if len(prompt) <= room]
@@ -190,7 +200,7 @@ class TextDataModule(LightningDataModule):
                         "the teacher has not answered the prompts yet: call write_responses(teacher) before training, "
                         "or set responses to dataset if the files hold answers"
                     )
-                rows = self._rows(split)
+                rows = self.rows(split)
                 examples = [self.encoder.example(row, self.max_length, self.truncate) for row in rows]
                 self._keep(split, rows, [example for example in examples if example is not None])
 
@@ -219,10 +229,6 @@ class TextDataModule(LightningDataModule):
             rank=self.trainer.global_rank if self.trainer else 0,
             world_size=self.trainer.world_size if self.trainer else 1,
         )
-
-    def _rows(self, split: str) -> list[Row]:
-        rows = [row for name in self.files[split] for row in read_rows(find_data(name), self.fields)]
-        return rows[: self.limits[split]]
 
     def _keep(self, split: str, rows: Sequence[Row], examples: list[Example]) -> None:
         found = Split(examples, rows=len(rows), dropped=len(rows) - len(examples))

@@ -20,8 +20,8 @@ class Body(nn.Module):
         model: Causal language model of transformers, or a PEFT model around one.
 
     Raises:
-        ValueError: If its logits are not what :class:`LMHead` computes from these hidden states, or its head has
-            adapters.
+        ValueError: If its logits are not finite or not what :class:`LMHead` computes from these hidden states, or its
+            head has adapters.
     """
 
     model: PreTrainedModel
@@ -84,6 +84,11 @@ def _check_head(body: Body) -> None:
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
     expected = model(input_ids=tokens, position_ids=tokens, use_cache=False).logits.float()
+    if not expected.isfinite().all():
+        raise ValueError(
+            f"{model.config.name_or_path}: the logits are not finite: the weights hold NaN or infinity, or overflow in "
+            f"{model.dtype}; try float32"
+        )
     if not torch.allclose(logits, expected, atol=0.05 * float(expected.abs().max()), rtol=0):
         raise ValueError(
             f"{type(model).__name__} turns hidden states into logits in a way the distillation head does not know; "
