@@ -17,9 +17,9 @@ import llm_kd.rollout
 import llm_kd.selectors
 import llm_kd.strategies  # noqa: F401  (makes class names and the strategy known to the command line)
 from kd_common.cli import FitCLI, fixed_seed
+from llm_kd.answers import Answers, answer_prompts
 from llm_kd.callbacks import StudentExport
 from llm_kd.data import TextDataModule
-from llm_kd.evaluate import Answers, answer_prompts
 from llm_kd.models import Body, TeacherSpec, load_teacher
 from llm_kd.module import DistillationModule
 from llm_kd.resources import peak_memory_gib

@@ -1,0 +1,143 @@
+"""``python -m llm_kd.compare --config FILE``: selectors, objectives and rollouts over seeds, one table and a plot.
+
+A comparison file names the configurations all runs share and those each variant adds::
+
+    base: [default]
+    variants:
+      uniform: [selectors/none]
+      Top-k: [selectors/topk]
+    seeds: [0, 1, 2]
+
+Every finished run is written to ``results.json`` at once; an interrupted comparison continues where it stopped.
+"""
+
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import torch
+from jsonargparse import ArgumentParser
+
+from kd_common.cli import resolve_config_names
+from kd_common.compare import Row, by_variant, mean_and_spread, run_matrix, write_table
+from llm_kd.fit import CONFIG_DIR, build, run
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+def run_one(variant: str, seed: int, args: Sequence[str], threads: int) -> Row:
+    """Train one variant with one seed; return what the table and the plot need, in plain types.
+
+    Args:
+        variant: Name in the table.
+        seed: ``seed_everything`` of the run.
+        args: Command line of :func:`llm_kd.fit.build`.
+        threads: CPU threads of this run.
+    """
+    torch.set_num_threads(threads)
+    result = run(build([*args, "--seed_everything", str(seed), "--trainer.enable_progress_bar", "false"]))
+    return {
+        "variant": variant,
+        "seed": seed,
+        "before": result.before,
+        "history": result.history,
+        "rouge_l": {when: answers.rouge_l for when, answers in result.answers.items()},
+        "parameters": result.parameters,
+        "args": list(args),
+    }
+
+
+def compare(
+    base: list[str],
+    variants: dict[str, list[str]],
+    output: Path,
+    seeds: list[int] = [0, 1, 2],  # noqa: B006 (a default the command line prints)
+    overrides: list[str] = [],  # noqa: B006
+    jobs: int = 1,
+) -> list[Row]:
+    """Run every variant with every seed and write the table and the plot.
+
+    Args:
+        base: Configurations all runs share.
+        variants: Further configurations of each variant, by the name it has in the table; an entry that starts with
+            ``--`` is a command-line argument instead.
+        output: Folder of the runs, ``results.json``, ``results.md`` and ``tar.png``.
+        seeds: One run per seed and variant.
+        overrides: Command-line arguments added to all runs, such as ``--trainer.max_epochs=2``.
+        jobs: Runs at a time; the CPU's threads are shared among them.
+
+    Returns:
+        One row per run.
+    """
+    rows = run_matrix(
+        run_one,
+        lambda row: f"NLL {row['history'][-1]['nll']:.3f}, KL {row['history'][-1]['kl']:.3f}",
+        base=base,
+        variants=variants,
+        output=output,
+        seeds=seeds,
+        overrides=overrides,
+        jobs=jobs,
+    )
+    write_table(summarise(rows), output / "results.md", "held-out responses, mean ± standard deviation over seeds")
+    plot_acceptance(rows, output / "tar.png")
+    print(f"written to {output}")
+    return rows
+
+
+def summarise(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """One table row per variant: distances at the last and the best (lowest KL) validation, ROUGE-L, TAR, cost."""
+    lines = []
+    for variant, runs in by_variant(rows).items():
+        last = [run["history"][-1] for run in runs]
+        best = [min(epoch["kl"] for epoch in run["history"]) for run in runs]
+        seconds = [sum(epoch["seconds"] for epoch in run["history"]) for run in runs]
+        lines.append(
+            {
+                "variant": variant,
+                "seeds": str(len(runs)),
+                "NLL, last": mean_and_spread([epoch["nll"] for epoch in last], 3),
+                "KL, last": mean_and_spread([epoch["kl"] for epoch in last], 3),
+                "KL, best": mean_and_spread(best, 3),
+                "agreement %": mean_and_spread([100 * epoch["agreement"] for epoch in last], 1),
+                "ROUGE-L": mean_and_spread([run["rouge_l"]["after"] for run in runs if run["rouge_l"]], 1),
+                "train TAR %, first → last": " → ".join(
+                    f"{100 * statistics.fmean(run['history'][place]['train_tar'] for run in runs):.1f}"
+                    for place in (0, -1)
+                ),
+                "s": f"{statistics.fmean(seconds):.0f}",
+            }
+        )
+    return lines
+
+
+def plot_acceptance(rows: Sequence[Row], path: Path) -> None:
+    """Token acceptance rate on the validation data over the updates, mean over seeds, before training included."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for variant, runs in by_variant(rows).items():
+        steps = [0, *(epoch["step"] for epoch in runs[0]["history"])]
+        curves = [[run["before"]["tar"], *(epoch["tar"] for epoch in run["history"])] for run in runs]
+        axes.plot(steps, [100 * statistics.fmean(values) for values in zip(*curves, strict=True)], ".-", label=variant)
+    axes.set(xlabel="updates", ylabel="accepted held-out tokens (TAR), %", ylim=(0, 100))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, ncols=2)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(args: list[str] | None = None) -> list[Row]:
+    """Parse the comparison and run it."""
+    parser = ArgumentParser(prog="python -m llm_kd.compare", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="Comparison file; packaged ones are found by name.")
+    parser.add_function_arguments(compare, as_positional=False)
+    command_line = sys.argv[1:] if args is None else args
+    settings = parser.parse_args(resolve_config_names(command_line, CONFIG_DIR))
+    settings.pop("config")
+    return compare(**parser.instantiate_classes(settings))
+
+
+if __name__ == "__main__":
+    main()
