@@ -12,7 +12,9 @@ import torch
 import yaml
 
 from kd_common.hub import load_causal_lm, load_tokenizer
+from llm_kd.cache_teacher import main as cache_teacher_main
 from llm_kd.fit import build, main, run
+from llm_kd.teacher import CacheError
 
 PROMPTS = [f"Count to {n}." for n in range(2, 30)]
 
@@ -145,7 +147,7 @@ def test_a_killed_run_resumes_bit_for_bit(arguments, tmp_path):
     assert process.returncode == -signal.SIGKILL, process.stderr.decode()[-2000:]
     for name in ("killed/checkpoints/last.ckpt", "step=8.ckpt"):
         # Beside the first lies its run's configuration.
-        same = arguments(*settings, run_dir="killed") if "step" in name else []
+        same = arguments(*settings, callbacks, run_dir="killed") if "step" in name else []
         resumed = build(["--ckpt_path", str(tmp_path / name), *same])
         assert resumed.trainer.max_epochs == 3
         run(resumed)
@@ -161,6 +163,43 @@ def test_the_responses_are_written_once(arguments, tmp_path, monkeypatch):
     second = build(arguments(run_dir="second"))
     run(second)
     assert_same(second.model, first.model)
+
+
+def cached(arguments, folder, *extra):
+    """The command line that stores the teacher of a run, with the run's data settings."""
+    data = [argument for argument in arguments() if argument.startswith("--data.")]
+    teacher = next(argument for argument in arguments() if argument.startswith("--model.teacher.name="))
+    return [f"--folder={folder}", teacher.replace("model.", ""), *data, *extra]
+
+
+def test_training_from_a_whole_stored_teacher_equals_training_online(arguments, tmp_path):
+    cache = cache_teacher_main(cached(arguments, tmp_path / "cache", "--size=258", "--dtype=float32"))
+    assert len(cache) == len(PROMPTS)
+    online, stored = build(arguments()), build(arguments(f"--model.teacher.cache={tmp_path / 'cache'}", run_dir="two"))
+    results = [run(online), run(stored)]
+    for name in ("kl", "nll", "teacher_nll", "tar", "train_loss", "train_tar"):
+        assert results[1].last[name] == pytest.approx(results[0].last[name], rel=1e-3), name
+    assert "teacher" not in results[1].parameters
+
+
+def test_training_from_a_truncated_teacher_follows_a_lower_bound(arguments, tmp_path):
+    cache_teacher_main(cached(arguments, tmp_path / "cache", "--size=8"))
+    settings = arguments(f"--model.teacher.cache={tmp_path / 'cache'}", "--trainer.max_epochs=1", run_dir="two")
+    result = run(build(settings))
+    whole = run(build(arguments("--trainer.max_epochs=1")))
+    assert 0 < result.before["kl"] < whole.before["kl"]
+    assert result.before["nll"] == pytest.approx(whole.before["nll"], rel=1e-5)
+    assert "teacher_nll" not in result.last
+    with pytest.raises(ValueError, match="TAID needs the teacher's whole distribution"):
+        run(build([*settings, "--config=objectives/taid"]))
+    with pytest.raises(ValueError, match="k=9"):
+        run(build([*settings, "--model.selector=TopK", "--model.selector.k=9"]))
+
+
+def test_a_cache_of_another_teacher_is_refused(arguments, tmp_path, save_model):
+    cache_teacher_main(cached(arguments, tmp_path / "cache", "--size=8", f"--teacher.name={save_model('b', seed=1)}"))
+    with pytest.raises(CacheError, match="holds another teacher or vocabulary"):
+        run(build(arguments(f"--model.teacher.cache={tmp_path / 'cache'}")))
 
 
 def test_dataset_answers(arguments, tmp_path):

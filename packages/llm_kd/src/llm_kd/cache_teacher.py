@@ -1,13 +1,19 @@
-"""Store a teacher's next-token distributions, so that training does not run the teacher."""
+"""``python -m llm_kd.cache_teacher --folder F``: store a teacher's distributions, so that training need not run it.
+
+Train from it with the same data settings and ``--model.teacher.cache F``.
+"""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from jsonargparse import ArgumentParser
 from tqdm.auto import tqdm
 
+from llm_kd.data import TextDataModule, TokenBatch
+from llm_kd.data.loader import TextLoader
 from llm_kd.head import truncate
+from llm_kd.models import TeacherSpec, load_teacher
 from llm_kd.teacher import (
     CacheHeader,
     CacheWriter,
@@ -15,16 +21,14 @@ from llm_kd.teacher import (
     TeacherBody,
     TeacherCache,
     supervised_counts,
+    vocabulary_fingerprint,
     weights_fingerprint,
 )
-
-if TYPE_CHECKING:
-    from llm_kd.data.batch import TokenBatch
 
 
 def cache_teacher(
     body: TeacherBody,
-    batches: "Iterable[TokenBatch]",
+    batches: Iterable[TokenBatch],
     folder: str | Path,
     *,
     size: int,
@@ -82,7 +86,7 @@ def cache_teacher(
     return TeacherCache(folder)
 
 
-def _add(writer: CacheWriter, teacher: OnlineTeacher, batch: "TokenBatch", device: torch.device | str) -> int:
+def _add(writer: CacheWriter, teacher: OnlineTeacher, batch: TokenBatch, device: torch.device | str) -> int:
     """Store the examples of a batch that the cache lacks; returns the number of their tokens."""
     counts = supervised_counts(batch)
     # Of an example that occurs twice in a batch, the first occurrence is stored.
@@ -96,3 +100,44 @@ def _add(writer: CacheWriter, teacher: OnlineTeacher, batch: "TokenBatch", devic
     tokens = batch.labels[batch.predict].cpu()[rows]
     writer.add([key for key, _ in kept], [count for _, count in kept], tokens, distribution)
     return len(tokens)
+
+
+def parser() -> ArgumentParser:
+    """Command line of this module; ``data`` takes what ``llm_kd.fit`` takes."""
+    parser = ArgumentParser(prog="python -m llm_kd.cache_teacher", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--folder", type=str, required=True, help="Where to write; an interrupted cache is continued.")
+    parser.add_argument("--size", type=int, default=64, help="Tokens stored per position, K.")
+    parser.add_argument("--dtype", type=str, default="float16", help="float16, bfloat16 or float32.")
+    parser.add_argument("--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu", help="Device.")
+    parser.add_argument("--teacher", type=TeacherSpec, default=TeacherSpec(), help="The teacher.")
+    parser.add_class_arguments(TextDataModule, "data")
+    parser.link_arguments("teacher.name", "data.tokenizer")
+    return parser
+
+
+def main(args: list[str] | None = None) -> TeacherCache:
+    """Write the cache for the training and validation examples, and say how to use it."""
+    settings = parser().parse_args(args)
+    data = parser().instantiate_classes(settings).data
+    body = load_teacher(settings.teacher)
+    body.to(settings.device)
+    data.write_responses(body.model)
+    data.setup()
+    examples = [example for split in data.splits.values() for example in split.examples]
+    cache = cache_teacher(
+        body,
+        TextLoader(examples, data.val_batch_size, pad_id=data.pad_id, shuffle=False),
+        settings.folder,
+        size=settings.size,
+        vocab_size=data.vocab_size,
+        teacher=settings.teacher.name,
+        tokenizer=vocabulary_fingerprint(data.encoder.tokenizer.get_vocab()),
+        dtype=settings.dtype,
+        device=settings.device,
+    )
+    print(f"{len(cache):,} examples, {cache.num_tokens:,} tokens; use it with --model.teacher.cache {settings.folder}")
+    return cache
+
+
+if __name__ == "__main__":
+    main()

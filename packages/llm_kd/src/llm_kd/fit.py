@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 
 import llm_kd.objectives
@@ -117,7 +118,7 @@ def run(cli: LanguageCLI) -> Result:
     """Obtain the teacher and its responses, distil, and collect the result."""
     model, data, trainer = cli.model, cli.datamodule, cli.trainer
     parameters = {"student": count_parameters(model.distiller.student)}
-    body = prepare_teacher(model, data)
+    body = prepare_teacher(model, data, trainer.strategy.root_device)
     if body is not None:
         parameters["teacher"] = count_parameters(body)
     answers: dict[str, Answers] = {}
@@ -141,8 +142,13 @@ def run(cli: LanguageCLI) -> Result:
     return Result(before, model.history, answers, parameters, peak_memory_gib(), cli.run_dir)
 
 
-def prepare_teacher(model: DistillationModule, data: TextDataModule) -> Body | None:
+def prepare_teacher(model: DistillationModule, data: TextDataModule, device: torch.device) -> Body | None:
     """Attach the teacher that the configuration names, and let it write the responses that the data lack.
+
+    Args:
+        model: The training module.
+        data: The data.
+        device: Where the teacher writes.
 
     Returns:
         The teacher's body, or None if it need not run.
@@ -153,6 +159,7 @@ def prepare_teacher(model: DistillationModule, data: TextDataModule) -> Body | N
     spec: TeacherSpec = model.teacher_spec
     body = load_teacher(spec) if spec.cache is None or data.responses == "teacher" else None
     if body is not None and data.responses == "teacher":
+        body.to(device)
         data.write_responses(body.model)
     if spec.cache is None:
         assert body is not None

@@ -19,6 +19,7 @@ from kd_common.errors import NonFiniteLossError
 from kd_common.hub import load_config, load_tokenizer
 from kd_common.schedules import CosineDecay, Schedule
 from llm_kd.data.batch import TokenBatch, collate
+from llm_kd.data.encode import Encoder
 from llm_kd.data.example import Example, answered
 from llm_kd.distiller import Distiller
 from llm_kd.head import KDHead
@@ -109,6 +110,7 @@ class DistillationModule(pl.LightningModule):
             )
         student_name = student.name or teacher.name
         self.tokenizer = load_tokenizer(student_name)
+        self._template_ends = Encoder(self.tokenizer).eos_ids  # a chat template may close turns with a token of its own
         self.vocab_size = shared_vocabulary(
             load_tokenizer(teacher.name), self.tokenizer, load_config(teacher.name), load_config(student_name)
         )
@@ -185,8 +187,11 @@ class DistillationModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _lr_factor(self, step: int) -> float:
-        total = self.total_steps  # first: asking for it makes Lightning count the batches
-        return self.lr_schedule(step / self.steps_per_epoch, total / self.steps_per_epoch)
+        if step == 0:
+            # Asked for when the optimizer is built. To count batches by then, Lightning would set up the data before it
+            # restores a checkpoint, and forget where inside an epoch the run was.
+            return self.lr_schedule(0.0, float(self.trainer.max_epochs or 1))
+        return self.lr_schedule(step / self.steps_per_epoch, self.total_steps / self.steps_per_epoch)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -259,7 +264,7 @@ class DistillationModule(pl.LightningModule):
         """Tokens that end a response."""
         configured = self.distiller.student.causal_lm.generation_config.eos_token_id
         more = configured if isinstance(configured, list) else [configured]
-        return sorted({self.tokenizer.eos_token_id, *(token for token in more if token is not None)})
+        return sorted({*self._template_ends, *(token for token in more if token is not None)})
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Normalise the gradient by the tokens of the whole update, and let objective and selector follow the loss.
