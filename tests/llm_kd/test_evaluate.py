@@ -8,9 +8,9 @@ import torch
 from rouge_score.rouge_scorer import RougeScorer
 
 from kd_common.hub import ModelNotFoundError, load_causal_lm, load_tokenizer
-from llm_kd import answers, evaluate
+from llm_kd import answers, evaluate, fit
 from llm_kd.answers import answer_prompts, questions
-from llm_kd.data import TextDataModule
+from llm_kd.data import TextDataModule, responses
 from llm_kd.data.encode import EncodingError
 from llm_kd.evaluate import main, token_means
 from llm_kd.generation import Sampling, generate
@@ -320,3 +320,22 @@ def test_weights_that_are_not_finite(arguments, student, weights, row, match):
     model.save_pretrained(student)
     with pytest.raises(ValueError, match=match):
         main(arguments())
+
+
+@pytest.mark.slow
+def test_a_run_is_measured_as_in_training(teacher, tmp_path, monkeypatch):
+    """The saved student of a run has the run's validation metrics, on the responses the run has cached."""
+    files = {
+        split: write(tmp_path / f"{split}.jsonl", *[{"instruction": f"{split} {number}"} for number in range(8)])
+        for split in ("train", "val")
+    }
+    shared = [f"--data.val={files['val']}", "--data.sampling.max_new_tokens=6", "--data.sampling.temperature=0"]
+    run = [f"--run_dir={tmp_path / 'run'}", "--trainer.accelerator=cpu", "--trainer.max_epochs=1", "--answers=0"]
+    run += ["--trainer.log_every_n_steps=1", "--trainer.enable_progress_bar=false"]
+    models = [f"--model.teacher.name={teacher}", "--model.student.layers=2", "--data.batch_size=4"]
+    expected = fit.main([*run, *models, f"--data.train={files['train']}", *shared])
+    monkeypatch.setattr(responses, "generate", lambda *_, **__: pytest.fail("the teacher was asked again"))
+    where = ["--student", str(tmp_path / "run/student_last"), "--teacher", teacher, "--device", "cpu", "--seeds", "[]"]
+    found = main([*where, "--data.responses", "teacher", *shared])
+    assert found["tokens"] == pytest.approx({name: expected.last[name] for name in found["tokens"]}, rel=1e-5)
+    assert len(found["tokens"]) == 5

@@ -40,7 +40,7 @@ def arguments(save_model, tmp_path):
 
 
 def test_tasks_run_on_the_saved_student(arguments, lm_eval, capsys):
-    found = main([*arguments, "--harness", "arc_easy,piqa", "--data.val_batch_size", "3"])
+    found = main([*arguments, "--harness", "arc_easy, piqa", "--data.val_batch_size", "3"])
     [call] = lm_eval
     assert call == {
         "model": "hf",
@@ -55,6 +55,17 @@ def test_tasks_run_on_the_saved_student(arguments, lm_eval, capsys):
     }
     assert "nll" in found["tokens"]
     assert "lm-eval arc_easy  acc,none 0.2500, acc_stderr,none 0.0100" in capsys.readouterr().out
+
+
+def test_what_was_measured_before_a_failing_task_is_kept(arguments, lm_eval, monkeypatch, tmp_path, capsys):
+    def unknown(**_):
+        raise KeyError("no such task")
+
+    monkeypatch.setattr(sys.modules["lm_eval"], "simple_evaluate", unknown)
+    with pytest.raises(KeyError, match="no such task"):
+        main([*arguments, "--harness", "nonsense", "--output", str(tmp_path / "result.json")])
+    nll = json.loads((tmp_path / "result.json").read_text())["tokens"]["nll"]
+    assert f"{nll:.3f}" in capsys.readouterr().out
 
 
 def test_the_embedded_model_goes_by_its_folder(lm_eval, monkeypatch, tmp_path):

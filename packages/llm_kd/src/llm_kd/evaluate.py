@@ -157,9 +157,6 @@ def evaluate(settings: Namespace, sampling: Sampling) -> dict[str, Any]:
     }
     if answers:
         result["rouge_l"] = over_seeds(answers)
-    if settings.harness is not None:
-        where = {"dtype": settings.dtype, "device": settings.device, "batch_size": data.val_batch_size}
-        result["harness"] = run_harness(settings.student, settings.harness.split(","), **where)
     split = data.splits["val"]
     result["data"] = {"rows": split.rows, "dropped": split.dropped, "supervised_tokens": split.supervised}
     result["answers"] = [
@@ -198,11 +195,9 @@ def print_result(result: Mapping[str, Any], console: Console) -> None:
     if "teacher_nll" in tokens:
         table.add_row("teacher", f"{tokens['teacher_nll']:.3f}", "0", "100%", "", "")
     console.print(table)
-    lines = {"rows too long": f"{data['dropped']:,}, without which the token metrics are"}
+    lines = {"rows left out": f"{data['dropped']:,} longer than data.max_length; not in the token metrics"}
     if rouge:
-        lines["prompts answered"] = f"{rouge['prompts']:,}, {rouge['left_out']:,} too long ones not asked"
-    for task, values in result.get("harness", {}).items():
-        lines[f"lm-eval {task}"] = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+        lines["prompts answered"] = f"{rouge['prompts']:,}, {rouge['left_out']:,} longer than max_prompt not asked"
     lines["settings"] = ", ".join(f"{name} {value}" for name, value in settings.items())
     for name, value in lines.items():
         console.print(f"{name:<{max(map(len, lines))}}  {escape(value)}", soft_wrap=True, highlight=False)
@@ -227,12 +222,26 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     output = None if settings.output is None else Path(settings.output)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
+    console = Console()
     shown = flat(settings.as_dict()) | {"max_new_tokens": sampling.max_new_tokens}
     result = {"settings": shown, **evaluate(settings, sampling)}
+    save(result, output)
+    print_result(result, console)
+    if settings.harness is not None:  # last: what it stumbles over must not cost the rest
+        tasks = [task.strip() for task in settings.harness.split(",")]
+        where = {"dtype": settings.dtype, "device": settings.device, "batch_size": settings.data.val_batch_size}
+        result["harness"] = run_harness(settings.student, tasks, **where)
+        save(result, output)
+        for task, values in result["harness"].items():
+            numbers = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+            console.print(f"lm-eval {task}  {numbers}", markup=False, soft_wrap=True, highlight=False)
+    return result
+
+
+def save(result: Mapping[str, Any], output: Path | None) -> None:
+    """Write a result as JSON, if a file is asked for."""
     if output is not None:
         write_atomically(output, json.dumps(result, indent=1, ensure_ascii=False))
-    print_result(result, Console())
-    return result
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
