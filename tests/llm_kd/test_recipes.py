@@ -48,7 +48,7 @@ def stand_in(save_model, tmp_path):
             "--data.batch_size=4",
             "--trainer.accelerator=cpu",
             "--trainer.precision=32-true",
-            "--trainer.fast_dev_run=1",
+            "--trainer.fast_dev_run=2",
             "--trainer.accumulate_grad_batches=1",
             "--trainer.enable_progress_bar=false",
         ]
@@ -57,7 +57,7 @@ def stand_in(save_model, tmp_path):
 
 
 def step(cli):
-    """One update and one validation; the student must move and stay finite."""
+    """Two updates, for a warm-up starts at 0, and a validation; the student must move and stay finite."""
     model = cli.model
     before = [p.detach().clone() for p in model.distiller.parameters() if p.requires_grad]
     prepare_teacher(model, cli.datamodule, torch.device("cpu"))
