@@ -1,8 +1,8 @@
 """Layers of Llama-style decoders, shared by targets and drafters; parameters carry the names transformers gives them.
 
-A layer does not know where keys and values come from: it is handed an `Attend`, which closes over a cache and a mask, or
-over nothing when a whole sequence is trained on. Shapes: B rows, n positions, H query and K key-value heads of size d,
-h hidden size.
+A layer does not know where keys and values come from: it is handed an `Attend`, which closes over a cache and a mask,
+or over nothing when a whole sequence is trained on. Shapes: B rows, n positions, H query and K key-value heads of size
+d, h hidden size.
 """
 
 from collections.abc import Callable
@@ -114,7 +114,9 @@ def causal_attention(window: int | None = None) -> Attend:
             age = torch.arange(q.shape[1], device=q.device).unsqueeze(1) - torch.arange(q.shape[1], device=q.device)
             mask = (age >= 0) & (age < window)
         context = F.scaled_dot_product_attention(
-            *(x.transpose(1, 2) for x in (q, k, v)),
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
             attn_mask=mask,
             is_causal=mask is None,
             enable_gqa=q.shape[2] != k.shape[2],
