@@ -10,7 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 
+from spec_decode.models import CausalLM
 from spec_decode.sampling import Sampling
 from spec_decode.tree import DraftTree
 from spec_decode.verify import count_kept, verify_matching
@@ -201,3 +203,46 @@ def exact():
 @pytest.fixture
 def toy():
     return SimpleNamespace(TableModel=TableModel, random_tree=random_tree, Sampling=Sampling)
+
+
+TINY = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def tiny_model(seed=3, kind="Llama", **changes):
+    """Random transformers model; noise on every parameter, since biases of 0 and norms of 1 would hide mistakes."""
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{kind}Config")(**(TINY | changes))
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.15 * torch.randn_like(parameter))
+    return model
+
+
+@torch.no_grad()
+def plain_decoding(model, prompt, sampling, seed, count, stop_tokens=()):
+    """The reference of every losslessness test: transformers' logits from scratch for every token of one row."""
+    text = list(prompt)
+    while len(text) < len(prompt) + count:
+        logits = model(torch.tensor([text]), use_cache=False).logits[:, -1]
+        text.append(int(sampling.draw(logits, seed.reshape(1), torch.tensor([len(text)]))))
+        if text[-1] in stop_tokens:
+            break
+    return text[len(prompt) :]
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """Tiny models, and plain decoding with transformers."""
+    model = tiny_model()
+    return SimpleNamespace(
+        model=model, target=CausalLM.from_transformers(model), make=tiny_model, plain=plain_decoding, sizes=TINY
+    )
