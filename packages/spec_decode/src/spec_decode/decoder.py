@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spec_decode.drafters.base import Draft, Drafter, DraftState, DynamicTree, TreeShape, tree_depth, tree_nodes
+from spec_decode.drafters.base import Draft, Drafter, DraftState, DynamicTree, TreeShape, tree_depth, tree_slots
 from spec_decode.models import CausalLM, KVCache, States
 from spec_decode.proposals import SampledTree
 from spec_decode.sampling import Sampling, row_seeds
@@ -198,10 +198,8 @@ class SpeculativeDecoder:
             on_tokens=on_tokens,
         )
         seeds = row_seeds(seed, batch).to(device)
-        # Trees are padded to a multiple of 8 nodes; lookup branches may add a level each.
-        nodes = -(-(tree_nodes(self.tree) + tree_depth(self.tree)) // 8) * 8
         width = max(map(len, prompts))
-        capacity = max(len(p) + r for p, r in zip(prompts, room, strict=True)) + nodes
+        capacity = max(len(p) + r for p, r in zip(prompts, room, strict=True)) + tree_slots(self.tree)
         cache = target.new_cache(batch, capacity)
         memory = self.drafter.new_memory(batch, capacity) if self.drafter and self.tree else None
 
@@ -327,9 +325,11 @@ def commit(cache: KVCache, states: States, verified: Verified, kept: Tensor) -> 
 
     The root of the next tree, a row's last kept token, is not among them: the target has not seen it.
     """
-    cache.commit(verified.path, kept)
-    beyond = torch.arange(verified.path.shape[1], device=kept.device) >= kept.unsqueeze(1)
-    return states.gather(verified.path.clamp(min=0)), verified.tokens.masked_fill(beyond, -1), kept
+    longest = max(int(kept.max()), 1)
+    path, tokens = verified.path[:, :longest], verified.tokens[:, :longest]
+    cache.commit(path, kept)
+    beyond = torch.arange(longest, device=kept.device) >= kept.unsqueeze(1)
+    return states.gather(path.clamp(min=0)), tokens.masked_fill(beyond, -1), kept
 
 
 def _prompts(

@@ -4,8 +4,8 @@ Shapes: B rows of a batch, m newly committed positions, h the target's hidden si
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,6 +53,15 @@ def tree_depth(shape: TreeShape) -> int:
 def tree_nodes(shape: TreeShape) -> int:
     """Largest number of nodes, the root included."""
     return 1 + (shape.nodes if isinstance(shape, DynamicTree) else sum(shape))
+
+
+def tree_slots(shape: TreeShape) -> int:
+    """Cache slots behind the committed tokens that drafting or verifying such a tree may write to.
+
+    Trees are padded to a multiple of 8 nodes, and lookup may add a branch of the tree's depth.
+    """
+    slots = -(-(tree_nodes(shape) + tree_depth(shape)) // 8) * 8
+    return max(slots, shape.depth * shape.top_k) if isinstance(shape, DynamicTree) else slots
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,3 +155,30 @@ def draft_from_levels(state: DraftState, logits: Tensor, vocabulary: Tensor | No
 def last_rows(x: Tensor, counts: Tensor) -> Tensor:
     """Last counted position of every row: shape (B, ...) out of (B, m, ...); position 0 where nothing is counted."""
     return x[torch.arange(len(x), device=x.device), (counts - 1).clamp(min=0)]
+
+
+def draft_along_backbone(
+    state: DraftState,
+    logits: Tensor,
+    advance: Callable[[Tensor], Tensor],
+    vocabulary: Tensor | None,
+    vocab_size: int,
+) -> Draft:
+    """Constrained tree of a drafter that needs the backbone's token before it can predict the next level.
+
+    Args:
+        state: State with a constrained tree.
+        logits: Logits of the first level, shape (B, C).
+        advance: Backbone token of a level, (B,) -> logits of the next level, (B, C).
+        vocabulary: Target token of each of the C draft tokens; None if they are the same.
+        vocab_size: V.
+    """
+    assert isinstance(state.tree, tuple)
+    levels = [logits]
+    for level, width in enumerate(state.tree[:-1]):
+        # The tree of this level alone: its noise is a function of the position, so its backbone is the final one.
+        alone = replace(state, tree=(width,), root_positions=state.root_positions + level)
+        draft = draft_from_levels(alone, levels[-1].unsqueeze(1), vocabulary, vocab_size)
+        tree = draft.tree if isinstance(draft, SampledTree) else draft
+        levels.append(advance(tree.tokens[:, 1].clamp(min=0)))
+    return draft_from_levels(state, torch.stack(levels, dim=1), vocabulary, vocab_size)

@@ -5,6 +5,8 @@ The nodes of a pass lie behind a row's committed length; whatever lies there is 
 `commit` has counted it. Shapes: B rows, n nodes, S slots, K key-value heads of size d.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -75,9 +77,10 @@ class Pass:
 
     Args:
         cache: Cache to write to; its lengths do not change.
-        size: n, the nodes of every row.
-        parents: Parent array of shape (B, n) of a tree whose root follows the committed tokens; None for a run of
-            tokens each of which follows the one before.
+        ahead: Position of every node behind its row's committed tokens, int64 of shape (B, n) or (n,).
+        seen: Boolean of shape (B, n, first + n): which slots behind the committed tokens a node sees, those of earlier
+            passes first; the committed tokens are seen by all.
+        first: Slot of the first node behind the committed tokens; more than 0 keeps the nodes of earlier passes.
         groups: Query heads per key head.
         window: Number of last positions a windowed layer sees; None without such layers.
 
@@ -86,37 +89,50 @@ class Pass:
     """
 
     def __init__(
-        self, cache: KVCache, size: int, parents: Tensor | None = None, *, groups: int = 1, window: int | None = None
+        self,
+        cache: KVCache,
+        ahead: Tensor,
+        seen: Tensor,
+        *,
+        first: int = 0,
+        groups: int = 1,
+        window: int | None = None,
     ) -> None:
         self.cache = cache
-        device, lengths = cache.lengths.device, cache.lengths
-        end = int(lengths.max()) + size
+        lengths, size = cache.lengths, seen.shape[1]
+        end = int(lengths.max()) + first + size
         if end > cache.capacity:
             raise ValueError(
-                f"{size} nodes behind {end - size} cached tokens exceed the cache's {cache.capacity} slots; "
-                "allocate a larger cache"
+                f"{first + size} nodes behind {end - first - size} cached tokens exceed the cache's {cache.capacity} "
+                "slots; allocate a larger cache"
             )
-        order = torch.arange(size, device=device)
-        if parents is None:
-            seen, ahead = (order.unsqueeze(1) >= order).expand(len(lengths), -1, -1), order
-        else:
-            seen = ancestor_mask(parents)
-            ahead = seen.sum(-1) - 1
-        self.positions = lengths.unsqueeze(1) + ahead
-        self.slots = lengths.unsqueeze(1) + order
-        self.visible = min(-(-end // _SLOT_BLOCK) * _SLOT_BLOCK, cache.capacity)
-        slot = torch.arange(self.visible, device=device)
+        batch, device = len(lengths), lengths.device
+        self.positions = (lengths.unsqueeze(1) + ahead).expand(batch, size)
+        reachable = lengths.unsqueeze(1) + torch.arange(first + size, device=device)
+        self._rows, self._slots = torch.arange(batch, device=device).unsqueeze(1), reachable[:, first:]
+        self._visible = min(-(-end // _SLOT_BLOCK) * _SLOT_BLOCK, cache.capacity)
+        slot = torch.arange(self._visible, device=device)
         mask = (slot < lengths.unsqueeze(1)).unsqueeze(1).repeat(1, size, 1)
-        mask.scatter_(2, self.slots.unsqueeze(1).expand_as(seen), seen)
+        mask.scatter_(2, reachable.unsqueeze(1).expand(batch, size, -1), seen.expand(batch, -1, -1))
         self._mask = mask.unsqueeze(1).repeat(1, 1, groups, 1)
         self._window_mask = self._mask
         if window is not None and window < end:
-            age = (
-                self.positions.unsqueeze(2)
-                - slot.repeat(len(lengths), 1).scatter(1, self.slots, self.positions)[:, None]
-            )
-            self._window_mask = (mask & (age < window)).unsqueeze(1).repeat(1, 1, groups, 1)
-        self._rows = torch.arange(len(lengths), device=device).unsqueeze(1)
+            assert first == 0, "positions of the nodes of earlier passes are not kept"
+            key_positions = slot.repeat(batch, 1).scatter(1, self._slots, self.positions)
+            recent = self.positions.unsqueeze(2) - key_positions.unsqueeze(1) < window
+            self._window_mask = (mask & recent).unsqueeze(1).repeat(1, 1, groups, 1)
+
+    @classmethod
+    def run(cls, cache: KVCache, size: int, **settings: Any) -> "Pass":
+        """Pass of `size` tokens each of which follows the one before."""
+        order = torch.arange(size, device=cache.lengths.device)
+        return cls(cache, order, (order.unsqueeze(1) >= order).unsqueeze(0), **settings)
+
+    @classmethod
+    def tree(cls, cache: KVCache, parents: Tensor, **settings: Any) -> "Pass":
+        """Pass of a draft tree given as a parent array of shape (B, n), whose root follows the committed tokens."""
+        seen = ancestor_mask(parents)
+        return cls(cache, seen.sum(-1) - 1, seen, **settings)
 
     def attend(self, layer: int, *, windowed: bool = False) -> Attend:
         """Attention of one layer: writes the nodes' keys and values, then reads the cache through the mask."""
@@ -124,8 +140,8 @@ class Pass:
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.cache.keys[layer], self.cache.values[layer]
-            keys[self._rows, :, self.slots] = k.to(keys.dtype)
-            values[self._rows, :, self.slots] = v.to(values.dtype)
-            return grouped_attention(q, keys[:, :, : self.visible], values[:, :, : self.visible], mask)
+            keys[self._rows, :, self._slots] = k.to(keys.dtype)
+            values[self._rows, :, self._slots] = v.to(values.dtype)
+            return grouped_attention(q, keys[:, :, : self._visible], values[:, :, : self._visible], mask)
 
         return attend

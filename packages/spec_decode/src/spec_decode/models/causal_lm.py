@@ -183,13 +183,11 @@ class CausalLM(nn.Module):
             cache: Cache of B rows.
             parents: Parent array of shape (B, n); None for a run of consecutive tokens.
         """
-        this = Pass(
-            cache,
-            tokens.shape[1],
-            parents,
-            groups=self.shape.heads // self.shape.kv_heads,
-            window=self.window,
-        )
+        settings = {"groups": self.shape.heads // self.shape.kv_heads, "window": self.window}
+        if parents is None:
+            this = Pass.run(cache, tokens.shape[1], **settings)
+        else:
+            this = Pass.tree(cache, parents, **settings)
         attends = [this.attend(i, windowed=w) for i, w in enumerate(self.windowed)]
         return self._run(tokens.clamp(min=0), this.positions, attends)
 

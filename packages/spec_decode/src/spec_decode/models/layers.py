@@ -79,9 +79,9 @@ def rotation(positions: Tensor, frequencies: Tensor, scale: float, dtype: torch.
 
 
 def rotate(x: Tensor, by: Rotation) -> Tensor:
-    """Rotate the pairs (i, i + d/2) of every head of x, shape (B, n, heads, d)."""
+    """Rotate the pairs (i, i + d/2) of every head of x, shape (B, n, heads, d); the result has x's type."""
     first, second = x.chunk(2, dim=-1)
-    return x * by[0] + torch.cat((-second, first), dim=-1) * by[1]
+    return (x * by[0] + torch.cat((-second, first), dim=-1) * by[1]).to(x.dtype)
 
 
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
