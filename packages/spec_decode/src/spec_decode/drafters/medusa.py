@@ -67,11 +67,12 @@ class Medusa(TrainableDrafter):
 
     def level_logits(self, level: int, states: Tensor) -> Tensor:
         """Logits through the level's own head."""
-        return self.heads[level](states)
+        head: nn.Module = self.heads[level]
+        return head(states)
 
     def propose(self, state: DraftState) -> Draft:
         """All levels from the last committed position."""
         final = last_rows(state.states.final, state.counts).to(self.dtype)
-        blocks = list(self.blocks)[: tree_depth(state.tree)]
-        logits = torch.stack([self.level_logits(i, block(final)) for i, block in enumerate(blocks)], dim=1)
+        levels = [block(final) for block in list(self.blocks)[: tree_depth(state.tree)]]
+        logits = torch.stack([self.level_logits(i, x) for i, x in enumerate(levels)], dim=1)
         return draft_from_levels(state, logits, self.vocabulary, self.target.vocab_size)
