@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llm_kd.head import KDHead, LMHead
+from llm_kd.head import HeadOutput, HiddenSignal, KDHead, LMHead
 from llm_kd.objectives import OBJECTIVES
 from llm_kd.selectors import SELECTORS
 
@@ -131,10 +131,14 @@ class Case:
         """Output layers of student and teacher."""
         return LMHead(self.inputs[1]), LMHead(self.inputs[3])
 
+    def run(self, head: KDHead) -> HeadOutput:
+        """Loss by the head."""
+        hidden, weight, teacher_hidden, teacher_weight = self.inputs
+        return head(hidden, LMHead(weight), HiddenSignal(teacher_hidden, LMHead(teacher_weight)))
+
     def ours(self, head: KDHead) -> None:
         """Loss and gradients by the head."""
-        hidden, weight, teacher_hidden, _ = self.inputs
-        torch.autograd.grad(head(hidden, teacher_hidden, *self.heads).loss, [hidden, weight])
+        torch.autograd.grad(self.run(head).loss, self.inputs[:2])
 
     def dense(self, head: KDHead) -> None:
         """Loss and gradients by autograd over all logits."""
@@ -155,7 +159,7 @@ class Case:
                 call()
                 times[name].append(1e3 * (clock(device) - start))
         with torch.no_grad():
-            tar = float(head(self.inputs[0], self.inputs[2], *self.heads).accepted.mean())
+            tar = float(self.run(head).accepted.mean())
         return {"tar": tar, "extra_bytes": peaks, "ms": {name: statistics.median(ms) for name, ms in times.items()}}
 
 

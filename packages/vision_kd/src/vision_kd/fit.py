@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 import vision_kd.methods
 import vision_kd.policies  # noqa: F401  (makes the class names known to the command line)
-from kd_common.cli import FitCLI
+from kd_common.cli import FitCLI, fixed_seed
 from vision_kd.callbacks import StudentExport
 from vision_kd.data import ImageDataModule
 from vision_kd.evaluate import accuracy
@@ -51,17 +51,6 @@ class VisionCLI(FitCLI):
             raise ValueError("trainer.accumulate_grad_batches does not see component gradients; set model.accumulate")
         if trainer["gradient_clip_val"] is not None:
             raise ValueError("trainer.gradient_clip_val does not see component gradients; set model.clip_norm")
-
-
-def fixed_seed(seed: bool | int) -> int:
-    """The seed as a number.
-
-    Raises:
-        ValueError: For ``true``, which would draw a new seed on resuming.
-    """
-    if seed is True:
-        raise ValueError("seed_everything must be a number (or false for 0): a run is resumed from its seed")
-    return int(seed)
 
 
 @dataclass

@@ -14,12 +14,13 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from kd_common.distributed import average_batchnorm_buffers
+from kd_common.errors import NonFiniteLossError
 from kd_common.functional.logits import at_least_fp32
 from kd_common.grads import accumulate, all_reduce_mean, clip_components, component_cosines, component_norms
 from kd_common.gsnr import GradientSNR
 from kd_common.optim import ComponentOptimizer
 from kd_common.schedules import CosineDecay, Schedule, TopKSchedule
-from vision_kd.guards import FiniteGuard, NonFiniteLossError, check_trainer
+from vision_kd.guards import FiniteGuard, check_trainer
 from vision_kd.methods import Method
 from vision_kd.methods.base import cross_entropy
 from vision_kd.methods.kd import KD

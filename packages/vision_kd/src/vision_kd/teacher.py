@@ -14,6 +14,7 @@ import torch
 from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_info
 
+from kd_common.files import cache_root
 from vision_kd.data.base import ImageDataModule
 from vision_kd.methods.vanilla import Vanilla
 from vision_kd.models import CheckpointError, Classifier, build_classifier, load_classifier, save_student
@@ -22,11 +23,6 @@ from vision_kd.policies import SGD
 from vision_kd.specs import TeacherSpec
 
 CACHE_FORMAT = 1
-
-
-def cache_root() -> Path:
-    """Folder of cached teachers: ``$KD_CACHE``, else ``~/.cache/kd``."""
-    return Path(os.environ.get("KD_CACHE") or Path.home() / ".cache" / "kd")
 
 
 def teacher_cache_path(spec: TeacherSpec, data: Mapping[str, Any]) -> Path:

@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,14 @@ class Objective(nn.Module, ABC):
     The value is differentiable; the slope h = df/dlog q lets the head form the gradient with respect to the logits,
     (h - q * sum_v h) / T, without autograd. An objective with a state that follows training keeps it in the module's
     extra state and changes it in :meth:`on_step` only.
+
+    Attributes:
+        data_processing: Whether merging tokens can only lower the divergence (the data-processing inequality, which
+            every f-divergence obeys). Then a truncated teacher, whose missing tokens are one category, gives a lower
+            bound; an objective without the property is refused one.
     """
+
+    data_processing: ClassVar[bool] = False
 
     @abstractmethod
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:

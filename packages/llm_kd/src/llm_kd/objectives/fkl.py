@@ -10,6 +10,8 @@ from llm_kd.objectives.base import OBJECTIVES, Objective
 class ForwardKL(Objective):
     """KL(p || q), the divergence of classical distillation (arXiv 1503.02531)."""
 
+    data_processing = True
+
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
         """Divergence per row; see :meth:`Objective.forward`."""
         return forward_kl(student_logits, teacher_logits, temperature=temperature)

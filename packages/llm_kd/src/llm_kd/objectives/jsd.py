@@ -17,6 +17,8 @@ class JensenShannon(Objective):
         ValueError: If beta is outside (0, 1).
     """
 
+    data_processing = True
+
     def __init__(self, beta: float = 0.5) -> None:
         super().__init__()
         self.beta = beta

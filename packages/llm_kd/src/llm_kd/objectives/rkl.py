@@ -10,6 +10,8 @@ from llm_kd.objectives.base import OBJECTIVES, Objective, log_ratio
 class ReverseKL(Objective):
     """KL(q || p), the mode-seeking direction (MiniLLM, arXiv 2306.08543)."""
 
+    data_processing = True
+
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
         """Divergence per row; see :meth:`Objective.forward`."""
         return reverse_kl(student_logits, teacher_logits, temperature=temperature)

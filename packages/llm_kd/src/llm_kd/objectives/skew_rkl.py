@@ -19,6 +19,8 @@ class SkewReverseKL(Objective):
         ValueError: If alpha is outside [0, 1).
     """
 
+    data_processing = True
+
     def __init__(self, alpha: float = 0.1) -> None:
         super().__init__()
         self.alpha = alpha

@@ -56,9 +56,8 @@ class Medusa(TrainableDrafter):
 
     def initialize_head(self) -> None:
         """Start every head from the target's."""
-        with torch.no_grad():
-            for head in self.heads:
-                head.weight.copy_(self.frozen_head())
+        for head in self.heads:
+            head.load_state_dict({"weight": self.frozen_head()})
 
     def level_states(self, tokens: Tensor, states: States) -> list[Tensor]:
         """See the base class."""
@@ -67,8 +66,7 @@ class Medusa(TrainableDrafter):
 
     def level_logits(self, level: int, states: Tensor) -> Tensor:
         """Logits through the level's own head."""
-        head: nn.Module = self.heads[level]
-        return head(states)
+        return self.heads[level](states)
 
     def propose(self, state: DraftState) -> Draft:
         """All levels from the last committed position."""
