@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from spec_decode.models import CausalLM
 from spec_decode.sampling import Sampling
@@ -246,3 +247,54 @@ def tiny():
     return SimpleNamespace(
         model=model, target=CausalLM.from_transformers(model), make=tiny_model, plain=plain_decoding, sizes=TINY
     )
+
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def byte_tokenizer():
+    """258 tokens: every byte, and ChatML's two marks; the end of a turn is also the padding."""
+    vocabulary = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=CHATML
+    )
+
+
+@pytest.fixture(scope="session")
+def standin(tmp_path_factory):
+    """Folder of a tiny target with a byte tokenizer, in the layout of a real one."""
+    folder = tmp_path_factory.mktemp("standin")
+    tiny_model(vocab_size=258, num_hidden_layers=4, max_position_embeddings=2048).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def fit_args(tmp_path, standin):
+    """Command line of a run of a second: six prompts, answers of twelve tokens, two epochs."""
+    return [
+        f"--run_dir={tmp_path / 'run'}",
+        "--trainer.accelerator=cpu",
+        "--trainer.max_epochs=2",
+        "--trainer.precision=32-true",
+        "--trainer.log_every_n_steps=1",
+        "--trainer.enable_progress_bar=false",
+        f"--model.target.name={standin}",
+        "--model.target.dtype=float32",
+        '--model.drafter={"name": "fast_eagle", "options": {"depth": 3}}',
+        "--model.learning_rate=0.01",
+        "--data.limit=10",
+        "--data.val_prompts=2",
+        "--data.writing.max_new_tokens=12",
+        "--data.writing.batch_size=4",
+        "--data.max_length=200",
+        "--data.batch_size=2",
+        "--measure_prompts=0",
+    ]

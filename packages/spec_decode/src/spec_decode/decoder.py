@@ -99,7 +99,8 @@ class SpeculativeDecoder:
         target: Step runner of the target.
         drafter: Drafter for this target; None decodes plainly.
         tree: Candidates per level, such as (3, 2, 1); a `DynamicTree`, for drafters that can; or "auto", which measures
-            this machine once and takes the tree with the most expected tokens per second, or none if none pays.
+            this machine once and takes the tree with the most expected tokens per second, or none if none pays. None
+            means a chain of all the drafter's levels, of 4 where it has no limit.
         rejection: Draw candidates from the drafter's law and verify by recursive rejection. The default,
             sample-and-match, emits token for token what plain decoding with the same seed emits.
         tokenizer: Needed for stop strings only.
@@ -113,7 +114,7 @@ class SpeculativeDecoder:
         target: CausalLM,
         drafter: Drafter | None = None,
         *,
-        tree: Sequence[int] | DynamicTree | str = (1, 1, 1, 1),
+        tree: Sequence[int] | DynamicTree | str | None = None,
         rejection: bool = False,
         tokenizer: Any = None,
     ) -> None:
@@ -121,6 +122,8 @@ class SpeculativeDecoder:
         self.tree: TreeShape
         if drafter is None:
             self.tree = ()
+        elif tree is None:
+            self.tree = (1,) * (drafter.max_depth or 4)
         elif isinstance(tree, str):
             if tree != "auto":
                 raise ValueError(f"tree must be widths per level, a DynamicTree or 'auto', got {tree!r}")

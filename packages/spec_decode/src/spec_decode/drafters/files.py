@@ -108,6 +108,14 @@ def load_drafter(folder: Path, target: CausalLM) -> TrainableDrafter:
     return drafter.to(device=target.device, dtype=target.dtype).eval().requires_grad_(False)
 
 
+def for_inference(drafter: TrainableDrafter, spec: DrafterSpec) -> TrainableDrafter:
+    """A copy of a drafter in its target's type, frozen; the drafter itself goes on training."""
+    copy = spec.build(drafter.target)
+    copy.load_state_dict(drafter.state_dict())
+    copy.acceptance = drafter.acceptance
+    return copy.to(device=drafter.target.device, dtype=drafter.target.dtype).eval().requires_grad_(False)
+
+
 def frequent_tokens(counts: torch.Tensor, size: int) -> torch.Tensor:
     """Draft vocabulary of the most frequent tokens.
 
