@@ -67,6 +67,7 @@ def save_drafter(drafter: TrainableDrafter, spec: DrafterSpec, folder: Path, met
         **meta,
         "drafter": asdict(spec),
         "target_fingerprint": drafter.target.fingerprint(),
+        "feature_layers": list(drafter.target.feature_layers),
         "acceptance": drafter.acceptance,
     }
     Path(f"{config}.part").write_text(json.dumps(content, indent=2) + "\n")
