@@ -18,7 +18,7 @@ from spec_decode.data.prompts import packaged_prompts, read_prompts
 from spec_decode.models import CausalLM, States
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # not frozen: Lightning's precision plugins replace its fields
 class DraftBatch:
     """Sequences to learn from.
 

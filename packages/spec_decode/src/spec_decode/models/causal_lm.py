@@ -22,7 +22,7 @@ SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # the others change their frequencies with the length
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # not frozen, since Lightning's precision plugins replace the fields of a batch
 class States:
     """What a pass computes at every node.
 
