@@ -17,6 +17,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from kd_common.hub import quiet
+
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -81,7 +83,8 @@ def save_model(tmp_path, tokenizer):
 
     def save(name="teacher", **settings):
         folder = tmp_path / name
-        tiny_model(**settings).save_pretrained(folder)
+        with quiet():
+            tiny_model(**settings).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return str(folder)
 

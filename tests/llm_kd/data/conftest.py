@@ -1,8 +1,9 @@
 """A small byte-level tokenizer and the chat templates of well-known model families."""
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llm_kd.data.rows import Message, Row
 
@@ -71,3 +72,18 @@ class Text:
 @pytest.fixture
 def text():
     return Text
+
+
+@pytest.fixture
+def teacher(text):
+    """A tiny model with random weights over the tokenizer's vocabulary."""
+    torch.manual_seed(2)
+    config = LlamaConfig(
+        vocab_size=len(text.tokenizer()),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+    )
+    return LlamaForCausalLM(config).eval()

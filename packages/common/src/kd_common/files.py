@@ -9,8 +9,23 @@ def cache_root() -> Path:
     return Path(os.environ.get("KD_CACHE") or "~/.cache/kd").expanduser()
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file in one step, so that an interruption leaves the old one."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a file in one step, so that an interruption, a full disk or a power cut leaves the old one.
+
+    Args:
+        path: the file.
+        content: bytes, or text that is written as UTF-8.
+
+    Raises:
+        OSError: it cannot be written; nothing is left behind.
+    """
     partial = path.with_name(f"{path.name}.tmp")
-    partial.write_text(text)
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise

@@ -23,7 +23,7 @@ from llm_kd.models import Body, TeacherSpec, load_teacher
 from llm_kd.module import DistillationModule
 from llm_kd.resources import peak_memory_gib
 from llm_kd.summary import print_summary
-from llm_kd.teacher import CachedTeacher, OnlineTeacher, TeacherCache, fingerprint
+from llm_kd.teacher import CachedTeacher, OnlineTeacher, TeacherCache, weights_fingerprint
 
 CONFIG_DIR = Path(str(files("llm_kd") / "configs"))
 
@@ -160,7 +160,7 @@ def prepare_teacher(model: DistillationModule, data: TextDataModule) -> Body | N
         return body
     cache = TeacherCache(spec.cache)
     if body is not None:
-        cache.check_teacher(fingerprint(body))
+        cache.check(weights=weights_fingerprint(body))
     model.attach_teacher(CachedTeacher(cache))
     return None
 

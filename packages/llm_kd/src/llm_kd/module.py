@@ -4,8 +4,9 @@ import hashlib
 import math
 import random
 import time
+import warnings
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
@@ -21,14 +22,14 @@ from llm_kd.data.batch import TokenBatch, collate
 from llm_kd.data.example import Example, answered
 from llm_kd.distiller import Distiller
 from llm_kd.head import KDHead
-from llm_kd.models import StudentSpec, TeacherSpec, build_student, shared_vocabulary
+from llm_kd.models import Body, StudentSpec, TeacherSpec, build_student, shared_vocabulary
 from llm_kd.objectives import Objective
 from llm_kd.objectives.fkl import ForwardKL
 from llm_kd.rollout import OffPolicy, Rollout
 from llm_kd.selectors import Selector
 from llm_kd.selectors.topk import TopK
 from llm_kd.strategies import shard_student, shard_teacher
-from llm_kd.teacher import CachedTeacher, OnlineTeacher, Teacher
+from llm_kd.teacher import CachedTeacher, OnlineTeacher, Teacher, vocabulary_fingerprint
 
 WINDOW = ("loss", "denominator", "accepted", "tokens")
 """What is summed over the micro-batches and ranks of an update."""
@@ -85,7 +86,10 @@ class DistillationModule(pl.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        with warnings.catch_warnings():
+            # Built by the command line, the checkpoint gets their settings, not these modules.
+            warnings.filterwarnings("ignore", message="Attribute .* is an instance of `nn.Module`")
+            self.save_hyperparameters()
         if not learning_rate > 0:
             raise ValueError(f"model.learning_rate must be > 0, got {learning_rate}")
         if weight_decay < 0:
@@ -120,7 +124,7 @@ class DistillationModule(pl.LightningModule):
         )
         body = build_student(student, teacher.name)
         if gradient_checkpointing:
-            body.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+            body.causal_lm.activation_checkpointing_enable()
         if compile:
             body.compile(dynamic=True)
         self.distiller = Distiller(body, head, self.vocab_size).train()
@@ -128,10 +132,10 @@ class DistillationModule(pl.LightningModule):
         self._teacher: list[Teacher] = []
         self.sharded = False
         self.history: list[dict[str, float]] = []
-        self._window: Tensor | None = None
-        self._epoch = dict.fromkeys(WINDOW, 0.0)
+        self._window = torch.zeros(len(WINDOW), dtype=torch.float64)
+        self._since_validation = dict.fromkeys(WINDOW, 0.0)
+        self._validated_at = self._seconds = 0.0
         self._val: dict[str, Tensor] = {}
-        self._epoch_start = self._epoch_seconds = 0.0
 
     # ------------------------------------------------------------------------------------------------ set-up
 
@@ -139,10 +143,13 @@ class DistillationModule(pl.LightningModule):
         """Distil from this teacher.
 
         Raises:
+            CacheError: If it is stored and belongs to another tokenizer.
             ValueError: If it is stored and does not determine the loss.
         """
         if isinstance(teacher, CachedTeacher):
-            self.distiller.head.check_truncated(teacher.size, teacher.vocab_size)
+            cache = teacher.cache
+            cache.check(tokenizer=vocabulary_fingerprint(self.tokenizer.get_vocab()), vocab_size=self.vocab_size)
+            self.distiller.head.check_truncated(cache.header.size, cache.header.vocab_size)
         self._teacher = [teacher]
 
     @property
@@ -160,10 +167,10 @@ class DistillationModule(pl.LightningModule):
         """Shard student and teacher under FSDP2; other strategies leave them whole."""
         if self._device_mesh is None or self.sharded:
             return
-        mesh = self.device_mesh["data_parallel"]
+        mesh = self._device_mesh["data_parallel"]
         shard_student(self.distiller, mesh)
         if isinstance(self.teacher, OnlineTeacher):
-            shard_teacher(self.teacher.body, mesh)
+            shard_teacher(cast(Body, self.teacher.body), mesh)
         self.sharded = True
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
@@ -178,7 +185,8 @@ class DistillationModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _lr_factor(self, step: int) -> float:
-        return self.lr_schedule(step / self.steps_per_epoch, self.total_steps / self.steps_per_epoch)
+        total = self.total_steps  # first: asking for it makes Lightning count the batches
+        return self.lr_schedule(step / self.steps_per_epoch, total / self.steps_per_epoch)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -196,11 +204,10 @@ class DistillationModule(pl.LightningModule):
 
     # ------------------------------------------------------------------------------------------------ training
 
-    def on_train_epoch_start(self) -> None:
-        """Start the epoch's counts."""
-        self._epoch = dict.fromkeys(WINDOW, 0.0)
+    def on_train_start(self) -> None:
+        """Start the sums of the first update, and the clock."""
         self._window = torch.zeros(len(WINDOW), dtype=torch.float64, device=self.device)
-        self._epoch_start = time.perf_counter()
+        self._validated_at = time.perf_counter()
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         """Sum of the losses of one micro-batch; it is normalised before the optimizer steps."""
@@ -264,13 +271,12 @@ class DistillationModule(pl.LightningModule):
             NonFiniteLossError: If the loss is not finite; the update is not made.
         """
         window = self._window
-        assert window is not None
         if world_size() > 1:
             dist.all_reduce(window)
         sums = dict(zip(WINDOW, window.tolist(), strict=True))
         window.zero_()
         for name, value in sums.items():
-            self._epoch[name] += value
+            self._since_validation[name] += value
         if not math.isfinite(sums["loss"]):
             raise NonFiniteLossError(
                 f"the loss of update {self.global_step + 1} is {sums['loss']}; the update was not made. Last good "
@@ -301,7 +307,11 @@ class DistillationModule(pl.LightningModule):
         """Start the sums; the teacher must be on the device also when nothing was trained."""
         self.teacher.to(self.device)
         self._val = {}
-        self._epoch_seconds = time.perf_counter() - self._epoch_start
+        self._seconds = time.perf_counter() - self._validated_at
+
+    def on_validation_end(self) -> None:
+        """Start the clock of the training until the next validation."""
+        self._validated_at = time.perf_counter()
 
     def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
         """Add the sums of one batch."""
@@ -327,12 +337,13 @@ class DistillationModule(pl.LightningModule):
             )
         if self.trainer.state.fn != "fit" or self.trainer.sanity_checking:
             return
-        tokens = max(1.0, self._epoch["tokens"])
+        trained, self._since_validation = self._since_validation, dict.fromkeys(WINDOW, 0.0)
+        tokens = trained["tokens"] or 1.0
         train = {
-            "train_loss": self._epoch["loss"] / (self._epoch["denominator"] or 1.0),
-            "train_tar": self._epoch["accepted"] / tokens,
-            "seconds": self._epoch_seconds,
-            "tokens_per_second": tokens / self._epoch_seconds,
+            "train_loss": trained["loss"] / (trained["denominator"] or 1.0),
+            "train_tar": trained["accepted"] / tokens,
+            "seconds": self._seconds,
+            "tokens_per_second": tokens / self._seconds,
         }
         self.rollout.on_validation(values["kl"])
         self.history.append({"epoch": self.current_epoch, "step": self.global_step, **values, **train})
@@ -341,17 +352,21 @@ class DistillationModule(pl.LightningModule):
     # ------------------------------------------------------------------------------------------------ checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the history, and the rollout's memory of every rank."""
+        """Keep the history, and the rollout's memory of every rank; leave out settings that are live objects."""
+        if isinstance(self.hparams["teacher"], TeacherSpec):  # built by hand; a safe load would refuse the file
+            checkpoint.pop("hyper_parameters", None)
         states: list[Any] = [self.rollout.state_dict()]
         if world_size() > 1:
             states = [None] * world_size()
             dist.all_gather_object(states, self.rollout.state_dict())
         checkpoint["history"] = self.history
+        checkpoint["since_validation"] = self._since_validation
         checkpoint["rollout"] = states
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the history and this rank's memory; a run on more ranks than before starts those with rank 0's."""
         self.history = list(checkpoint["history"])
+        self._since_validation = dict(checkpoint["since_validation"])
         states = checkpoint["rollout"]
         self.rollout.load_state_dict(states[self.global_rank] if self.global_rank < len(states) else states[0])
 

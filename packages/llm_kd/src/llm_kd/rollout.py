@@ -31,21 +31,21 @@ class Rollout(ABC):
             progress: Share of training done, in [0, 1].
         """
 
-    def keep(self, examples: list[Example]) -> None:
-        """Remember what the student has written; most rules need not."""
+    def keep(self, examples: list[Example]) -> None:  # noqa: B027  (doing nothing is most rules' answer)
+        """Remember what the student has written."""
 
     def replay(self, count: int, rng: random.Random) -> list[Example]:
         """Earlier responses, asked for after :meth:`choose` said so; only rules with a memory have any."""
         return []
 
-    def on_validation(self, loss: float) -> None:
-        """Follow the validation loss; most rules do not."""
+    def on_validation(self, loss: float) -> None:  # noqa: B027
+        """Follow the validation loss."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, in plain types."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
         """Restore :meth:`state_dict`."""
 
 
@@ -88,15 +88,15 @@ class OnPolicy(Rollout):
 class AdaptiveReplay(Rollout):
     """DistiLLM's adaptive off-policy schedule: student responses as far as they are needed, written seldom, used often.
 
-    A threshold phi, 0 at first, rises by ``step`` whenever a validation loss is not at least ``tolerance`` below the
-    one before. With a uniform r: the student writes, and its responses are kept, if r < phi (1 - progress), or if
+    A threshold phi, 0 at first, rises by ``step`` whenever a validation loss is at least ``tolerance`` above the one
+    before. With a uniform r: the student writes, and its responses are kept, if r < phi (1 - progress), or if
     r < phi while the memory is not full; else, if r < phi, responses are taken from the memory; else from the data. The
     loss followed is the validation's KL to the teacher.
 
     Args:
         capacity: Responses remembered per rank, >= 1; the oldest leave first.
         step: Rise of phi, in (0, 1].
-        tolerance: Smallest fall of the validation loss, in nats, that leaves phi alone; negative allows a rise.
+        tolerance: Rise of the validation loss, in nats, that raises phi; negative asks for a fall to leave phi alone.
         sampling: How the student writes.
 
     Raises:
@@ -107,7 +107,7 @@ class AdaptiveReplay(Rollout):
     """
 
     def __init__(
-        self, capacity: int = 1000, step: float = 0.1, tolerance: float = 0.0, sampling: Sampling | None = None
+        self, capacity: int = 1000, step: float = 0.1, tolerance: float = 0.1, sampling: Sampling | None = None
     ) -> None:
         if capacity < 1:
             raise ValueError(f"capacity must be at least 1, got {capacity}")
@@ -137,8 +137,8 @@ class AdaptiveReplay(Rollout):
         return rng.sample(self.memory, min(count, len(self.memory)))
 
     def on_validation(self, loss: float) -> None:
-        """Raise phi unless the loss has fallen."""
-        if self.previous_loss is not None and loss > self.previous_loss - self.tolerance:
+        """Raise phi if the loss has risen."""
+        if self.previous_loss is not None and loss >= self.previous_loss + self.tolerance:
             self.threshold = min(self.threshold + self.step, 1.0)
         self.previous_loss = loss
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -97,10 +98,9 @@ def pack(lengths: Sequence[int], order: Sequence[int], capacity: int) -> list[li
         Numbers of the sequences of every row.
     """
     rows: list[list[int]] = []
-    room = torch.full((len(order),), capacity)
+    room = np.full(len(order), capacity)
     for number in order:
-        fits = room[: len(rows)] >= lengths[number]
-        place = int(fits.to(torch.uint8).argmax()) if bool(fits.any()) else len(rows)
+        place = int((room[: len(rows) + 1] >= lengths[number]).argmax())  # a new row always has room
         if place == len(rows):
             rows.append([])
         rows[place].append(number)

@@ -8,7 +8,7 @@ from kd_common.functional import forward_kl
 from llm_kd.head.linear import LMHead, Projection, rows_per_chunk
 from llm_kd.head.rows import truncated_loss
 from llm_kd.head.signal import HiddenSignal, TeacherSignal
-from llm_kd.objectives import OBJECTIVES
+from llm_kd.objectives.fkl import ForwardKL
 
 BYTES_PER_LOGIT = 4 * 6
 
@@ -38,12 +38,12 @@ def token_metrics(
     for chunk in chunks:
         z, target = student.logits(chunk), labels[chunk]
         values = {"nll": F.cross_entropy(z, target, reduction="sum")}
-        if live is None and not isinstance(teacher, HiddenSignal) and teacher.size < vocab_size:
-            stored = teacher[chunk]
-            values["kl"] = truncated_loss(OBJECTIVES.get("fkl")(), z, stored, with_gradient=False)[0].sum()
+        stored = None if isinstance(teacher, HiddenSignal) else teacher[chunk]
+        if stored is not None and stored.size < vocab_size:
+            values["kl"] = truncated_loss(ForwardKL(), z, stored, with_gradient=False)[0].sum()
             best = stored.indices[:, 0]
         else:
-            z_teacher = teacher[chunk].dense_log_probs() if live is None else live.logits(chunk)  # type: ignore[index]
+            z_teacher = live.logits(chunk) if live is not None else stored.dense_log_probs()  # type: ignore[union-attr]
             values["kl"] = forward_kl(z, z_teacher).sum()
             values["teacher_nll"] = F.cross_entropy(z_teacher, target, reduction="sum")
             best = z_teacher.argmax(dim=-1)

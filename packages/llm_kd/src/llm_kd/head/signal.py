@@ -27,6 +27,10 @@ class HiddenSignal:
     def __len__(self) -> int:
         return len(self.hidden)
 
+    def __getitem__(self, rows: Tensor | slice) -> "HiddenSignal":
+        """Some rows, by a slice, indices or booleans."""
+        return HiddenSignal(self.hidden[rows], self.head)
+
 
 TeacherSignal = HiddenSignal | TruncatedDistribution
 """Either form of N rows, in the order of the student's."""
