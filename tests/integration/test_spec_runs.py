@@ -1,5 +1,6 @@
 """Drafter training: killed and resumed equals uninterrupted; two processes equal one with the doubled batch."""
 
+import importlib.util
 import os
 import signal
 import socket
@@ -71,14 +72,11 @@ def plain(history):
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory):
-    """A tiny target and tokenizer, saved; conftest's fixture belongs to another folder."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "spec_decode"))
-    from importlib import util
-
-    spec = util.spec_from_file_location("spec_conftest", Path(__file__).parents[1] / "spec_decode/conftest.py")
-    module = util.module_from_spec(spec)
+    """A tiny target with a tokenizer, saved; made by the conftest of another folder."""
+    path = Path(__file__).parents[1] / "spec_decode/conftest.py"
+    spec = importlib.util.spec_from_file_location("spec_decode_conftest", path)
+    module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    sys.path.pop(0)
     folder = tmp_path_factory.mktemp("standin")
     module.tiny_model(vocab_size=258, num_hidden_layers=4, max_position_embeddings=2048).save_pretrained(folder)
     module.byte_tokenizer().save_pretrained(folder)
