@@ -145,7 +145,7 @@ def test_a_killed_run_resumes_bit_for_bit(arguments, tmp_path):
     assert process.returncode == -signal.SIGKILL, process.stderr.decode()[-2000:]
     for name in ("killed/checkpoints/last.ckpt", "step=8.ckpt"):
         # Beside the first lies its run's configuration.
-        same = arguments(*settings, run_dir="killed") if "step" in name else []
+        same = arguments(*settings, callbacks, run_dir="killed") if "step" in name else []
         resumed = build(["--ckpt_path", str(tmp_path / name), *same])
         assert resumed.trainer.max_epochs == 3
         run(resumed)

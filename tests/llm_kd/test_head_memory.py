@@ -113,7 +113,22 @@ def test_default_chunk_shrinks_with_the_vocabulary():
 
 def test_benchmark_runs(benchmark, monkeypatch, capsys, tmp_path):
     sizes = ["--vocab", "32", "--tokens", "8", "--hidden", "4", "--teacher-hidden", "4", "--rounds", "2"]
-    monkeypatch.setattr(sys, "argv", ["kd_head", *sizes, "--threads", "1", "--json", str(tmp_path / "out.json")])
+    out = tmp_path / "out.jsonl"
+    monkeypatch.setattr(sys, "argv", ["kd_head", *sizes, "--threads", "1", "--peers", "--out", str(out)])
     benchmark.main()
-    assert len(capsys.readouterr().out.splitlines()) == 2 + 9
-    assert (tmp_path / "out.json").stat().st_size
+    printed, rows = capsys.readouterr().out, out.read_text()
+    assert len(printed.splitlines()) == 2 + 9 * 2 + 6  # head and dense, and a stored teacher for none and topk
+    out.write_text("".join(rows.splitlines(keepends=True)[:4]))
+    benchmark.main()  # measures the other five
+    assert out.read_text().splitlines()[:4] == rows.splitlines()[:4]
+    assert len(out.read_text().splitlines()) == 9
+    monkeypatch.setattr(benchmark.Case, "random", None)
+    benchmark.main()  # measures nothing
+    assert len(capsys.readouterr().out.splitlines()) == 2 * len(printed.splitlines())
+
+
+def test_benchmark_names_missing_peers(benchmark, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    monkeypatch.setitem(sys.modules, "trl", None)
+    assert benchmark.available(["liger", "trl"]) == []
+    assert capsys.readouterr().out.count("is left out") == 2

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from llm_kd import selection
 from llm_kd.selection import (
     TruncatedDistribution,
     speck_accept,
@@ -51,6 +52,27 @@ def test_topk_is_the_stable_rank_of_the_proposal(k):
     assert accepted.dtype == torch.bool
     assert torch.equal(accepted, expected)
     assert k < 9 or accepted.all()
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 7, 8, 20])
+@pytest.mark.parametrize("levels", [2, 6, 1000])
+def test_topk_by_blocks_is_the_stable_rank(block, levels, monkeypatch):
+    monkeypatch.setattr(selection, "BLOCK", block)
+    student, teacher = (torch.randint(0, levels, (4, 200, 19)).float() for _ in range(2))
+    proposal = student.argsort(dim=-1, descending=True, stable=True)[..., :1]
+    ranking = teacher.argsort(dim=-1, descending=True, stable=True)
+    for k in (1, 2, 5, 18, 19):
+        assert torch.equal(topk_accept(student, teacher, k), (ranking[..., :k] == proposal).any(dim=-1))
+
+
+@pytest.mark.parametrize("vocab", [1, 127, 128, 129, 50_257])
+def test_topk_of_any_vocabulary(vocab):
+    student, teacher = (torch.randn(8, vocab) for _ in range(2))
+    student = student + 4 * teacher
+    k = min(3, vocab)
+    expected = (teacher.topk(k).indices == student.argmax(-1, keepdim=True)).any(-1)
+    assert torch.equal(topk_accept(student, teacher, k), expected)
+    assert torch.equal(topk_accept(student[:0], teacher[:0], k), expected[:0])
 
 
 def test_topk_default_is_five():
@@ -202,8 +224,9 @@ def test_truncated_teacher_refuses_wrong_order_and_shapes():
             TruncatedDistribution(stored.log_probs, stored.indices.fill_(wrong), stored.tail_mass, 6)
     with pytest.raises(ValueError, match="vocabulary of 6 tokens, the student's logits have 7"):
         topk_accept(torch.randn(2, 7), TruncatedDistribution.from_logits(torch.randn(2, 6), 3), 1)
-    with pytest.raises(ValueError, match="NaN"):
-        TruncatedDistribution.from_logits(torch.tensor([[0.0, 1.0, math.nan]]), 1)
+    for wrong in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="hold NaN or infinity"):
+            TruncatedDistribution.from_logits(torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, wrong]]), 1)
     with pytest.raises(ValueError, match=r"size must lie in \[1, 6\]"):
         TruncatedDistribution.from_logits(torch.randn(2, 6), 7)
 

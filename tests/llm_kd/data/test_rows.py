@@ -73,6 +73,15 @@ def test_parquet_equals_jsonl(write, tmp_path):
     assert rows[1].source == f"{tmp_path / 'data.parquet'}, row 2"
 
 
+@pytest.mark.parametrize("damage", [lambda b: b[:-20], lambda b: b[:40] + bytes(60) + b[100:]])
+def test_a_damaged_parquet_file_is_refused(tmp_path, damage):
+    path = tmp_path / "data.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"instruction": f"Say {n}"} for n in range(200)]), path)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(RowsError, match=rf"{path}: not a readable Parquet file"):
+        read_rows(path)
+
+
 @pytest.mark.parametrize(
     ("record", "problem"),
     [

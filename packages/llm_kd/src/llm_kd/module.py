@@ -185,8 +185,11 @@ class DistillationModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _lr_factor(self, step: int) -> float:
-        total = self.total_steps  # first: asking for it makes Lightning count the batches
-        return self.lr_schedule(step / self.steps_per_epoch, total / self.steps_per_epoch)
+        if step == 0:
+            # Asked for when the optimizer is built. To count batches by then, Lightning would set up the data before it
+            # restores a checkpoint, and forget where inside an epoch the run was.
+            return self.lr_schedule(0.0, float(self.trainer.max_epochs or 1))
+        return self.lr_schedule(step / self.steps_per_epoch, self.total_steps / self.steps_per_epoch)
 
     @property
     def steps_per_epoch(self) -> int:

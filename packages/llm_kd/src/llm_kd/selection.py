@@ -13,6 +13,9 @@ from torch import Tensor
 
 from kd_common.functional.logits import at_least_fp32, topk_mask
 
+BLOCK = 128
+"""Tokens whose largest logit is looked at first; the rest of the vocabulary's work is done on few such blocks."""
+
 
 @dataclass(frozen=True)
 class TruncatedDistribution:
@@ -58,16 +61,16 @@ class TruncatedDistribution:
             size: K, in [1, V].
 
         Raises:
-            ValueError: If size is outside [1, V] or a logit is NaN.
+            ValueError: If size is outside [1, V] or a logit is NaN or +inf.
         """
         _check_k(size, logits.shape[-1], "size")
-        if logits.isnan().any():
-            raise ValueError("the logits hold NaN, which has no rank; look for the cause in the model that gave them")
         logits = at_least_fp32(logits.detach())
+        log_probs = logits.log_softmax(dim=-1)
+        if log_probs[..., 0].isnan().any():  # one such logit makes its whole row NaN
+            raise ValueError("the logits hold NaN or infinity, which have no rank; the model that gave them is broken")
         stored = topk_mask(logits, size)
         indices = stored.nonzero()[:, -1].view(*logits.shape[:-1], size)  # ascending, so a stable sort keeps ties right
         indices = indices.gather(-1, logits.gather(-1, indices).argsort(dim=-1, descending=True, stable=True))
-        log_probs = logits.log_softmax(dim=-1)
         tail_mass = log_probs.masked_fill(stored, -math.inf).exp().sum(dim=-1)
         return cls(log_probs.gather(-1, indices), indices, tail_mass, logits.shape[-1], check=False)
 
@@ -145,7 +148,7 @@ def topk_accept(student_logits: Tensor, teacher_logits: Tensor | TruncatedDistri
     """
     vocab_size = student_logits.shape[-1]
     _check_k(k, vocab_size)
-    proposal = student_logits.argmax(dim=-1, keepdim=True)
+    proposal = _greedy(student_logits)
     if isinstance(teacher_logits, TruncatedDistribution):
         _check_vocab(student_logits, teacher_logits)
         if k > teacher_logits.size:
@@ -154,10 +157,44 @@ def topk_accept(student_logits: Tensor, teacher_logits: Tensor | TruncatedDistri
             )
         return (teacher_logits.indices[..., :k] == proposal).any(dim=-1)
     _check_shapes(student_logits, teacher_logits)
-    score = teacher_logits.gather(-1, proposal)
-    lower_id = torch.arange(vocab_size, device=proposal.device) < proposal
-    rank = ((teacher_logits > score) | ((teacher_logits == score) & lower_id)).sum(dim=-1)
-    return rank < k
+    return _ranks_below(teacher_logits, proposal, k)
+
+
+def _greedy(logits: Tensor) -> Tensor:
+    """Id of the largest logit, the lowest among equals, shape (..., 1): argmax, which is slow, on one block."""
+    whole = logits.shape[-1] // BLOCK * BLOCK
+    candidates = [whole + logits[..., whole:].argmax(dim=-1, keepdim=True)] if whole < logits.shape[-1] else []
+    if whole:
+        blocks = logits[..., :whole].unflatten(-1, (-1, BLOCK))
+        best = blocks.amax(dim=-1).argmax(dim=-1, keepdim=True)
+        inside = blocks.take_along_dim(best[..., None], dim=-2)[..., 0, :].argmax(dim=-1, keepdim=True)
+        candidates.insert(0, best * BLOCK + inside)
+    ids = torch.cat(candidates, dim=-1)
+    return ids.gather(-1, logits.gather(-1, ids).argmax(dim=-1, keepdim=True))
+
+
+def _ranks_below(logits: Tensor, token: Tensor, k: int) -> Tensor:
+    """Whether fewer than k tokens precede a token (..., 1) in the order of logits, equal ones by id; shape (...).
+
+    Only k blocks of the vocabulary are looked at: blocks in the order of their largest logits, equal ones by number.
+    The blocks that hold a preceding token come first in that order, so the first k blocks hold all preceding tokens or
+    at least k of them.
+    """
+    score = logits.gather(-1, token)
+    whole = logits.shape[-1] // BLOCK * BLOCK
+    ids = torch.arange(whole, logits.shape[-1], device=logits.device)
+    preceding = _precede(logits[..., whole:], score, ids, token).sum(dim=-1)
+    if whole:
+        blocks = logits[..., :whole].unflatten(-1, (-1, BLOCK))
+        first = blocks.amax(dim=-1).argsort(dim=-1, descending=True, stable=True)[..., :k, None]
+        ids = first * BLOCK + torch.arange(BLOCK, device=logits.device)
+        inside = _precede(blocks.take_along_dim(first, dim=-2), score[..., None], ids, token[..., None])
+        preceding = preceding + inside.sum(dim=(-2, -1))
+    return preceding < k
+
+
+def _precede(logits: Tensor, score: Tensor, ids: Tensor, token: Tensor) -> Tensor:
+    return (logits > score) | ((logits == score) & (ids < token))
 
 
 @torch.no_grad()

@@ -102,7 +102,7 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
     elif path.suffix == ".parquet":
         try:
             table = pyarrow.parquet.read_table(path)
-        except pyarrow.ArrowInvalid as error:
+        except (pyarrow.ArrowException, OSError) as error:  # a damaged page is an OSError
             raise RowsError(f"{path}: not a readable Parquet file ({error})") from error
         for number, record in enumerate(table.to_pylist(), 1):
             yield f"row {number}", record

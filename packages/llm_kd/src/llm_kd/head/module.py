@@ -267,14 +267,16 @@ class KDHead(nn.Module):
     ) -> Tensor:
         """Scaled divergences of a chunk, shape (n,); their gradient by the raw student logits replaces z if asked."""
         losses = []
+        tempered = bool((tau != 1).any())  # else two passes over the logits are saved
         for z_, z_teacher_, tau_, scale_ in _blocks(z, z_teacher, tau[:, None], scale[:, None]):
             if isinstance(z_teacher_, TruncatedDistribution):
                 loss, gradient = truncated_loss(self.objective, z_, z_teacher_, with_gradient=with_gradient)
             else:
-                loss, gradient = dense_loss(self.objective, z_, z_teacher_, tau_, with_gradient=with_gradient)
+                pair = (z_ / tau_, z_teacher_ / tau_) if tempered else (z_, z_teacher_)
+                loss, gradient = dense_loss(self.objective, *pair, with_gradient=with_gradient)
             losses.append(scale_[:, 0] * loss)
             if gradient is not None:
-                z_.copy_(student.through_softcap(gradient.mul_(scale_), z_))
+                torch.mul(student.through_softcap(gradient, z_), scale_ / tau_, out=z_)
         return torch.cat(losses)
 
 

@@ -13,23 +13,24 @@ TAIL_FLOOR = torch.finfo(torch.float32).tiny
 
 
 def dense_loss(
-    objective: Objective, z: Tensor, z_teacher: Tensor, tau: Tensor, *, with_gradient: bool
+    objective: Objective, z: Tensor, z_teacher: Tensor, *, with_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Divergence from the teacher's logits.
 
     Args:
         objective: The divergence.
-        z: Student logits of shape (n, V).
-        z_teacher: Teacher logits of shape (n, V).
-        tau: Temperatures of shape (n, 1).
+        z: Student logits of shape (n, V), divided by the temperature.
+        z_teacher: Teacher logits of shape (n, V), divided by the temperature.
         with_gradient: Whether the gradient is wanted.
 
     Returns:
-        Divergences of shape (n,), and their gradient (h - q * sum_v h) / tau with respect to z, shape (n, V), or None.
+        Divergences of shape (n,), and their gradient h - q * sum_v h with respect to z, shape (n, V), or None.
     """
-    log_q, log_p = (z / tau).log_softmax(dim=-1), (z_teacher / tau).log_softmax(dim=-1)
-    loss = objective(log_q, log_p)
-    return loss, _gradient(objective, log_q, log_p).div_(tau) if with_gradient else None
+    log_q, log_p = z.log_softmax(dim=-1), z_teacher.log_softmax(dim=-1)
+    if not with_gradient:
+        return objective(log_q, log_p, None), None
+    loss, slope = objective.value_and_slope(log_q, log_p)
+    return loss, _through_softmax(slope, log_q)
 
 
 def truncated_loss(
@@ -56,14 +57,14 @@ def truncated_loss(
     log_q = torch.cat([z.gather(-1, indices), log_rest], dim=-1).log_softmax(dim=-1)
     log_tail = teacher.tail_mass.to(z.dtype).clamp(min=TAIL_FLOOR).log()
     log_p = torch.cat([teacher.log_probs.to(z.dtype), log_tail[:, None]], dim=-1).log_softmax(dim=-1)
-    loss = objective(log_q, log_p)
     if not with_gradient:
-        return loss, None
-    stored, tail = _gradient(objective, log_q, log_p).split([teacher.size, 1], dim=-1)
+        return objective(log_q, log_p, None), None
+    loss, slope = objective.value_and_slope(log_q, log_p)
+    stored, tail = _through_softmax(slope, log_q).split([teacher.size, 1], dim=-1)
     return loss, rest.sub_(log_rest).exp_().mul_(tail).scatter_(-1, indices, stored)
 
 
-def _gradient(objective: Objective, log_q: Tensor, log_p: Tensor) -> Tensor:
-    """Gradient h - q * sum_v h with respect to the logits; ``log_q`` is used up."""
-    slope = objective.slope(log_q, log_p)
-    return torch.addcmul(slope, log_q.exp_(), slope.sum(dim=-1, keepdim=True), value=-1)
+def _through_softmax(slope: Tensor, log_q: Tensor) -> Tensor:
+    """Gradient h - q * sum_v h with respect to the logits, given the slope h; both arguments are used up."""
+    total = slope.sum(dim=-1, keepdim=True)
+    return slope.addcmul_(log_q.exp_(), total, value=-1)

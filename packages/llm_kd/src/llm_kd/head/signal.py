@@ -49,7 +49,7 @@ def truncate(signal: HiddenSignal, size: int, vocab_size: int) -> TruncatedDistr
         N rows, on the signal's device, log-probabilities in at least float32.
 
     Raises:
-        ValueError: If a size is out of range or a logit is NaN.
+        ValueError: If a size is out of range or a logit is NaN or +inf.
     """
     if vocab_size > len(signal.head.weight):
         raise ValueError(f"vocab_size={vocab_size} exceeds the {len(signal.head.weight)} rows of the teacher's head")

@@ -26,13 +26,13 @@ class Objective(nn.Module, ABC):
     data_processing: ClassVar[bool] = False
 
     @abstractmethod
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float | None = 1.0) -> Tensor:
         """Divergence per row in nats, without a factor T^2.
 
         Args:
             student_logits: Student logits of shape (..., V).
             teacher_logits: Teacher logits of shape (..., V).
-            temperature: Positive divisor of both logits.
+            temperature: Positive divisor of both logits; None if they are log-probabilities already.
 
         Returns:
             Values of shape (...), in at least float32.
@@ -49,6 +49,18 @@ class Objective(nn.Module, ABC):
         Returns:
             A new tensor of shape (..., V).
         """
+
+    def value_and_slope(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+        """What :meth:`forward` and :meth:`slope` give; an objective whose two share terms computes them once.
+
+        Args:
+            log_q: Student log-probabilities of shape (..., V).
+            log_p: Teacher log-probabilities of shape (..., V).
+
+        Returns:
+            Values of shape (...) and a new tensor of shape (..., V).
+        """
+        return self(log_q, log_p, None), self.slope(log_q, log_p)
 
     def on_step(self, loss: float, step: int, total_steps: int) -> None:
         """Advance the state after an optimizer step; most objectives have none.

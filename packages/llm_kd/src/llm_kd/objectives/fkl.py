@@ -1,9 +1,10 @@
 """Forward KL divergence."""
 
+import torch
 from torch import Tensor
 
 from kd_common.functional import forward_kl
-from llm_kd.objectives.base import OBJECTIVES, Objective
+from llm_kd.objectives.base import OBJECTIVES, Objective, log_ratio
 
 
 @OBJECTIVES.register("fkl")
@@ -12,10 +13,15 @@ class ForwardKL(Objective):
 
     data_processing = True
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float | None = 1.0) -> Tensor:
         """Divergence per row; see :meth:`Objective.forward`."""
         return forward_kl(student_logits, teacher_logits, temperature=temperature)
 
     def slope(self, log_q: Tensor, log_p: Tensor) -> Tensor:
         """Slope h = -p."""
         return -log_p.exp()
+
+    def value_and_slope(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+        """Both at once; see :meth:`Objective.value_and_slope`."""
+        p = log_p.exp()
+        return torch.linalg.vecdot(p, log_ratio(log_p, log_q)), p.neg_()

@@ -26,7 +26,7 @@ class SkewForwardKL(Objective):
         self.alpha = alpha
         self._check_settings()
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float | None = 1.0) -> Tensor:
         """Divergence per row; see :meth:`Objective.forward`."""
         return skew_forward_kl(student_logits, teacher_logits, temperature=temperature, alpha=self.alpha)
 
