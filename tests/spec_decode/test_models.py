@@ -188,6 +188,9 @@ def test_weights_are_shared_not_copied():
     tied = tiny(CONFIGS["llama tied, biases"]())
     runner = CausalLM.from_transformers(tied)
     assert runner.lm_head.weight.data_ptr() == tied.model.embed_tokens.weight.data_ptr()
+    assert sum(p.numel() for p in runner.parameters()) == sum(p.numel() for p in tied.parameters())
+    moved = runner.to(torch.float64)
+    assert moved.lm_head.weight is moved.embed_tokens.weight
     assert not any(p.requires_grad for p in runner.parameters())
     assert not runner.training
 

@@ -116,7 +116,7 @@ def run(cli: DrafterCLI) -> Result:
     if not model.history:
         raise RuntimeError("nothing was validated, so there is no result: check trainer.limit_val_batches and max_time")
     parameters = {
-        "target": sum(p.numel() for p in {id(p): p for p in model.target.parameters()}.values()),
+        "target": sum(p.numel() for p in model.target.parameters()),
         "drafter": sum(p.numel() for p in model.drafter.parameters()),
     }
     tree: tuple[int, ...] | None = None

@@ -141,6 +141,8 @@ class CausalLM(nn.Module):
             )
         weights = {name.removeprefix("model."): value for name, value in model.state_dict().items()}
         runner.load_state_dict(weights, strict=True, assign=True)
+        if runner.lm_head.weight.data_ptr() == runner.embed_tokens.weight.data_ptr():
+            runner.lm_head.weight = runner.embed_tokens.weight  # one parameter, or moving it would make two of it
         runner.frequencies = rotary.inv_freq.detach().float().clone()
         return runner.eval().requires_grad_(False)
 
