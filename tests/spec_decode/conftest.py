@@ -10,7 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from spec_decode.models import CausalLM
 from spec_decode.sampling import Sampling
 from spec_decode.tree import DraftTree
 from spec_decode.verify import count_kept, verify_matching
@@ -201,3 +204,97 @@ def exact():
 @pytest.fixture
 def toy():
     return SimpleNamespace(TableModel=TableModel, random_tree=random_tree, Sampling=Sampling)
+
+
+TINY = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def tiny_model(seed=3, kind="Llama", **changes):
+    """Random transformers model; noise on every parameter, since biases of 0 and norms of 1 would hide mistakes."""
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{kind}Config")(**(TINY | changes))
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.15 * torch.randn_like(parameter))
+    return model
+
+
+@torch.no_grad()
+def plain_decoding(model, prompt, sampling, seed, count, stop_tokens=()):
+    """The reference of every losslessness test: transformers' logits from scratch for every token of one row."""
+    text = list(prompt)
+    while len(text) < len(prompt) + count:
+        logits = model(torch.tensor([text]), use_cache=False).logits[:, -1]
+        text.append(int(sampling.draw(logits, seed.reshape(1), torch.tensor([len(text)]))))
+        if text[-1] in stop_tokens:
+            break
+    return text[len(prompt) :]
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """Tiny models, and plain decoding with transformers."""
+    model = tiny_model()
+    return SimpleNamespace(
+        model=model, target=CausalLM.from_transformers(model), make=tiny_model, plain=plain_decoding, sizes=TINY
+    )
+
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def byte_tokenizer():
+    """258 tokens: every byte, and ChatML's two marks; the end of a turn is also the padding."""
+    vocabulary = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=CHATML
+    )
+
+
+@pytest.fixture(scope="session")
+def standin(tmp_path_factory):
+    """Folder of a tiny target with a byte tokenizer, in the layout of a real one."""
+    folder = tmp_path_factory.mktemp("standin")
+    tiny_model(vocab_size=258, num_hidden_layers=4, max_position_embeddings=2048).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def fit_args(tmp_path, standin):
+    """Command line of a run of a second: six prompts, answers of twelve tokens, two epochs."""
+    return [
+        f"--run_dir={tmp_path / 'run'}",
+        "--trainer.accelerator=cpu",
+        "--trainer.max_epochs=2",
+        "--trainer.precision=32-true",
+        "--trainer.log_every_n_steps=1",
+        "--trainer.enable_progress_bar=false",
+        f"--model.target.name={standin}",
+        "--model.target.dtype=float32",
+        '--model.drafter={"name": "fast_eagle", "options": {"depth": 3}}',
+        "--model.learning_rate=0.01",
+        "--data.limit=10",
+        "--data.val_prompts=2",
+        "--data.writing.max_new_tokens=12",
+        "--data.writing.batch_size=4",
+        "--data.max_length=200",
+        "--data.batch_size=2",
+        "--measure_prompts=0",
+    ]

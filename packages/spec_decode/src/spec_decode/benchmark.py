@@ -1,0 +1,251 @@
+"""``python -m spec_decode.benchmark``: drafters against plain decoding on the same runner, in one table and one JSON.
+
+Every prompt set and temperature is a block in which all decoders take turns on each prompt; finished blocks are kept
+when a run is interrupted.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import auto_cli
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from kd_common.files import write_atomically
+from kd_common.hub import EMBEDDED, load_causal_lm, load_config, load_tokenizer
+from spec_decode.autotune import measure_passes
+from spec_decode.cost import speedup
+from spec_decode.data.corpus import encode_prompts, stop_tokens
+from spec_decode.data.prompts import packaged_prompts, read_prompts
+from spec_decode.decoder import SpeculativeDecoder
+from spec_decode.drafters.base import tree_nodes
+from spec_decode.measure import Measurement, first_divergence, measure
+from spec_decode.models import CausalLM
+from spec_decode.sampling import Sampling, Stream, gumbel_noise, row_seeds
+from spec_decode.session import find_drafter, parse_tree
+from spec_decode.target import TargetSpec
+
+PLAIN = "plain"
+
+
+def margin(target: CausalLM, text: Sequence[int], sampling: Sampling, seed: int) -> float:
+    """Gap between the two largest of log p + noise (of the logits at temperature 0) behind a text.
+
+    Where two ways of computing the same logits choose different tokens, this is what rounding had to bridge.
+    """
+    logits = target.logits(target(torch.tensor([text], device=target.device)).final[:, -1]).double()
+    if sampling.temperature:
+        ids = torch.arange(target.vocab_size, device=target.device)
+        position = torch.tensor([len(text)], device=target.device)
+        seeds = row_seeds(seed, 1).to(target.device)
+        logits = sampling.log_probs(logits) + gumbel_noise(seeds, position, ids, Stream.TARGET)
+    best = logits[0].topk(2).values
+    return float(best[0] - best[1])
+
+
+def lossless(
+    found: Measurement,
+    plain: Measurement,
+    target: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    seed: int,
+) -> dict[str, Any]:
+    """How many texts equal those of plain decoding; for each that does not, where and by what margin."""
+    differing = [
+        {"prompt": i, "token": at, "margin": margin(target, [*prompts[i], *plain.texts[i][:at]], sampling, seed)}
+        for i, at in enumerate(first_divergence(found.texts, plain.texts))
+        if at is not None
+    ]
+    return {"equal": len(found.texts) - len(differing), "of": len(found.texts), "differing": differing}
+
+
+def transformers_peers(
+    name: str,
+    dtype: str,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    stops: Sequence[int],
+) -> dict[str, float]:
+    """Tokens per second, prefill included, of transformers' `generate`, alone and with its prompt lookup."""
+    model: Any = load_causal_lm(name, dtype)
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": temperature > 0,
+        "eos_token_id": list(stops) or None,
+        "pad_token_id": 0,
+        **({"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}),
+    }
+    speeds = {}
+    for label, extra in {"transformers": {}, "transformers prompt lookup": {"prompt_lookup_num_tokens": 4}}.items():
+        tokens, seconds = 0, 0.0
+        for index, prompt in enumerate([prompts[0], *prompts]):
+            ids = torch.tensor([prompt])
+            torch.manual_seed(index)
+            start = time.perf_counter()
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), **settings, **extra)
+            if index:  # the first is a warm-up
+                tokens, seconds = tokens + out.shape[1] - ids.shape[1], seconds + time.perf_counter() - start
+        speeds[label] = tokens / seconds
+    return speeds
+
+
+def rows_of_block(
+    found: dict[str, Measurement],
+    decoders: dict[str, SpeculativeDecoder],
+    passes: dict[int, float],
+    verdicts: dict[str, dict[str, Any]],
+    block: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """One row per decoder: what was measured, and beside it the cost model."""
+    plain, rows = found[PLAIN], []
+    for name, result in found.items():
+        tree = decoders[name].tree
+        nodes = -(-tree_nodes(tree) // 8) * 8 if tree else 1
+        phases = {phase: seconds for phase, seconds in result.phases.items() if phase != "prefill"}
+        model = None
+        if tree:
+            drafting = result.phases["draft"] / max(result.passes, 1)
+            model = speedup(result.tau, passes[1], drafting, passes[nodes])
+        gain = result.tokens_per_second / plain.tokens_per_second
+        rows.append(
+            {
+                **block,
+                "drafter": name,
+                "tree": list(tree) if isinstance(tree, tuple) else vars(tree),
+                "tokens": result.tokens,
+                "tokens_per_second": result.tokens_per_second,
+                "speedup": gain,
+                "tau": result.tau,
+                "acceptance": result.acceptance,
+                "seconds": phases | {"overhead": result.seconds - sum(phases.values())},
+                "cost_model": model,
+                "share_of_cost_model": gain / model if model else None,
+                "lossless": verdicts.get(name),
+            }
+        )
+    return rows
+
+
+def benchmark(
+    drafters: list[str],
+    target: str = EMBEDDED,
+    prompts: dict[str, str] | None = None,
+    count: int = 8,
+    temperatures: list[float] | None = None,
+    tree: str = "chain",
+    max_new_tokens: int = 128,
+    longest_prompt: int = 512,
+    seed: int = 0,
+    peers: bool = True,
+    dtype: str = "bfloat16",
+    device: str = "cpu",
+    output: str = "runs/benchmark",
+) -> list[dict[str, Any]]:
+    """Measure drafters.
+
+    Args:
+        drafters: Folders of trained drafters, or names such as ``prompt_lookup``; plain decoding is always there.
+        target: Target by folder or name.
+        prompts: JSONL files by a name for the set; the last packaged prompts by default.
+        count: Prompts per set, the first ones.
+        temperatures: Temperatures; 0 and 1 by default.
+        tree: ``auto``, ``chain``, widths such as ``4,2,1``, or ``dynamic:DEPTH,TOP_K,NODES``, for every drafter.
+        max_new_tokens: Tokens per prompt.
+        longest_prompt: Longer prompts are left out.
+        seed: Seed of the draws.
+        peers: Also run transformers' own `generate`, alone and with prompt lookup (their numbers include the prefill).
+        dtype: Precision of the target's weights.
+        device: Where to run.
+        output: Folder for ``results.json``; finished blocks of the same settings in it are not run again.
+    """
+    shape, spec_temperatures = parse_tree(tree), temperatures or [0.0, 1.0]
+    model, tokenizer = TargetSpec(target, dtype).load().to(device), load_tokenizer(target)
+    stops = stop_tokens(tokenizer, load_config(target).eos_token_id)
+    files = {n: read_prompts(Path(p)) for n, p in (prompts or {}).items()}
+    texts = files or {"packaged": packaged_prompts()[::-1]}  # `fit` trains on the first ones
+    sets = {n: encode_prompts(tokenizer, t[:count], longest=longest_prompt) for n, t in texts.items()}
+    decoders = {PLAIN: SpeculativeDecoder(model)}
+    for name in drafters:
+        decoders[name] = SpeculativeDecoder(model, find_drafter(name, model), tree=shape)
+    sizes = {1, *(-(-tree_nodes(d.tree) // 8) * 8 for d in decoders.values() if d.tree)}
+    passes = measure_passes(model, sorted(sizes))
+
+    settings = [model.fingerprint(), dtype, drafters, tree, count, max_new_tokens, longest_prompt, seed, sets, peers]
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+    path = Path(output) / "results.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    saved = json.loads(path.read_text()) if path.is_file() else {}
+    rows: list[dict[str, Any]] = saved["rows"] if saved.get("key") == key else []
+    finished = {(row["set"], row["temperature"]) for row in rows}
+    blocks = [(n, t) for n in sets for t in spec_temperatures if (n, t) not in finished]
+    with tqdm(total=sum(len(sets[n]) for n, _ in blocks), unit="prompt") as bar:
+        for name, temperature in blocks:
+            found = measure(
+                decoders,
+                sets[name],
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                seed=seed,
+                stop_tokens=stops,
+                on_batch=bar.update,
+            )
+            sampling = Sampling(temperature)
+            verdicts = {
+                n: lossless(m, found[PLAIN], model, sets[name], sampling, seed) for n, m in found.items() if n != PLAIN
+            }
+            block = {"set": name, "temperature": temperature}
+            rows += rows_of_block(found, decoders, passes, verdicts, block)
+            if peers:
+                speeds = transformers_peers(
+                    target, dtype, sets[name], max_new_tokens=max_new_tokens, temperature=temperature, stops=stops
+                )
+                rows += [{**block, "drafter": peer, "tokens_per_second": speed} for peer, speed in speeds.items()]
+            content = {"key": key, "environment": environment(), "pass_seconds": passes, "rows": rows}
+            write_atomically(path, json.dumps(content, indent=1))
+    print_table(rows, Console())
+    print(f"written to {path}")
+    return rows
+
+
+def environment() -> dict[str, Any]:
+    """Hardware and versions the numbers belong to."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {"device": device, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def print_table(rows: Sequence[dict[str, Any]], console: Console) -> None:
+    """One line per set, temperature and decoder."""
+    columns = ("set", "T", "drafter", "tokens/s", "speed-up", "tau", "acceptance", "of cost model", "lossless")
+    table = Table(title="tau: tokens per target pass, accepted + 1; speed-up over plain decoding on the same runner")
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("set", "drafter") else "right")
+    for row in rows:
+        verdict = row.get("lossless")
+        share = row.get("share_of_cost_model")
+        table.add_row(
+            row["set"],
+            f"{row['temperature']:g}",
+            row["drafter"],
+            f"{row['tokens_per_second']:.1f}",
+            f"{row['speedup']:.2f}x" if "speedup" in row else "",
+            f"{row['tau']:.2f}" if "tau" in row else "",
+            " ".join(f"{a:.2f}" for a in row.get("acceptance", [])),
+            f"{share:.0%}" if share else "",
+            f"{verdict['equal']}/{verdict['of']}" if verdict else "",
+        )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    auto_cli(benchmark, as_positional=False)

@@ -1,0 +1,97 @@
+"""``python -m spec_decode.chat``: talk to a model in the terminal; ``/new`` starts over, ``/exit`` ends."""
+
+import sys
+from collections.abc import Callable
+from typing import TextIO
+
+from jsonargparse import auto_cli
+
+from spec_decode.generate import answer
+from spec_decode.session import Session
+
+
+def talk(
+    session: Session,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    color: bool,
+    read: Callable[[str], str] = input,
+    out: TextIO | None = None,
+) -> list[dict[str, str]]:
+    """Read, answer, repeat; returns the conversation.
+
+    A turn that no longer fits the context is refused, and what was said before is kept.
+    """
+    out, messages = out or sys.stdout, list[dict[str, str]]()
+    while True:
+        try:
+            text = read("> ").strip()
+        except EOFError:
+            return messages
+        if text == "/exit":
+            return messages
+        if text == "/new":
+            messages = []
+        if not text or text == "/new":
+            continue
+        asked = [*messages, {"role": "user", "content": text}]
+        if len(session.encode(asked)) >= session.target.context:
+            out.write(f"That exceeds the context of {session.target.context} tokens; start over with /new\n")
+            continue
+        reply, result = answer(
+            session,
+            asked,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=None,
+            top_p=top_p,
+            seed=seed,
+            color=color,
+            out=out,
+        )
+        out.write(f"[{session.summary(result)}]\n")
+        messages = [*asked, {"role": "assistant", "content": reply}]
+
+
+def chat(
+    drafter: str = "prompt_lookup",
+    target: str | None = None,
+    tree: str = "chain",
+    max_new_tokens: int = 512,
+    temperature: float = 0.7,
+    top_p: float = 0.95,
+    seed: int = 0,
+    color: bool = True,
+    dtype: str = "bfloat16",
+    device: str = "cpu",
+) -> None:
+    """Talk to a model.
+
+    Args:
+        drafter: Folder of a trained drafter, ``prompt_lookup``, or ``none`` for plain decoding.
+        target: Target by folder or name; by default the one the drafter was trained for, else the embedded SmolLM2.
+        tree: ``auto`` (measured), ``chain``, widths such as ``4,2,1``, or ``dynamic:DEPTH,TOP_K,NODES``.
+        max_new_tokens: Longest answer in tokens.
+        temperature: 0 is greedy.
+        top_p: Keep the likeliest tokens of this total probability.
+        seed: Seed of the draws.
+        color: Show drafted and accepted tokens in green.
+        dtype: Precision of the target's weights.
+        device: Where to run.
+    """
+    session = Session.open(drafter, target, dtype=dtype, device=device, tree=tree)
+    talk(
+        session,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        color=color,
+    )
+
+
+if __name__ == "__main__":
+    auto_cli(chat, as_positional=False)

@@ -1,0 +1,158 @@
+"""Text that the target itself wrote: generated in batches on the step runner, resumable, cached.
+
+A corpus is a JSONL file with one line per prompt; a line is complete or absent. Its name is a digest of all that
+determines it, so that changed settings never meet old text.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from spec_decode.decoder import SpeculativeDecoder
+from spec_decode.models import CausalLM
+from spec_decode.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How the target writes its text.
+
+    Args:
+        max_new_tokens: Longest answer, >= 1.
+        temperature: See `Sampling`; 0 is greedy.
+        top_p: See `Sampling`.
+        batch_size: Prompts answered at once, >= 1.
+        seed: Seed of the draws.
+
+    Raises:
+        ValueError: If a setting is out of range.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    batch_size: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        Sampling(self.temperature, top_p=self.top_p)
+        if min(self.max_new_tokens, self.batch_size) < 1:
+            raise ValueError(f"max_new_tokens and batch_size of data.writing must be >= 1, got {self}")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt and the target's answer.
+
+    Attributes:
+        tokens: Token ids of both.
+        answer_start: Index of the answer's first token.
+    """
+
+    tokens: list[int]
+    answer_start: int
+
+
+def corpus_path(
+    folder: Path, target: CausalLM, prompts: Sequence[Sequence[int]], writing: Writing, stops: Sequence[int]
+) -> Path:
+    """File of the corpus that these settings determine."""
+    content = json.dumps([target.fingerprint(), str(target.dtype), list(map(list, prompts)), asdict(writing), [*stops]])
+    return folder / f"text-{hashlib.sha256(content.encode()).hexdigest()[:16]}.jsonl"
+
+
+def read_corpus(path: Path) -> list[Sample]:
+    """Complete lines of a corpus; a torn last line, as of a killed writer, is left out."""
+    if not path.is_file():
+        return []
+    content = path.read_bytes()
+    lines = content[: content.rfind(b"\n") + 1].splitlines()
+    return [Sample(**json.loads(line)) for line in lines]
+
+
+def write_corpus(
+    path: Path,
+    target: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    writing: Writing,
+    stops: Sequence[int],
+    *,
+    progress: bool = True,
+) -> list[Sample]:
+    """Let the target answer the prompts that have no line yet; returns all samples.
+
+    Args:
+        path: File from `corpus_path`.
+        target: Target, on the device to generate on.
+        prompts: Prompts as token ids.
+        writing: How to write.
+        stops: Tokens that end an answer.
+        progress: Whether to show a progress bar.
+    """
+    done = read_corpus(path)
+    if len(done) == len(prompts):
+        return done
+    path.parent.mkdir(parents=True, exist_ok=True)
+    decoder = SpeculativeDecoder(target)
+    bar = tqdm(total=len(prompts), initial=len(done), desc="target writes", unit="answer", disable=not progress)
+    with path.open("r+b" if path.exists() else "wb") as file, bar:
+        file.seek(path.read_bytes().rfind(b"\n") + 1)
+        file.truncate()
+        for start in range(len(done), len(prompts), writing.batch_size):
+            batch = prompts[start : start + writing.batch_size]
+            out = decoder.generate(
+                batch,
+                max_new_tokens=writing.max_new_tokens,
+                temperature=writing.temperature,
+                top_p=writing.top_p,
+                seed=writing.seed + start,
+                stop_tokens=stops,
+            )
+            samples = [Sample([*prompt, *new], len(prompt)) for prompt, new in zip(batch, out.new_tokens, strict=True)]
+            file.write("".join(json.dumps(asdict(s)) + "\n" for s in samples).encode())
+            file.flush()
+            done += samples
+            bar.update(len(samples))
+    return done
+
+
+def encode_prompts(
+    tokenizer: Any, prompts: Sequence[str], *, longest: int, chat_template: str | None = None
+) -> list[list[int]]:
+    """Prompts as the user's turn of the model's chat template; as plain text for a tokenizer without one.
+
+    Args:
+        tokenizer: transformers tokenizer.
+        prompts: Texts.
+        longest: Prompts of more tokens are left out.
+        chat_template: Jinja template for a model that comes without one.
+
+    Raises:
+        ValueError: If no prompt is left.
+    """
+    template = chat_template or tokenizer.chat_template
+    encode: Callable[[str], list[int]] = lambda text: tokenizer(text)["input_ids"]  # noqa: E731
+    if template:
+        encode = lambda text: tokenizer.apply_chat_template(  # noqa: E731
+            [{"role": "user", "content": text}],
+            chat_template=template,
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+    encoded = [ids for ids in map(encode, prompts) if 0 < len(ids) <= longest]
+    if not encoded:
+        raise ValueError(f"no prompt has 1 to {longest} tokens; raise data.max_length or shorten the prompts")
+    return encoded
+
+
+def stop_tokens(tokenizer: Any, config_ids: int | Sequence[int] | None = None) -> tuple[int, ...]:
+    """Tokens that end an answer: the tokenizer's end of text and those of the model's configuration."""
+    found: Iterator[int | None] = iter(
+        [tokenizer.eos_token_id, *([config_ids] if isinstance(config_ids, int) else config_ids or [])]
+    )
+    return tuple(dict.fromkeys(token for token in found if token is not None))

@@ -1,0 +1,264 @@
+"""Training text that the target wrote, with its features computed on the fly or read from disk."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from kd_common.files import cache_root
+from spec_decode.data.corpus import Sample, Writing, corpus_path, encode_prompts, read_corpus, write_corpus
+from spec_decode.data.features import FeatureStore, split_states
+from spec_decode.data.prompts import packaged_prompts, read_prompts
+from spec_decode.models import CausalLM, States
+
+
+@dataclass(eq=False)  # not frozen: Lightning's precision plugins replace its fields
+class DraftBatch:
+    """Sequences to learn from.
+
+    Args:
+        tokens: int64 of shape (B, T), right-padded with 0.
+        answer: True at the tokens of answers, shape (B, T).
+        states: The target's states, shapes (B, T, .); None where they are to be computed.
+    """
+
+    tokens: Tensor
+    answer: Tensor
+    states: States | None = None
+
+    def to(self, device: torch.device) -> "DraftBatch":
+        """The batch on a device."""
+        states = self.states and States(self.states.features.to(device), self.states.final.to(device))
+        return replace(self, tokens=self.tokens.to(device), answer=self.answer.to(device), states=states)
+
+
+class Sequences(Dataset):
+    """Samples cut to a length, each with its stored states if there are any."""
+
+    def __init__(self, samples: Sequence[Sample], store: FeatureStore | None, first: int = 0) -> None:
+        self.samples, self.store, self.first = samples, store, first
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Sample, Tensor | None]:
+        return self.samples[index], self.store.read(self.first + index) if self.store else None
+
+
+def collate(items: Sequence[tuple[Sample, Tensor | None]]) -> DraftBatch:
+    """Pad samples on the right."""
+    longest = max(len(sample.tokens) for sample, _ in items)
+    tokens = torch.zeros(len(items), longest, dtype=torch.int64)
+    answer = torch.zeros(len(items), longest, dtype=torch.bool)
+    stored = []
+    for row, (sample, states) in enumerate(items):
+        tokens[row, : len(sample.tokens)] = torch.tensor(sample.tokens)
+        answer[row, sample.answer_start : len(sample.tokens)] = True
+        if states is not None:
+            stored.append(torch.nn.functional.pad(states, (0, 0, 0, longest - len(states))))
+    return DraftBatch(tokens, answer, split_states(torch.stack(stored)) if stored else None)
+
+
+class StreamSampler(DistributedSampler):
+    """One rank's rows of an epoch of any length, taken from an endless stream of reshuffled passes over the samples.
+
+    Epoch e of n rows holds rows e n to (e + 1) n - 1 of the stream, whose passes are permutations drawn from the seed
+    and the number of the pass: an epoch is a function of its number, so that a run resumes exactly at its end, and
+    short epochs lose no samples. Rank r takes rows r, r + ranks, ...
+
+    Args:
+        count: Number of samples.
+        rows: n, a multiple of the number of ranks.
+        seed: Seed of the order.
+        rank: This process.
+        ranks: Number of processes.
+    """
+
+    def __init__(self, count: int, rows: int, *, seed: int, rank: int, ranks: int) -> None:
+        super().__init__(range(count), ranks, rank, shuffle=True, seed=seed)  # type: ignore[arg-type]
+        self.count, self.rows = count, rows
+        self.num_samples = rows // ranks
+
+    def __iter__(self) -> Iterator[int]:
+        start, passes = self.epoch * self.rows, {}
+        for place in range(start + self.rank, start + self.num_samples * self.num_replicas, self.num_replicas):
+            number = place // self.count
+            if number not in passes:
+                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+                passes[number] = torch.randperm(self.count, generator=generator)
+            yield int(passes[number][place % self.count])
+
+
+class TargetText(LightningDataModule):
+    """The target's own answers to prompts.
+
+    Args:
+        prompts: JSONL file of prompts; None means the packaged ones.
+        limit: Take at most so many prompts.
+        val_prompts: Prompts, the last ones, kept for validation and the final measurement.
+        writing: How the target writes its answers.
+        features: ``online`` runs the target on every batch; ``cached`` stores its states once and reads them.
+        max_length: Longest sequence in tokens, prompt included.
+        epoch_rows: Sequences per epoch; None means one pass over all. Checkpoints are written between epochs.
+        batch_size: Sequences a batch on one rank.
+        chat_template: Jinja template for a model that comes without one.
+        seed: Seed of the order; linked from ``seed_everything``.
+
+    Raises:
+        ValueError: If a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        prompts: str | None = None,
+        limit: int | None = None,
+        val_prompts: int = 16,
+        writing: Writing | None = None,
+        features: Literal["online", "cached"] = "cached",
+        max_length: int = 512,
+        epoch_rows: int | None = None,
+        batch_size: int = 4,
+        chat_template: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value in (("limit", limit), ("epoch_rows", epoch_rows)):
+            if value is not None and value < 1:
+                raise ValueError(f"data.{name} must be >= 1, or null, got {value}")
+        for name, value in (("val_prompts", val_prompts), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"data.{name} must be >= 1, got {value}")
+        self.writing = writing or Writing()
+        if max_length <= self.writing.max_new_tokens:
+            raise ValueError(
+                f"data.max_length {max_length} leaves no room for a prompt beside an answer of "
+                f"data.writing.max_new_tokens {self.writing.max_new_tokens} tokens"
+            )
+        self.texts = packaged_prompts() if prompts is None else read_prompts(Path(prompts))
+        self.texts = self.texts[:limit]
+        if len(self.texts) <= val_prompts:
+            raise ValueError(f"{len(self.texts)} prompts leave none to train on beside data.val_prompts {val_prompts}")
+        self.val_prompts, self.features, self.max_length = val_prompts, features, max_length
+        self.epoch_rows, self.batch_size, self.chat_template, self.seed = epoch_rows, batch_size, chat_template, seed
+        self._target: list[CausalLM] = []
+        self.encoded: list[list[int]] = []
+        self.stops: tuple[int, ...] = ()
+        self.samples: list[Sample] = []
+        self.progress = True
+
+    def attach(self, target: CausalLM, tokenizer: Any, stops: Sequence[int]) -> None:
+        """Let this target answer the prompts.
+
+        Raises:
+            ValueError: If its context is too short, or no prompt short enough.
+        """
+        if self.max_length > target.context:
+            raise ValueError(f"data.max_length {self.max_length} exceeds the target's context {target.context}")
+        self._target, self.stops = [target], tuple(stops)
+        longest = self.max_length - self.writing.max_new_tokens
+        self.encoded = encode_prompts(tokenizer, self.texts, longest=longest, chat_template=self.chat_template)
+        if len(self.encoded) <= self.val_prompts:
+            raise ValueError(
+                f"{len(self.encoded)} prompts of at most {longest} tokens leave none to train on beside "
+                f"data.val_prompts {self.val_prompts}"
+            )
+
+    @property
+    def target(self) -> CausalLM:
+        """The attached target.
+
+        Raises:
+            RuntimeError: If there is none.
+        """
+        if not self._target:
+            raise RuntimeError("no target is attached; call attach(...) or run through spec_decode.fit")
+        return self._target[0]
+
+    @property
+    def held_out(self) -> list[list[int]]:
+        """Prompts that are not trained on."""
+        return self.encoded[-self.val_prompts :]
+
+    @property
+    def _corpus(self) -> Path:
+        return corpus_path(cache_root() / "spec_decode", self.target, self.encoded, self.writing, self.stops)
+
+    def _store(self) -> FeatureStore:
+        folder = self._corpus.with_suffix("")
+        return FeatureStore(folder, [s.tokens for s in self.samples], self.target.shape.hidden_size)
+
+    def prepare_data(self) -> None:
+        """Write what is missing of text and features; one process does it.
+
+        Raises:
+            OSError: If the disk is too small for the features.
+        """
+        if self.trainer is not None:
+            self.target.to(self.trainer.strategy.root_device)
+        self.samples = write_corpus(
+            self._corpus, self.target, self.encoded, self.writing, self.stops, progress=self.progress
+        )
+        if self.features == "cached":
+            store = self._store()
+            if store.done < len(self.samples):
+                rank_zero_info(f"Feature cache: {store.size / 1e9:.2f} GB in {store.folder}")
+            store.write(self.target, progress=self.progress)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the text."""
+        self.samples = read_corpus(self._corpus)
+
+    def token_counts(self) -> Tensor:
+        """Occurrences of every token in the training answers, int64 of shape (V,)."""
+        tokens = [token for s in self.samples[: -self.val_prompts] for token in s.tokens[s.answer_start :]]
+        return torch.tensor(tokens).bincount(minlength=self.target.vocab_size)
+
+    def _loader(self, samples: Sequence[Sample], first: int, sampler: Any) -> DataLoader:
+        store = self._store() if self.features == "cached" else None
+        return DataLoader(
+            Sequences(samples, store, first), self.batch_size, sampler=sampler, collate_fn=collate, drop_last=False
+        )
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches of this rank's rows of the epoch.
+
+        Raises:
+            ValueError: If they do not fill one batch per rank.
+        """
+        samples, (rank, ranks) = self.samples[: -self.val_prompts], self._place
+        rows = (self.epoch_rows or len(samples)) // (self.batch_size * ranks) * self.batch_size * ranks
+        if not rows:
+            raise ValueError(
+                f"an epoch of {self.epoch_rows or len(samples)} sequences does not fill a batch of {self.batch_size} "
+                f"on each of {ranks} processes; lower data.batch_size"
+            )
+        sampler = StreamSampler(len(samples), rows, seed=self.seed, rank=rank, ranks=ranks)
+        return self._loader(samples, 0, sampler)
+
+    def val_dataloader(self) -> DataLoader:
+        """This rank's share of the validation sequences; every one is on one rank."""
+        rank, ranks = self._place
+        first = len(self.samples) - self.val_prompts
+        return self._loader(self.samples[first:], first, _Share(self.val_prompts, rank, ranks))
+
+
+class _Share(DistributedSampler):
+    """Rows r, r + ranks, ... without repeating any for an even share."""
+
+    def __init__(self, count: int, rank: int, ranks: int) -> None:
+        super().__init__(range(count), ranks, rank, shuffle=False)  # type: ignore[arg-type]
+        self._rows = range(rank, count, ranks)
+        self.num_samples = len(self._rows)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._rows)

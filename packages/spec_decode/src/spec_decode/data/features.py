@@ -1,0 +1,114 @@
+"""The target's states of a whole corpus in one memory-mapped file of bfloat16 numbers.
+
+A token takes 4 h numbers: the low, middle and high features and the final state. The file is written sequence by
+sequence; `progress.json`, replaced in one step, says how many are complete, so that a killed writer goes on where it
+was.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from kd_common.files import write_atomically
+from spec_decode.models import CausalLM, States
+
+DATA, PROGRESS = "features.bin", "progress.json"
+_BYTES = 2
+
+
+class FeatureStore:
+    """States of every sequence of a corpus.
+
+    Args:
+        folder: Folder of the store; one corpus and target each.
+        sequences: Token ids of every sequence.
+        hidden_size: h.
+    """
+
+    def __init__(self, folder: Path, sequences: Sequence[Sequence[int]], hidden_size: int) -> None:
+        self.folder, self.sequences, self.width = folder, sequences, 4 * hidden_size
+        self.starts = np.concatenate([[0], np.cumsum([len(s) for s in sequences])])
+        self._map: np.memmap | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of the complete file."""
+        return int(self.starts[-1]) * self.width * _BYTES
+
+    @property
+    def done(self) -> int:
+        """Number of sequences written so far."""
+        path = self.folder / PROGRESS
+        return json.loads(path.read_text())["done"] if path.is_file() else 0
+
+    def check_disk(self) -> None:
+        """Refuse a file that does not fit.
+
+        Raises:
+            OSError: If the disk has less than the missing bytes and 5 % free.
+        """
+        place = next(p for p in (self.folder, *self.folder.parents) if p.exists())
+        path = self.folder / DATA
+        # The file is sparse until it is written: only its blocks count.
+        present = path.stat().st_blocks * 512 if path.is_file() else 0
+        missing, free = max(self.size - present, 0), shutil.disk_usage(place).free
+        if missing * 1.05 > free:
+            raise OSError(
+                f"the feature cache needs {missing / 1e9:.2f} GB more under {self.folder}, and {free / 1e9:.2f} GB are "
+                "free; set data.features to online, take fewer prompts, or set KD_CACHE to a larger disk"
+            )
+
+    def write(self, target: CausalLM, *, batch_size: int = 8, progress: bool = True) -> None:
+        """Compute and store the states that are missing.
+
+        Raises:
+            OSError: If the disk is too small.
+        """
+        done, device = self.done, target.device
+        if done == len(self.sequences):
+            return
+        self.check_disk()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / DATA
+        with path.open("ab") as file:
+            file.truncate(self.size)
+        stored = np.memmap(path, np.int16, "r+", shape=(int(self.starts[-1]), self.width))
+        bar = tqdm(total=len(self.sequences), initial=done, desc="target reads", unit="text", disable=not progress)
+        with bar:
+            for start in range(done, len(self.sequences), batch_size):
+                batch = self.sequences[start : start + batch_size]
+                tokens = torch.zeros(len(batch), max(map(len, batch)), dtype=torch.int64, device=device)
+                for row, sequence in enumerate(batch):
+                    tokens[row, : len(sequence)] = torch.tensor(sequence, device=device)
+                states = target(tokens)
+                both = torch.cat([states.features, states.final], dim=-1).to(torch.bfloat16).view(torch.int16).cpu()
+                for row, sequence in enumerate(batch):
+                    stored[self.starts[start + row] : self.starts[start + row + 1]] = both[row, : len(sequence)].numpy()
+                stored.flush()  # before the progress: what it counts is on the disk
+                write_atomically(self.folder / PROGRESS, json.dumps({"done": start + len(batch)}))
+                bar.update(len(batch))
+
+    def read(self, sequence: int) -> Tensor:
+        """States of one sequence, bfloat16 of shape (T, 4h).
+
+        Raises:
+            RuntimeError: If it has not been written.
+        """
+        if self._map is None:
+            if self.done < len(self.sequences):
+                raise RuntimeError(f"the feature cache {self.folder} is not complete: {self.done} sequences; write it")
+            self._map = np.memmap(self.folder / DATA, np.int16, "r", shape=(int(self.starts[-1]), self.width))
+        rows = self._map[self.starts[sequence] : self.starts[sequence + 1]]
+        return torch.from_numpy(np.array(rows)).view(torch.bfloat16)
+
+
+def split_states(both: Tensor) -> States:
+    """States from stored numbers of shape (..., 4h)."""
+    hidden = both.shape[-1] // 4
+    return States(both[..., : 3 * hidden], both[..., 3 * hidden :])

@@ -1,0 +1,184 @@
+"""What a drafter is: it reads what the target has committed and proposes a tree of continuations.
+
+Shapes: B rows of a batch, m newly committed positions, h the target's hidden size, N levels.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spec_decode.models import States
+from spec_decode.proposals import SampledTree, matching_tree, sampled_tree
+from spec_decode.sampling import Sampling
+from spec_decode.tree import DraftTree
+
+Draft = DraftTree | SampledTree
+
+
+@dataclass(frozen=True)
+class DynamicTree:
+    """Tree grown by cumulative draft probability, as EAGLE-2 and EAGLE-3 do.
+
+    Args:
+        depth: Levels, >= 1.
+        top_k: Nodes expanded per level and children considered per node, >= 1.
+        nodes: Draft nodes kept for verification, >= 1.
+
+    Raises:
+        ValueError: If a setting is out of range.
+    """
+
+    depth: int = 7
+    top_k: int = 10
+    nodes: int = 59
+
+    def __post_init__(self) -> None:
+        if min(self.depth, self.top_k, self.nodes) < 1:
+            raise ValueError(f"depth, top_k and nodes of a dynamic tree must be >= 1, got {self}")
+
+
+TreeShape = tuple[int, ...] | DynamicTree
+"""Candidates per level of a constrained tree (empty: plain decoding), or a dynamic tree."""
+
+
+def tree_depth(shape: TreeShape) -> int:
+    """Number of levels."""
+    return shape.depth if isinstance(shape, DynamicTree) else len(shape)
+
+
+def tree_nodes(shape: TreeShape) -> int:
+    """Largest number of nodes, the root included."""
+    return 1 + (shape.nodes if isinstance(shape, DynamicTree) else sum(shape))
+
+
+def tree_slots(shape: TreeShape) -> int:
+    """Cache slots behind the committed tokens that drafting or verifying such a tree may write to.
+
+    Trees are padded to a multiple of 8 nodes, and lookup may add a branch of the tree's depth.
+    """
+    slots = -(-(tree_nodes(shape) + tree_depth(shape)) // 8) * 8
+    return max(slots, shape.depth * shape.top_k) if isinstance(shape, DynamicTree) else slots
+
+
+@dataclass(frozen=True, eq=False)
+class DraftState:
+    """What is known when a draft is due. The root is the last committed token; the target has not seen it yet.
+
+    Args:
+        contexts: Committed tokens of each row, the root included.
+        root: int64 of shape (B,).
+        root_positions: Absolute position of the root, int64 of shape (B,).
+        states: The target's states at the positions committed since the last draft, shapes (B, m, .).
+        next_tokens: Token that follows each of these positions, int64 of shape (B, m), -1 beyond `counts`; a row's
+            last one is its root.
+        counts: Number of these positions, int64 of shape (B,), in [0, m]; 0 for finished rows.
+        tree: Shape of the tree to draft.
+        sampling: The target's processors.
+        seeds: The target's seeds, int64 of shape (B,).
+        rejection: Whether the candidates must be drawn from the drafter's law, for `verify_sampled`.
+        memory: What the drafter's `new_memory` returned for this batch.
+    """
+
+    contexts: Sequence[Sequence[int]]
+    root: Tensor
+    root_positions: Tensor
+    states: States
+    next_tokens: Tensor
+    counts: Tensor
+    tree: TreeShape
+    sampling: Sampling
+    seeds: Tensor
+    rejection: bool
+    memory: Any
+
+
+class Drafter(ABC):
+    """Proposes trees. One instance serves any number of batches; what it remembers of one lives in its memory.
+
+    Attributes:
+        max_depth: Most levels it can draft; None without a limit.
+        samples: Whether it can draw its candidates, as `verify_sampled` needs.
+        dynamic: Whether it can draft a `DynamicTree`.
+        acceptance: Acceptance by level and rank measured on validation text (see `cost`); None if not measured.
+    """
+
+    max_depth: int | None = None
+    samples: bool = False
+    dynamic: bool = False
+    acceptance: list[list[float]] | None = None
+
+    def new_memory(self, batch: int, capacity: int) -> Any:
+        """State of a new batch of rows that may grow to `capacity` tokens, draft nodes included."""
+        return None
+
+    @abstractmethod
+    def propose(self, state: DraftState) -> Draft:
+        """Tree below the root of every row; a `SampledTree` where `state.rejection` asks for drawn candidates."""
+
+
+def draft_from_levels(state: DraftState, logits: Tensor, vocabulary: Tensor | None, vocab_size: int) -> Draft:
+    """Constrained tree of a drafter whose levels are independent of one another.
+
+    Args:
+        state: State with a constrained tree of N levels.
+        logits: Logits per level, shape (B, N, C).
+        vocabulary: Target token of each of the C draft tokens; None if they are the same.
+        vocab_size: V.
+    """
+    assert isinstance(state.tree, tuple)
+    if state.rejection:
+        return sampled_tree(
+            state.root,
+            logits,
+            state.tree,
+            sampling=state.sampling,
+            seeds=state.seeds,
+            root_positions=state.root_positions,
+            vocab_size=vocab_size,
+            vocabulary=vocabulary,
+        )
+    return matching_tree(
+        state.root,
+        logits,
+        state.tree,
+        temperature=state.sampling.temperature,
+        seeds=state.seeds,
+        root_positions=state.root_positions,
+        vocabulary=vocabulary,
+    )
+
+
+def last_rows(x: Tensor, counts: Tensor) -> Tensor:
+    """Last counted position of every row: shape (B, ...) out of (B, m, ...); position 0 where nothing is counted."""
+    return x[torch.arange(len(x), device=x.device), (counts - 1).clamp(min=0)]
+
+
+def draft_along_backbone(
+    state: DraftState,
+    logits: Tensor,
+    advance: Callable[[Tensor], Tensor],
+    vocabulary: Tensor | None,
+    vocab_size: int,
+) -> Draft:
+    """Constrained tree of a drafter that needs the backbone's token before it can predict the next level.
+
+    Args:
+        state: State with a constrained tree.
+        logits: Logits of the first level, shape (B, C).
+        advance: Backbone token of a level, (B,) -> logits of the next level, (B, C).
+        vocabulary: Target token of each of the C draft tokens; None if they are the same.
+        vocab_size: V.
+    """
+    assert isinstance(state.tree, tuple)
+    levels = [logits]
+    for level, width in enumerate(state.tree[:-1]):
+        # The tree of this level alone: its noise is a function of the position, so its backbone is the final one.
+        alone = replace(state, tree=(width,), root_positions=state.root_positions + level)
+        draft = draft_from_levels(alone, levels[-1].unsqueeze(1), vocabulary, vocab_size)
+        tree = draft.tree if isinstance(draft, SampledTree) else draft
+        levels.append(advance(tree.tokens[:, 1].clamp(min=0)))
+    return draft_from_levels(state, torch.stack(levels, dim=1), vocabulary, vocab_size)

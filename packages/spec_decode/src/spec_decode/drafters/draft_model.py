@@ -1,0 +1,128 @@
+"""An independent draft model: a small language model that knows the text but not the target's states."""
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spec_decode.drafters.base import Draft, Drafter, DraftState, draft_along_backbone, last_rows
+from spec_decode.drafters.registry import DRAFTERS
+from spec_decode.drafters.trainable import TrainableDrafter
+from spec_decode.models import CausalLM, DecoderLayer, KVCache, Pass, RMSNorm, States
+from spec_decode.models.layers import causal_attention
+
+
+class Autoregressive(Drafter):
+    """Drafts token by token behind the text; drafted entries of its cache are overwritten by the next draft."""
+
+    @abstractmethod
+    def next_logits(self, tokens: Tensor, counts: Tensor, cache: KVCache) -> Tensor:
+        """Append runs of tokens, (B, m) with (B,) counts, to the cache; logits (B, C) behind each row's last one."""
+
+    def draft(self, state: DraftState, vocabulary: Tensor | None, vocab_size: int) -> Draft:
+        """Constrained tree along the backbone."""
+        cache: KVCache = state.memory
+        tokens, counts = state.next_tokens, state.counts
+        if int(cache.lengths.max()) == 0:  # the first token follows nothing, so it is in no run of next tokens
+            first = torch.tensor([[context[0]] for context in state.contexts], device=tokens.device)
+            tokens, counts = torch.cat([first, tokens], dim=1), counts + 1
+        logits = self.next_logits(tokens, counts, cache)
+        committed, ones = cache.lengths, torch.ones_like(counts)
+        draft = draft_along_backbone(
+            state,
+            logits,
+            lambda token: self.next_logits(token.unsqueeze(1), ones, cache),
+            vocabulary,
+            vocab_size,
+        )
+        cache.lengths = committed
+        return draft
+
+
+@DRAFTERS.register("draft_model")
+class DraftModel(TrainableDrafter, Autoregressive):
+    """A stack of layers between the target's frozen embeddings and its frozen head.
+
+    Args:
+        target: Target the drafter is for.
+        depth: Levels it may draft, one pass of the stack each.
+        layers: Layers of the stack, >= 1, started from the target's first ones.
+        draft_vocab: Tokens it can propose; None means all.
+
+    Raises:
+        ValueError: If depth, layers or draft_vocab is out of range.
+    """
+
+    def __init__(self, target: CausalLM, *, depth: int = 5, layers: int = 4, draft_vocab: int | None = None) -> None:
+        super().__init__(target, depth, draft_vocab)
+        if layers < 1:
+            raise ValueError(f"layers must be >= 1, got {layers}")
+        self.layers = nn.ModuleList(DecoderLayer(target.shape) for _ in range(layers))
+        self.norm = RMSNorm(target.shape.hidden_size, target.shape.norm_eps)
+        for own, theirs in zip(self.layers, target.layers, strict=False):
+            own.load_state_dict(theirs.state_dict())
+        self.norm.load_state_dict(target.norm.state_dict())
+        self.supervised = 1  # the deeper levels are the same prediction further on
+
+    def level_states(self, tokens: Tensor, states: States) -> list[Tensor]:
+        """See the base class; level i at row p is the prediction behind token p + 1 + i."""
+        x, by = self.embed(tokens), self.rotation(torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0))
+        for layer in self.layers:
+            x = layer(x, by, causal_attention())
+        x = self.norm(x)
+        return [x[:, 1 + level :] for level in range(self.depth)]
+
+    def new_memory(self, batch: int, capacity: int) -> Any:
+        """Cache of the stack."""
+        return self.new_cache(len(self.layers), batch, capacity)
+
+    def next_logits(self, tokens: Tensor, counts: Tensor, cache: KVCache) -> Tensor:
+        """See the base class."""
+        shape = self.target.shape
+        this = Pass.run(cache, tokens.shape[1], groups=shape.heads // shape.kv_heads)
+        x, by = self.embed(tokens), self.rotation(this.positions)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, by, this.attend(index))
+        cache.lengths = cache.lengths + counts
+        head = self.frozen_head()
+        return F.linear(self.norm(last_rows(x, counts)).to(head.dtype), head)
+
+    def propose(self, state: DraftState) -> Draft:
+        """Token by token."""
+        return self.draft(state, self.vocabulary, self.target.vocab_size)
+
+
+class PretrainedDraft(Autoregressive):
+    """A pretrained language model of the target's vocabulary as drafter.
+
+    Args:
+        target: Target.
+        model: Step runner of the draft model, on the target's device.
+
+    Raises:
+        ValueError: If the vocabularies differ in size.
+    """
+
+    samples = True
+
+    def __init__(self, target: CausalLM, model: CausalLM) -> None:
+        if model.vocab_size != target.vocab_size:
+            raise ValueError(
+                f"the draft model has {model.vocab_size} tokens and the target {target.vocab_size}; they must share "
+                "one tokenizer"
+            )
+        self.model = model
+
+    def new_memory(self, batch: int, capacity: int) -> Any:
+        """Cache of the draft model."""
+        return self.model.new_cache(batch, capacity)
+
+    def next_logits(self, tokens: Tensor, counts: Tensor, cache: KVCache) -> Tensor:
+        """See the base class."""
+        return self.model.logits(last_rows(self.model.extend(tokens, counts, cache).final, counts))
+
+    def propose(self, state: DraftState) -> Draft:
+        """Token by token."""
+        return self.draft(state, None, self.model.vocab_size)

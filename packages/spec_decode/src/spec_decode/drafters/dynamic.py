@@ -1,0 +1,82 @@
+"""Growing a draft tree by cumulative draft probability, level by level.
+
+Shapes: B rows, k nodes expanded per level, C draft tokens.
+"""
+
+import torch
+from torch import Tensor
+
+from spec_decode.drafters.base import DynamicTree
+from spec_decode.tree import DraftTree
+
+
+class DynamicCandidates:
+    """All nodes considered so far, and the frontier that is expanded next.
+
+    The first `expand` takes the root's logits, every later one those of the frontier: each of its nodes gets its k
+    likeliest children, and the k best of all children, by the probability of the whole path, are the next frontier.
+
+    Args:
+        root: Last committed token of each row, int64 of shape (B,).
+        tree: Shape of the tree.
+        vocabulary: Target token of each draft token; None if they are the same.
+
+    Attributes:
+        expanded: For each node of the frontier its parent's place in the frontier before, int64 of shape (B, k).
+        seen: For each node of the frontier which nodes of all frontiers so far, oldest first, are its ancestors or
+            itself, boolean of shape (B, k, levels * k).
+
+    References:
+        EAGLE-2, arXiv 2406.16858.
+    """
+
+    expanded: Tensor
+    seen: Tensor
+
+    def __init__(self, root: Tensor, tree: DynamicTree, vocabulary: Tensor | None) -> None:
+        self._root, self._shape, self._vocabulary = root, tree, vocabulary
+        self._tokens: list[Tensor] = []
+        self._scores: list[Tensor] = []
+        self._parents: list[Tensor] = []  # index among all candidates, -1 below the root
+        self._frontier = root.new_full((len(root), 1), -1)
+        self._frontier_scores = torch.zeros(len(root), 1, dtype=torch.float64, device=root.device)
+
+    def expand(self, logits: Tensor) -> Tensor:
+        """Add the children of the frontier, given its logits (B, k, C) or the root's (B, 1, C).
+
+        Returns:
+            Tokens of the next frontier, int64 of shape (B, k).
+        """
+        width = min(self._shape.top_k, logits.shape[-1])
+        best, tokens = logits.double().log_softmax(-1).topk(width, dim=-1)
+        if self._vocabulary is not None:
+            tokens = self._vocabulary[tokens]
+        scores = (self._frontier_scores.unsqueeze(-1) + best).flatten(1)
+        start = sum(x.shape[1] for x in self._tokens)
+        self._tokens.append(tokens.flatten(1))
+        self._scores.append(scores)
+        self._parents.append(self._frontier.repeat_interleave(width, dim=1))
+        self._frontier_scores, chosen = scores.topk(width, dim=-1)
+        self._frontier, self.expanded = start + chosen, chosen // width
+        own = torch.eye(width, dtype=torch.bool, device=chosen.device).expand(len(chosen), -1, -1)
+        if start:
+            above = self.seen.gather(1, self.expanded.unsqueeze(-1).expand(-1, -1, self.seen.shape[-1]))
+            own = torch.cat([above, own], dim=-1)
+        self.seen = own
+        return self._tokens[-1].gather(1, chosen)
+
+    def tree(self) -> DraftTree:
+        """The best nodes of all; with a node its ancestors are among them, being at least as likely."""
+        tokens, scores, parents = (torch.cat(x, dim=1) for x in (self._tokens, self._scores, self._parents))
+        count = min(self._shape.nodes, tokens.shape[1])
+        # A stable sort keeps parents, which come earlier, before children of the same score.
+        kept = scores.sort(dim=-1, descending=True, stable=True).indices[:, :count].sort(dim=-1).values
+        place = torch.zeros_like(tokens).scatter(
+            1, kept, torch.arange(1, count + 1, device=kept.device).expand_as(kept)
+        )
+        above = parents.gather(1, kept)
+        nodes = torch.where(above < 0, 0, place.gather(1, above.clamp(min=0)))
+        root = self._root.unsqueeze(1)
+        return DraftTree(
+            torch.cat([root, tokens.gather(1, kept)], 1), torch.cat([root.new_full(root.shape, -1), nodes], 1)
+        )

@@ -1,0 +1,91 @@
+"""FastEagle: a cascade of decoder layers that drafts all its levels in one pass."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spec_decode.drafters.base import Draft, DraftState, draft_from_levels, last_rows, tree_depth
+from spec_decode.drafters.registry import DRAFTERS
+from spec_decode.drafters.trainable import TrainableDrafter, linear_in_eights, stack_levels
+from spec_decode.models import CausalLM, DecoderLayer, KVCache, Pass, RMSNorm, States
+from spec_decode.models.layers import Attend, causal_attention
+
+
+@DRAFTERS.register("fast_eagle")
+class FastEagle(TrainableDrafter):
+    """x_p = join(fuse(features_p), embedding of token p + 1); h_i = layer_i(h_{i-1}); level i = head(norm_i(h_i)).
+
+    Every layer has parameters and a key-value cache of its own, over committed positions only: a draft is one pass over
+    what was committed since the last one, and nothing speculative ever enters a cache. The head is the target's.
+
+    Args:
+        target: Target the drafter is for.
+        depth: Levels N, one layer each.
+        stem: Layers before the first level, which predict nothing themselves (beyond the paper; 0 is the paper's).
+        draft_vocab: Tokens it can propose; None means all.
+        from_target: Start the layers and norms from the target's last ones rather than at random.
+
+    Raises:
+        ValueError: If depth, stem or draft_vocab is out of range.
+
+    References:
+        FastEagle, arXiv 2509.20416.
+    """
+
+    def __init__(
+        self,
+        target: CausalLM,
+        *,
+        depth: int = 7,
+        stem: int = 0,
+        draft_vocab: int | None = None,
+        from_target: bool = True,
+    ) -> None:
+        super().__init__(target, depth, draft_vocab)
+        if stem < 0:
+            raise ValueError(f"stem must be >= 0, got {stem}")
+        shape = target.shape
+        self.stem = stem
+        self.fuse = nn.Linear(3 * shape.hidden_size, shape.hidden_size, bias=False)
+        self.join = nn.Linear(2 * shape.hidden_size, shape.hidden_size, bias=False)
+        self.layers = nn.ModuleList(DecoderLayer(shape) for _ in range(stem + depth))
+        self.norms = nn.ModuleList(RMSNorm(shape.hidden_size, shape.norm_eps) for _ in range(depth))
+        if from_target:
+            for own, theirs in zip(reversed(self.layers), reversed(target.layers), strict=False):
+                own.load_state_dict(theirs.state_dict())
+            for norm in self.norms:
+                norm.load_state_dict(target.norm.state_dict())
+
+    def _cascade(self, features: Tensor, next_tokens: Tensor, positions: Tensor, attends: list[Attend]) -> list[Tensor]:
+        """Normalised output of the level layers among the first `len(attends)` layers, each of shape (B, m, h)."""
+        x = self.join(torch.cat([self.fuse(features.to(self.dtype)), self.embed(next_tokens)], dim=-1))
+        by = self.rotation(positions)
+        levels = []
+        for index, attend in enumerate(attends):
+            x = self.layers[index](x, by, attend)
+            if index >= self.stem:
+                levels.append(self.norms[index - self.stem](x))
+        return levels
+
+    def level_states(self, tokens: Tensor, states: States) -> list[Tensor]:
+        """See the base class; one causal pass."""
+        positions = torch.arange(tokens.shape[1] - 1, device=tokens.device).unsqueeze(0)
+        attends = [causal_attention()] * len(self.layers)
+        return self._cascade(states.features[:, :-1], tokens[:, 1:], positions, attends)
+
+    def new_memory(self, batch: int, capacity: int) -> Any:
+        """One cache with a layer per layer."""
+        return self.new_cache(len(self.layers), batch, capacity)
+
+    def propose(self, state: DraftState) -> Draft:
+        """One pass over the newly committed positions; the last of each row predicts every level."""
+        cache: KVCache = state.memory
+        shape = self.target.shape
+        this = Pass.run(cache, state.next_tokens.shape[1], groups=shape.heads // shape.kv_heads)
+        attends = [this.attend(i) for i in range(self.stem + tree_depth(state.tree))]
+        levels = self._cascade(state.states.features, state.next_tokens, this.positions, attends)
+        cache.lengths = cache.lengths + state.counts
+        head = self.frozen_head()
+        rows = stack_levels([last_rows(x, state.counts) for x in levels]).to(head.dtype)
+        return draft_from_levels(state, linear_in_eights(rows, head), self.vocabulary, self.target.vocab_size)

@@ -1,0 +1,130 @@
+"""Drafters on disk: weights as safetensors, settings and the target's fingerprint as JSON."""
+
+import inspect
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from kd_common.registry import suggest
+from spec_decode.drafters.registry import DRAFTERS
+from spec_decode.drafters.trainable import TrainableDrafter, check_vocabulary
+from spec_decode.models import CausalLM
+
+WEIGHTS, CONFIG = "drafter.safetensors", "drafter.json"
+
+
+@dataclass(frozen=True)
+class DrafterSpec:
+    """Which drafter to build, and its settings.
+
+    Args:
+        name: Name in `DRAFTERS`.
+        options: Keyword arguments of its class.
+    """
+
+    name: str = "fast_eagle"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self, target: CausalLM) -> TrainableDrafter:
+        """A new drafter for this target, in fp32 on the target's device.
+
+        Raises:
+            ValueError: For a drafter without parameters, an unknown option or one out of range.
+        """
+        kind = DRAFTERS.get(self.name)
+        if not issubclass(kind, TrainableDrafter):
+            raise ValueError(f"drafter {self.name!r} has no parameters to train or load; use it directly")
+        known = [p.name for p in inspect.signature(kind).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        for option in self.options:
+            if option not in known:
+                hint = suggest(option, known)
+                raise ValueError(f"drafter {self.name!r} has no option {option!r}{hint} (known: {', '.join(known)})")
+        return kind(target, **self.options).float().to(target.device)
+
+
+def save_drafter(drafter: TrainableDrafter, spec: DrafterSpec, folder: Path, meta: Mapping[str, Any]) -> None:
+    """Write a drafter; each file is complete or absent, and the settings come last.
+
+    Args:
+        drafter: Trained drafter.
+        spec: What it was built from.
+        folder: Folder to write to.
+        meta: Further facts for the JSON file, such as the target's name and measurements.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    weights, config = folder / WEIGHTS, folder / CONFIG
+    config.unlink(missing_ok=True)
+    state = {name: value.detach().cpu().contiguous() for name, value in drafter.state_dict().items()}
+    save_file(state, f"{weights}.part")
+    os.replace(f"{weights}.part", weights)
+    content = {
+        **meta,
+        "drafter": asdict(spec),
+        "target_fingerprint": drafter.target.fingerprint(),
+        "feature_layers": list(drafter.target.feature_layers),
+        "acceptance": drafter.acceptance,
+    }
+    Path(f"{config}.part").write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(f"{config}.part", config)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The JSON file of a saved drafter.
+
+    Raises:
+        FileNotFoundError: If the folder holds no complete drafter.
+    """
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder} holds no drafter ({CONFIG} is missing; it is written last)")
+    return json.loads((folder / CONFIG).read_text())
+
+
+def load_drafter(folder: Path, target: CausalLM) -> TrainableDrafter:
+    """A saved drafter in the target's type on its device, ready to decode.
+
+    Raises:
+        FileNotFoundError: If the folder holds no complete drafter.
+        ValueError: If it was trained for another target, or its weights or vocabulary do not fit.
+    """
+    config = read_config(folder)
+    if config["target_fingerprint"] != (found := target.fingerprint()):
+        raise ValueError(
+            f"the drafter in {folder} was trained for another target ({config.get('target', 'unnamed')}, fingerprint "
+            f"{config['target_fingerprint']}); this one has fingerprint {found}. Load that target or train a drafter"
+        )
+    drafter = DrafterSpec(**config["drafter"]).build(target)
+    try:
+        drafter.load_state_dict(load_file(str(folder / WEIGHTS)))
+    except RuntimeError as error:
+        raise ValueError(f"{folder / WEIGHTS} does not fit its {CONFIG}: {error}") from error
+    if drafter.vocabulary is not None:
+        check_vocabulary(drafter.vocabulary, drafter.draft_tokens, target.vocab_size)
+    drafter.acceptance = config["acceptance"]
+    return drafter.to(device=target.device, dtype=target.dtype).eval().requires_grad_(False)
+
+
+def for_inference(drafter: TrainableDrafter, spec: DrafterSpec) -> TrainableDrafter:
+    """A copy of a drafter in its target's type, frozen; the drafter itself goes on training."""
+    copy = spec.build(drafter.target)
+    copy.load_state_dict(drafter.state_dict())
+    copy.acceptance = drafter.acceptance
+    return copy.to(device=drafter.target.device, dtype=drafter.target.dtype).eval().requires_grad_(False)
+
+
+def frequent_tokens(counts: torch.Tensor, size: int) -> torch.Tensor:
+    """Draft vocabulary of the most frequent tokens.
+
+    Args:
+        counts: Occurrences of every target token, int64 of shape (V,).
+        size: Tokens to take, in [1, V]; of equally frequent ones those of lower id.
+
+    Returns:
+        Ascending token ids, int64 of shape (size,).
+    """
+    return counts.sort(descending=True, stable=True).indices[:size].sort().values

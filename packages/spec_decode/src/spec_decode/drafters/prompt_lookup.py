@@ -1,0 +1,99 @@
+"""Drafts copied from the text itself: what followed the longest earlier match of its last tokens."""
+
+from dataclasses import replace
+from typing import Any
+
+from spec_decode.drafters.base import Draft, Drafter, DraftState, tree_depth
+from spec_decode.drafters.registry import DRAFTERS
+from spec_decode.proposals import SampledTree
+from spec_decode.tree import DraftTree, merge_branches
+
+
+class NgramIndex:
+    """Where every n-gram of a growing text last ended, for n up to `longest`; an entry per token and n.
+
+    Args:
+        longest: Largest n.
+    """
+
+    def __init__(self, longest: int) -> None:
+        self._ends: list[dict[tuple[int, ...], int]] = [{} for _ in range(longest)]
+        self._indexed = 0
+
+    def continuation(self, text: list[int], count: int) -> list[int]:
+        """Up to `count` tokens that followed the longest, then latest, earlier match of the end of the text.
+
+        Args:
+            text: The text given before with tokens appended.
+            count: Tokens wanted.
+        """
+        # Only what has a successor is indexed, so the end of the text never finds itself.
+        for end in range(self._indexed + 1, len(text)):
+            for n, ends in enumerate(self._ends[:end], start=1):
+                ends[tuple(text[end - n : end])] = end
+        self._indexed = max(self._indexed, len(text) - 1)
+        for n in range(min(len(self._ends), len(text)), 0, -1):
+            if (found := self._ends[n - 1].get(tuple(text[-n:]))) is not None:
+                return text[found : found + count]
+        return []
+
+
+@DRAFTERS.register("prompt_lookup")
+class PromptLookup(Drafter):
+    """One branch: the continuation of the longest earlier match.
+
+    Args:
+        longest: Largest number of tokens to match, >= 1.
+
+    Raises:
+        ValueError: If it is below 1.
+
+    References:
+        Saxena, Prompt lookup decoding, 2023 (first match); the longest match is taken here.
+    """
+
+    def __init__(self, longest: int = 5) -> None:
+        if longest < 1:
+            raise ValueError(f"longest must be >= 1, got {longest}")
+        self.longest = longest
+
+    def new_memory(self, batch: int, capacity: int) -> Any:
+        """One index per row."""
+        return [NgramIndex(self.longest) for _ in range(batch)]
+
+    def branches(self, state: DraftState) -> list[list[list[int]]]:
+        """The branch of every row, empty where nothing matches; `state.memory` holds the indexes."""
+        depth = tree_depth(state.tree)
+        return [[index.continuation(list(c), depth)] for index, c in zip(state.memory, state.contexts, strict=True)]
+
+    def propose(self, state: DraftState) -> Draft:
+        """Chain of at most as many tokens as the tree has levels."""
+        root = state.root.unsqueeze(1)
+        return merge_branches(DraftTree(root, root.new_full(root.shape, -1)), self.branches(state), 1 << 30)
+
+
+class WithLookup(Drafter):
+    """Another drafter's tree with the continuation of the longest earlier match as a further branch.
+
+    Free and exact, but under sample-and-match only: the branch is no draw of the drafter.
+
+    Args:
+        drafter: Drafter whose tree is extended.
+        longest: Largest number of tokens to match.
+    """
+
+    def __init__(self, drafter: Drafter, longest: int = 5) -> None:
+        self.drafter, self.lookup = drafter, PromptLookup(longest)
+        self.max_depth, self.dynamic, self.acceptance = drafter.max_depth, drafter.dynamic, drafter.acceptance
+
+    def new_memory(self, batch: int, capacity: int) -> Any:
+        """The memories of both."""
+        return self.drafter.new_memory(batch, capacity), self.lookup.new_memory(batch, capacity)
+
+    def propose(self, state: DraftState) -> Draft:
+        """The drafter's tree; branches fill the absent and further nodes up to twice the depth beyond it."""
+        inner, indexes = state.memory
+        draft = self.drafter.propose(replace(state, memory=inner))
+        assert not isinstance(draft, SampledTree)
+        branches = self.lookup.branches(replace(state, memory=indexes))
+        return merge_branches(draft, branches, draft.tokens.shape[1] + tree_depth(state.tree))

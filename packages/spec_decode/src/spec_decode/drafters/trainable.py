@@ -1,0 +1,159 @@
+"""Drafters with parameters: their tie to one target, the reduced draft vocabulary, and what training asks of them.
+
+Shapes: B rows, T tokens of a training sequence, N levels, h hidden size, C draft tokens, V tokens of the target.
+Row p of a training sequence is what is known after target position p: the target's features there and token p + 1.
+Level i (from 0) at row p predicts token p + 2 + i.
+"""
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spec_decode.drafters.base import Drafter
+from spec_decode.models import CausalLM, KVCache, States
+from spec_decode.models.layers import Rotation, rotation
+
+
+def check_vocabulary(ids: Tensor, size: int, vocab_size: int) -> None:
+    """Refuse a mapping that is no ascending selection of the target's tokens.
+
+    Args:
+        ids: Target token of each draft token, int64 of shape (C,).
+        size: C the drafter was made for.
+        vocab_size: V.
+
+    Raises:
+        ValueError: If it has another size, is not ascending or leaves [0, V).
+    """
+    if ids.dtype != torch.int64 or ids.shape != (size,):
+        raise ValueError(f"the draft vocabulary must be int64 of shape ({size},), got {ids.dtype} {tuple(ids.shape)}")
+    if (ids < 0).any() or (ids >= vocab_size).any() or (ids.diff() <= 0).any():
+        raise ValueError(f"the draft vocabulary must hold ascending, distinct tokens of [0, {vocab_size})")
+
+
+class TrainableDrafter(nn.Module, Drafter):
+    """Base of the drafters that `spec_decode.fit` trains; the target's weights are used, never owned.
+
+    Args:
+        target: Target the drafter is for.
+        depth: N, levels it drafts, >= 1.
+        draft_vocab: C, tokens it can propose, chosen by `use_vocabulary` before training; None means all V.
+
+    Attributes:
+        depth: N.
+        supervised: Levels the loss looks at.
+        vocabulary: Target token of each draft token, int64 of shape (C,), -1 before it is chosen; None without.
+
+    Raises:
+        ValueError: If depth or draft_vocab is out of range.
+    """
+
+    vocabulary: Tensor | None
+    samples = True
+
+    def __init__(self, target: CausalLM, depth: int, draft_vocab: int | None) -> None:
+        super().__init__()
+        if depth < 1:
+            raise ValueError(f"depth must be >= 1, got {depth}")
+        if draft_vocab is not None and not 1 <= draft_vocab <= target.vocab_size:
+            raise ValueError(f"draft_vocab must be in [1, {target.vocab_size}], or null for all, got {draft_vocab}")
+        self._target = [target]  # in a list, so that it is no submodule: not saved, not trained, not moved
+        self.depth = self.max_depth = self.supervised = depth
+        self.register_buffer("vocabulary", None if draft_vocab is None else torch.full((draft_vocab,), -1))
+        self._head_rows: Tensor | None = None
+
+    @property
+    def target(self) -> CausalLM:
+        """The frozen target."""
+        return self._target[0]
+
+    @property
+    def draft_tokens(self) -> int:
+        """C."""
+        return self.target.vocab_size if self.vocabulary is None else len(self.vocabulary)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the parameters."""
+        return next(self.parameters()).dtype
+
+    def use_vocabulary(self, ids: Tensor) -> None:
+        """Choose the tokens the drafter can propose; once, before training.
+
+        Raises:
+            ValueError: If the drafter has the full vocabulary or the ids do not fit it.
+        """
+        if self.vocabulary is None:
+            raise ValueError("this drafter proposes every token; set draft_vocab to reduce its vocabulary")
+        check_vocabulary(ids, len(self.vocabulary), self.target.vocab_size)
+        self.vocabulary = ids.to(self.vocabulary.device)
+        self._head_rows = None
+        self.initialize_head()
+
+    def initialize_head(self) -> None:
+        """Hook for drafters with a head of their own, called when the draft vocabulary is known."""
+
+    def frozen_head(self) -> Tensor:
+        """Rows of the target's LM head for the draft tokens, shape (C, h).
+
+        Raises:
+            RuntimeError: If the draft vocabulary has not been chosen or loaded.
+        """
+        weight = self.target.lm_head.weight
+        if self.vocabulary is None:
+            return weight
+        if self._head_rows is None or self._head_rows.device != weight.device or self._head_rows.dtype != weight.dtype:
+            if int(self.vocabulary[0]) < 0:
+                raise RuntimeError("the draft vocabulary is not chosen yet; call use_vocabulary or load the drafter")
+            self._head_rows = weight[self.vocabulary.to(weight.device)].detach()
+        return self._head_rows
+
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._head_rows = None  # it belongs to the vocabulary there was before
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The target's frozen embeddings in the drafter's type; -1 is allowed."""
+        return self.target.embed_tokens(tokens.clamp(min=0)).to(self.dtype)
+
+    def rotation(self, positions: Tensor) -> Rotation:
+        """The target's rotary cosines and sines in the drafter's type."""
+        return rotation(positions, self.target.frequencies, self.target.rope_scale, self.dtype)
+
+    def new_cache(self, layers: int, batch: int, capacity: int) -> KVCache:
+        """Cache of the drafter's own layers, which have the target's shape."""
+        shape = self.target.shape
+        return KVCache(
+            layers, batch, capacity, shape.kv_heads, shape.head_dim, dtype=self.dtype, device=self.target.device
+        )
+
+    @abstractmethod
+    def level_states(self, tokens: Tensor, states: States) -> list[Tensor]:
+        """States of every level in one teacher-forced pass over right-padded sequences.
+
+        Args:
+            tokens: int64 of shape (B, T).
+            states: The target's states, shapes (B, T, .).
+
+        Returns:
+            N tensors whose rows are 0 .. T - 2; a level may have fewer rows, the first ones.
+        """
+
+    def level_logits(self, level: int, states: Tensor) -> Tensor:
+        """Logits of shape (..., C) of one level's states of shape (..., h); by default through the frozen head."""
+        weight = self.frozen_head()
+        return F.linear(states.to(weight.dtype), weight)
+
+
+def stack_levels(rows: list[Tensor]) -> Tensor:
+    """N states of shape (B, h) as one tensor of shape (B, N, h)."""
+    return torch.stack(rows, dim=1)
+
+
+def linear_in_eights(x: Tensor, weight: Tensor) -> Tensor:
+    """X @ weight^T with the rows padded to a multiple of 8: MKL's fp32 kernels halve their speed at 3 or 7 rows."""
+    flat = x.flatten(0, -2)
+    padded = F.pad(flat, (0, 0, 0, -len(flat) % 8))
+    return F.linear(padded, weight)[: len(flat)].unflatten(0, x.shape[:-1])

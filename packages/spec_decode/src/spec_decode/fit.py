@@ -1,0 +1,159 @@
+"""``python -m spec_decode.fit``: train a drafter for a target and report what it brings.
+
+:func:`build` parses and makes everything, :func:`run` trains, :func:`main` does both and prints the table. Notebooks
+and tests call ``build([...])`` with the same arguments as the command line.
+"""
+
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser
+
+from kd_common.cli import FitCLI, fixed_seed
+from kd_common.hub import load_config
+from spec_decode.callbacks import DrafterExport
+from spec_decode.data import TargetText
+from spec_decode.data.corpus import stop_tokens
+from spec_decode.decoder import SpeculativeDecoder
+from spec_decode.drafters.files import for_inference
+from spec_decode.measure import Measurement, measure
+from spec_decode.module import DrafterModule
+from spec_decode.summary import print_summary
+
+CONFIG_DIR = Path(str(files("spec_decode") / "configs"))
+
+
+class DrafterCLI(FitCLI):
+    """The command line of ``spec_decode.fit``."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Pass the seed on, and ask how the result is measured."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument(
+            "--measure_prompts",
+            type=int,
+            default=4,
+            help="Held-out prompts decoded plainly and with the trained drafter at the end; 0 for none.",
+        )
+        for target in ("data.init_args.seed", "model.init_args.seed"):
+            parser.link_arguments("seed_everything", target, compute_fn=fixed_seed)
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse what would fail, or silently do something else, once the target is loaded.
+
+        Raises:
+            ValueError: For fp16, a run of unknown length, or validation within an epoch.
+        """
+        trainer = self.config["trainer"]
+        if str(trainer["precision"]).startswith("16"):
+            raise ValueError(f"trainer.precision {trainer['precision']}: use bf16-mixed or 32-true")
+        if (trainer["max_epochs"] or 0) < 1:
+            raise ValueError("set trainer.max_epochs: the learning-rate schedule runs over it")
+        if trainer["val_check_interval"] not in (None, 1.0):
+            raise ValueError(
+                "trainer.val_check_interval would save within an epoch, from where a run does not resume exactly; set "
+                "data.epoch_rows for shorter epochs"
+            )
+
+
+@dataclass
+class Result:
+    """What a run achieved.
+
+    Attributes:
+        history: Per epoch the validation ``loss``, ``tau`` (teacher-forced, chain of all levels), ``acceptance`` by
+            level and rank, and the training ``seconds``.
+        parameters: Parameter counts of target and drafter.
+        tree: Tree that ``tree="auto"`` chose on this machine; empty if plain decoding is faster.
+        measured: Held-out prompts decoded: ``plain``, and ``chain`` with all levels; ``tree`` where one was chosen.
+        run_dir: Folder of checkpoints, logs, drafter and the resolved configuration; None if nothing was written.
+    """
+
+    history: list[dict[str, Any]]
+    parameters: dict[str, int]
+    tree: tuple[int, ...] | None
+    measured: dict[str, Measurement]
+    run_dir: Path | None
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """Metrics of the last epoch."""
+        return self.history[-1]
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """Metrics of the epoch with the largest tau; chosen on validation text, so optimistic."""
+        return max(self.history, key=lambda epoch: epoch["tau"])
+
+
+def build(args: ArgsType = None) -> DrafterCLI:
+    """Parse the configuration and instantiate model, data and trainer; runs nothing.
+
+    Args:
+        args: Command line as a list, configuration as a dict, or None for ``sys.argv``.
+    """
+    return DrafterCLI(
+        DrafterModule,
+        TargetText,
+        config_dir=CONFIG_DIR,
+        args=args,
+        class_defaults={"model.init_args.lr_schedule": "CosineDecay"},
+        checkpoint={"monitor": "val/tau", "mode": "max"},
+    )
+
+
+def run(cli: DrafterCLI) -> Result:
+    """Let the target write its text, train, measure, and collect the result."""
+    model, data, trainer = cli.model, cli.datamodule, cli.trainer
+    tokenizer = model.target_spec.tokenizer()
+    data.progress = cli.config["trainer"]["enable_progress_bar"] is not False
+    data.attach(model.target, tokenizer, stop_tokens(tokenizer, load_config(model.target_spec.name).eos_token_id))
+    if cli.run_dir is not None:
+        trainer.callbacks.append(DrafterExport(cli.run_dir))  # type: ignore[attr-defined]  # set by a connector
+    trainer.fit(model, datamodule=data, ckpt_path=cli.config["ckpt_path"], weights_only=True)
+    if not model.history:
+        raise RuntimeError("nothing was validated, so there is no result: check trainer.limit_val_batches and max_time")
+    parameters = {
+        "target": sum(p.numel() for p in model.target.parameters()),
+        "drafter": sum(p.numel() for p in model.drafter.parameters()),
+    }
+    tree: tuple[int, ...] | None = None
+    measured: dict[str, Measurement] = {}
+    if cli.config["measure_prompts"] and trainer.is_global_zero and trainer.world_size == 1:
+        tree, measured = measure_held_out(model, data, cli.config["measure_prompts"])
+    return Result(model.history, parameters, tree, measured, cli.run_dir)
+
+
+def measure_held_out(
+    model: DrafterModule, data: TargetText, count: int
+) -> tuple[tuple[int, ...], dict[str, Measurement]]:
+    """Decode held-out prompts greedily: plainly, with a chain of all levels, and with this machine's best tree."""
+    target = model.target
+    drafter = for_inference(model.drafter, model.drafter_spec)
+    auto = SpeculativeDecoder(target, drafter, tree="auto")
+    decoders = {
+        "plain": SpeculativeDecoder(target),
+        "chain": SpeculativeDecoder(target, drafter, tree=(1,) * drafter.depth),
+    }
+    if auto.tree:
+        decoders["tree"] = auto
+    assert isinstance(auto.tree, tuple)
+    measured = measure(
+        decoders, data.held_out[:count], max_new_tokens=data.writing.max_new_tokens, stop_tokens=data.stops
+    )
+    return auto.tree, measured
+
+
+def main(args: ArgsType = None) -> Result:
+    """Build, run and print the table."""
+    cli = build(args)
+    result = run(cli)
+    if cli.trainer.is_global_zero:
+        print_summary(result, cli.model)
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""``python -m spec_decode.generate --prompt ...``: answer one prompt, streaming.
+
+Drafted tokens that the target accepted are green where colours are shown.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import TextIO
+
+from jsonargparse import auto_cli
+
+from spec_decode.decoder import Generation
+from spec_decode.session import Session, TextStream
+
+GREEN, RESET = "\033[32m", "\033[0m"
+
+
+def answer(
+    session: Session,
+    messages: Sequence[dict[str, str]],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    seed: int,
+    stop_strings: Sequence[str] = (),
+    color: bool = False,
+    out: TextIO | None = None,
+) -> tuple[str, Generation]:
+    """Stream the answer to a conversation; returns its text and what the decoder reports."""
+    out = out or sys.stdout
+    stream, pieces = TextStream(session.tokenizer), []
+
+    def on_tokens(row: int, tokens: list[int], drafted: list[bool]) -> None:
+        for token, from_draft in zip(tokens, drafted, strict=True):
+            if text := stream.push(token):
+                pieces.append(text)
+                out.write(f"{GREEN}{text}{RESET}" if color and from_draft else text)
+        out.flush()
+
+    result = session.decoder.generate(
+        [session.encode(messages)],
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop_tokens=session.stops,
+        stop_strings=stop_strings,
+        on_tokens=on_tokens,
+    )
+    out.write("\n")
+    return "".join(pieces), result
+
+
+def generate(
+    prompt: str,
+    drafter: str = "prompt_lookup",
+    target: str | None = None,
+    tree: str = "chain",
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_strings: list[str] | None = None,
+    rejection: bool = False,
+    color: bool = False,
+    dtype: str = "bfloat16",
+    device: str = "cpu",
+) -> Generation:
+    """Answer a prompt.
+
+    Args:
+        prompt: What to answer.
+        drafter: Folder of a trained drafter, ``prompt_lookup``, or ``none`` for plain decoding.
+        target: Target by folder or name; by default the one the drafter was trained for, else the embedded SmolLM2.
+        tree: ``auto`` (measured), ``chain``, widths such as ``4,2,1``, or ``dynamic:DEPTH,TOP_K,NODES``.
+        max_new_tokens: Longest answer in tokens.
+        temperature: 0 is greedy.
+        top_k: Keep this many tokens; all by default.
+        top_p: Keep the likeliest tokens of this total probability.
+        seed: Seed of the draws.
+        stop_strings: Texts that end the answer.
+        rejection: Verify drawn candidates by recursive rejection instead of sample-and-match.
+        color: Show drafted and accepted tokens in green.
+        dtype: Precision of the target's weights.
+        device: Where to run.
+    """
+    session = Session.open(drafter, target, dtype=dtype, device=device, tree=tree, rejection=rejection)
+    messages = [{"role": "user", "content": prompt}]
+    _, result = answer(
+        session,
+        messages,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop_strings=stop_strings or (),
+        color=color,
+    )
+    print(session.summary(result))
+    return result
+
+
+if __name__ == "__main__":
+    auto_cli(generate, as_positional=False)

@@ -1,0 +1,158 @@
+"""Layer-wise supervision: what every level is compared with, and by how much it errs.
+
+Shapes: B rows, T tokens, N levels, M supervised positions, C draft tokens, h hidden size. Level i (from 0) at row p of
+a teacher-forced pass predicts token p + 2 + i; the target predicts that token at position p + 1 + i.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+def soft_cross_entropy(logits: Tensor, target_logits: Tensor) -> Tensor:
+    """-sum over tokens of p log q for p = softmax(target_logits) and q = softmax(logits), at least in fp32.
+
+    Args:
+        logits: Shape (M, C).
+        target_logits: Shape (M, C); no gradient flows to them.
+
+    Returns:
+        Shape (M,), >= the entropy of p.
+    """
+    precise = torch.promote_types(torch.promote_types(logits.dtype, target_logits.dtype), torch.float32)
+    p = target_logits.detach().to(precise).softmax(-1)
+    return -(p * logits.to(precise).log_softmax(-1)).sum(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class LevelBatch:
+    """One level's supervised positions of a batch.
+
+    Args:
+        rows: Index of the batch row and of the position p of each, int64 of shape (2, M).
+        tokens: The token each is to predict, int64 of shape (M,).
+        reached: Index into a (B, T) grid of the position of that token, int64 of shape (M,).
+    """
+
+    rows: Tensor
+    tokens: Tensor
+    reached: Tensor
+
+
+def level_batch(tokens: Tensor, answer: Tensor, level: int) -> LevelBatch:
+    """Supervised positions of a level: those whose predicted token exists and belongs to an answer.
+
+    Args:
+        tokens: int64 of shape (B, T), right-padded.
+        answer: True at tokens to learn from, shape (B, T); False at prompts and padding.
+        level: i, from 0.
+    """
+    row, position = answer[:, 2 + level :].nonzero(as_tuple=True)
+    at = position + 2 + level
+    return LevelBatch(torch.stack([row, position]), tokens[row, at], row * tokens.shape[1] + at)
+
+
+def level_weights(levels: int, decay: float) -> list[float]:
+    """decay^i of every level, i from 0."""
+    return [decay**level for level in range(levels)]
+
+
+def head_loss(
+    head: Callable[[Tensor], Tensor], states: Tensor, target_logits: Tensor, tokens: Tensor, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """Sum of soft cross-entropies and number of positions whose best draft token is the text's, chunk by chunk.
+
+    The logits of a chunk are recomputed in the backward pass, so that never more than one chunk of them is kept.
+
+    Args:
+        head: States (m, h) -> logits (m, C).
+        states: States of a level, shape (M, h).
+        target_logits: The target's logits there, shape (M, C).
+        tokens: Draft token of the text there, int64 of shape (M,).
+        chunk: Rows per chunk.
+    """
+
+    def part(x: Tensor, theirs: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+        logits = head(x)
+        return soft_cross_entropy(logits, theirs).sum(), (logits.argmax(-1) == token).sum()
+
+    loss, hits = states.new_zeros((), dtype=torch.float32), tokens.new_zeros(())
+    for x, theirs, token in zip(states.split(chunk), target_logits.split(chunk), tokens.split(chunk), strict=True):
+        more, right = checkpoint(part, x, theirs, token, use_reentrant=False)
+        loss, hits = loss + more, hits + right
+    return loss, hits
+
+
+def feature_loss(states: Tensor, final: Tensor) -> Tensor:
+    """Sum over positions of the mean smooth-L1 distance to the target's final state, shapes (M, h), in fp32."""
+    return F.smooth_l1_loss(states.float(), final.float(), reduction="none").mean(-1).sum()
+
+
+@dataclass
+class AcceptanceTable:
+    """Acceptance by level and rank along the backbone, counted over teacher-forced text.
+
+    Attributes:
+        hits: Times the text's token was the level's candidate of a rank, where the level was reached; (N, R) numbers.
+        reached: Times all levels above had the text's token as their best candidate; N numbers.
+    """
+
+    hits: Tensor
+    reached: Tensor
+
+    @classmethod
+    def empty(cls, levels: int, ranks: int, device: torch.device | str = "cpu") -> "AcceptanceTable":
+        """A table without counts."""
+        return cls(
+            torch.zeros(levels, ranks, dtype=torch.float64, device=device),
+            torch.zeros(levels, dtype=torch.float64, device=device),
+        )
+
+    def count(self, level: int, candidates: Tensor, tokens: Tensor, alive: Tensor) -> Tensor:
+        """Count one level; returns which positions reach the next.
+
+        Args:
+            level: i, from 0.
+            candidates: Tokens by rank, int64 of shape (M, R).
+            tokens: The text's tokens, int64 of shape (M,).
+            alive: Whether all levels above were right, boolean of shape (M,).
+        """
+        right = (candidates == tokens.unsqueeze(1)) & alive.unsqueeze(1)
+        self.hits[level, : right.shape[1]] += right.sum(0)
+        self.reached[level] += alive.sum()
+        return right[:, 0]
+
+    def table(self) -> list[list[float]]:
+        """Acceptance by level and rank; levels that were never reached are left out."""
+        seen = int((self.reached > 0).sum())
+        return (self.hits[:seen] / self.reached[:seen].unsqueeze(1)).tolist()
+
+
+def teacher_forced_acceptance(
+    table: AcceptanceTable,
+    tokens: Tensor,
+    answer: Tensor,
+    candidates: Callable[[int, Tensor], Tensor],
+    levels: Sequence[Tensor],
+) -> None:
+    """Count the acceptance of all levels on a batch of text.
+
+    Args:
+        table: Table to add to.
+        tokens: int64 of shape (B, T), right-padded.
+        answer: True at the tokens that count, shape (B, T).
+        candidates: (level, states (M, h)) -> target tokens by rank, int64 of shape (M, R).
+        levels: States of every level, row p first, shape (B, <= T - 1, h).
+    """
+    alive = torch.ones(tokens.shape[0], tokens.shape[1], dtype=torch.bool, device=tokens.device)
+    for level, states in enumerate(levels):
+        batch = level_batch(tokens, answer, level)
+        row, position = batch.rows
+        survived = table.count(level, candidates(level, states[row, position]), batch.tokens, alive[row, position])
+        # A row whose predicted token does not count is not followed further.
+        alive = torch.zeros_like(alive)
+        alive[row, position] = survived

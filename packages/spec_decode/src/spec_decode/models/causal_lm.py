@@ -1,0 +1,239 @@
+"""A lean step runner for Llama-, Mistral-, Qwen2- and Qwen3-style language models of transformers.
+
+It shares the weights of the transformers model, keeps a static cache with a length per row, takes draft trees as parent
+arrays, and exposes the low, middle and high features that drafters read. Plain decoding runs on it as well, so that a
+speed-up of speculative decoding is never the runner's. Shapes: B rows, n nodes, h hidden size, V vocabulary.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spec_decode.models.cache import KVCache, Pass
+from spec_decode.models.layers import Attend, DecoderLayer, LayerShape, RMSNorm, Rotation, causal_attention, rotation
+from spec_decode.tree import DraftTree
+
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+_STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # the others change their frequencies with the length
+
+
+@dataclass(eq=False)  # not frozen, since Lightning's precision plugins replace the fields of a batch
+class States:
+    """What a pass computes at every node.
+
+    Args:
+        features: Inputs of the layers `feature_layers`, concatenated, shape (B, n, 3h): pre-norm hidden states.
+        final: Normalised output of the last layer, shape (B, n, h); `CausalLM.logits` of it are the logits.
+    """
+
+    features: Tensor
+    final: Tensor
+
+    def gather(self, nodes: Tensor) -> "States":
+        """States of the given nodes, int64 of shape (B, m)."""
+        index = nodes.unsqueeze(-1)
+        return States(*(x.gather(1, index.expand(-1, -1, x.shape[-1])) for x in (self.features, self.final)))
+
+
+def default_feature_layers(layers: int) -> tuple[int, int, int]:
+    """EAGLE-3's low, middle and high layer, whose *inputs* are the features: 2, L // 2 and L - 3.
+
+    Shallow models, as in tests, get the nearest layers that exist; index L is the output of the last layer.
+    """
+    return min(2, layers), layers // 2, max(layers - 3, layers // 2)
+
+
+class CausalLM(nn.Module):
+    """Frozen language model in evaluation mode; build it with `from_transformers`.
+
+    Args:
+        shape: Sizes of a layer.
+        layers: Number of layers L.
+        vocab_size: V.
+        frequencies: Rotary frequencies, float32 of shape (d / 2,).
+        rope_scale: Factor on the rotary cosines and sines.
+        context: Largest number of tokens of a row.
+        windowed: Whether each layer sees a sliding window only.
+        window: Size of that window; None without one.
+        feature_layers: Three indices in [0, L]; index i is the input of layer i, L the output of the last layer.
+
+    Raises:
+        ValueError: If the feature layers do not exist.
+    """
+
+    frequencies: Tensor
+
+    def __init__(
+        self,
+        shape: LayerShape,
+        layers: int,
+        vocab_size: int,
+        frequencies: Tensor,
+        *,
+        rope_scale: float = 1.0,
+        context: int = 2048,
+        windowed: Sequence[bool] = (),
+        window: int | None = None,
+        feature_layers: tuple[int, int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.shape, self.vocab_size, self.context = shape, vocab_size, context
+        self.rope_scale, self.window = rope_scale, window
+        self.windowed = tuple(windowed) or (False,) * layers
+        self.feature_layers = feature_layers or default_feature_layers(layers)
+        if not all(0 <= i <= layers for i in self.feature_layers):
+            raise ValueError(f"feature_layers must lie in [0, {layers}], got {self.feature_layers}")
+        self.embed_tokens = nn.Embedding(vocab_size, shape.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(shape) for _ in range(layers))
+        self.norm = RMSNorm(shape.hidden_size, shape.norm_eps)
+        self.lm_head = nn.Linear(shape.hidden_size, vocab_size, bias=False)
+        self.register_buffer("frequencies", frequencies.float(), persistent=False)
+
+    @classmethod
+    def from_transformers(cls, model: Any, feature_layers: tuple[int, int, int] | None = None) -> "CausalLM":
+        """Runner that shares the weights of a transformers causal language model.
+
+        Args:
+            model: Model of one of the `SUPPORTED` types.
+            feature_layers: Layers whose inputs are the features; None means EAGLE-3's.
+
+        Raises:
+            ValueError: For another type of model, or a rotary embedding that depends on the length.
+        """
+        config = model.config
+        if config.model_type not in SUPPORTED:
+            raise ValueError(f"model type {config.model_type!r} is not supported; supported: {', '.join(SUPPORTED)}")
+        rotary = model.model.rotary_emb
+        if rotary.rope_type not in _STATIC_ROPE:
+            raise ValueError(f"rope type {rotary.rope_type!r} is not supported; supported: {', '.join(_STATIC_ROPE)}")
+        first = dict(model.model.layers[0].named_parameters())
+        shape = LayerShape(
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            norm_eps=config.rms_norm_eps,
+            activation=config.hidden_act,
+            qkv_bias="self_attn.q_proj.bias" in first,
+            out_bias="self_attn.o_proj.bias" in first,
+            mlp_bias="mlp.up_proj.bias" in first,
+            qk_norm="self_attn.q_norm.weight" in first,
+        )
+        window = getattr(config, "sliding_window", None)
+        kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+        with torch.device("meta"):
+            runner = cls(
+                shape,
+                config.num_hidden_layers,
+                config.vocab_size,
+                rotary.inv_freq,
+                rope_scale=rotary.attention_scaling,
+                context=config.max_position_embeddings,
+                windowed=[window is not None and kind == "sliding_attention" for kind in kinds],
+                window=window,
+                feature_layers=feature_layers,
+            )
+        weights = {name.removeprefix("model."): value for name, value in model.state_dict().items()}
+        runner.load_state_dict(weights, strict=True, assign=True)
+        if runner.lm_head.weight.data_ptr() == runner.embed_tokens.weight.data_ptr():
+            runner.lm_head.weight = runner.embed_tokens.weight  # one parameter, or moving it would make two of it
+        runner.frequencies = rotary.inv_freq.detach().float().clone()
+        return runner.eval().requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return self.lm_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of its weights."""
+        return self.lm_head.weight.dtype
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """Empty cache for `batch` rows of `capacity` slots."""
+        shape = self.shape
+        return KVCache(
+            len(self.layers), batch, capacity, shape.kv_heads, shape.head_dim, dtype=self.dtype, device=self.device
+        )
+
+    def rotation(self, positions: Tensor) -> Rotation:
+        """Rotary cosines and sines at positions of shape (B, n)."""
+        return rotation(positions, self.frequencies, self.rope_scale, self.dtype)
+
+    def _run(self, tokens: Tensor, positions: Tensor, attends: Sequence[Attend]) -> States:
+        x, by = self.embed_tokens(tokens), self.rotation(positions)
+        inputs = []
+        for layer, attend in zip(self.layers, attends, strict=True):
+            inputs.append(x)
+            x = layer(x, by, attend)
+        inputs.append(x)
+        return States(torch.cat([inputs[i] for i in self.feature_layers], dim=-1), self.norm(x))
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, cache: KVCache, parents: Tensor | None = None) -> States:
+        """States of new nodes behind the committed tokens; the cache holds them until the next pass or commit.
+
+        Args:
+            tokens: int64 of shape (B, n); -1 (absent nodes, padding) is allowed and its states mean nothing.
+            cache: Cache of B rows.
+            parents: Parent array of shape (B, n); None for a run of consecutive tokens.
+        """
+        settings = {"groups": self.shape.heads // self.shape.kv_heads, "window": self.window}
+        if parents is None:
+            this = Pass.run(cache, tokens.shape[1], **settings)
+        else:
+            this = Pass.tree(cache, parents, **settings)
+        attends = [this.attend(i, windowed=w) for i, w in enumerate(self.windowed)]
+        return self._run(tokens.clamp(min=0), this.positions, attends)
+
+    def extend(self, tokens: Tensor, counts: Tensor, cache: KVCache) -> States:
+        """Append runs of tokens and commit them.
+
+        Args:
+            tokens: int64 of shape (B, n), padded behind each row's count.
+            counts: Tokens per row, int64 of shape (B,), in [0, n].
+            cache: Cache of B rows.
+        """
+        states = self.step(tokens, cache)
+        cache.lengths = cache.lengths + counts
+        return states
+
+    def prefill(self, tokens: Tensor, counts: Tensor, cache: KVCache, chunk: int = 512) -> States:
+        """`extend` for long runs, a chunk at a time to bound the size of the mask; same arguments and result."""
+        parts = [
+            self.extend(part, (counts - start).clamp(0, part.shape[1]), cache)
+            for start, part in ((s, tokens[:, s : s + chunk]) for s in range(0, tokens.shape[1], chunk))
+        ]
+        return States(torch.cat([p.features for p in parts], 1), torch.cat([p.final for p in parts], 1))
+
+    @torch.no_grad()
+    def forward(self, tokens: Tensor) -> States:
+        """States of whole right-padded sequences, int64 of shape (B, n), without a cache."""
+        positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
+        attends = [causal_attention(self.window if w else None) for w in self.windowed]
+        return self._run(tokens, positions, attends)
+
+    def logits(self, final: Tensor) -> Tensor:
+        """Logits of shape (..., V) at final states of shape (..., h)."""
+        return F.linear(final, self.lm_head.weight)
+
+    def tree_logits(self, tree: DraftTree, cache: KVCache) -> tuple[Tensor, States]:
+        """Logits of shape (B, n, V) and states at every node of a draft tree behind the committed tokens."""
+        states = self.step(tree.tokens, cache, tree.parents)
+        return self.logits(states.final), states
+
+    def fingerprint(self) -> str:
+        """Digest of sizes and weights that tells targets apart, the same in fp32 as after rounding to bf16."""
+        digest = hashlib.sha256(repr((self.shape, self.vocab_size, len(self.layers), self.feature_layers)).encode())
+        for name, value in sorted(self.state_dict().items()):
+            flat = value.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // 64)][:64].to(torch.bfloat16)
+            digest.update(name.encode() + sample.cpu().view(torch.int16).numpy().tobytes())
+        return digest.hexdigest()[:16]

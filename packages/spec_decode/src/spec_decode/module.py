@@ -1,0 +1,280 @@
+"""The training system: a drafter learns every level in one teacher-forced pass over text the target wrote."""
+
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+
+from kd_common.distributed import world_size
+from kd_common.errors import NonFiniteLossError
+from kd_common.schedules import CosineDecay, Schedule
+from spec_decode.cost import expected_tokens
+from spec_decode.data import DraftBatch, TargetText
+from spec_decode.drafters import DrafterSpec
+from spec_decode.drafters.files import frequent_tokens
+from spec_decode.losses import (
+    AcceptanceTable,
+    feature_loss,
+    head_loss,
+    level_batch,
+    level_weights,
+    teacher_forced_acceptance,
+)
+from spec_decode.models import CausalLM, States
+from spec_decode.target import TargetSpec
+
+
+class DrafterModule(pl.LightningModule):
+    """Train a drafter of any kind against a frozen target.
+
+    The loss of a level is the soft cross-entropy to the target's law, averaged over its supervised tokens of all ranks;
+    the loss of an update is the weighted sum over the levels. Under a reduced draft vocabulary the law is renormalised
+    over it, and positions whose token lies outside are left out.
+
+    Args:
+        target: The model whose decoding is sped up.
+        drafter: Which drafter to train.
+        lr_schedule: Factor on the learning rate; None means a cosine from 1 to 0 over the run.
+        learning_rate: AdamW's learning rate at factor 1, > 0.
+        weight_decay: Weight decay of matrices, >= 0.
+        betas: AdamW's decay rates.
+        level_decay: Weight of level i is this to the power i (from 0), in (0, 1].
+        feature_weight: Weight of the smooth-L1 distance of every level's state to the target's final state, >= 0.
+        ranks: Candidates per level whose acceptance is measured, >= 1.
+        chunk: Rows of the head at once; bounds the memory of the logits.
+        seed: Seed of the drafter's initialisation; linked from ``seed_everything``.
+
+    Raises:
+        ModelNotFoundError: If the target cannot be found.
+        ValueError: If a setting is out of range; the message names it.
+    """
+
+    def __init__(
+        self,
+        target: TargetSpec,
+        drafter: DrafterSpec,
+        lr_schedule: Schedule | None = None,
+        learning_rate: float = 5e-5,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.95),
+        level_decay: float = 0.8,
+        feature_weight: float = 0.0,
+        ranks: int = 8,
+        chunk: int = 512,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        if not learning_rate > 0:
+            raise ValueError(f"model.learning_rate must be > 0, got {learning_rate}")
+        if not 0 < level_decay <= 1:
+            raise ValueError(f"model.level_decay must be in (0, 1], got {level_decay}")
+        for name, value in (("weight_decay", weight_decay), ("feature_weight", feature_weight)):
+            if value < 0:
+                raise ValueError(f"model.{name} must be >= 0, got {value}")
+        for name, value in (("ranks", ranks), ("chunk", chunk)):
+            if value < 1:
+                raise ValueError(f"model.{name} must be >= 1, got {value}")
+        self.target_spec, self.drafter_spec = target, drafter
+        self.lr_schedule = lr_schedule or CosineDecay()
+        self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, betas
+        self.level_decay, self.feature_weight = level_decay, feature_weight
+        self.ranks, self.chunk, self.seed = ranks, chunk, seed
+        # In a list: the target is in no checkpoint, optimizer or DDP bucket.
+        self._target = [target.load()]
+        torch.manual_seed(seed)
+        self.drafter = drafter.build(self.target)
+        self.history: list[dict[str, Any]] = []
+        self._table = AcceptanceTable.empty(1, 1)
+        self._val = torch.zeros(2)
+        self._epoch_start = self._epoch_seconds = 0.0
+
+    @property
+    def target(self) -> CausalLM:
+        """The frozen target."""
+        return self._target[0]
+
+    # ------------------------------------------------------------------------------------------------ set-up
+
+    def setup(self, stage: str) -> None:
+        """Choose the reduced draft vocabulary from the training text."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, TargetText) and self.drafter.vocabulary is not None and int(self.drafter.vocabulary[0]) < 0:
+            self.drafter.use_vocabulary(frequent_tokens(data.token_counts(), self.drafter.draft_tokens))
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW with the learning-rate schedule, stepped every update."""
+        trained = list(self.drafter.parameters())
+        groups = [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=self.learning_rate, betas=self.betas)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _lr_factor(self, step: int) -> float:
+        total, epochs = int(self.trainer.estimated_stepping_batches), self.trainer.max_epochs or 1
+        return self.lr_schedule(step / total * epochs, epochs)
+
+    def on_fit_start(self) -> None:
+        """Bring the target to the device."""
+        self.target.to(self.device)
+
+    # ------------------------------------------------------------------------------------------------ loss
+
+    def forward(self, tokens: Tensor, states: States) -> list[Tensor]:
+        """States of every level; see `TrainableDrafter.level_states`. DDP watches the drafter through this call."""
+        return self.drafter.level_states(tokens, states)
+
+    def _states(self, batch: DraftBatch) -> States:
+        if batch.states is not None:
+            return batch.states
+        with torch.autocast(self.device.type, enabled=False):  # the target keeps the precision it decodes in
+            return self.target(batch.tokens)
+
+    def level_losses(self, batch: DraftBatch) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Per level the summed loss, the number of supervised tokens, and the correct best candidates among them."""
+        states, drafter = self._states(batch), self.drafter
+        final = states.final.flatten(0, 1)
+        levels = self(batch.tokens, states)[: drafter.supervised]
+        with torch.no_grad():
+            head = drafter.frozen_head()
+            answered = batch.answer[:, 1:].flatten().nonzero().squeeze(1)  # the law of token t is read at t - 1
+            at = answered + answered // (batch.tokens.shape[1] - 1)
+            logits = torch.nn.functional.linear(final[at].to(head.dtype), head)
+            place = torch.zeros(len(final), dtype=torch.int64, device=final.device)
+            place[at] = torch.arange(len(at), device=final.device)
+        losses, counts, hits = [], [], []
+        for level, x in enumerate(levels):
+            wanted = level_batch(batch.tokens, batch.answer, level)
+            tokens, known = self._draft_tokens(wanted.tokens)
+            row, position = wanted.rows[:, known]
+            before = wanted.reached[known] - 1
+            mine = x[row, position]
+            loss, right = head_loss(
+                lambda part, level=level: drafter.level_logits(level, part),  # type: ignore[misc]
+                mine,
+                logits[place[before]],
+                tokens[known],
+                self.chunk,
+            )
+            if self.feature_weight:
+                loss = loss + self.feature_weight * feature_loss(mine, final[before])
+            losses.append(loss)
+            counts.append(known.sum())
+            hits.append(right)
+        return losses, counts, hits
+
+    def _draft_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Draft token of each target token, and whether it has one."""
+        vocabulary = self.drafter.vocabulary
+        if vocabulary is None:
+            return tokens, torch.ones_like(tokens, dtype=torch.bool)
+        place = torch.searchsorted(vocabulary, tokens).clamp(max=len(vocabulary) - 1)
+        return place, vocabulary[place] == tokens
+
+    def on_train_epoch_start(self) -> None:
+        """Start the epoch's clock."""
+        self._epoch_start = time.perf_counter()
+
+    def training_step(self, batch: DraftBatch, batch_idx: int) -> Tensor:
+        """Weighted mean loss over the levels."""
+        losses, counts, hits = self.level_losses(batch)
+        number = torch.stack(counts).double()
+        if world_size() > 1:
+            # DDP averages the ranks' gradients; the mean is to be over the tokens of all ranks.
+            dist.all_reduce(number)
+            number /= world_size()
+        means = torch.stack(losses) / number.clamp(min=1).to(losses[0].dtype)
+        weights = torch.tensor(level_weights(len(losses), self.level_decay), device=means.device, dtype=means.dtype)
+        loss = (weights * means).sum()
+        if not loss.isfinite():
+            raise NonFiniteLossError(
+                f"the loss became {float(loss)} at epoch {self.current_epoch}, batch {batch_idx} (levels: "
+                f"{[round(float(m), 4) for m in means]}). Last good checkpoint: {self._last_checkpoint}. Lower "
+                "model.learning_rate or set trainer.gradient_clip_val"
+            )
+        if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            local = torch.stack(counts).clamp(min=1)
+            accepted = (torch.stack(hits) / local).tolist()
+            for level, (mean, hit) in enumerate(zip(means.tolist(), accepted, strict=True), start=1):
+                self.log(f"train/loss_{level}", mean)
+                self.log(f"train/acceptance_{level}", hit)
+                self.log(f"a{level}", hit, prog_bar=True, logger=False)
+            self.log("train/loss", loss.detach(), prog_bar=True)
+        return loss
+
+    @property
+    def _last_checkpoint(self) -> str:
+        paths = [getattr(callback, "best_model_path", "") for callback in self.trainer.checkpoint_callbacks]
+        return next(filter(None, reversed(paths)), "none written yet")
+
+    # ------------------------------------------------------------------------------------------------ validation
+
+    def on_validation_start(self) -> None:
+        """Start counting."""
+        self._epoch_seconds = time.perf_counter() - self._epoch_start
+        self._table = AcceptanceTable.empty(self.drafter.depth, self.ranks, self.device)
+        self._val = torch.zeros(2, dtype=torch.float64, device=self.device)
+
+    def validation_step(self, batch: DraftBatch, batch_idx: int) -> None:
+        """Count losses and acceptance."""
+        losses, counts, _ = self.level_losses(batch)
+        self._val += torch.stack([sum(losses).double(), sum(counts).double()])  # type: ignore[union-attr]
+        levels = self.drafter.level_states(batch.tokens, self._states(batch))
+        vocabulary = self.drafter.vocabulary
+
+        def candidates(level: int, states: Tensor) -> Tensor:
+            ranks = min(self.ranks, self.drafter.draft_tokens)
+            logits = (self.drafter.level_logits(level, x) for x in states.split(self.chunk))
+            ids = torch.cat([part.topk(ranks).indices for part in logits])
+            return ids if vocabulary is None else vocabulary[ids]
+
+        teacher_forced_acceptance(self._table, batch.tokens, batch.answer, candidates, levels)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log and remember the epoch's result; the drafter keeps the acceptance of its last validation."""
+        for counted in (self._table.hits, self._table.reached, self._val):
+            if world_size() > 1:
+                dist.all_reduce(counted)
+        if not self._val[0].isfinite():
+            raise NonFiniteLossError(
+                f"the validation loss is {float(self._val[0])} at epoch {self.current_epoch}; last good checkpoint: "
+                f"{self._last_checkpoint}. Lower model.learning_rate"
+            )
+        acceptance = self._table.table()
+        tau = expected_tokens(acceptance, (1,) * len(acceptance))
+        loss = float(self._val[0] / self._val[1].clamp(min=1))
+        self.log("val/tau", tau, prog_bar=True, rank_zero_only=False, sync_dist=world_size() > 1)
+        self.log("val/loss", loss, sync_dist=world_size() > 1)
+        for level, row in enumerate(acceptance, start=1):
+            self.log(f"val/acceptance_{level}", row[0], sync_dist=world_size() > 1)
+        if self.trainer.sanity_checking:
+            return
+        self.drafter.acceptance = acceptance
+        self.history.append(
+            {
+                "epoch": self.current_epoch,
+                "loss": loss,
+                "tau": tau,
+                "acceptance": acceptance,
+                "seconds": self._epoch_seconds,
+            }
+        )
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the validation history with the weights."""
+        checkpoint["history"] = self.history
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore it."""
+        self.history = list(checkpoint["history"])
+        if self.history:
+            self.drafter.acceptance = self.history[-1]["acceptance"]

@@ -1,0 +1,133 @@
+"""What the commands share: a target with its tokenizer, a drafter by name or folder, and text as it is written."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kd_common.hub import EMBEDDED, load_config
+from spec_decode.data.corpus import encode_prompts, stop_tokens
+from spec_decode.decoder import Generation, SpeculativeDecoder
+from spec_decode.drafters import DRAFTERS, Drafter, DynamicTree, TrainableDrafter, load_drafter
+from spec_decode.drafters.files import read_config
+from spec_decode.models import CausalLM
+from spec_decode.target import TargetSpec
+
+
+def parse_tree(text: str) -> tuple[int, ...] | DynamicTree | str | None:
+    """Tree from the command line: ``auto``, ``chain``, widths as in ``4,2,1``, or ``dynamic:DEPTH,TOP_K,NODES``.
+
+    Raises:
+        ValueError: For anything else.
+    """
+    if text in ("auto", "chain"):
+        return text if text == "auto" else None
+    kind, _, numbers = text.rpartition(":")
+    try:
+        values = tuple(map(int, numbers.split(",")))
+    except ValueError:
+        values = ()
+    if kind == "" and values:
+        return values
+    if kind == "dynamic" and len(values) == 3:
+        return DynamicTree(*values)
+    raise ValueError(f"tree must be auto, chain, widths such as 4,2,1, or dynamic:DEPTH,TOP_K,NODES, got {text!r}")
+
+
+def find_drafter(name: str, target: CausalLM) -> Drafter | None:
+    """Drafter from a folder that `fit` wrote, by a name that needs no weights, or None for ``none``.
+
+    Raises:
+        ValueError: For a name whose drafter must be trained, or a drafter of another target.
+        FileNotFoundError: If it is neither a name nor a drafter's folder.
+    """
+    if name == "none":
+        return None
+    if name in DRAFTERS.names():
+        kind = DRAFTERS.get(name)
+        if issubclass(kind, TrainableDrafter):
+            raise ValueError(f"drafter {name!r} has to be trained; give the folder that `spec_decode.fit` wrote")
+        return kind()
+    return load_drafter(Path(name), target)
+
+
+@dataclass
+class Session:
+    """A target, its tokenizer, and a decoder for both.
+
+    Args:
+        target: Step runner.
+        tokenizer: transformers tokenizer.
+        decoder: Decoder of the target.
+        stops: Tokens that end an answer.
+    """
+
+    target: CausalLM
+    tokenizer: Any
+    decoder: SpeculativeDecoder
+    stops: tuple[int, ...]
+
+    @classmethod
+    def open(
+        cls, drafter: str, target: str | None, *, dtype: str, device: str, tree: str, rejection: bool = False
+    ) -> "Session":
+        """Load everything.
+
+        Args:
+            drafter: See `find_drafter`.
+            target: Name of the target; None means the one the drafter was trained for, else the embedded model.
+            dtype: Precision of the target's weights.
+            device: Where to run.
+            tree: See `parse_tree`.
+            rejection: See `SpeculativeDecoder`.
+        """
+        if target is None:
+            trained = drafter not in ("none", *DRAFTERS.names())
+            target = read_config(Path(drafter))["target"] if trained else EMBEDDED
+        shape, spec = parse_tree(tree), TargetSpec(target, dtype)
+        model, tokenizer = spec.load().to(device), spec.tokenizer()
+        decoder = SpeculativeDecoder(
+            model, find_drafter(drafter, model), tree=shape, rejection=rejection, tokenizer=tokenizer
+        )
+        return cls(model, tokenizer, decoder, stop_tokens(tokenizer, load_config(target).eos_token_id))
+
+    def encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Tokens of a conversation that the model is to answer."""
+        if not self.tokenizer.chat_template:
+            return encode_prompts(self.tokenizer, [messages[-1]["content"]], longest=self.target.context)[0]
+        return self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+
+    def summary(self, out: Generation) -> str:
+        """Tokens per second and tau of a generation."""
+        tokens = sum(map(len, out.new_tokens))
+        return (
+            f"{tokens} tokens, {out.tokens_per_second:.1f} tokens/s, tau {out.tau:.2f} (accepted + 1 per target pass), "
+            f"prefill {out.timings['prefill']:.2f} s"
+        )
+
+
+@dataclass
+class TextStream:
+    """Turns tokens into pieces of text as they come; a character is held back until all its bytes are there.
+
+    Args:
+        tokenizer: transformers tokenizer.
+    """
+
+    tokenizer: Any
+    _tokens: list[int] = field(default_factory=list)
+    _shown: int = 0  # tokens whose text has been returned
+    _context: int = 0  # first token decoded together with new ones, which decides on spaces between words
+
+    def push(self, token: int) -> str:
+        """Text that this token completes; empty while a character is incomplete."""
+        self._tokens.append(token)
+        before = self._decode(self._tokens[self._context : self._shown])
+        text = self._decode(self._tokens[self._context :])
+        if text.endswith("\ufffd") or len(text) <= len(before):
+            return ""
+        self._context, self._shown = self._shown, len(self._tokens)
+        return text[len(before) :]
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)

@@ -1,0 +1,166 @@
+"""Drafter training: killed and resumed equals uninterrupted; two processes equal one with the doubled batch."""
+
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from spec_decode.fit import build, run
+
+pytestmark = pytest.mark.slow
+
+# Trains as the command line does, but stands still in epoch 2 after one batch, until it is killed.
+VICTIM = """
+import sys, time
+from pathlib import Path
+import lightning.pytorch as pl
+from spec_decode.fit import build, run
+
+class StandStill(pl.Callback):
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if (trainer.current_epoch, batch_idx) == (2, 0):
+            Path(sys.argv[1]).touch()
+            time.sleep(600)
+
+cli = build(sys.argv[2:])
+cli.trainer.callbacks.append(StandStill())
+run(cli)
+"""
+WORKER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from test_spec_runs import distributed_run
+distributed_run(sys.argv[2], sys.argv[3])
+"""
+
+
+def arguments(folder, standin, batch=2, *extra):
+    return [
+        f"--run_dir={folder}",
+        "--seed_everything=5",
+        "--trainer.accelerator=cpu",
+        "--trainer.max_epochs=4",
+        "--trainer.precision=32-true",
+        "--trainer.log_every_n_steps=1",
+        "--trainer.enable_progress_bar=false",
+        f"--model.target.name={standin}",
+        "--model.target.dtype=float32",
+        '--model.drafter={"name": "fast_eagle", "options": {"depth": 3, "draft_vocab": 90}}',
+        "--model.learning_rate=0.003",
+        "--data.limit=11",
+        "--data.val_prompts=3",
+        "--data.writing.max_new_tokens=12",
+        "--data.max_length=200",
+        "--data.epoch_rows=4",
+        f"--data.batch_size={batch}",
+        "--measure_prompts=0",
+        *extra,
+    ]
+
+
+def plain(history):
+    """Without the times."""
+    return [{key: value for key, value in epoch.items() if key != "seconds"} for epoch in history]
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    """A tiny target with a tokenizer, saved; made by the conftest of another folder."""
+    path = Path(__file__).parents[1] / "spec_decode/conftest.py"
+    spec = importlib.util.spec_from_file_location("spec_decode_conftest", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    folder = tmp_path_factory.mktemp("standin")
+    module.tiny_model(vocab_size=258, num_hidden_layers=4, max_position_embeddings=2048).save_pretrained(folder)
+    module.byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty")
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, target):
+    torch.set_num_threads(1)
+    whole = build(arguments(tmp_path / "whole", target))
+    expected = run(whole)  # also leaves text and features in the cache
+    script, mark, folder = tmp_path / "victim.py", tmp_path / "mark", tmp_path / "killed"
+    script.write_text(VICTIM)
+    with (tmp_path / "output").open("w") as output:
+        victim = subprocess.Popen(
+            [sys.executable, str(script), str(mark), *arguments(folder, target)],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=output,
+            stderr=output,
+        )
+        deadline = time.monotonic() + 240
+        while not mark.exists():
+            assert victim.poll() is None, (tmp_path / "output").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "output").read_text()
+            time.sleep(0.1)
+        os.kill(victim.pid, signal.SIGKILL)
+        assert victim.wait() == -signal.SIGKILL
+    resumed = build([*arguments(folder, target), f"--ckpt_path={folder / 'checkpoints/last.ckpt'}"])
+    result = run(resumed)
+    assert resumed.trainer.global_step == whole.trainer.global_step == 8
+    assert plain(result.history) == plain(expected.history)
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[key], value), key
+    for mine, theirs in zip(
+        resumed.trainer.optimizers[0].state.values(), whole.trainer.optimizers[0].state.values(), strict=True
+    ):
+        assert torch.equal(mine["exp_avg"], theirs["exp_avg"])
+
+
+def distributed_run(folder, standin):
+    """What each of the two processes does."""
+    torch.set_num_threads(1)
+    extra = ("--trainer.precision=64-true", "--model.target.dtype=float64", "--trainer.devices=2")
+    cli = build(arguments(f"{folder}/both", standin, 1, *extra, "--trainer.strategy=ddp", "--data.features=online"))
+    result = run(cli)
+    found = {"state": cli.model.state_dict(), "history": plain(result.history)}
+    torch.save(found, f"{folder}/rank{cli.trainer.global_rank}.pt")
+
+
+@pytest.mark.ddp
+def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, target):
+    """In float64; answers of different lengths, so that the ranks supervise different numbers of tokens."""
+    torch.set_num_threads(1)
+    extra = ("--trainer.precision=64-true", "--model.target.dtype=float64", "--data.features=online")
+    single = build(arguments(tmp_path / "one", target, 2, *extra))
+    expected = run(single)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(2):
+        launch = {"WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        launch |= {"TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": 0, "LOCAL_WORLD_SIZE": 2, "OMP_NUM_THREADS": 1}
+        with (tmp_path / f"output{rank}").open("w") as output:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", WORKER, str(Path(__file__).parent), str(tmp_path), str(target)],
+                    env=os.environ | {key: str(value) for key, value in launch.items()},
+                    stdout=output,
+                    stderr=output,
+                )
+            )
+    try:
+        codes = [process.wait(timeout=280) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [0, 0], "\n".join((tmp_path / f"output{rank}").read_text()[-4000:] for rank in range(2))
+    for rank in range(2):
+        found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        for key, value in single.model.state_dict().items():
+            torch.testing.assert_close(found["state"][key], value, rtol=0, atol=1e-10)
+        for epoch, other in zip(found["history"], plain(expected.history), strict=True):
+            assert epoch["loss"] == pytest.approx(other["loss"], rel=1e-8)
+            assert epoch["acceptance"] == other["acceptance"]
+    assert not (tmp_path / "both/drafter_last/drafter.json.part").exists()
+    assert (tmp_path / "both/drafter_last/drafter.json").is_file()

@@ -1,0 +1,50 @@
+"""`tree="auto"`: real measurements, and the choice follows them."""
+
+import pytest
+import torch
+
+from spec_decode import autotune as module
+from spec_decode.autotune import autotune, measure_drafts, measure_passes
+from spec_decode.decoder import SpeculativeDecoder
+from spec_decode.drafters import DrafterSpec, PromptLookup
+
+
+@pytest.fixture
+def drafter(tiny):
+    return DrafterSpec("fast_eagle", {"depth": 3}).build(tiny.target).eval().requires_grad_(False)
+
+
+def test_measurements(tiny, drafter):
+    passes = measure_passes(tiny.target, (1, 8), length=20, repeats=3)
+    assert set(passes) == {1, 8}
+    drafts = measure_drafts(tiny.target, drafter, 3, width=2, length=20, repeats=3)
+    assert len(drafts) == 3
+    assert all(0 < t < 5 for t in [*passes.values(), *drafts])
+
+
+def test_the_choice_follows_acceptance_and_cost(tiny, drafter, monkeypatch):
+    monkeypatch.setattr(module, "measure_passes", lambda *a, **k: {1: 1.0, 8: 1.2, 16: 5.0})
+    monkeypatch.setattr(module, "measure_drafts", lambda *a, **k: [0.1, 0.2, 0.3])
+    drafter.acceptance = [[0.8, 0.1], [0.7, 0.1], [0.6, 0.1]]
+    good = autotune(tiny.target, drafter)
+    assert len(good.widths) == 3
+    assert sum(good.widths) == 6  # as many as fit into 8 nodes
+    assert good.speedup > 1.5
+    assert SpeculativeDecoder(tiny.target, drafter, tree="auto").tree == good.widths
+    drafter.acceptance = [[0.1, 0.0], [0.1, 0.0], [0.1, 0.0]]
+    assert autotune(tiny.target, drafter).widths == ()
+
+
+def test_a_useless_drafter_is_never_called(tiny, drafter, monkeypatch):
+    drafter.acceptance = [[0.0], [0.0], [0.0]]
+    decoder = SpeculativeDecoder(tiny.target, drafter, tree="auto")
+    assert decoder.tree == ()
+    monkeypatch.setattr(drafter, "propose", lambda state: pytest.fail("called"))
+    plain = SpeculativeDecoder(tiny.target).generate([[1, 2, 3]], max_new_tokens=8)
+    assert torch.equal(decoder.generate([[1, 2, 3]], max_new_tokens=8).sequences, plain.sequences)
+
+
+def test_unmeasured_acceptance_is_refused(tiny, drafter):
+    for unmeasured in (drafter, PromptLookup()):
+        with pytest.raises(ValueError, match="needs the acceptance of"):
+            SpeculativeDecoder(tiny.target, unmeasured, tree="auto")

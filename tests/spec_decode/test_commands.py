@@ -1,0 +1,160 @@
+"""Generate, chat and benchmark on a stand-in; text that streams."""
+
+import io
+import json
+
+import pytest
+import torch
+
+from spec_decode.benchmark import benchmark, margin
+from spec_decode.chat import talk
+from spec_decode.decoder import SpeculativeDecoder
+from spec_decode.drafters import DrafterSpec, DynamicTree, PromptLookup, save_drafter
+from spec_decode.generate import GREEN, generate
+from spec_decode.measure import first_divergence
+from spec_decode.sampling import Sampling, row_seeds
+from spec_decode.session import Session, TextStream, find_drafter, parse_tree
+from spec_decode.target import TargetSpec
+
+
+@pytest.fixture
+def drafter(standin, tmp_path):
+    """Folder of a FastEagle drafter with a measured acceptance."""
+    target = TargetSpec(str(standin), "float32").load()
+    spec = DrafterSpec("fast_eagle", {"depth": 2})
+    made = spec.build(target)
+    made.acceptance = [[0.1, 0.1], [0.1, 0.1]]
+    save_drafter(made, spec, tmp_path / "drafter", {"target": str(standin)})
+    return str(tmp_path / "drafter")
+
+
+def test_generate_streams_the_plain_text(standin, drafter, capsys):
+    shared = {"prompt": "Hello", "max_new_tokens": 20, "dtype": "float32", "target": str(standin)}
+    plain = generate(drafter="none", **shared)
+    printed = capsys.readouterr().out
+    for name, tree in ((drafter, "chain"), (drafter, "2,1"), (drafter, "auto"), ("prompt_lookup", "1,1,1")):
+        out = generate(drafter=name, tree=tree, **shared)
+        assert torch.equal(out.sequences, plain.sequences)
+        # All but the closing line, whose times differ.
+        assert capsys.readouterr().out.rsplit("\n", 2)[0] == printed.rsplit("\n", 2)[0]
+    assert "tau 1.00 (accepted + 1 per target pass)" in printed
+    generate(drafter=drafter, **(shared | {"target": None}))  # the target is the one it was trained for
+
+
+def test_drafted_tokens_can_be_coloured(standin, capsys):
+    generate(
+        "aaaaaaaaaaaa", drafter="prompt_lookup", target=str(standin), max_new_tokens=60, dtype="float32", color=True
+    )
+    printed = capsys.readouterr().out
+    assert ("tau 1.00" in printed) == (GREEN not in printed)
+
+
+def test_chat_remembers_and_refuses_what_does_not_fit(standin):
+    session = Session.open("prompt_lookup", str(standin), dtype="float32", device="cpu", tree="chain")
+    said, out = iter(["hi", "", "again", "/new", "x" * 3000, "fresh", "/exit"]), io.StringIO()
+    settings = {"max_new_tokens": 5, "temperature": 0.0, "top_p": 1.0, "seed": 0, "color": False}
+    messages = talk(session, read=lambda prompt: next(said), out=out, **settings)
+    assert [m["content"] for m in messages if m["role"] == "user"] == ["fresh"]
+    assert "That exceeds the context of 2048 tokens" in out.getvalue()
+    assert out.getvalue().count("tokens/s") == 3
+
+    def end(prompt):
+        raise EOFError
+
+    assert talk(session, read=end, out=out, **settings) == []
+
+
+def test_text_streams_without_broken_characters(standin):
+    tokenizer = TargetSpec(str(standin)).tokenizer()
+    text = "naïve – 日本語 🙂 end"
+    stream = TextStream(tokenizer)
+    pieces = [stream.push(token) for token in tokenizer(text)["input_ids"]]
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert "" in pieces  # bytes of a character that is not complete
+
+
+@pytest.mark.parametrize(
+    ("text", "tree"),
+    [("auto", "auto"), ("chain", None), ("3,2,1", (3, 2, 1)), ("4", (4,)), ("dynamic:3,4,9", DynamicTree(3, 4, 9))],
+)
+def test_trees_on_the_command_line(text, tree):
+    assert parse_tree(text) == tree
+
+
+@pytest.mark.parametrize("text", ["", "big", "1,x", "dynamic:1,2", "other:1,2,3"])
+def test_other_trees_are_refused(text):
+    with pytest.raises(ValueError, match="tree must be auto, chain"):
+        parse_tree(text)
+
+
+def test_drafters_on_the_command_line(tiny, tmp_path):
+    assert find_drafter("none", tiny.target) is None
+    assert isinstance(find_drafter("prompt_lookup", tiny.target), PromptLookup)
+    with pytest.raises(ValueError, match="has to be trained"):
+        find_drafter("fast_eagle", tiny.target)
+    with pytest.raises(FileNotFoundError, match="holds no drafter"):
+        find_drafter(str(tmp_path), tiny.target)
+
+
+# --- benchmark ---
+
+
+@pytest.mark.slow
+def test_benchmark_measures_and_keeps_finished_blocks(standin, drafter, tmp_path, monkeypatch, capsys):
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "abc abc abc"}\n{"prompt": "one"}\n')
+    settings = {
+        "drafters": [drafter, "prompt_lookup"],
+        "target": str(standin),
+        "prompts": {"mine": str(prompts)},
+        "max_new_tokens": 12,
+        "tree": "1,1",
+        "dtype": "float32",
+        "output": str(tmp_path / "out"),
+    }
+    rows = benchmark(temperatures=[0.0], **settings)
+    assert [row["drafter"] for row in rows][:3] == ["plain", drafter, "prompt_lookup"]
+    assert {row["drafter"] for row in rows[3:]} == {"transformers", "transformers prompt lookup"}
+    for row in rows[1:3]:
+        assert row["lossless"] == {"equal": 2, "of": 2, "differing": []}
+        assert row["tree"] == [1, 1]
+        assert row["share_of_cost_model"] > 0
+        assert 1 <= row["tau"] <= 3
+    assert rows[0]["speedup"] == 1
+    assert rows[0]["tau"] == 1
+    saved = json.loads((tmp_path / "out/results.json").read_text())
+    assert saved["rows"] == rows
+    calls, ran = [], SpeculativeDecoder.generate
+
+    def counted(self, prompts, **options):
+        calls.append(options["temperature"])
+        return ran(self, prompts, **options)
+
+    monkeypatch.setattr(SpeculativeDecoder, "generate", counted)
+    more = benchmark(temperatures=[0.0, 1.0], **settings)
+    assert more[: len(rows)] == rows
+    assert len(more) == 2 * len(rows)
+    assert set(calls) == {1.0}
+    assert "speed-up" in capsys.readouterr().out
+
+
+def test_first_divergence():
+    assert first_divergence([[1, 2], [1, 2, 3], [4], [1, 5]], [[1, 2], [1, 2], [4, 5], [1, 6]]) == [None, 2, 1, 1]
+
+
+def test_margin_is_what_a_draw_was_won_by(tiny):
+    text = [3, 5, 8]
+    logits = tiny.target.logits(tiny.target(torch.tensor([text])).final[:, -1])
+    best = logits[0].double().topk(2).values
+    assert margin(tiny.target, text, Sampling(0.0), 0) == pytest.approx(float(best[0] - best[1]))
+    sampling = Sampling(1.0)
+    assert margin(tiny.target, text, sampling, 2) > 0
+    # Lowering the winner by more than the margin changes the draw.
+    seeds, position = row_seeds(2, 1), torch.tensor([3])
+    winner, lowered = int(sampling.draw(logits, seeds, position)), logits.double().clone()
+    gap = margin(tiny.target, text, sampling, 2)
+    lowered[0, winner] -= gap - 1e-6
+    assert int(sampling.draw(lowered, seeds, position)) == winner
+    lowered[0, winner] -= 2e-6
+    assert int(sampling.draw(lowered, seeds, position)) != winner

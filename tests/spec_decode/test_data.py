@@ -1,0 +1,197 @@
+"""The target's text and its stored features: what they hold, and what a kill or a full disk does."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from spec_decode.data import features as features_module
+from spec_decode.data.corpus import Writing, corpus_path, encode_prompts, read_corpus, stop_tokens, write_corpus
+from spec_decode.data.datamodule import Sequences, StreamSampler, TargetText, collate
+from spec_decode.data.features import FeatureStore, split_states
+from spec_decode.data.prompts import read_prompts
+from spec_decode.decoder import SpeculativeDecoder
+from spec_decode.sampling import Sampling, row_seeds
+
+PROMPTS = [[5, 7, 9], [1, 2], [3, 8, 3, 8], [11], [12, 13]]
+WRITING = Writing(max_new_tokens=8, batch_size=2)
+
+
+def write(tiny, folder, prompts=PROMPTS, writing=WRITING, stops=(6,)):
+    path = corpus_path(folder, tiny.target, prompts, writing, stops)
+    return path, write_corpus(path, tiny.target, prompts, writing, stops, progress=False)
+
+
+# --- text ---
+
+
+def test_the_text_is_the_targets_own(tiny, tmp_path):
+    path, samples = write(tiny, tmp_path)
+    for prompt, sample in zip(PROMPTS, samples, strict=True):
+        assert sample.tokens[: sample.answer_start] == prompt
+        expected = tiny.plain(tiny.model, prompt, Sampling(0.0), row_seeds(0, 1)[0], 8, (6,))
+        assert sample.tokens[sample.answer_start :] == expected
+    assert read_corpus(path) == samples
+
+
+@pytest.mark.parametrize("cut", [1, 40, 200])
+def test_a_killed_writer_goes_on_where_it_was(tiny, tmp_path, monkeypatch, cut):
+    path, samples = write(tiny, tmp_path)
+    path.write_bytes(path.read_bytes()[:-cut])
+    kept = read_corpus(path)
+    assert kept == samples[: len(kept)]
+    assert len(kept) < 5
+    calls, generate = [], SpeculativeDecoder.generate
+
+    def counting(self, prompts, **settings):
+        calls.extend(prompts)
+        return generate(self, prompts, **settings)
+
+    monkeypatch.setattr(SpeculativeDecoder, "generate", counting)
+    assert write(tiny, tmp_path)[1] == samples
+    assert calls == PROMPTS[len(kept) :]
+    calls.clear()
+    assert write(tiny, tmp_path)[1] == samples
+    assert calls == []
+
+
+def test_other_settings_are_another_file(tiny, tmp_path):
+    path, _ = write(tiny, tmp_path)
+    paths = {
+        path,
+        corpus_path(tmp_path, tiny.target, PROMPTS[:4], WRITING, (6,)),
+        corpus_path(tmp_path, tiny.target, PROMPTS, WRITING, (7,)),
+        corpus_path(tmp_path, tiny.target, PROMPTS, Writing(max_new_tokens=9, batch_size=2), (6,)),
+    }
+    assert len(paths) == 4
+
+
+def test_prompts_become_turns_of_the_chat_template():
+    tokenizer = SimpleNamespace(
+        chat_template="x",
+        apply_chat_template=lambda messages, chat_template, **_: [len(messages[0]["content"]), len(chat_template)],
+        __call__=None,
+    )
+    assert encode_prompts(tokenizer, ["abc", "de"], longest=5) == [[3, 1], [2, 1]]
+    assert encode_prompts(tokenizer, ["abc"], longest=5, chat_template="own") == [[3, 3]]
+    with pytest.raises(ValueError, match="no prompt has 1 to 1 tokens"):
+        encode_prompts(tokenizer, ["abc"], longest=1)
+    assert stop_tokens(SimpleNamespace(eos_token_id=4), [4, 9]) == (4, 9)
+    assert stop_tokens(SimpleNamespace(eos_token_id=None), 7) == (7,)
+    assert stop_tokens(SimpleNamespace(eos_token_id=3)) == (3,)
+
+
+def test_prompt_files(tmp_path):
+    path = tmp_path / "p.jsonl"
+    lines = [
+        {"prompt": "a"},
+        {"turns": ["b", "later"]},
+        {"instruction": "c", "input": "d"},
+        {"instruction": "e", "input": ""},
+        {"question": "f"},
+        {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "g"}]},
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    assert read_prompts(path) == ["a", "b", "c\n\nd", "e", "f", "g"]
+    path.write_text("\n")
+    with pytest.raises(ValueError, match="holds no prompt"):
+        read_prompts(path)
+
+
+# --- features ---
+
+
+@pytest.fixture
+def texts(tiny):
+    return [torch.randint(40, (n,)).tolist() for n in (9, 4, 12, 7, 5)]
+
+
+def test_stored_states_are_the_targets_rounded(tiny, texts, tmp_path):
+    store = FeatureStore(tmp_path / "f", texts, 32)
+    store.write(tiny.target, batch_size=2, progress=False)
+    assert (tmp_path / "f/features.bin").stat().st_size == store.size == 37 * 4 * 32 * 2
+    for index, text in enumerate(texts):
+        states = tiny.target(torch.tensor([text]))
+        found = split_states(store.read(index))
+        torch.testing.assert_close(found.features.float(), states.features[0], rtol=2**-8, atol=1e-5)
+        torch.testing.assert_close(found.final.float(), states.final[0], rtol=2**-8, atol=1e-5)
+
+
+def test_a_killed_feature_writer_goes_on(tiny, texts, tmp_path, monkeypatch):
+    whole = FeatureStore(tmp_path / "whole", texts, 32)
+    whole.write(tiny.target, batch_size=2, progress=False)
+    store = FeatureStore(tmp_path / "f", texts, 32)
+    calls = []
+
+    class Dying:
+        device = tiny.target.device
+
+        def __call__(self, tokens):
+            calls.append(len(tokens))
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return tiny.target(tokens)
+
+    with pytest.raises(KeyboardInterrupt):
+        store.write(Dying(), batch_size=2, progress=False)
+    assert store.done == 2
+    with pytest.raises(RuntimeError, match="not complete: 2 sequences"):
+        store.read(0)
+    # What was being written is garbage; it is written again.
+    with (tmp_path / "f/features.bin").open("r+b") as file:
+        file.seek(int(store.starts[2]) * store.width * 2)
+        file.write(b"\xff" * 64)
+    store.write(Dying(), batch_size=2, progress=False)
+    assert calls == [2, 2, 2, 1]
+    assert (tmp_path / "f/features.bin").read_bytes() == (tmp_path / "whole/features.bin").read_bytes()
+
+
+def test_a_full_disk_is_refused_before_anything_is_written(tiny, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(features_module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 4000))
+    store = FeatureStore(tmp_path / "f", texts, 32)
+    with pytest.raises(OSError, match=r"needs 0\.00 GB more .* set data.features to online"):
+        store.write(tiny.target, progress=False)
+    assert not (tmp_path / "f").exists()
+
+
+# --- batches ---
+
+
+def test_collate_pads_and_marks_answers(tiny, texts, tmp_path):
+    _, samples = write(tiny, tmp_path)
+    store = FeatureStore(tmp_path / "f", [s.tokens for s in samples], 32)
+    store.write(tiny.target, progress=False)
+    data = Sequences(samples, store)
+    batch = collate([data[0], data[2]])
+    for row, sample in enumerate((samples[0], samples[2])):
+        length = len(sample.tokens)
+        assert batch.tokens[row, :length].tolist() == sample.tokens
+        assert batch.answer[row].nonzero().flatten().tolist() == list(range(sample.answer_start, length))
+        assert torch.equal(batch.states.final[row, :length], split_states(store.read([0, 2][row])).final)
+    assert collate([Sequences(samples, None)[1]]).states is None
+
+
+def test_the_stream_shows_every_sample_equally_often_and_shares_it_out():
+    epochs = []
+    for epoch in range(7):  # seven epochs of ten rows are ten passes over seven samples
+        shares = []
+        for rank in range(2):
+            sampler = StreamSampler(7, 10, seed=3, rank=rank, ranks=2)
+            sampler.set_epoch(epoch)
+            shares.append(list(sampler))
+            assert len(shares[-1]) == len(sampler) == 5
+        single = StreamSampler(7, 10, seed=3, rank=0, ranks=1)
+        single.set_epoch(epoch)
+        assert [x for pair in zip(*shares, strict=True) for x in pair] == list(single)
+        epochs += list(single)
+    assert torch.tensor(epochs).bincount().tolist() == [10] * 7
+    for start in range(0, 70, 7):
+        assert sorted(epochs[start : start + 7]) == list(range(7))
+    assert epochs[:7] != epochs[7:14]
+
+
+def test_a_datamodule_without_a_target_says_so():
+    with pytest.raises(RuntimeError, match="no target is attached"):
+        TargetText(limit=20).prepare_data()

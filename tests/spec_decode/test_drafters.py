@@ -1,0 +1,364 @@
+"""Every trained drafter: lossless, drafting what it was trained to predict, and clean caches."""
+
+import json
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from spec_decode.decoder import SpeculativeDecoder
+from spec_decode.drafters import DRAFTERS, DrafterSpec, DynamicTree, WithLookup, load_drafter, save_drafter
+from spec_decode.drafters.base import DraftState, draft_from_levels
+from spec_decode.drafters.draft_model import PretrainedDraft
+from spec_decode.drafters.eagle3 import TrainingTimeTest
+from spec_decode.drafters.files import frequent_tokens
+from spec_decode.models import CausalLM
+from spec_decode.models.causal_lm import States
+from spec_decode.models.layers import causal_attention
+from spec_decode.sampling import Sampling, row_seeds
+
+PROMPTS = [[5, 7, 9, 5, 7], [1], [3, 8, 3, 8, 3, 8, 3, 8, 2, 2, 6]]
+OPTIONS = {
+    "fast_eagle": {"depth": 4},
+    "eagle3": {"depth": 4},
+    "medusa": {"depth": 4},
+    "draft_model": {"depth": 4, "layers": 2},
+}
+GREEDY, HOT = Sampling(0.0), Sampling(1.0)
+SEED = 4
+
+
+def make(target, name, noise=0.1, **options):
+    torch.manual_seed(1)
+    drafter = DrafterSpec(name, OPTIONS[name] | options).build(target).eval().requires_grad_(False)
+    if drafter.vocabulary is not None:
+        drafter.use_vocabulary(torch.arange(0, target.vocab_size, 2)[: options["draft_vocab"]])
+    for parameter in drafter.parameters():
+        parameter.add_(noise * torch.randn_like(parameter))
+    return drafter
+
+
+def decode(target, drafter, law, count=20, prompts=PROMPTS, **settings):
+    decoder = SpeculativeDecoder(target, drafter, **settings)
+    return decoder.generate(
+        prompts, max_new_tokens=count, temperature=law.temperature, top_k=law.top_k, top_p=law.top_p, seed=SEED
+    )
+
+
+@pytest.fixture(scope="module")
+def plain(tiny):
+    return {law: decode(tiny.target, None, law).new_tokens for law in (GREEDY, HOT)}
+
+
+def test_all_are_registered():
+    assert set(DRAFTERS.names()) == {*OPTIONS, "prompt_lookup"}
+
+
+@pytest.mark.parametrize("law", [GREEDY, HOT], ids=["greedy", "sampling"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_coupling(tiny, plain, name, law):
+    """Token for token, chain and tree, full and reduced vocabulary, alone and with lookup."""
+    for options in ({}, {"draft_vocab": 17}):
+        drafter = make(tiny.target, name, **options)
+        for tree in ((1, 1, 1, 1), (4, 2), (3, 1, 2, 1)):
+            assert decode(tiny.target, drafter, law, tree=tree).new_tokens == plain[law]
+        assert decode(tiny.target, WithLookup(drafter), law, tree=(2, 1, 1)).new_tokens == plain[law]
+
+
+@pytest.mark.parametrize("law", [GREEDY, HOT], ids=["greedy", "sampling"])
+def test_dynamic_tree(tiny, plain, law):
+    for shape in (DynamicTree(4, 3, 10), DynamicTree(3, 4, 4), DynamicTree(1, 2, 5)):
+        for options in ({}, {"draft_vocab": 17}):
+            assert decode(tiny.target, make(tiny.target, "eagle3", **options), law, tree=shape).new_tokens == plain[law]
+
+
+def test_pretrained_draft_model(tiny, plain):
+    """The target itself as its drafter is always right; another model sometimes."""
+    same = decode(tiny.target, PretrainedDraft(tiny.target, tiny.target), HOT, tree=(1, 1, 1))
+    assert same.new_tokens == plain[HOT]
+    assert all(row[:-1] == [4] * (len(row) - 1) for row in same.acceptance_lengths)
+    other = PretrainedDraft(tiny.target, CausalLM.from_transformers(tiny.make(9)))
+    assert decode(tiny.target, other, HOT, tree=(2, 2, 1)).new_tokens == plain[HOT]
+    with pytest.raises(ValueError, match="39 tokens and the target 40"):
+        PretrainedDraft(tiny.target, CausalLM.from_transformers(tiny.make(vocab_size=39)))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_rejection_runs_and_keeps_greedy_text(tiny, plain, name):
+    """With drawn candidates the law is tested in test_verify_exact; at temperature 0 it must be the greedy text."""
+    drafter = make(tiny.target, name, draft_vocab=17)
+    assert decode(tiny.target, drafter, GREEDY, tree=(1, 1, 1), rejection=True).new_tokens == plain[GREEDY]
+    out = decode(tiny.target, drafter, HOT, tree=(3, 2, 2), rejection=True)
+    assert [len(row) for row in out.new_tokens] == [20] * 3
+
+
+# --- drafts are what training predicts ---
+
+
+def state_at(target, texts, tree, memory, start=0, sampling=GREEDY):
+    """State with every text committed from `start` on; the last token of each is the root."""
+    lengths = torch.tensor([len(text) for text in texts])
+    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(t) for t in texts], batch_first=True, padding_value=-1)
+    states = target(padded.clamp(min=0))
+    return DraftState(
+        contexts=texts,
+        root=torch.tensor([text[-1] for text in texts]),
+        root_positions=lengths - 1,
+        states=States(states.features[:, start:-1], states.final[:, start:-1]),
+        next_tokens=padded[:, start + 1 :],
+        counts=lengths - 1 - start,
+        tree=tree,
+        sampling=sampling,
+        seeds=row_seeds(SEED, len(texts)),
+        rejection=False,
+        memory=memory,
+    )
+
+
+def levels_of(tree, widths):
+    """Candidates per level, backbone first, of a tree in the order of `backbone_parents`."""
+    tokens, at, found = tree.tokens.tolist(), 1 + len(widths), []
+    for level, width in enumerate(widths):
+        found.append([[row[1 + level], *row[at : at + width - 1]] for row in tokens])
+        at += width - 1
+    return found
+
+
+@pytest.mark.parametrize("draft_vocab", [None, 17])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_drafts_are_the_best_tokens_of_the_teacher_forced_pass(tiny, name, draft_vocab):
+    drafter, widths = make(tiny.target, name, draft_vocab=draft_vocab), (3, 2, 3, 1)
+    texts = [torch.randint(40, (12,)).tolist(), torch.randint(40, (7,)).tolist()]
+    drafted = drafter.propose(state_at(tiny.target, texts, widths, drafter.new_memory(2, 40)))
+    found = levels_of(drafted, widths)
+    for row, text in enumerate(texts):
+        # Behind the prefix the drafted backbone itself, so that teacher forcing and drafting see the same tokens.
+        tokens = torch.tensor([text + [level[row][0] for level in found]])
+        levels = drafter.level_states(tokens, tiny.target(tokens))
+        for level, width in enumerate(widths):
+            logits = drafter.level_logits(level, levels[level][0, len(text) - 2])
+            best = logits.topk(width).indices
+            best = best if drafter.vocabulary is None else drafter.vocabulary[best]
+            assert found[level][row] == best.tolist(), (name, level)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_committing_in_parts_drafts_the_same(tiny, name):
+    """Rows that commit different numbers of tokens, through several drafts, against one fresh draft."""
+    drafter, widths = make(tiny.target, name), (2, 2, 2, 2)
+    texts = [torch.randint(40, (14,)).tolist(), torch.randint(40, (9,)).tolist()]
+    memory, done = drafter.new_memory(2, 60), [0, 0]
+    for parts in ((5, 3), (1, 4), (3, 1), (5, 1)):
+        now = [d + p for d, p in zip(done, parts, strict=True)]
+        prefixes = [text[:n] for text, n in zip(texts, now, strict=True)]
+        whole = state_at(tiny.target, prefixes, widths, memory)
+        starts = [max(d - 1, 0) for d in done]
+        counts = torch.tensor([n - 1 - s for n, s in zip(now, starts, strict=True)])
+        index = (torch.tensor(starts).unsqueeze(1) + torch.arange(int(counts.max()))).clamp(max=max(now) - 2)
+        partial = DraftState(
+            **{
+                **vars(whole),
+                "states": whole.states.gather(index),
+                "next_tokens": whole.next_tokens.gather(1, index),
+                "counts": counts,
+            }
+        )
+        found = drafter.propose(partial)
+        fresh = drafter.propose(state_at(tiny.target, prefixes, widths, drafter.new_memory(2, 60)))
+        assert torch.equal(found.tokens, fresh.tokens)
+        done = now
+
+
+def test_fast_eagle_caches_hold_committed_positions_only(tiny, monkeypatch):
+    """At every draft of a whole generation: as many entries as committed positions, nothing ever written behind them,
+    and the entries equal those of a fresh pass over the committed text."""
+    drafter, seen = make(tiny.target, "fast_eagle"), []
+    propose = drafter.propose
+
+    def watched(state):
+        draft = propose(state)
+        cache, length = state.memory, int(state.root_positions[0])
+        assert cache.lengths.tolist() == [length]
+        for kept in (cache.keys, cache.values):
+            assert (kept[..., length:, :] == 0).all()
+        text = list(state.contexts[0])
+        fresh = drafter.new_memory(1, cache.capacity)
+        propose(state_at(tiny.target, [text], state.tree, fresh))
+        torch.testing.assert_close(cache.keys, fresh.keys, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(cache.values, fresh.values, rtol=1e-4, atol=1e-5)
+        seen.append(length)
+        return draft
+
+    monkeypatch.setattr(drafter, "propose", watched)
+    decode(tiny.target, drafter, GREEDY, prompts=[PROMPTS[2]], tree=(3, 3, 2, 2))
+    assert len(seen) > 5
+
+
+def test_training_time_test_attends_like_a_mask():
+    """Dense reference: step i, row p attends to step 0 up to row p and to steps 1..i at row p."""
+    size, heads, kv_heads, dim, steps = 6, 4, 2, 8, 3
+    test, keys, values = TrainingTimeTest(), [], []
+    for step in range(steps):
+        rows = size - step
+        q = torch.randn(2, rows, heads, dim, dtype=torch.float64)
+        k, v = (torch.randn(2, rows, kv_heads, dim, dtype=torch.float64) for _ in range(2))
+        keys.append(k)
+        values.append(v)
+        found = test.attend(q, k, v)
+        for row in range(rows):
+            pairs = [(0, j) for j in range(row + 1)] + [(i, row) for i in range(1, step + 1)]
+            mine = [torch.stack([x[i][:, j] for i, j in pairs], 1).repeat_interleave(2, dim=2) for x in (keys, values)]
+            weights = torch.einsum("bhd,bshd->bhs", q[:, row], mine[0]).mul(dim**-0.5).softmax(-1)
+            expected = torch.einsum("bhs,bshd->bhd", weights, mine[1]).flatten(1)
+            torch.testing.assert_close(found[:, row], expected, rtol=1e-6, atol=1e-6)
+    first = TrainingTimeTest().attend(q, k, v)
+    torch.testing.assert_close(first, causal_attention()(q, k, v), rtol=1e-6, atol=1e-6)
+
+
+def test_dynamic_tree_is_the_best_of_all_considered_nodes(tiny):
+    """Brute force: the beam's candidates recomputed path by path in teacher-forced passes."""
+    drafter, shape = make(tiny.target, "eagle3", noise=0.3), DynamicTree(3, 3, 9)
+    text = torch.randint(40, (8,)).tolist()
+
+    def log_probs(path):
+        tokens = torch.tensor([text + path + [0]])
+        levels = drafter.level_states(tokens, tiny.target(tokens))
+        return drafter.level_logits(len(path), levels[len(path)][0, len(text) - 2]).double().log_softmax(-1)
+
+    frontier, candidates = [((), 0.0)], {}
+    for _ in range(shape.depth):
+        children = {}
+        for path, score in frontier:
+            best = log_probs(list(path)).topk(shape.top_k)
+            children |= {
+                (*path, t): score + s for t, s in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            }
+        candidates |= children
+        frontier = sorted(children.items(), key=lambda item: -item[1])[: shape.top_k]
+    expected = {path for path, _ in sorted(candidates.items(), key=lambda item: -item[1])[: shape.nodes]}
+    tree = drafter.propose(state_at(tiny.target, [text], shape, drafter.new_memory(1, 64)))
+    found, tokens, parents = set(), tree.tokens[0].tolist(), tree.parents[0].tolist()
+    for node in range(1, len(tokens)):
+        path, at = [], node
+        while at:
+            path.insert(0, tokens[at])
+            at = parents[at]
+        found.add(tuple(path))
+    assert found == expected
+    assert max(map(len, found)) > 1
+
+
+def test_backbone_noise_is_the_final_trees(tiny):
+    """A level drafted alone has the backbone it has in the whole tree, also with noise."""
+    logits = torch.randn(2, 3, 40)
+    state = state_at(tiny.target, [[1, 2], [3, 4]], (2, 3, 1), None, sampling=HOT)
+    for rejection in (False, True):
+        whole = DraftState(**{**vars(state), "rejection": rejection})
+        tree = draft_from_levels(whole, logits, None, 40)
+        tree = tree.tree if rejection else tree
+        for level, width in enumerate(state.tree):
+            alone = {"tree": (width,), "root_positions": state.root_positions + level}
+            single = draft_from_levels(DraftState(**{**vars(whole), **alone}), logits[:, level : level + 1], None, 40)
+            single = single.tree if rejection else single
+            assert torch.equal(single.tokens[:, 1], tree.tokens[:, 1 + level])
+
+
+# --- initialisation, vocabulary, files ---
+
+
+def test_medusa_starts_from_the_targets_own_prediction(tiny):
+    drafter = DrafterSpec("medusa", {"depth": 2}).build(tiny.target)
+    tokens = torch.randint(40, (1, 6))
+    states = tiny.target(tokens)
+    for level, x in enumerate(drafter.level_states(tokens, states)):
+        torch.testing.assert_close(drafter.level_logits(level, x), tiny.target.logits(states.final[:, :-1]))
+
+
+def test_the_target_is_frozen_and_not_part_of_the_drafter(tiny):
+    for name in OPTIONS:
+        drafter = DrafterSpec(name, OPTIONS[name]).build(tiny.target)
+        assert not any("embed" in key or "target" in key for key in drafter.state_dict())
+        tokens = torch.randint(40, (2, 9))
+        levels = drafter.level_states(tokens, tiny.target(tokens))
+        assert len(levels) == 4
+        loss = sum(drafter.level_logits(i, x).float().logsumexp(-1).sum() for i, x in enumerate(levels))
+        loss.backward()
+        assert all(p.grad is None for p in tiny.target.parameters())
+        assert all(p.grad is not None for p in drafter.parameters()), name
+
+
+def test_reduced_vocabulary(tiny):
+    assert frequent_tokens(torch.tensor([3, 0, 5, 3, 0]), 4).tolist() == [0, 1, 2, 3]
+    drafter = DrafterSpec("fast_eagle", {"draft_vocab": 3}).build(tiny.target)
+    with pytest.raises(RuntimeError, match="not chosen yet"):
+        drafter.frozen_head()
+    for ids in ([1, 2], [2, 1, 3], [1, 1, 2], [1, 2, 40], [-1, 2, 3]):
+        with pytest.raises(ValueError, match="draft vocabulary must"):
+            drafter.use_vocabulary(torch.tensor(ids))
+    drafter.use_vocabulary(torch.tensor([4, 9, 30]))
+    assert torch.equal(drafter.frozen_head(), tiny.target.lm_head.weight[[4, 9, 30]])
+    with pytest.raises(ValueError, match="set draft_vocab"):
+        DrafterSpec("fast_eagle").build(tiny.target).use_vocabulary(torch.tensor([1]))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_saved_and_loaded(tiny, tmp_path, name):
+    spec = DrafterSpec(name, OPTIONS[name] | {"draft_vocab": 17})
+    drafter = make(tiny.target, name, draft_vocab=17)
+    drafter.acceptance = [[0.5, 0.25]]
+    save_drafter(drafter, spec, tmp_path, {"target": "tiny"})
+    loaded = load_drafter(tmp_path, tiny.target)
+    assert loaded.acceptance == [[0.5, 0.25]]
+    for key, value in drafter.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value)
+    first = decode(tiny.target, drafter, GREEDY, tree=(2, 1, 1))
+    assert decode(tiny.target, loaded, GREEDY, tree=(2, 1, 1)).acceptance_lengths == first.acceptance_lengths
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["drafter.json", "drafter.safetensors"]
+
+    other = CausalLM.from_transformers(tiny.make(8))
+    with pytest.raises(ValueError, match=r"trained for another target \(tiny, fingerprint"):
+        load_drafter(tmp_path, other)
+    config = json.loads((tmp_path / "drafter.json").read_text())
+    config["drafter"]["options"]["depth"] = 3
+    (tmp_path / "drafter.json").write_text(json.dumps(config))
+    if name in ("fast_eagle", "medusa"):  # the others have the same parameters at every depth
+        with pytest.raises(ValueError, match="does not fit"):
+            load_drafter(tmp_path, tiny.target)
+    (tmp_path / "drafter.json").unlink()
+    with pytest.raises(FileNotFoundError, match="holds no drafter"):
+        load_drafter(tmp_path, tiny.target)
+
+
+def test_half_precision_drafter_keeps_its_vocabulary(tiny, tmp_path):
+    spec = DrafterSpec("fast_eagle", {"depth": 2, "draft_vocab": 5})
+    save_drafter(make(tiny.target, "fast_eagle", draft_vocab=5, depth=2), spec, tmp_path, {})
+    half = CausalLM.from_transformers(tiny.make().to(torch.bfloat16))
+    loaded = load_drafter(tmp_path, half)
+    assert loaded.dtype == torch.bfloat16
+    assert loaded.vocabulary.tolist() == [0, 2, 4, 6, 8]
+    assert len(decode(half, loaded, GREEDY, tree=(2, 1)).new_tokens[0]) == 20
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (("fast_eagle", {"dept": 3}), "has no option 'dept'; did you mean depth"),
+        (("fast_eagle", {"depth": 0}), "depth must be >= 1"),
+        (("fast_eagle", {"stem": -1}), "stem must be >= 0"),
+        (("medusa", {"draft_vocab": 41}), r"draft_vocab must be in \[1, 40\]"),
+        (("draft_model", {"layers": 0}), "layers must be >= 1"),
+        (("prompt_lookup", {}), "has no parameters"),
+    ],
+)
+def test_bad_settings(tiny, spec, message):
+    with pytest.raises(ValueError, match=message):
+        DrafterSpec(*spec).build(tiny.target)
+    with pytest.raises(ValueError, match="must be >= 1"):
+        DynamicTree(depth=0)
+
+
+def test_linear_in_eights():
+    from spec_decode.drafters.trainable import linear_in_eights
+
+    x, weight = torch.randn(2, 3, 4), torch.randn(5, 4)
+    torch.testing.assert_close(linear_in_eights(x, weight), F.linear(x, weight))

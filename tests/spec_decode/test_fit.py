@@ -1,0 +1,170 @@
+"""Whole runs on a stand-in: results, files, replay, every recipe, every drafter, bad input."""
+
+import json
+
+import pytest
+import torch
+
+from spec_decode.data.prompts import packaged_prompts
+from spec_decode.decoder import SpeculativeDecoder
+from spec_decode.drafters import load_drafter
+from spec_decode.fit import CONFIG_DIR, build, main, run
+
+RECIPES = sorted(str(p.relative_to(CONFIG_DIR).with_suffix("")) for p in CONFIG_DIR.rglob("*.yaml"))
+
+
+@pytest.fixture
+def finished(fit_args, capsys):
+    result = main([*fit_args, "--measure_prompts=1"])
+    return result, capsys.readouterr().out
+
+
+def test_a_run_its_table_and_its_files(finished, fit_args, tmp_path):
+    result, printed = finished
+    assert [epoch["epoch"] for epoch in result.history] == [0, 1]
+    assert result.last["loss"] < result.history[0]["loss"]
+    assert 1 <= result.best["tau"] <= 4
+    assert set(result.measured) >= {"plain", "chain"}
+    # fp32: what the drafter proposes does not show in the text.
+    assert result.measured["chain"].texts == result.measured["plain"].texts
+    assert result.measured["plain"].tau == 1
+    for words in ("FastEagle", "level 3", "tau", "accepted + 1", "speed-up", "drafter_{last,best}"):
+        assert words in printed
+    names = sorted(p.name for p in (tmp_path / "run").iterdir() if "tfevents" not in p.name)
+    assert names == ["checkpoints", "config.yaml", "drafter_best", "drafter_last", "hparams.yaml", "metrics.csv"]
+
+    cli = build([*fit_args, f"--config={tmp_path / 'run/config.yaml'}", f"--run_dir={tmp_path / 'again'}"])
+    again = run(cli)
+    assert [e["loss"] for e in again.history] == [e["loss"] for e in result.history]
+    target = cli.model.target
+    drafter = load_drafter(tmp_path / "run/drafter_last", target)
+    assert drafter.acceptance == result.last["acceptance"]
+    for key, value in cli.model.drafter.state_dict().items():
+        assert torch.equal(drafter.state_dict()[key], value)
+    prompt = cli.datamodule.held_out[:1]
+    plain = SpeculativeDecoder(target).generate(prompt, max_new_tokens=12).sequences
+    assert torch.equal(SpeculativeDecoder(target, drafter).generate(prompt, max_new_tokens=12).sequences, plain)
+
+
+def test_online_and_cached_features_train_the_same(fit_args, tmp_path):
+    """Up to the bfloat16 of the cache."""
+    cached = run(build([*fit_args, f"--run_dir={tmp_path / 'a'}"]))
+    online = run(build([*fit_args, f"--run_dir={tmp_path / 'b'}", "--data.features=online"]))
+    for one, other in zip(cached.history, online.history, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=0.02)
+        assert one["loss"] != other["loss"]
+
+
+@pytest.mark.parametrize("name", ["eagle3", "medusa", "draft_model"])
+def test_every_other_drafter_learns(fit_args, name):
+    options = {"depth": 2, "draft_vocab": 100}
+    spec = json.dumps({"name": name, "options": options})
+    cli = build([*fit_args, f"--model.drafter={spec}", "--model.feature_weight=0.1", "--trainer.max_epochs=3"])
+    result = run(cli)
+    assert result.last["loss"] < result.history[0]["loss"]
+    vocabulary = cli.model.drafter.vocabulary
+    assert (vocabulary.diff() > 0).all()
+    counts = cli.datamodule.token_counts()
+    assert counts[vocabulary].sum() == counts.topk(100).values.sum()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_steps_on_a_stand_in(fit_args, standin, recipe):
+    """Parsed with its own settings; only what a stand-in cannot have is overridden."""
+    shared = ("--run_dir", "--trainer.acc", "--trainer.enable", "--trainer.log", "--measure")
+    keep = [argument for argument in fit_args if argument.startswith(shared)]
+    config = [f"--config={recipe}", *keep]
+    plain = build_config(config)
+    options = dict(plain["model"]["init_args"]["drafter"]["options"])
+    if "draft_vocab" in options:
+        options["draft_vocab"] = 64
+    spec = json.dumps({"name": plain["model"]["init_args"]["drafter"]["name"], "options": options})
+    cli = build(
+        [
+            *config,
+            f"--model.target.name={standin}",
+            f"--model.drafter={spec}",
+            "--data.limit=6",
+            "--data.val_prompts=2",
+            "--data.writing.max_new_tokens=16",
+            "--data.max_length=400",
+            "--trainer.max_epochs=1",
+        ]
+    )
+    result = run(cli)
+    assert torch.tensor(result.last["loss"]).isfinite()
+    assert cli.trainer.global_step > 0
+    assert cli.model.target.dtype == torch.bfloat16
+    assert cli.model.drafter.dtype == torch.float32
+
+
+def build_config(args):
+    """The parsed settings, without building anything."""
+    import contextlib
+    import io
+
+    import yaml
+
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), pytest.raises(SystemExit):
+        build([*args, "--print_config"])
+    return yaml.safe_load(text.getvalue())
+
+
+def test_the_papers_targets_have_recipes():
+    names = {build_config([f"--config={r}"])["model"]["init_args"]["target"]["name"] for r in RECIPES}
+    assert names == {
+        "smollm2-135m-instruct",
+        "lmsys/vicuna-13b-v1.3",
+        "meta-llama/Llama-3.1-8B-Instruct",
+        "meta-llama/Llama-3.3-70B-Instruct",
+        "deepseek-ai/DeepSeek-R1-Distill-Llama-8B",
+    }
+
+
+def test_packaged_prompts_are_many_and_distinct():
+    prompts = packaged_prompts()
+    assert len(prompts) == len(set(prompts)) == 2400
+    assert prompts == packaged_prompts()
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--trainer.precision=16-mixed"], "use bf16-mixed"),
+        (["--trainer.max_epochs=-1"], "set trainer.max_epochs"),
+        (["--trainer.val_check_interval=0.5"], "data.epoch_rows"),
+        (["--model.level_decay=0"], "level_decay must be in"),
+        (["--model.learning_rate=0"], "learning_rate must be > 0"),
+        (["--model.chunk=0"], "chunk must be >= 1"),
+        (["--data.max_length=12"], "leaves no room for a prompt"),
+        (["--data.val_prompts=10"], "leave none to train on"),
+        (["--data.batch_size=0"], "batch_size must be >= 1"),
+        (["--data.writing.temperature=-1"], "temperature must be"),
+        (['--model.drafter={"name": "fast_eagle", "options": {"dept": 3}}'], "did you mean depth"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_computed(fit_args, extra, message):
+    with pytest.raises(ValueError, match=message):
+        build([*fit_args, *extra])
+
+
+def test_bad_settings_that_need_the_tokenizer(fit_args, tmp_path):
+    with pytest.raises(ValueError, match=r"no prompt has 1 to 2 tokens"):
+        run(build([*fit_args, "--data.max_length=14"]))
+    with pytest.raises(ValueError, match="exceeds the target's context 2048"):
+        run(build([*fit_args, "--data.max_length=4000"]))
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a"}\n{"text": "b"}\n')
+    with pytest.raises(ValueError, match="line 2: needs prompt"):
+        build([*fit_args, f"--data.prompts={prompts}"])
+    with pytest.raises(ValueError, match="no such file"):
+        build([*fit_args, "--data.prompts=nowhere.jsonl"])
+    with pytest.raises(ValueError, match="does not fill a batch of 9"):
+        run(build([*fit_args, "--data.batch_size=9"]))
+    with pytest.raises(SystemExit):
+        build([*fit_args, "--model.depth=3"])

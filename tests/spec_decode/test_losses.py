@@ -1,0 +1,122 @@
+"""Losses and acceptance against written-out references."""
+
+import pytest
+import torch
+
+from spec_decode.cost import expected_tokens
+from spec_decode.losses import (
+    AcceptanceTable,
+    feature_loss,
+    head_loss,
+    level_batch,
+    level_weights,
+    soft_cross_entropy,
+    teacher_forced_acceptance,
+)
+
+
+def test_soft_cross_entropy_in_float64():
+    student, teacher = torch.randn(5, 7, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64)
+    found = soft_cross_entropy(student, teacher)
+    for row in range(5):
+        p, q = teacher[row].exp() / teacher[row].exp().sum(), student[row].exp() / student[row].exp().sum()
+        assert float(found[row]) == pytest.approx(float(-sum(p * q.log())), rel=1e-12)
+    entropy = soft_cross_entropy(teacher, teacher)
+    assert (found >= entropy).all()
+    student.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: soft_cross_entropy(x, teacher), student)
+
+
+def test_soft_cross_entropy_limits():
+    student, hard = torch.randn(4, 6), torch.full((4, 6), -torch.inf)
+    labels = torch.tensor([0, 5, 2, 2])
+    hard[torch.arange(4), labels] = 0.0
+    expected = torch.nn.functional.cross_entropy(student, labels, reduction="none")
+    torch.testing.assert_close(soft_cross_entropy(student, hard), expected)
+    huge = soft_cross_entropy(1e4 * student, student)
+    assert huge.isfinite().all()
+    assert soft_cross_entropy(student.bfloat16(), student).dtype == torch.float32
+    teacher = torch.randn(4, 6, requires_grad=True)
+    soft_cross_entropy(student.requires_grad_(), teacher).sum().backward()
+    assert teacher.grad is None
+
+
+@pytest.mark.parametrize("level", range(4))
+def test_level_batch_supervises_answers_within_the_sequence(level):
+    tokens = torch.arange(14).reshape(2, 7)
+    answer = torch.tensor([[0, 0, 0, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1, 1]]).bool()
+    batch = level_batch(tokens, answer, level)
+    expected = [
+        (row, position, row * 7 + position + 2 + level)
+        for row in range(2)
+        for position in range(7)
+        if position + 2 + level < 7 and answer[row, position + 2 + level]
+    ]
+    found = list(zip(*batch.rows.tolist(), batch.reached.tolist(), strict=True))
+    assert found == expected
+    assert batch.tokens.tolist() == [at for _, _, at in expected]  # token ids count up
+
+
+def test_head_loss_in_chunks_equals_the_whole_with_its_gradient():
+    states = torch.randn(10, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(6, 4, dtype=torch.float64)
+    target, tokens = torch.randn(10, 6, dtype=torch.float64), torch.randint(6, (10,))
+    whole = soft_cross_entropy(states @ weight.T, target).sum()
+    (expected,) = torch.autograd.grad(whole, states)
+    for chunk in (1, 3, 10, 99):
+        loss, hits = head_loss(lambda x: x @ weight.T, states, target, tokens, chunk)
+        torch.testing.assert_close(loss.double(), whole)
+        assert int(hits) == int(((states @ weight.T).argmax(-1) == tokens).sum())
+        torch.testing.assert_close(torch.autograd.grad(loss, states)[0], expected)
+
+
+def test_head_loss_of_nothing():
+    loss, hits = head_loss(lambda x: x, torch.zeros(0, 4), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), 8)
+    assert float(loss) == 0
+    assert int(hits) == 0
+
+
+def test_feature_loss():
+    a, b = torch.randn(3, 5), torch.randn(3, 5)
+    d = (a - b).abs()
+    expected = torch.where(d < 1, d**2 / 2, d - 0.5).mean(1).sum()
+    torch.testing.assert_close(feature_loss(a, b), expected)
+    assert level_weights(3, 0.5) == [1, 0.5, 0.25]
+
+
+def test_acceptance_against_walking_the_text():
+    """Brute force: from every position, walk down while the best candidate is the text's token."""
+    generator = torch.Generator().manual_seed(0)
+    levels, ranks, tokens = 3, 2, torch.randint(3, (2, 60), generator=generator)
+    answer = torch.rand(2, 60, generator=generator) < 0.9
+    # The "states" are the candidates themselves, two of three tokens in random order.
+    states = [torch.rand(2, 59, 3, generator=generator).argsort(-1)[..., :2].double() for _ in range(levels)]
+    table = AcceptanceTable.empty(levels, ranks)
+    teacher_forced_acceptance(table, tokens, answer, lambda level, x: x.long(), states)
+
+    hits, reached = torch.zeros(levels, ranks), torch.zeros(levels)
+    for row in range(2):
+        for position in range(59):
+            for level in range(levels):
+                at = position + 2 + level
+                if at >= 60 or not answer[row, at]:
+                    break
+                reached[level] += 1
+                candidates = states[level][row, position].tolist()
+                for rank, candidate in enumerate(candidates):
+                    hits[level, rank] += candidate == tokens[row, at]
+                if candidates[0] != tokens[row, at]:
+                    break
+    assert torch.equal(table.hits.float(), hits)
+    assert torch.equal(table.reached.float(), reached)
+    assert (reached > 0).all()
+    acceptance = table.table()
+    assert acceptance[0][0] == pytest.approx(float(hits[0, 0] / reached[0]))
+    assert 1 < expected_tokens(acceptance, (1, 1, 1)) < 4
+
+
+def test_levels_never_reached_are_left_out():
+    table = AcceptanceTable.empty(2, 1)
+    table.count(0, torch.tensor([[1]]), torch.tensor([2]), torch.tensor([True]))
+    table.count(1, torch.tensor([[1]]), torch.tensor([1]), torch.tensor([False]))
+    assert table.table() == [[0.0]]
