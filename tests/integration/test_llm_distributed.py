@@ -1,5 +1,6 @@
 """Language models on two gloo processes, replicated and sharded, against one process with the doubled batch."""
 
+import json
 import os
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from kd_common.hub import load_causal_lm
 from llm_kd.callbacks import export_student
 from llm_kd.data.example import Example
 from llm_kd.data.loader import TextLoader
+from llm_kd.fit import main
 from llm_kd.generation import Sampling
 from llm_kd.models import StudentSpec, TeacherSpec, load_teacher
 from llm_kd.module import DistillationModule
@@ -96,6 +98,26 @@ def distributed_runs(teacher, root):
             trainer.save_checkpoint(f"{root}/{strategy} {name}.ckpt")
             memory = [example.input_ids for example in getattr(rollout, "memory", [])]
             found[f"{strategy} {name}"] = {"history": model.history, "steps": trainer.global_step, "memory": memory}
+    rows = [{"instruction": f"w{n} w{n + 1}", "output": f"w{n + 2} w{n}"} for n in range(1, 20)]
+    data = Path(root) / f"rows{rank}.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    main(
+        [
+            f"--run_dir={root}/run",
+            "--trainer.accelerator=cpu",
+            "--trainer.devices=2",
+            "--trainer.strategy=fsdp2",
+            "--trainer.max_epochs=1",
+            "--trainer.enable_progress_bar=false",
+            f"--model.teacher.name={teacher}",
+            "--model.student.layers=2",
+            f"--data.train={data}",
+            f"--data.val={data}",
+            "--data.limit_train=8",
+            "--data.sampling.max_new_tokens=4",
+            "--data.batch_size=2",
+        ]
+    )
     torch.save(found, f"{root}/rank{rank}.pt")
 
 
@@ -160,6 +182,14 @@ def test_the_exported_student_loads_in_transformers(ranks, strategy):
     assert type(student).__name__ == "LlamaForCausalLM"
     for name, value in student.state_dict().items():
         assert torch.equal(value, saved[f"distiller.student.model.{name}"]), name
+
+
+def test_the_command_runs_sharded_and_one_process_reports(ranks):
+    folder, _ = ranks
+    assert load_causal_lm(str(folder / "run/student_last")).config.num_hidden_layers == 2
+    assert "peak memory" in (folder / "output0").read_text()
+    assert "peak memory" not in (folder / "output1").read_text()
+    assert (folder / "run/checkpoints/last.ckpt").is_file()
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -68,8 +68,8 @@ class Result:
     Attributes:
         before: Validation means of the student before training: ``nll``, ``kl``, ``agreement``, ``tar`` ...
         history: The same per epoch, with ``train_loss``, ``train_tar``, ``seconds`` and ``tokens_per_second``.
-        answers: The student's greedy answers ``before`` and ``after`` training with their ROUGE-L, and the teacher's;
-            empty if none were asked for.
+        answers: The student's greedy answers ``before`` and ``after`` training with their ROUGE-L, and those of the
+            ``teacher`` where the references are not its own; empty if none were asked for.
         parameters: Parameter counts of student and teacher.
         peak_memory_gib: Largest memory of the process (CPU) or the device (GPU).
         run_dir: Folder of checkpoints, logs and the resolved configuration; None if nothing was written.
@@ -137,7 +137,7 @@ def run(cli: LanguageCLI) -> Result:
     if not model.history:
         raise RuntimeError("nothing was validated, so there is no result: check trainer.limit_val_batches and max_time")
     ask("after", model.distiller.student)
-    if body is not None:
+    if body is not None and data.responses == "dataset":  # else its answers are what the student's are compared with
         ask("teacher", body)
     return Result(before, model.history, answers, parameters, peak_memory_gib(), cli.run_dir)
 
