@@ -1,18 +1,19 @@
 """The table at the end of a run."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from vision_kd.module import DistillationModule
+from vision_kd.training import ComponentTraining
 
 if TYPE_CHECKING:
     from vision_kd.fit import Result
 
 
-def print_summary(result: "Result", model: DistillationModule, console: Console | None = None) -> None:
-    """Print what a run achieved: accuracies, gradient signal-to-noise ratios, costs and where its files lie.
+def print_summary(result: "Result", model: ComponentTraining, console: Console | None = None) -> None:
+    """Print what a run achieved: metrics, gradient signal-to-noise ratios, costs and where its files lie.
 
     Args:
         result: The run's result.
@@ -21,16 +22,22 @@ def print_summary(result: "Result", model: DistillationModule, console: Console 
     """
     console = console or Console()
     table = Table(title=f"{type(model.method).__name__} with {type(model.policy).__name__}", show_header=True)
-    for column in ("", "top-1", "top-5", "parameters"):
+    for column in ("", *model.metrics.values(), "parameters"):
         table.add_column(column, justify="left" if not column else "right")
     parameters = {name: f"{count:,}" for name, count in result.parameters.items()}
+
+    def row(title: str, metrics: Mapping[str, float], count: str = "") -> None:
+        table.add_row(title, *(percentage(metrics, name) for name in model.metrics), count)
+
     if result.teacher:
         spec = model.teacher_spec
         assert spec is not None
-        table.add_row(f"teacher {spec.name}", *accuracies(result.teacher), parameters["teacher"])
+        row(f"teacher {spec.name}", result.teacher, parameters["teacher"])
     student = f"student {model.student_spec.name}"
-    table.add_row(f"{student}, last epoch", *accuracies(result.last), parameters["student"])
-    table.add_row(f"{student}, best epoch ({result.best['epoch'] + 1:.0f})", *accuracies(result.best), "")
+    if result.alone is not None:
+        row(f"{student} alone, last epoch", result.alone.last)
+    row(f"{student}, last epoch", result.last, parameters["student"])
+    row(f"{student}, best epoch ({result.best['epoch'] + 1:.0f})", result.best)
     console.print(table)
 
     noise = f"(pure noise reads about {1 / result.last['gsnr_samples']:.2f})" if result.gsnr else ""
@@ -49,6 +56,6 @@ def print_summary(result: "Result", model: DistillationModule, console: Console 
         console.print(f"{name:<{max(map(len, lines))}}  {value}", soft_wrap=True, highlight=False)
 
 
-def accuracies(metrics: dict[str, float]) -> tuple[str, str]:
-    """Top-1 and top-5 in per cent."""
-    return f"{metrics['top1']:.2%}", f"{metrics['top5']:.2%}"
+def percentage(metrics: Mapping[str, float], name: str) -> str:
+    """A metric in per cent; a dash where the data have nothing to measure it on."""
+    return f"{metrics[name]:.2%}" if name in metrics else "–"
