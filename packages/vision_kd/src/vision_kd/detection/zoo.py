@@ -133,14 +133,14 @@ def build_network(
     layers = {"frozen": FrozenBatchNorm2d, "group": partial(nn.GroupNorm, GROUPS)}
     if norm not in layers:
         raise ValueError(f"norm must be one of {', '.join(layers)}, got {norm!r}")
-    body = backbone.build(norm_layer=layers[norm])
+    levels = {stage[-1]: level for stage, level in zip(backbone.stages[1:], FPN_LEVELS, strict=True)}
+    classifier = backbone.build(norm_layer=layers[norm])
+    pyramid = BackboneWithFPN(classifier, levels, list(backbone.channels), fpn_channels)
     if backbone_weights is not None:
-        _load_backbone(body, backbone, name, backbone_weights)
+        _load_backbone(pyramid.body, backbone, name, backbone_weights)
     for stage in backbone.stages[: len(backbone.stages) - trainable_layers]:
         for module in stage:
-            body.get_submodule(module).requires_grad_(False)
-    levels = {stage[-1]: level for stage, level in zip(backbone.stages[1:], FPN_LEVELS, strict=True)}
-    pyramid = BackboneWithFPN(body, levels, list(backbone.channels), fpn_channels)
+            pyramid.body.get_submodule(module).requires_grad_(False)
     anchors = AnchorGenerator(tuple((size,) for size in anchor_sizes), (ASPECT_RATIOS,) * len(anchor_sizes))
     if len(anchor_sizes) != len(FPN_LEVELS) + 1:
         raise ValueError(
@@ -226,11 +226,12 @@ def _load_backbone(body: nn.Module, backbone: Backbone, name: str, weights: str)
                 f"got {weights!r}"
             )
         checkpoint = Checkpoint(Path(sets[weights].url), _download(sets[weights], "backbone_weights"), {})
-    left = ("fc.", "classifier.")
+    used = {module for stage in backbone.stages for module in stage}
+    features = {key.removeprefix("features."): tensor for key, tensor in checkpoint.state.items()}
     state = {
-        key.removeprefix("features."): tensor
-        for key, tensor in checkpoint.state.items()
-        if not key.startswith(left) and not key.endswith("num_batches_tracked")
+        key: tensor
+        for key, tensor in features.items()
+        if key.partition(".")[0] in used and not key.endswith("num_batches_tracked")
     }
     load_weights(body, checkpoint._replace(state=state), model=f"the backbone of {name}", num_classes=0)
 
