@@ -21,29 +21,35 @@ def print_summary(result: "Result", model: ComponentTraining, console: Console |
         console: Where to print; standard output by default.
     """
     console = console or Console()
+    wide = len(model.metrics) > 2  # a table of names, six metrics and parameter counts would not fit a terminal
     table = Table(title=f"{type(model.method).__name__} with {type(model.policy).__name__}", show_header=True)
-    for column in ("", *model.metrics.values(), "parameters"):
-        table.add_column(column, justify="left" if not column else "right")
+    for column in ("", *model.metrics.values(), *([] if wide else ["parameters"])):
+        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     parameters = {name: f"{count:,}" for name, count in result.parameters.items()}
+    networks = {"student": model.student_spec.name}
+    if result.teacher:
+        assert model.teacher_spec is not None
+        networks["teacher"] = model.teacher_spec.name
 
-    def row(title: str, metrics: Mapping[str, float], count: str = "") -> None:
-        table.add_row(title, *(percentage(metrics, name) for name in model.metrics), count)
+    def row(who: str, suffix: str, metrics: Mapping[str, float], count: str = "") -> None:
+        title = f"{who}{'' if wide else ' ' + networks[who]}{suffix}"
+        shown = [percentage(metrics, name, digits=1 if wide else 2) for name in model.metrics]
+        table.add_row(title, *shown, *([] if wide else [count]))
 
     if result.teacher:
-        spec = model.teacher_spec
-        assert spec is not None
-        row(f"teacher {spec.name}", result.teacher, parameters["teacher"])
-    student = f"student {model.student_spec.name}"
+        row("teacher", "", result.teacher, parameters["teacher"])
     if result.alone is not None:
-        row(f"{student} alone, last epoch", result.alone.last)
-    row(f"{student}, last epoch", result.last, parameters["student"])
-    row(f"{student}, best epoch ({result.best['epoch'] + 1:.0f})", result.best)
+        row("student", " alone, last", result.alone.last)
+    row("student", ", last epoch", result.last, parameters["student"])
+    row("student", f", best epoch ({result.best['epoch'] + 1:.0f})", result.best)
     console.print(table)
 
     noise = f"(pure noise reads about {1 / result.last['gsnr_samples']:.2f})" if result.gsnr else ""
     lines = {f"GSNR of {name}, last epoch": f"{value:.3f} {noise}" for name, value in result.gsnr.items()}
     if result.k is not None:
         lines["k reached"] = f"{result.k} of {model.num_classes - 1} non-target classes"
+    if wide:
+        lines |= {who: f"{name}, {parameters[who]} parameters" for who, name in networks.items()}
     lines["seconds per epoch"] = f"{result.seconds_per_epoch:.2f}"
     if result.teacher:
         lines["teacher weights"] = result.teacher["origin"]
@@ -56,6 +62,6 @@ def print_summary(result: "Result", model: ComponentTraining, console: Console |
         console.print(f"{name:<{max(map(len, lines))}}  {value}", soft_wrap=True, highlight=False)
 
 
-def percentage(metrics: Mapping[str, float], name: str) -> str:
+def percentage(metrics: Mapping[str, float], name: str, digits: int = 2) -> str:
     """A metric in per cent; a dash where the data have nothing to measure it on."""
-    return f"{metrics[name]:.2%}" if name in metrics else "–"
+    return f"{metrics[name]:.{digits}%}" if name in metrics else "–"

@@ -14,6 +14,7 @@ import torch
 from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_info
 
+from kd_common.schedules import CosineDecay
 from vision_kd.data.base import ImageDataModule
 from vision_kd.methods.vanilla import Vanilla
 from vision_kd.models import CheckpointError, NormalizedNetwork, save_student
@@ -113,6 +114,8 @@ def train_teacher(
         policy=SGD(),
         learning_rate=spec.learning_rate,
         weight_decay=spec.weight_decay,
+        lr_schedule=CosineDecay(warmup_epochs=spec.warmup_epochs),
+        clip_norm=spec.clip_norm,
         seed=spec.seed,
     )
     trainer = pl.Trainer(
