@@ -17,6 +17,7 @@ from vision_kd.fit import CONFIG_DIR, build, main, run
 from vision_kd.guards import NonFiniteLossError
 from vision_kd.methods.kd import KD
 from vision_kd.methods.mlkd import MLKD
+from vision_kd.methods.vanilla import Vanilla
 from vision_kd.models import ModelSpec, save_student
 from vision_kd.policies import SGD, DeepKD
 from vision_kd.specs import TeacherSpec
@@ -150,6 +151,7 @@ def test_every_recipe_builds_and_takes_a_step(tools, tmp_path):
     assert shared[0] == shared[1] == shared[2]
 
 
+@pytest.mark.slow
 def test_packaged_comparison_parses_and_builds(scenes, tmp_path):
     settings = yaml.safe_load(Path(find_config("compare/detection", CONFIG_DIR)).read_text())
     assert len(settings["variants"]) == 10
@@ -204,7 +206,9 @@ def test_feature_settings_out_of_range(tools, features):
 
 def test_features_need_a_teacher(tools):
     with pytest.raises(ValueError, match=r"need model\.teacher; it is not set"):
-        DetectionModule(ModelSpec(tools.name, tools.args), **FACTS, method=KD(), features=FeatureDistillation())
+        DetectionModule(
+            ModelSpec(tools.name, tools.args), **FACTS, method=Vanilla(), policy=SGD(), features=FeatureDistillation()
+        )
 
 
 def test_a_teacher_that_does_not_fit(tools):
