@@ -1,14 +1,24 @@
-"""Memory and time of the distillation head against the dense loss: ``uv run python benchmarks/kd_head.py``.
+"""Memory and time of the distillation head against what one could use instead: ``uv run python benchmarks/kd_head.py``.
 
-Both compute the same loss and the gradients of hidden states and student head. Extra memory is the peak of live tensors
-above the inputs, less the gradients both must return. The GEMM floor is the time of the matrix products that no exact
-implementation avoids: two projections and the two products of the student's backward, timed alone on blocks of rows.
-Medians over interleaved rounds. Small by default; the issue's sizes are --vocab 49152 151936 --tokens 1024 8192.
+All compute the same loss and the gradients of hidden states and student head, in turns, in one process:
+
+- ``head``: KDHead; ``stored``: KDHead with a teacher stored as its --stored first tokens (another, smaller loss);
+- ``dense``: the loss from all logits by autograd;
+- ``liger`` (and ``liger compiled`` with --compile): chunked JSD of liger-kernel; ``trl``: the loss of TRL's GKDTrainer
+  on all logits; ``trl chunked``: that of its DistillationTrainer. They know no selection, so they run with selector
+  none. ``uv sync --group peers`` installs them.
+
+Extra memory is the peak of live tensors above the inputs, less the two gradients all must return. The GEMM floor is the
+time of the matrix products that no exact implementation avoids: two projections and the two products of the student's
+backward, timed alone on blocks of rows. ``select`` is the time of the selector's scores alone. Medians over the rounds.
+Small by default; the published sizes are --vocab 49152 151936 --tokens 1024 2048 4096 8192 --hidden 576
+--teacher-hidden 576. With --out every finished case is appended to a file, and a second start skips what is in it.
 """
 
 import argparse
 import itertools
 import json
+import os
 import statistics
 import time
 import weakref
@@ -23,28 +33,35 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llm_kd.head import KDHead, LMHead
+from llm_kd.head import HeadOutput, HiddenSignal, KDHead, LMHead, TeacherSignal, truncate
 from llm_kd.objectives import OBJECTIVES
 from llm_kd.selectors import SELECTORS
 
 FLOOR_ROWS = 512
+BETA = {"fkl": 0.0, "jsd": 0.5, "rkl": 1.0}
+"""The peers' name of an objective."""
+
+Loss = Callable[[], Tensor]
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocab", type=int, nargs="+", default=[4096])
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 512])
     parser.add_argument("--hidden", type=int, default=64, help="student")
     parser.add_argument("--teacher-hidden", type=int, default=96)
     parser.add_argument("--objectives", nargs="+", default=["fkl", "rkl", "jsd"], choices=OBJECTIVES.names())
     parser.add_argument("--selectors", nargs="+", default=["none", "topk", "adakd"], choices=SELECTORS.names())
-    parser.add_argument("--chunk-size", type=int, help="rows per chunk; by default what the head chooses")
+    parser.add_argument("--peers", nargs="*", default=["liger", "trl"], choices=["liger", "trl"])
+    parser.add_argument("--compile", action="store_true", help="also run Liger's loss with torch.compile, its default")
+    parser.add_argument("--stored", type=int, default=64, help="K of the stored teacher")
+    parser.add_argument("--chunk-size", type=int, help="rows per chunk of KDHead; by default what it chooses")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--skip-dense", action="store_true", help="where the dense loss does not fit")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--skip-dense", action="store_true", help="where losses on all logits do not fit")
+    parser.add_argument("--out", type=Path, help="file of finished cases, one JSON object a line")
     return parser.parse_args()
 
 
@@ -94,26 +111,8 @@ def peak_bytes(call: Callable[[], object], inputs: list[Tensor], device: torch.d
     return record.peak
 
 
-def floor_ms(inputs: list[Tensor], rounds: int, device: torch.device) -> float:
-    """Time of the four unavoidable matrix products over all tokens."""
-    hidden, weight, teacher_hidden, teacher_weight = (tensor.detach() for tensor in inputs)
-    rows = min(FLOOR_ROWS, len(hidden))
-    gradient = torch.randn(rows, len(weight), dtype=weight.dtype, device=device)
-    times = []
-    for round_ in range(rounds + 1):
-        start = clock(device)
-        hidden[:rows] @ weight.T
-        teacher_hidden[:rows] @ teacher_weight.T
-        gradient @ weight
-        gradient.T @ hidden[:rows]
-        if round_:  # the first warms up
-            times.append(clock(device) - start)
-    return 1e3 * statistics.median(times) * len(hidden) / rows
-
-
-def dense_loss(head: KDHead, student: LMHead, teacher: LMHead, hidden: Tensor, teacher_hidden: Tensor) -> Tensor:
-    """The same loss from all logits at once, differentiated by autograd."""
-    z, z_teacher = (hidden @ student.weight.T).float(), (teacher_hidden @ teacher.weight.T).float()
+def dense_loss(head: KDHead, z: Tensor, z_teacher: Tensor) -> Tensor:
+    """The head's loss from all logits at once, for autograd."""
     with torch.no_grad():
         chosen = head.selector.select(head.selector.score(z, z_teacher), head.selector.draw(len(z), z.device))
     tau = torch.as_tensor(chosen.temperature, device=z.device).expand(len(z))
@@ -125,71 +124,197 @@ class Case:
     """One shape: inputs of both heads, in the order hidden, weight, teacher hidden, teacher weight."""
 
     inputs: list[Tensor]
+    device: torch.device
+
+    @classmethod
+    def random(cls, vocab: int, tokens: int, args: argparse.Namespace) -> "Case":
+        """Inputs that depend on the shape alone."""
+        torch.manual_seed(0)
+        device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+        shapes = [(n, h) for h in (args.hidden, args.teacher_hidden) for n in (tokens, vocab)]
+        inputs = [torch.randn(shape, dtype=dtype, device=device) / shape[1] ** 0.25 for shape in shapes]
+        return cls([inputs[0].requires_grad_(), inputs[1].requires_grad_(), *inputs[2:]], device)
 
     @property
-    def heads(self) -> tuple[LMHead, LMHead]:
-        """Output layers of student and teacher."""
-        return LMHead(self.inputs[1]), LMHead(self.inputs[3])
+    def online(self) -> HiddenSignal:
+        """The teacher's hidden states and head."""
+        return HiddenSignal(self.inputs[2], LMHead(self.inputs[3]))
 
-    def ours(self, head: KDHead) -> None:
-        """Loss and gradients by the head."""
-        hidden, weight, teacher_hidden, _ = self.inputs
-        torch.autograd.grad(head(hidden, teacher_hidden, *self.heads).loss, [hidden, weight])
+    def run(self, head: KDHead, teacher: TeacherSignal) -> HeadOutput:
+        """KDHead on this shape."""
+        return head(self.inputs[0], LMHead(self.inputs[1]), teacher)
 
-    def dense(self, head: KDHead) -> None:
-        """Loss and gradients by autograd over all logits."""
-        hidden, weight, teacher_hidden, _ = self.inputs
-        torch.autograd.grad(dense_loss(head, *self.heads, hidden, teacher_hidden), [hidden, weight])
-
-    def measure(self, head: KDHead, args: argparse.Namespace) -> dict[str, Any]:
-        """Acceptance rate, extra bytes and median milliseconds of the head and of the dense loss."""
-        device = torch.device(args.device)
-        variants = [self.ours] if args.skip_dense else [self.ours, self.dense]
-        calls = {call.__name__: partial(call, head) for call in variants}
-        returned = sum(4 * tensor.numel() for tensor in self.inputs[:2])
-        peaks = {name: peak_bytes(call, self.inputs, device) - returned for name, call in calls.items()}
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        for _ in range(args.rounds):
-            for name, call in calls.items():
-                start = clock(device)
-                call()
-                times[name].append(1e3 * (clock(device) - start))
+    def logits(self) -> tuple[Tensor, Tensor]:
+        """All logits of student and teacher in float32."""
+        hidden, weight, teacher_hidden, teacher_weight = self.inputs
         with torch.no_grad():
-            tar = float(head(self.inputs[0], self.inputs[2], *self.heads).accepted.mean())
-        return {"tar": tar, "extra_bytes": peaks, "ms": {name: statistics.median(ms) for name, ms in times.items()}}
+            z_teacher = (teacher_hidden @ teacher_weight.T).float()
+        return (hidden @ weight.T).float(), z_teacher
+
+    def floor_ms(self, rounds: int) -> float:
+        """Time of the four unavoidable matrix products over all tokens."""
+        hidden, weight, teacher_hidden, teacher_weight = (tensor.detach() for tensor in self.inputs)
+        rows = min(FLOOR_ROWS, len(hidden))
+        gradient = torch.randn(rows, len(weight), dtype=weight.dtype, device=self.device)
+        times = []
+        for round_ in range(rounds + 1):
+            start = clock(self.device)
+            hidden[:rows] @ weight.T
+            teacher_hidden[:rows] @ teacher_weight.T
+            gradient @ weight
+            gradient.T @ hidden[:rows]
+            if round_:  # the first warms up
+                times.append(clock(self.device) - start)
+        return 1e3 * statistics.median(times) * len(hidden) / rows
+
+    @torch.no_grad()
+    def select_ms(self, head: KDHead, rounds: int) -> float:
+        """Time of the selector's scores of all tokens, given their logits."""
+        rows = min(FLOOR_ROWS, len(self.inputs[0]))
+        part = Case([self.inputs[0][:rows], self.inputs[1], self.inputs[2][:rows], self.inputs[3]], self.device)
+        z, z_teacher = part.logits()
+        times = []
+        for round_ in range(rounds + 1):
+            start = clock(self.device)
+            head._score(z, z_teacher)
+            if round_:
+                times.append(clock(self.device) - start)
+        return 1e3 * statistics.median(times) * len(self.inputs[0]) / rows
+
+
+def liger_loss(case: Case, beta: float, compiled: bool) -> Loss:
+    """Liger's chunked JSD with its default chunk of 1,024 rows."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, compiled=compiled)
+    labels = torch.zeros(len(case.inputs[0]), dtype=torch.int64, device=case.device)
+    return lambda: loss(*case.inputs, labels)
+
+
+def trl_loss(case: Case, beta: float) -> Loss:
+    """The loss of TRL's GKDTrainer."""
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    from trl.experimental.gkd import GKDTrainer
+
+    return lambda: GKDTrainer.generalized_jsd_loss(*case.logits(), beta=beta)
+
+
+def trl_chunked_loss(case: Case, beta: float) -> Loss:
+    """The loss of TRL's DistillationTrainer; it is private there, and has no other entry."""
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+    hidden, weight, teacher_hidden, teacher_weight = case.inputs
+    mask = torch.ones(1, len(hidden), device=case.device)
+    return lambda: _chunked_divergence_loss(hidden[None], teacher_hidden[None], weight, teacher_weight, mask, beta)[0]
+
+
+def losses(case: Case, head: KDHead, objective: str, selector: str, args: argparse.Namespace) -> dict[str, Loss]:
+    """What is to be measured, by name."""
+    calls: dict[str, Loss] = {"head": lambda: case.run(head, case.online).loss}
+    vocab = len(case.inputs[1])
+    size = min(args.stored, vocab)
+    if head.objective.data_processing and not head.selector.whole_teacher:
+        stored = truncate(case.online, size, vocab)
+        calls["stored"] = lambda: case.run(head, stored).loss
+    if not args.skip_dense:
+        calls["dense"] = lambda: dense_loss(head, *case.logits())
+    if selector != "none" or objective not in BETA:
+        return calls
+    candidates: dict[str, Callable[[Case, float], Loss]] = {}
+    if "liger" in args.peers:
+        candidates["liger"] = partial(liger_loss, compiled=False)
+        if args.compile:
+            candidates["liger compiled"] = partial(liger_loss, compiled=True)
+    if "trl" in args.peers:
+        candidates |= {"trl chunked": trl_chunked_loss} | ({} if args.skip_dense else {"trl": trl_loss})
+    return calls | {name: make(case, BETA[objective]) for name, make in candidates.items()}
+
+
+def measure(case: Case, head: KDHead, calls: dict[str, Loss], rounds: int) -> dict[str, dict[str, float]]:
+    """Loss (mean over the tokens), extra megabytes and median milliseconds of each."""
+
+    def step(call: Loss) -> float:
+        loss = call()
+        torch.autograd.grad(loss, case.inputs[:2])
+        return loss.item()
+
+    returned = sum(tensor.numel() * tensor.element_size() for tensor in case.inputs[:2])
+    results: dict[str, dict[str, float]] = {}
+    for name, call in calls.items():
+        # What torch.compile allocates inside its kernels cannot be seen on a CPU.
+        visible = case.device.type == "cuda" or "compiled" not in name
+        value = step(call)  # also warms up
+        peak = peak_bytes(partial(step, call), case.inputs, case.device) - returned if visible else float("nan")
+        results[name] = {"loss": value, "megabytes": peak / 2**20}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = clock(case.device)
+            step(call)
+            times[name].append(1e3 * (clock(case.device) - start))
+    for name, result in results.items():
+        result["ms"] = statistics.median(times[name])
+        if name != "stored" and abs(result["loss"] / results["head"]["loss"] - 1) > 0.02:
+            raise RuntimeError(f"{name} gives {result['loss']}, KDHead {results['head']['loss']}: not the same loss")
+    return results
+
+
+def report(row: dict[str, Any]) -> None:
+    """Print a case, one line for each implementation."""
+    share = row["select_ms"] / row["results"]["head"]["ms"]
+    for name, result in row["results"].items():
+        selection = f"{row['select_ms']:>11.1f}{100 * share:>8.2f}%" if name == "head" else ""
+        print(
+            f"{row['vocab']:>7}{row['tokens']:>6} {row['objective']:<11}{row['selector']:<15}{name:<15}"
+            f"{result['loss']:>9.4f}{result['megabytes']:>10.1f}{result['ms']:>10.1f}"
+            f"{result['ms'] / row['floor_ms']:>9.2f}{selection}"
+        )
+
+
+def available(peers: list[str]) -> list[str]:
+    """Those of the peers that can be imported; says which cannot."""
+    found = []
+    for peer in peers:
+        try:
+            __import__({"liger": "liger_kernel.chunked_loss", "trl": "trl"}[peer])
+            found.append(peer)
+        except ImportError as error:
+            print(f"{peer} is left out: {error} (`uv sync --group peers` installs it)")
+    return found
 
 
 def main() -> None:
     args = parse()
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    sizes = f"hidden {args.hidden} (student), {args.teacher_hidden} (teacher), {args.dtype}"
-    print(f"{sizes}, {device}, {args.threads} threads, torch {torch.__version__}, {args.rounds} rounds")
+    args.peers = available(args.peers)
+    ignored = ("vocab", "tokens", "objectives", "selectors", "out")
+    settings = {name: value for name, value in vars(args).items() if name not in ignored}
+    settings |= {"torch": torch.__version__}
+    print(", ".join(f"{name} {value}" for name, value in settings.items()))
     print(
-        f"{'V':>7}{'N':>6} {'objective':<11}{'selector':<15}{'TAR':>6}{'extra MB':>10}{'dense':>9}"
-        f"{'ms':>10}{'dense':>10}{'floor':>10}{'x floor':>9}"
+        f"{'V':>7}{'N':>6} {'objective':<11}{'selector':<15}{'':<15}"
+        f"{'loss':>9}{'extra MB':>10}{'ms':>10}{'x floor':>9}{'select ms':>11}{'of head':>9}"
     )
-    rows = []
+    lines = args.out.read_text().splitlines() if args.out and args.out.exists() else []
+    done = [row for row in map(json.loads, lines) if row["settings"] == json.loads(json.dumps(settings))]
     for vocab, tokens in itertools.product(args.vocab, args.tokens):
-        shapes = [(n, h) for h in (args.hidden, args.teacher_hidden) for n in (tokens, vocab)]
-        inputs = [torch.randn(shape, dtype=dtype, device=device) / shape[1] ** 0.25 for shape in shapes]
-        case = Case([inputs[0].requires_grad_(), inputs[1].requires_grad_(), *inputs[2:]])
-        floor = floor_ms(inputs, args.rounds, device)
         for objective, selector in itertools.product(args.objectives, args.selectors):
-            head = KDHead(OBJECTIVES.get(objective)(), SELECTORS.get(selector)(), chunk_size=args.chunk_size)
-            row = case.measure(head, args)
-            rows.append({"vocab": vocab, "tokens": tokens, "objective": objective, "selector": selector} | row)
-            rows[-1]["floor_ms"] = floor
-            megabytes = {name: size / 2**20 for name, size in row["extra_bytes"].items()}
-            nan = float("nan")  # printed where the dense loss is skipped
-            print(
-                f"{vocab:>7}{tokens:>6} {objective:<11}{selector:<15}{row['tar']:>6.2f}{megabytes['ours']:>10.1f}"
-                f"{megabytes.get('dense', nan):>9.1f}{row['ms']['ours']:>10.1f}{row['ms'].get('dense', nan):>10.1f}"
-                f"{floor:>10.1f}{row['ms']['ours'] / floor:>9.2f}"
-            )
-    if args.json:
-        args.json.write_text(json.dumps({"settings": vars(args), "rows": rows}, default=str, indent=1))
+            named = {"vocab": vocab, "tokens": tokens, "objective": objective, "selector": selector}
+            row = next((row for row in done if named.items() <= row.items()), None)
+            if row is None:
+                case = Case.random(vocab, tokens, args)
+                head = KDHead(OBJECTIVES.get(objective)(), SELECTORS.get(selector)(), chunk_size=args.chunk_size)
+                calls = losses(case, head, objective, selector, args)
+                row = named | {
+                    "settings": settings,
+                    "floor_ms": case.floor_ms(args.rounds),
+                    "select_ms": case.select_ms(head, args.rounds),
+                    "results": measure(case, head, calls, args.rounds),
+                }
+                if args.out:
+                    with args.out.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+            report(row)
 
 
 if __name__ == "__main__":

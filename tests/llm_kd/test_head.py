@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llm_kd.head import KDHead, LMHead
+from llm_kd.head import HiddenSignal, KDHead, LMHead
 from llm_kd.objectives import OBJECTIVES
 from llm_kd.selectors import SELECTORS, Selection, Selector
 
@@ -50,11 +50,15 @@ class Inputs:
     def leaves(self):
         return [self.hidden, self.weight] + ([] if self.bias is None else [self.bias])
 
-    def run(self, head, mask=None):
-        return head(self.hidden, self.teacher_hidden, self.student, self.teacher, mask)
+    @property
+    def signal(self):
+        return HiddenSignal(self.teacher_hidden, self.teacher)
 
-    def gradients(self, head, mask=None):
-        output = self.run(head, mask)
+    def run(self, head):
+        return head(self.hidden, self.student, self.signal)
+
+    def gradients(self, head):
+        output = self.run(head)
         return output, torch.autograd.grad(output.loss, self.leaves)
 
 
@@ -63,11 +67,10 @@ def capped(hidden, head):
     return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
 
 
-def dense(inputs, head, mask=None):
+def dense(inputs, head):
     """Loss, summands and selection from the logits of all tokens, for autograd."""
-    keep = slice(None) if mask is None else mask
-    z = capped(inputs.hidden, inputs.student)[keep][:, : head.vocab_size]
-    z_teacher = capped(inputs.teacher_hidden, inputs.teacher)[keep][:, : head.vocab_size]
+    z = capped(inputs.hidden, inputs.student)[:, : head.vocab_size]
+    z_teacher = capped(inputs.teacher_hidden, inputs.teacher)[:, : head.vocab_size]
     with torch.no_grad():
         t = head.verify_temperature
         noise = head.selector.draw(len(z), z.device)
@@ -80,11 +83,11 @@ def dense(inputs, head, mask=None):
     return rows.sum() / count, rows, selection
 
 
-def assert_agrees(inputs, head, mask=None, tolerance=1e-10):
+def assert_agrees(inputs, head, tolerance=1e-10):
     head.eval()  # Spec-k then draws the same numbers for both
-    loss, rows, selection = dense(inputs, head, mask)
+    loss, rows, selection = dense(inputs, head)
     expected = torch.autograd.grad(loss, inputs.leaves)
-    output, gradients = inputs.gradients(head, mask)
+    output, gradients = inputs.gradients(head)
     close = {"rtol": tolerance, "atol": tolerance}
     torch.testing.assert_close(output.loss.detach(), loss.detach(), **close)
     torch.testing.assert_close(output.row_loss, rows.detach(), **close)
@@ -161,32 +164,10 @@ def test_padded_vocabularies_are_sliced(selector):
 
 
 @pytest.mark.parametrize("selector", SELECTORS.names())
-def test_masked_tokens_are_not_seen(selector):
-    inputs = Inputs()
-    mask = torch.rand(N) < 0.5
-    head = build("fkl", selector, chunk_size=3)
-    output = assert_agrees(inputs, head, mask)
-    assert output.num_tokens == mask.sum() == len(output.row_loss)
-    hidden = inputs.gradients(head, mask)[1][0]
-    assert (hidden[~mask] == 0).all()
-    # Batch dimensions, and content of masked positions, make no difference.
-    inputs.hidden.data[~mask] = 1e6
-    inputs.teacher_hidden[~mask] = -1e6
-    shaped = head(
-        inputs.hidden.reshape(1, N, H),
-        inputs.teacher_hidden.reshape(1, N, -1),
-        inputs.student,
-        inputs.teacher,
-        mask.reshape(1, N),
-    )
-    torch.testing.assert_close(shaped.loss, output.loss)
-
-
-@pytest.mark.parametrize("selector", SELECTORS.names())
 @pytest.mark.parametrize("normalize", ["valid", "selected"])
-def test_all_masked_batch_is_a_zero_with_a_gradient_path(selector, normalize):
-    inputs = Inputs()
-    output, gradients = inputs.gradients(build("rkl", selector, normalize=normalize), torch.zeros(N, dtype=torch.bool))
+def test_batch_without_tokens_is_a_zero_with_a_gradient_path(selector, normalize):
+    inputs = Inputs(rows=0)
+    output, gradients = inputs.gradients(build("rkl", selector, normalize=normalize))
     assert output.loss.item() == output.accepted_sum.item() == output.num_tokens == 0
     for gradient, leaf in zip(gradients, inputs.leaves, strict=True):
         assert torch.equal(gradient, torch.zeros_like(leaf))
@@ -214,9 +195,9 @@ def test_rows_of_weight_zero_reach_neither_the_loss_nor_the_backward(per_row):
     seen = []
 
     class Spy(type(OBJECTIVES.get("fkl")())):
-        def slope(self, log_q, log_p):
+        def value_and_slope(self, log_q, log_p):
             seen.append(len(log_q))
-            return super().slope(log_q, log_p)
+            return super().value_and_slope(log_q, log_p)
 
     selector = SELECTORS.get("topk")(k=3, beta=0.0) if per_row else Fixed(weights)
     output = assert_agrees(inputs, KDHead(Spy(), selector, chunk_size=4))
@@ -343,12 +324,10 @@ def test_bad_settings(settings, message):
 
 def test_bad_tensors():
     inputs, head = Inputs(), build()
-    with pytest.raises(ValueError, match="mask must be boolean"):
-        inputs.run(head, torch.ones(N))
-    with pytest.raises(ValueError, match="mask must be boolean of shape"):
-        inputs.run(head, torch.ones(N + 1, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"the same N tokens, got shape \(1, 17, 6\) and 17 rows"):
+        head(inputs.hidden[None], inputs.student, inputs.signal)
     inputs.teacher_hidden = inputs.teacher_hidden[:-1]
-    with pytest.raises(ValueError, match="the same tokens"):
+    with pytest.raises(ValueError, match=r"got shape \(17, 6\) and 16 rows; pick the supervised tokens"):
         inputs.run(head)
     with pytest.raises(ValueError, match=r"k must lie in \[1, 23\]"):
         Inputs().run(build("fkl", "topk", selector_args={"k": 24}))

@@ -9,8 +9,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llm_kd.head import KDHead, LMHead
-from llm_kd.head.module import BYTES_PER_LOGIT, _default_chunk
+from llm_kd.head import HiddenSignal, KDHead, LMHead, truncate
+from llm_kd.head.linear import rows_per_chunk
+from llm_kd.head.module import BYTES_PER_LOGIT
 from llm_kd.objectives import OBJECTIVES
 from llm_kd.selectors import SELECTORS
 
@@ -35,7 +36,7 @@ def tensors(rows):
 def run(objective, selector, chunk_size, inputs):
     hidden, weight, teacher_hidden, teacher_weight = inputs
     head = KDHead(OBJECTIVES.get(objective)(), SELECTORS.get(selector)(), chunk_size=chunk_size)
-    head(hidden, teacher_hidden, LMHead(weight), LMHead(teacher_weight)).loss.backward()
+    head(hidden, LMHead(weight), HiddenSignal(teacher_hidden, LMHead(teacher_weight))).loss.backward()
 
 
 class LargestTensor(TorchDispatchMode):
@@ -81,6 +82,21 @@ def test_live_memory_is_a_few_chunks(benchmark, objective, selector):
     assert extra[160] - extra[96] <= per_row * 64
 
 
+@pytest.mark.parametrize("size", [4, 40, V])
+def test_stored_teachers_take_no_more(benchmark, size):
+    chunk, extra = 16, {}
+    for rows in (96, 160):
+        hidden, weight, *teacher = tensors(rows)
+        stored = truncate(HiddenSignal(teacher[0], LMHead(teacher[1])), size, V)
+        head = KDHead(OBJECTIVES.get("rkl")(), SELECTORS.get("topk")(k=2), chunk_size=chunk)
+        ignore = [hidden, weight, stored.log_probs, stored.indices, stored.tail_mass]
+        with benchmark.LiveBytes(ignore) as record:
+            head(hidden, LMHead(weight), stored).loss.backward()
+        extra[rows] = record.peak - 4 * (V + rows) * H
+    assert extra[96] <= (BYTES_PER_LOGIT * V + 16 * size) * chunk + 64 * 96
+    assert extra[160] - extra[96] <= 64 * 64
+
+
 def test_default_chunk_shrinks_with_the_vocabulary():
     class Stub:
         hidden = torch.empty(1)
@@ -89,15 +105,30 @@ def test_default_chunk_shrinks_with_the_vocabulary():
             self.weight = torch.empty(vocab, 1, device="meta")
 
     vocabularies = (49_152, 151_936)
-    sizes = [_default_chunk(Stub(vocab)) for vocab in vocabularies]
+    sizes = [rows_per_chunk(Stub(vocab), BYTES_PER_LOGIT) for vocab in vocabularies]
     assert all(size * vocab * BYTES_PER_LOGIT <= 2**26 for size, vocab in zip(sizes, vocabularies, strict=True))
     assert sizes[0] > sizes[1] > 16
-    assert _default_chunk(Stub(10**9)) == 1
+    assert rows_per_chunk(Stub(10**9), BYTES_PER_LOGIT) == 1
 
 
 def test_benchmark_runs(benchmark, monkeypatch, capsys, tmp_path):
     sizes = ["--vocab", "32", "--tokens", "8", "--hidden", "4", "--teacher-hidden", "4", "--rounds", "2"]
-    monkeypatch.setattr(sys, "argv", ["kd_head", *sizes, "--threads", "1", "--json", str(tmp_path / "out.json")])
+    out = tmp_path / "out.jsonl"
+    monkeypatch.setattr(sys, "argv", ["kd_head", *sizes, "--threads", "1", "--peers", "--out", str(out)])
     benchmark.main()
-    assert len(capsys.readouterr().out.splitlines()) == 2 + 9
-    assert (tmp_path / "out.json").stat().st_size
+    printed, rows = capsys.readouterr().out, out.read_text()
+    assert len(printed.splitlines()) == 2 + 9 * 2 + 6  # head and dense, and a stored teacher for none and topk
+    out.write_text("".join(rows.splitlines(keepends=True)[:4]))
+    benchmark.main()  # measures the other five
+    assert out.read_text().splitlines()[:4] == rows.splitlines()[:4]
+    assert len(out.read_text().splitlines()) == 9
+    monkeypatch.setattr(benchmark.Case, "random", None)
+    benchmark.main()  # measures nothing
+    assert len(capsys.readouterr().out.splitlines()) == 2 * len(printed.splitlines())
+
+
+def test_benchmark_names_missing_peers(benchmark, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    monkeypatch.setitem(sys.modules, "trl", None)
+    assert benchmark.available(["liger", "trl"]) == []
+    assert capsys.readouterr().out.count("is left out") == 2

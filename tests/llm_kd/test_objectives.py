@@ -54,6 +54,11 @@ def test_closed_form_gradient_is_autograds(objective, temperature):
     student, teacher = torch.randn(2, 3, 5, 20, dtype=F64) * 3
     value, gradient = autograd(objective, student, teacher, temperature)
     assert value.shape == (3, 5)
+    log_q, log_p = ((z / temperature).log_softmax(-1) for z in (student, teacher))
+    torch.testing.assert_close(objective(log_q, log_p, None), value)
+    both = objective.value_and_slope(log_q, log_p)
+    torch.testing.assert_close(both[0], value, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(both[1], objective.slope(log_q, log_p), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(closed_form(objective, student, teacher, temperature), gradient, rtol=1e-10, atol=1e-12)
 
 
@@ -76,6 +81,7 @@ def test_absent_tokens_change_nothing(objective):
     padded = [torch.cat([z, torch.full((4, 3), -math.inf, dtype=F64)], dim=-1) for z in (student, teacher)]
     value, _ = autograd(objective, student, teacher)
     torch.testing.assert_close(objective(*padded), value)
+    torch.testing.assert_close(objective.value_and_slope(*(z.log_softmax(-1) for z in padded))[0], value)
     gradient = closed_form(objective, *padded)
     assert (gradient[:, 9:] == 0).all()
     torch.testing.assert_close(gradient[:, :9], closed_form(objective, student, teacher))
@@ -84,10 +90,10 @@ def test_absent_tokens_change_nothing(objective):
 def test_slope_leaves_its_arguments_alone(objective):
     log_q, log_p = torch.randn(2, 4, 9).log_softmax(-1)
     kept = log_q.clone(), log_p.clone()
-    h = objective.slope(log_q, log_p)
-    assert torch.equal(log_q, kept[0])
-    assert torch.equal(log_p, kept[1])
-    assert h.data_ptr() not in (log_q.data_ptr(), log_p.data_ptr())
+    for h in (objective.slope(log_q, log_p), objective.value_and_slope(log_q, log_p)[1]):
+        assert torch.equal(log_q, kept[0])
+        assert torch.equal(log_p, kept[1])
+        assert h.data_ptr() not in (log_q.data_ptr(), log_p.data_ptr())
 
 
 def test_slopes_are_the_papers():

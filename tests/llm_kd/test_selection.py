@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from llm_kd import selection
 from llm_kd.selection import (
     TruncatedDistribution,
     speck_accept,
@@ -51,6 +52,27 @@ def test_topk_is_the_stable_rank_of_the_proposal(k):
     assert accepted.dtype == torch.bool
     assert torch.equal(accepted, expected)
     assert k < 9 or accepted.all()
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 7, 8, 20])
+@pytest.mark.parametrize("levels", [2, 6, 1000])
+def test_topk_by_blocks_is_the_stable_rank(block, levels, monkeypatch):
+    monkeypatch.setattr(selection, "BLOCK", block)
+    student, teacher = (torch.randint(0, levels, (4, 200, 19)).float() for _ in range(2))
+    proposal = student.argsort(dim=-1, descending=True, stable=True)[..., :1]
+    ranking = teacher.argsort(dim=-1, descending=True, stable=True)
+    for k in (1, 2, 5, 18, 19):
+        assert torch.equal(topk_accept(student, teacher, k), (ranking[..., :k] == proposal).any(dim=-1))
+
+
+@pytest.mark.parametrize("vocab", [1, 127, 128, 129, 50_257])
+def test_topk_of_any_vocabulary(vocab):
+    student, teacher = (torch.randn(8, vocab) for _ in range(2))
+    student = student + 4 * teacher
+    k = min(3, vocab)
+    expected = (teacher.topk(k).indices == student.argmax(-1, keepdim=True)).any(-1)
+    assert torch.equal(topk_accept(student, teacher, k), expected)
+    assert torch.equal(topk_accept(student[:0], teacher[:0], k), expected[:0])
 
 
 def test_topk_default_is_five():
@@ -137,6 +159,33 @@ def test_truncated_teacher_gives_the_dense_topk():
         topk_accept(student, stored, 7)
 
 
+@pytest.mark.parametrize("size", [1, 4, 11, 12])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, F64])
+def test_truncation_is_the_start_of_a_stable_sort(size, dtype):
+    teacher = torch.randint(0, 3, (2, 50, 12)).to(dtype)  # full of ties
+    teacher[0, 0, :10] = -math.inf
+    stored = TruncatedDistribution.from_logits(teacher, size)
+    order = teacher.double().argsort(dim=-1, descending=True, stable=True)
+    log_probs = teacher.double().log_softmax(-1).gather(-1, order)
+    assert torch.equal(stored.indices, order[..., :size])
+    torch.testing.assert_close(stored.log_probs.double(), log_probs[..., :size], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(stored.tail_mass.double(), log_probs[..., size:].exp().sum(-1), rtol=1e-6, atol=1e-9)
+
+
+def test_truncated_teacher_is_cut_and_joined_by_rows():
+    stored = TruncatedDistribution.from_logits(torch.randn(7, 12), 4)
+    parts = stored.split(3)
+    assert [len(part) for part in parts] == [3, 3, 1]
+    assert [len(part) for part in stored[:0].split(3)] == [0]
+    again = TruncatedDistribution.cat(parts).to("cpu")
+    rows = torch.tensor([5, 0])
+    for whole, part in ((stored, again), (stored[rows], again[rows])):
+        assert part.vocab_size == 12
+        for name in ("log_probs", "indices", "tail_mass"):
+            assert torch.equal(getattr(whole, name), getattr(part, name))
+    assert torch.equal(again[rows].indices, stored.indices[rows])
+
+
 def test_truncated_teacher_holds_the_mass():
     teacher = torch.randn(5, 12, dtype=F64)
     stored = TruncatedDistribution.from_logits(teacher, 4)
@@ -165,9 +214,19 @@ def test_speck_on_a_truncated_teacher_is_exact_or_refused():
 def test_truncated_teacher_refuses_wrong_order_and_shapes():
     stored = TruncatedDistribution.from_logits(torch.randn(2, 6), 3)
     with pytest.raises(ValueError, match="rank order"):
-        TruncatedDistribution(stored.log_probs.flip(-1), stored.indices, stored.tail_mass)
+        TruncatedDistribution(stored.log_probs.flip(-1), stored.indices, stored.tail_mass, 6)
     with pytest.raises(ValueError, match="same shape"):
-        TruncatedDistribution(stored.log_probs, stored.indices[:, :2], stored.tail_mass)
+        TruncatedDistribution(stored.log_probs, stored.indices[:, :2], stored.tail_mass, 6)
+    with pytest.raises(ValueError, match=r"stored tokens must lie in \[1, 2\], got 3"):
+        TruncatedDistribution(stored.log_probs, stored.indices, stored.tail_mass, 2)
+    for wrong in (-1, 6):
+        with pytest.raises(ValueError, match=r"token ids in \[0, 6\)"):
+            TruncatedDistribution(stored.log_probs, stored.indices.fill_(wrong), stored.tail_mass, 6)
+    with pytest.raises(ValueError, match="vocabulary of 6 tokens, the student's logits have 7"):
+        topk_accept(torch.randn(2, 7), TruncatedDistribution.from_logits(torch.randn(2, 6), 3), 1)
+    for wrong in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="hold NaN or infinity"):
+            TruncatedDistribution.from_logits(torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, wrong]]), 1)
     with pytest.raises(ValueError, match=r"size must lie in \[1, 6\]"):
         TruncatedDistribution.from_logits(torch.randn(2, 6), 7)
 

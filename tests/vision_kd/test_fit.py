@@ -8,11 +8,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
+from kd_common.errors import NonFiniteLossError
 from kd_common.schedules import TopKSchedule
 from vision_kd.data import Digits
 from vision_kd.evaluate import accuracy
 from vision_kd.fit import build, main, run
-from vision_kd.guards import NonFiniteLossError
 from vision_kd.models import MODELS, load_classifier
 
 

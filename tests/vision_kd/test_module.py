@@ -11,10 +11,11 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
+from kd_common.errors import NonFiniteLossError
 from kd_common.schedules import TopKSchedule
 from vision_kd.callbacks import StudentExport
 from vision_kd.evaluate import accuracy
-from vision_kd.guards import NonFiniteLossError, check_trainer
+from vision_kd.guards import check_trainer
 from vision_kd.methods.dkd import DKD
 from vision_kd.methods.kd import KD
 from vision_kd.methods.vanilla import Vanilla

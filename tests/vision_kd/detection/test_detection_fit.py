@@ -9,12 +9,12 @@ import torch
 import yaml
 
 from kd_common.cli import find_config
+from kd_common.errors import NonFiniteLossError
 from kd_common.grads import clip_components
 from vision_kd.compare import main as compare_main
 from vision_kd.detection import DetectionModule, DetectionRecord, DigitScenes, FeatureDistillation, average_precision
 from vision_kd.evaluate import main as evaluate
 from vision_kd.fit import CONFIG_DIR, build, main, run
-from vision_kd.guards import NonFiniteLossError
 from vision_kd.methods.kd import KD
 from vision_kd.methods.mlkd import MLKD
 from vision_kd.methods.vanilla import Vanilla

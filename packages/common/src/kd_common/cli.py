@@ -145,6 +145,17 @@ class FitCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
+def fixed_seed(seed: bool | int) -> int:
+    """The seed as a number.
+
+    Raises:
+        ValueError: For ``true``, which would draw a new seed on resuming.
+    """
+    if seed is True:
+        raise ValueError("seed_everything must be a number (or false for 0): a run is resumed from its seed")
+    return int(seed)
+
+
 def silence_known_noise() -> None:
     """Drop messages of Lightning that say nothing about the user's run."""
     # They find the folder reserved for this run a moment ago, or the run that is resumed; nothing is lost there.

@@ -29,6 +29,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from kd_common.cli import resolve_config_names
+from kd_common.files import write_atomically
 from vision_kd.figures import plot_accuracy, plot_gsnr
 from vision_kd.fit import CONFIG_DIR, build, run
 
@@ -139,13 +140,6 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file in one step, so that an interruption leaves the old one."""
-    partial = path.with_suffix(".tmp")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def mean_and_spread(values: Sequence[float]) -> str:

@@ -19,7 +19,7 @@ import vision_kd.detection
 import vision_kd.methods
 import vision_kd.module
 import vision_kd.policies  # noqa: F401  (makes the class names known to the command line)
-from kd_common.cli import FitCLI
+from kd_common.cli import FitCLI, fixed_seed
 from vision_kd.callbacks import StudentExport
 from vision_kd.data import ImageDataModule
 from vision_kd.guards import check_trainer
@@ -65,17 +65,6 @@ class VisionCLI(FitCLI):
         """Build the trainer, which keeps the best epoch by the task's own metric."""
         self.checkpoint = {"monitor": f"val/{self.model.metric}", "mode": "max"}
         return super().instantiate_trainer(**kwargs)
-
-
-def fixed_seed(seed: bool | int) -> int:
-    """The seed as a number.
-
-    Raises:
-        ValueError: For ``true``, which would draw a new seed on resuming.
-    """
-    if seed is True:
-        raise ValueError("seed_everything must be a number (or false for 0): a run is resumed from its seed")
-    return int(seed)
 
 
 @dataclass

@@ -6,10 +6,6 @@ import torch
 from torch import Tensor
 
 
-class NonFiniteLossError(RuntimeError):
-    """A loss became NaN or infinite; the message names the batch and the last good checkpoint."""
-
-
 class FiniteGuard:
     """Remembers the first batch of an epoch whose loss is not finite, without a host sync per batch.
 

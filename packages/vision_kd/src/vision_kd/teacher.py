@@ -14,6 +14,7 @@ import torch
 from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_info
 
+from kd_common.files import cache_root
 from kd_common.schedules import CosineDecay
 from vision_kd.data.base import ImageDataModule
 from vision_kd.methods.vanilla import Vanilla
@@ -24,11 +25,6 @@ from vision_kd.specs import TeacherSpec
 from vision_kd.training import ComponentTraining
 
 CACHE_FORMAT = 1
-
-
-def cache_root() -> Path:
-    """Folder of cached teachers: ``$KD_CACHE``, else ``~/.cache/kd``."""
-    return Path(os.environ.get("KD_CACHE") or Path.home() / ".cache" / "kd")
 
 
 def teacher_cache_path(spec: TeacherSpec, data: Mapping[str, Any]) -> Path:

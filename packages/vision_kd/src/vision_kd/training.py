@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kd_common.distributed import average_batchnorm_buffers
+from kd_common.errors import NonFiniteLossError
 from kd_common.grads import accumulate, all_reduce_mean, clip_components, component_cosines, component_norms
 from kd_common.gsnr import GradientSNR
 from kd_common.optim import ComponentOptimizer
 from kd_common.schedules import CosineDecay, Schedule, TopKSchedule
-from vision_kd.guards import FiniteGuard, NonFiniteLossError, check_trainer
+from vision_kd.guards import FiniteGuard, check_trainer
 from vision_kd.methods import Method
 from vision_kd.methods.kd import KD
 from vision_kd.models import ModelSpec, NormalizedNetwork

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kd_common.functional.divergences import kl_from_log_probs
-from kd_common.functional.logits import scaled_pair
+from kd_common.functional.logits import scaled_pair, topk_mask
 
 
 def _check_target(logits: Tensor, target: Tensor) -> None:
@@ -109,10 +109,4 @@ def topk_class_mask(teacher_logits: Tensor, target: Tensor, k: int) -> Tensor:
     if not 1 <= k <= classes - 1:
         raise ValueError(f"k must lie in [1, {classes - 1}] (non-target classes of {classes}), got {k}")
     is_target = _is_target(teacher_logits, target)
-    logits = teacher_logits.masked_fill(is_target, -math.inf)
-    # A threshold and a count of its ties: several times faster than a stable sort of every row.
-    threshold = logits.topk(k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
-    above = logits > threshold
-    tied = (logits == threshold) & ~is_target
-    places_left = k - above.sum(dim=-1, keepdim=True)
-    return above | (tied & (tied.cumsum(dim=-1) <= places_left))
+    return topk_mask(teacher_logits.masked_fill(is_target, -math.inf), k, eligible=~is_target)

@@ -15,8 +15,10 @@ from torch import Tensor
 from kd_common.functional.logits import scaled_pair
 
 
-def _log_probs(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (log p, log q), teacher first as in the formulas."""
+def log_probs(student_logits: Tensor, teacher_logits: Tensor, temperature: float | None) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (log p, log q), teacher first as in the formulas; the arguments if the temperature is None."""
+    if temperature is None:
+        return teacher_logits, student_logits
     student, teacher = scaled_pair(student_logits, teacher_logits, temperature)
     return teacher.log_softmax(dim=-1), student.log_softmax(dim=-1)
 
@@ -42,13 +44,13 @@ def _check_skew(alpha: float) -> None:
         raise ValueError(f"alpha must lie in [0, 1), got {alpha}; alpha = 0 is the plain KL divergence")
 
 
-def forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+def forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float | None = 1.0) -> Tensor:
     """Forward Kullback-Leibler divergence KL(p || q).
 
     Args:
         student_logits: Student logits of shape (..., V).
         teacher_logits: Teacher logits of shape (..., V).
-        temperature: Positive divisor of both logits.
+        temperature: Positive divisor of both logits; None if they are log-probabilities already.
 
     Returns:
         Divergence per row in nats, shape (...).
@@ -59,17 +61,17 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: f
     References:
         Hinton et al., Distilling the knowledge in a neural network, arXiv 1503.02531.
     """
-    log_p, log_q = _log_probs(student_logits, teacher_logits, temperature)
+    log_p, log_q = log_probs(student_logits, teacher_logits, temperature)
     return kl_from_log_probs(log_p, log_q)
 
 
-def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float | None = 1.0) -> Tensor:
     """Reverse Kullback-Leibler divergence KL(q || p).
 
     Args:
         student_logits: Student logits of shape (..., V).
         teacher_logits: Teacher logits of shape (..., V).
-        temperature: Positive divisor of both logits.
+        temperature: Positive divisor of both logits; None if they are log-probabilities already.
 
     Returns:
         Divergence per row in nats, shape (...).
@@ -80,12 +82,12 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: f
     References:
         MiniLLM, arXiv 2306.08543.
     """
-    log_p, log_q = _log_probs(student_logits, teacher_logits, temperature)
+    log_p, log_q = log_probs(student_logits, teacher_logits, temperature)
     return kl_from_log_probs(log_q, log_p)
 
 
 def jensen_shannon(
-    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, beta: float = 0.5
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float | None = 1.0, beta: float = 0.5
 ) -> Tensor:
     """Generalised Jensen-Shannon divergence beta * KL(p || m) + (1 - beta) * KL(q || m), m = beta * p + (1 - beta) * q.
 
@@ -94,7 +96,7 @@ def jensen_shannon(
     Args:
         student_logits: Student logits of shape (..., V).
         teacher_logits: Teacher logits of shape (..., V).
-        temperature: Positive divisor of both logits.
+        temperature: Positive divisor of both logits; None if they are log-probabilities already.
         beta: Weight of the teacher, in (0, 1); 0.5 is the symmetric divergence.
 
     Returns:
@@ -111,20 +113,20 @@ def jensen_shannon(
             f"beta must lie strictly between 0 and 1, got {beta}; the divergence vanishes at the ends: "
             "use forward_kl in place of beta = 0 and reverse_kl in place of beta = 1"
         )
-    log_p, log_q = _log_probs(student_logits, teacher_logits, temperature)
+    log_p, log_q = log_probs(student_logits, teacher_logits, temperature)
     log_m = _log_mixture(log_p, log_q, beta)
     return beta * kl_from_log_probs(log_p, log_m) + (1 - beta) * kl_from_log_probs(log_q, log_m)
 
 
 def skew_forward_kl(
-    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, alpha: float = 0.1
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float | None = 1.0, alpha: float = 0.1
 ) -> Tensor:
     """Skew forward KL divergence KL(p || alpha * p + (1 - alpha) * q).
 
     Args:
         student_logits: Student logits of shape (..., V).
         teacher_logits: Teacher logits of shape (..., V).
-        temperature: Positive divisor of both logits.
+        temperature: Positive divisor of both logits; None if they are log-probabilities already.
         alpha: Share of the teacher in the mixture, in [0, 1); 0 is forward KL.
 
     Returns:
@@ -137,19 +139,19 @@ def skew_forward_kl(
         DistiLLM, arXiv 2402.03898.
     """
     _check_skew(alpha)
-    log_p, log_q = _log_probs(student_logits, teacher_logits, temperature)
+    log_p, log_q = log_probs(student_logits, teacher_logits, temperature)
     return kl_from_log_probs(log_p, _log_mixture(log_p, log_q, alpha))
 
 
 def skew_reverse_kl(
-    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, alpha: float = 0.1
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float | None = 1.0, alpha: float = 0.1
 ) -> Tensor:
     """Skew reverse KL divergence KL(q || (1 - alpha) * p + alpha * q).
 
     Args:
         student_logits: Student logits of shape (..., V).
         teacher_logits: Teacher logits of shape (..., V).
-        temperature: Positive divisor of both logits.
+        temperature: Positive divisor of both logits; None if they are log-probabilities already.
         alpha: Share of the student in the mixture, in [0, 1); 0 is reverse KL.
 
     Returns:
@@ -162,17 +164,17 @@ def skew_reverse_kl(
         DistiLLM, arXiv 2402.03898.
     """
     _check_skew(alpha)
-    log_p, log_q = _log_probs(student_logits, teacher_logits, temperature)
+    log_p, log_q = log_probs(student_logits, teacher_logits, temperature)
     return kl_from_log_probs(log_q, _log_mixture(log_q, log_p, alpha))
 
 
-def total_variation(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+def total_variation(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float | None = 1.0) -> Tensor:
     """Total variation distance 0.5 * sum_v |p_v - q_v|.
 
     Args:
         student_logits: Student logits of shape (..., V).
         teacher_logits: Teacher logits of shape (..., V).
-        temperature: Positive divisor of both logits.
+        temperature: Positive divisor of both logits; None if they are log-probabilities already.
 
     Returns:
         Distance per row, shape (...), in [0, 1].
@@ -183,12 +185,12 @@ def total_variation(student_logits: Tensor, teacher_logits: Tensor, *, temperatu
     References:
         f-DISTILL, arXiv 2307.15190.
     """
-    log_p, log_q = _log_probs(student_logits, teacher_logits, temperature)
+    log_p, log_q = log_probs(student_logits, teacher_logits, temperature)
     return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(dim=-1)
 
 
 def alpha_beta(
-    student_logits: Tensor, teacher_logits: Tensor, alpha: float, beta: float, *, temperature: float = 1.0
+    student_logits: Tensor, teacher_logits: Tensor, alpha: float, beta: float, *, temperature: float | None = 1.0
 ) -> Tensor:
     """Alpha-beta divergence, which joins forward KL at (1, 0) and reverse KL at (0, 1).
 
@@ -200,7 +202,7 @@ def alpha_beta(
         teacher_logits: Teacher logits of shape (..., V).
         alpha: Power of the teacher, >= 0.
         beta: Power of the student, >= 0; not 0 together with alpha.
-        temperature: Positive divisor of both logits.
+        temperature: Positive divisor of both logits; None if they are log-probabilities already.
 
     Returns:
         Divergence per row, shape (...).
@@ -214,7 +216,7 @@ def alpha_beta(
     """
     if not (0 <= alpha < math.inf and 0 <= beta < math.inf and alpha + beta > 0):
         raise ValueError(f"alpha and beta must be finite, >= 0 and not both 0, got alpha={alpha} and beta={beta}")
-    log_p, log_q = _log_probs(student_logits, teacher_logits, temperature)
+    log_p, log_q = log_probs(student_logits, teacher_logits, temperature)
     if beta == 0:
         return _power_kl(alpha * log_p, alpha * log_q) / alpha**2
     if alpha == 0:

@@ -2,5 +2,6 @@
 
 from llm_kd.head.linear import LMHead
 from llm_kd.head.module import HeadOutput, KDHead
+from llm_kd.head.signal import HiddenSignal, TeacherSignal, truncate
 
-__all__ = ["HeadOutput", "KDHead", "LMHead"]
+__all__ = ["HeadOutput", "HiddenSignal", "KDHead", "LMHead", "TeacherSignal", "truncate"]

@@ -55,6 +55,12 @@ class Projection:
         return gradient if self.softcap is None else gradient.mul_(1 - (logits / self.softcap) ** 2)
 
 
+def rows_per_chunk(projection: Projection, bytes_per_logit: float) -> int:
+    """Rows whose logits and temporaries take 64 MiB on a CPU and 1 GiB elsewhere, at least one."""
+    budget = 2**26 if projection.hidden.device.type == "cpu" else 2**30
+    return max(1, int(budget / (projection.weight.shape[0] * bytes_per_logit)))
+
+
 class Gradients:
     """Gradients of a scalar with respect to hidden states (N, H), head weight and bias, summed over chunks of rows.
 

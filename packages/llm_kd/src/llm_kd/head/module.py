@@ -6,24 +6,28 @@ chunk, H hidden, V vocabulary.
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from llm_kd.head.linear import Gradients, LMHead, Projection, ValueWithGradients
+from llm_kd.head.linear import Gradients, LMHead, Projection, ValueWithGradients, rows_per_chunk
+from llm_kd.head.rows import dense_loss, truncated_loss
+from llm_kd.head.signal import HiddenSignal, TeacherSignal
 from llm_kd.objectives import Objective
+from llm_kd.selection import TruncatedDistribution
 from llm_kd.selectors import Selector
 
 # Elementwise work runs on an eighth of a chunk at a time, so its dozen temporaries weigh less than the two logits.
 BLOCKS = 8
 BYTES_PER_LOGIT = 4 * (2 + 12 / BLOCKS)
 
+TeacherLogits = Tensor | TruncatedDistribution
+TeacherRows = Callable[[Tensor], TeacherLogits]
 
-@dataclass(frozen=True)
-class HeadOutput:
+
+class HeadOutput(NamedTuple):
     """Loss of a batch and what is logged about it; tensors per token have shape (N,), N valid tokens, no gradient.
 
     Attributes:
@@ -57,7 +61,7 @@ class HeadOutput:
 
 
 class KDHead(nn.Module):
-    """Weighted divergence between two language models, from their last hidden states.
+    """Weighted divergence between a student, given by its last hidden states, and a teacher, live or stored.
 
     Call it inside the student's forward pass, where sharded head weights are gathered. One backward per call.
 
@@ -113,42 +117,69 @@ class KDHead(nn.Module):
         self.vocab_size = vocab_size
         self.chunk_size = chunk_size
 
-    def forward(
-        self,
-        student_hidden: Tensor,
-        teacher_hidden: Tensor,
-        student_head: LMHead,
-        teacher_head: LMHead,
-        mask: Tensor | None = None,
-    ) -> HeadOutput:
+    def forward(self, student_hidden: Tensor, student_head: LMHead, teacher: TeacherSignal) -> HeadOutput:
         """Loss of a batch, with gradients for the student's hidden states, head weight and bias.
 
         Args:
-            student_hidden: Hidden states before the student's head, shape (..., H).
-            teacher_hidden: The teacher's hidden states of the same tokens, shape (..., H').
+            student_hidden: Hidden states before the student's head of the tokens that carry a loss, shape (N, H).
             student_head: The student's output layer.
-            teacher_head: The teacher's output layer; no gradient is taken.
-            mask: Booleans of shape (...), true at the tokens that carry a loss; None if all do.
+            teacher: The teacher's N rows of the same tokens; no gradient is taken. A stored distribution that lacks
+                tokens (K < V) is compared on K + 1 categories, see :func:`llm_kd.head.rows.truncated_loss`.
 
         Returns:
-            Sums and per-token values; the tokens are those of the mask, in order.
+            Sums and per-token values, in the order of the rows.
 
         Raises:
-            ValueError: If shapes, vocabularies or the mask do not fit.
+            ValueError: If shapes or vocabularies do not fit, or a stored teacher does not suffice.
         """
-        student_hidden, teacher_hidden = _pack(student_hidden, teacher_hidden, mask)
-        vocab_size = self._shared_vocab(student_head.weight, teacher_head.weight)
+        if student_hidden.ndim != 2 or len(student_hidden) != len(teacher):
+            raise ValueError(
+                "student_hidden of shape (N, H) and the teacher must hold the same N tokens, got shape "
+                f"{tuple(student_hidden.shape)} and {len(teacher)} rows; pick the supervised tokens of both first"
+            )
+        vocab_size = self._shared_vocab(len(student_head.weight), teacher)
         student = Projection(student_hidden, student_head, vocab_size)
-        teacher = Projection(teacher_hidden, teacher_head, vocab_size)
         inputs = (student_hidden, student_head.weight, student_head.bias)
         gradients = Gradients(student, inputs) if torch.is_grad_enabled() else None
+        teacher_rows = self._rows_of(teacher, vocab_size, student.dtype)
         with torch.no_grad(), torch.autocast(student_hidden.device.type, enabled=False):
-            row_loss, weights, accepted = self._walk(student, teacher, gradients)
+            row_loss, weights, accepted = self._walk(student, teacher_rows, gradients)
             loss_sum = row_loss.sum()
             denominator = weights.sum() if self.normalize == "selected" else torch.full_like(loss_sum, len(weights))
         if gradients is not None:
             loss_sum = ValueWithGradients.apply(loss_sum, gradients, *inputs)
         return HeadOutput(loss_sum, denominator, row_loss, weights, accepted)
+
+    def check_truncated(self, size: int, vocab_size: int) -> None:
+        """Refuse a stored teacher that does not determine the loss; call it before training.
+
+        Args:
+            size: Number K of stored tokens.
+            vocab_size: Number V of tokens of the stored teacher's vocabulary.
+
+        Raises:
+            ValueError: If the vocabularies differ, the selector needs more than is stored, or, with K < V, the
+                objective does not obey the data-processing inequality or the loss has a temperature.
+        """
+        if self.vocab_size not in (None, vocab_size):
+            raise ValueError(
+                f"the stored teacher has a vocabulary of {vocab_size} tokens, the head vocab_size={self.vocab_size}; "
+                "store the teacher again with the tokenizer's length"
+            )
+        self.selector.check_truncated(size, vocab_size)
+        if size == vocab_size:
+            return
+        remedy = f"but only {size} of {vocab_size} tokens are stored; store all, or run the teacher online"
+        if not self.objective.data_processing:
+            raise ValueError(
+                f"the objective {type(self.objective).__name__} needs the teacher's whole distribution, {remedy} "
+                "(fkl, rkl, jsd, skew_fkl, skew_rkl and tvd do without)"
+            )
+        if self.loss_temperature != 1:
+            raise ValueError(
+                f"loss_temperature={self.loss_temperature} needs the teacher's whole distribution, {remedy}, or set "
+                "loss_temperature to 1"
+            )
 
     def on_step(self, loss: float, step: int, total_steps: int) -> None:
         """Advance objective and selector after an optimizer step, never in validation.
@@ -161,29 +192,38 @@ class KDHead(nn.Module):
         self.objective.on_step(loss, step, total_steps)
         self.selector.on_step(loss, step, total_steps)
 
-    def _shared_vocab(self, student_weight: Tensor, teacher_weight: Tensor) -> int:
-        rows, teacher_rows = student_weight.shape[0], teacher_weight.shape[0]
-        if self.vocab_size is None:
-            if rows != teacher_rows:
-                raise ValueError(
-                    f"the student's head has {rows} rows, the teacher's {teacher_rows}; if both models share a "
-                    "tokenizer and the rest is padding, set vocab_size to the tokenizer's length"
-                )
-            return rows
-        if self.vocab_size > min(rows, teacher_rows):
+    def _shared_vocab(self, rows: int, teacher: TeacherSignal) -> int:
+        """V, from the number of rows of the student's head and the tokens the teacher knows."""
+        teacher_rows = teacher.vocab_size if isinstance(teacher, TruncatedDistribution) else len(teacher.head.weight)
+        if self.vocab_size is None and rows != teacher_rows:
+            raise ValueError(
+                f"the student's head has {rows} rows, the teacher's {teacher_rows}; if both models share a tokenizer "
+                "and the rest is padding, set vocab_size to the tokenizer's length"
+            )
+        if self.vocab_size is not None and self.vocab_size > min(rows, teacher_rows):
             raise ValueError(
                 f"vocab_size={self.vocab_size} exceeds the {rows} rows of the student's head or the {teacher_rows} of "
                 "the teacher's"
             )
-        return self.vocab_size
+        if isinstance(teacher, TruncatedDistribution):
+            self.check_truncated(teacher.size, teacher.vocab_size)
+        return self.vocab_size or rows
+
+    def _rows_of(self, teacher: TeacherSignal, vocab_size: int, dtype: torch.dtype) -> TeacherRows:
+        """What gives the teacher's logits, or its truncated distribution, of some rows."""
+        if isinstance(teacher, HiddenSignal):
+            return Projection(teacher.hidden, teacher.head, vocab_size).logits
+        if teacher.size < vocab_size:
+            return teacher.__getitem__
+        return lambda rows: teacher[rows].dense_log_probs().to(dtype)
 
     def _walk(
-        self, student: Projection, teacher: Projection, gradients: Gradients | None
+        self, student: Projection, teacher: TeacherRows, gradients: Gradients | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Losses, weights and acceptance of all N rows; adds to the gradients."""
         rows = torch.arange(len(student.hidden), device=student.hidden.device)
         row_loss, weights, accepted, temperature = rows.new_zeros((4, len(rows)), dtype=student.dtype)
-        size = self.chunk_size or _default_chunk(student)
+        size = self.chunk_size or rows_per_chunk(student, BYTES_PER_LOGIT)
         noise = self.selector.draw(len(rows), rows.device)
 
         def select(chunk: Tensor, score: Tensor) -> Tensor:
@@ -194,10 +234,10 @@ class KDHead(nn.Module):
 
         if not self.selector.per_row:
             # The weights need the scores of all rows first. Rows that get a weight are projected a second time.
-            score = torch.cat([self._score(student.logits(part), teacher.logits(part)) for part in rows.split(size)])
+            score = torch.cat([self._score(student.logits(part), teacher(part)) for part in rows.split(size)])
             rows = rows[select(rows, score)]
         for chunk in rows.split(size):
-            z, z_teacher = student.logits(chunk), teacher.logits(chunk)
+            z, z_teacher = student.logits(chunk), teacher(chunk)
             if self.selector.per_row:
                 kept = select(chunk, self._score(z, z_teacher))
                 if len(kept) < len(chunk):
@@ -210,53 +250,37 @@ class KDHead(nn.Module):
             del z, z_teacher  # else the next chunk's logits would be made beside them
         return row_loss, weights, accepted
 
-    def _score(self, z: Tensor, z_teacher: Tensor) -> Tensor:
+    def _score(self, z: Tensor, z_teacher: TeacherLogits) -> Tensor:
         """The selector's scores of a chunk, shape (n,)."""
         t = self.verify_temperature
-        blocks = _blocks(z, z_teacher)
-        return torch.cat(
-            [self.selector.score(a / t, b / t) if t != 1 else self.selector.score(a, b) for a, b in blocks]
-        )
+        scores = []
+        for z_, z_teacher_ in _blocks(z, z_teacher):
+            if t != 1:
+                z_ = z_ / t
+                # A selector that takes a truncated teacher asks for its ranks alone, which no temperature changes.
+                z_teacher_ = z_teacher_ if isinstance(z_teacher_, TruncatedDistribution) else z_teacher_ / t
+            scores.append(self.selector.score(z_, z_teacher_))
+        return torch.cat(scores)
 
     def _losses(
-        self, student: Projection, z: Tensor, z_teacher: Tensor, tau: Tensor, scale: Tensor, with_gradient: bool
+        self, student: Projection, z: Tensor, z_teacher: TeacherLogits, tau: Tensor, scale: Tensor, with_gradient: bool
     ) -> Tensor:
         """Scaled divergences of a chunk, shape (n,); their gradient by the raw student logits replaces z if asked."""
         losses = []
+        tempered = bool((tau != 1).any())  # else two passes over the logits are saved
         for z_, z_teacher_, tau_, scale_ in _blocks(z, z_teacher, tau[:, None], scale[:, None]):
-            log_q, log_p = (z_ / tau_).log_softmax(dim=-1), (z_teacher_ / tau_).log_softmax(dim=-1)
-            losses.append(scale_[:, 0] * self.objective(log_q, log_p))
-            if with_gradient:
-                slope = self.objective.slope(log_q, log_p)
-                gradient = torch.addcmul(slope, log_q.exp_(), slope.sum(dim=-1, keepdim=True), value=-1)
-                z_.copy_(student.through_softcap(gradient.mul_(scale_ / tau_), z_))
+            if isinstance(z_teacher_, TruncatedDistribution):
+                loss, gradient = truncated_loss(self.objective, z_, z_teacher_, with_gradient=with_gradient)
+            else:
+                pair = (z_ / tau_, z_teacher_ / tau_) if tempered else (z_, z_teacher_)
+                loss, gradient = dense_loss(self.objective, *pair, with_gradient=with_gradient)
+            losses.append(scale_[:, 0] * loss)
+            if gradient is not None:
+                torch.mul(student.through_softcap(gradient, z_), scale_ / tau_, out=z_)
         return torch.cat(losses)
 
 
-def _pack(student_hidden: Tensor, teacher_hidden: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Hidden states of the valid tokens, shapes (N, H) and (N, H')."""
-    shape = student_hidden.shape[:-1]
-    if teacher_hidden.shape[:-1] != shape:
-        raise ValueError(
-            "student_hidden and teacher_hidden must hold the same tokens, got shapes "
-            f"{tuple(student_hidden.shape)} and {tuple(teacher_hidden.shape)}"
-        )
-    if mask is None:
-        return student_hidden.reshape(-1, student_hidden.shape[-1]), teacher_hidden.reshape(
-            -1, teacher_hidden.shape[-1]
-        )
-    if mask.dtype != torch.bool or mask.shape != shape:
-        raise ValueError(f"mask must be boolean of shape {tuple(shape)}, got {mask.dtype} of {tuple(mask.shape)}")
-    return student_hidden[mask], teacher_hidden[mask]
-
-
-def _blocks(first: Tensor, *rest: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Views of an eighth of the rows at a time; one empty block when there are no rows."""
+def _blocks(first: Tensor, *rest: TeacherLogits) -> Iterator[tuple[Any, ...]]:
+    """An eighth of the rows at a time, as views; one empty block when there are no rows."""
     size = max(1, math.ceil(len(first) / BLOCKS))
-    return zip(*(tensor.split(size) for tensor in (first, *rest)), strict=True)
-
-
-def _default_chunk(student: Projection) -> int:
-    """Rows per chunk whose logits and temporaries fit the device's budget."""
-    budget = 2**26 if student.hidden.device.type == "cpu" else 2**30
-    return max(1, int(budget / (student.weight.shape[0] * BYTES_PER_LOGIT)))
+    return zip(*(rows.split(size) for rows in (first, *rest)), strict=True)

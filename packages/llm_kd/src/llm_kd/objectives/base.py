@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +16,23 @@ class Objective(nn.Module, ABC):
     The value is differentiable; the slope h = df/dlog q lets the head form the gradient with respect to the logits,
     (h - q * sum_v h) / T, without autograd. An objective with a state that follows training keeps it in the module's
     extra state and changes it in :meth:`on_step` only.
+
+    Attributes:
+        data_processing: Whether merging tokens can only lower the divergence (the data-processing inequality, which
+            every f-divergence obeys). Then a truncated teacher, whose missing tokens are one category, gives a lower
+            bound; an objective without the property is refused one.
     """
 
+    data_processing: ClassVar[bool] = False
+
     @abstractmethod
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float | None = 1.0) -> Tensor:
         """Divergence per row in nats, without a factor T^2.
 
         Args:
             student_logits: Student logits of shape (..., V).
             teacher_logits: Teacher logits of shape (..., V).
-            temperature: Positive divisor of both logits.
+            temperature: Positive divisor of both logits; None if they are log-probabilities already.
 
         Returns:
             Values of shape (...), in at least float32.
@@ -41,6 +49,18 @@ class Objective(nn.Module, ABC):
         Returns:
             A new tensor of shape (..., V).
         """
+
+    def value_and_slope(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+        """What :meth:`forward` and :meth:`slope` give; an objective whose two share terms computes them once.
+
+        Args:
+            log_q: Student log-probabilities of shape (..., V).
+            log_p: Teacher log-probabilities of shape (..., V).
+
+        Returns:
+            Values of shape (...) and a new tensor of shape (..., V).
+        """
+        return self(log_q, log_p, None), self.slope(log_q, log_p)
 
     def on_step(self, loss: float, step: int, total_steps: int) -> None:
         """Advance the state after an optimizer step; most objectives have none.

@@ -1,19 +1,27 @@
 """Forward KL divergence."""
 
+import torch
 from torch import Tensor
 
 from kd_common.functional import forward_kl
-from llm_kd.objectives.base import OBJECTIVES, Objective
+from llm_kd.objectives.base import OBJECTIVES, Objective, log_ratio
 
 
 @OBJECTIVES.register("fkl")
 class ForwardKL(Objective):
     """KL(p || q), the divergence of classical distillation (arXiv 1503.02531)."""
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    data_processing = True
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float | None = 1.0) -> Tensor:
         """Divergence per row; see :meth:`Objective.forward`."""
         return forward_kl(student_logits, teacher_logits, temperature=temperature)
 
     def slope(self, log_q: Tensor, log_p: Tensor) -> Tensor:
         """Slope h = -p."""
         return -log_p.exp()
+
+    def value_and_slope(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+        """Both at once; see :meth:`Objective.value_and_slope`."""
+        p = log_p.exp()
+        return torch.linalg.vecdot(p, log_ratio(log_p, log_q)), p.neg_()

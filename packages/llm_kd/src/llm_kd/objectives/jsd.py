@@ -1,5 +1,6 @@
 """Generalised Jensen-Shannon divergence."""
 
+import torch
 from torch import Tensor
 
 from kd_common.functional import jensen_shannon
@@ -17,15 +18,26 @@ class JensenShannon(Objective):
         ValueError: If beta is outside (0, 1).
     """
 
+    data_processing = True
+
     def __init__(self, beta: float = 0.5) -> None:
         super().__init__()
         self.beta = beta
         self._check_settings()
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float | None = 1.0) -> Tensor:
         """Divergence per row; see :meth:`Objective.forward`."""
         return jensen_shannon(student_logits, teacher_logits, temperature=temperature, beta=self.beta)
 
     def slope(self, log_q: Tensor, log_p: Tensor) -> Tensor:
         """Slope h = (1 - beta) q log(q / m)."""
-        return (1 - self.beta) * log_q.exp() * log_ratio(log_q, log_mixture(log_p, log_q, self.beta))
+        return self._slope(log_q, log_mixture(log_p, log_q, self.beta))
+
+    def value_and_slope(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+        """Both at once; see :meth:`Objective.value_and_slope`."""
+        log_m = log_mixture(log_p, log_q, self.beta)
+        slope = self._slope(log_q, log_m)  # the student's half of the value is its sum
+        return self.beta * torch.linalg.vecdot(log_p.exp(), log_ratio(log_p, log_m)) + slope.sum(dim=-1), slope
+
+    def _slope(self, log_q: Tensor, log_m: Tensor) -> Tensor:
+        return log_ratio(log_q, log_m).mul_(log_q.exp()).mul_(1 - self.beta)

@@ -1,5 +1,6 @@
 """Reverse KL divergence."""
 
+import torch
 from torch import Tensor
 
 from kd_common.functional import reverse_kl
@@ -10,10 +11,17 @@ from llm_kd.objectives.base import OBJECTIVES, Objective, log_ratio
 class ReverseKL(Objective):
     """KL(q || p), the mode-seeking direction (MiniLLM, arXiv 2306.08543)."""
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    data_processing = True
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float | None = 1.0) -> Tensor:
         """Divergence per row; see :meth:`Objective.forward`."""
         return reverse_kl(student_logits, teacher_logits, temperature=temperature)
 
     def slope(self, log_q: Tensor, log_p: Tensor) -> Tensor:
         """Slope h = q (log q - log p + 1)."""
-        return log_q.exp() * (log_ratio(log_q, log_p) + 1)
+        return self.value_and_slope(log_q, log_p)[1]
+
+    def value_and_slope(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+        """Both at once; see :meth:`Objective.value_and_slope`."""
+        q, ratio = log_q.exp(), log_ratio(log_q, log_p)
+        return torch.linalg.vecdot(q, ratio), ratio.add_(1).mul_(q)

@@ -19,12 +19,14 @@ class SkewReverseKL(Objective):
         ValueError: If alpha is outside [0, 1).
     """
 
+    data_processing = True
+
     def __init__(self, alpha: float = 0.1) -> None:
         super().__init__()
         self.alpha = alpha
         self._check_settings()
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float | None = 1.0) -> Tensor:
         """Divergence per row; see :meth:`Objective.forward`."""
         return skew_reverse_kl(student_logits, teacher_logits, temperature=temperature, alpha=self.alpha)
 

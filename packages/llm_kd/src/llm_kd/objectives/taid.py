@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kd_common.functional.logits import scaled_pair
+from kd_common.functional.divergences import log_probs
 from llm_kd.objectives.base import OBJECTIVES, Objective
 
 
@@ -49,9 +49,9 @@ class TAID(Objective):
         # At t = 1 the student's term is left out: 0 * -inf would be NaN.
         return log_p if self.t == 1 else (self.t * log_p + (1 - self.t) * log_q).log_softmax(dim=-1)
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float | None = 1.0) -> Tensor:
         """Cross-entropy per row; see :meth:`Objective.forward`."""
-        log_q, log_p = (z.log_softmax(dim=-1) for z in scaled_pair(student_logits, teacher_logits, temperature))
+        log_p, log_q = log_probs(student_logits, teacher_logits, temperature)
         target = self._log_target(log_q.detach(), log_p).exp()
         return -(target * log_q.masked_fill(target == 0, 0.0)).sum(dim=-1)
 

@@ -10,7 +10,9 @@ from llm_kd.objectives.base import OBJECTIVES, Objective
 class TotalVariation(Objective):
     """0.5 * sum_v |p_v - q_v| (f-DISTILL, arXiv 2307.15190)."""
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    data_processing = True
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float | None = 1.0) -> Tensor:
         """Distance per row; see :meth:`Objective.forward`."""
         return total_variation(student_logits, teacher_logits, temperature=temperature)
 

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_kd.selectors.base import SELECTORS, Selection, Selector, check_share, top_share
+from llm_kd.selection import TruncatedDistribution
+from llm_kd.selectors.base import SELECTORS, Selection, Selector, check_share, top_share, whole
 
 
 @SELECTORS.register("adakd")
@@ -62,9 +63,9 @@ class AdaKD(Selector):
         self.mean_loss: float | None = None
         self.reference: float | None = None
 
-    def score(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    def score(self, student_logits: Tensor, teacher_logits: Tensor | TruncatedDistribution) -> Tensor:
         """Hellinger distance of q and p, in [0, 1]."""
-        root_q, root_p = ((0.5 * z.log_softmax(dim=-1)).exp() for z in (student_logits, teacher_logits))
+        root_q, root_p = ((0.5 * z.log_softmax(dim=-1)).exp() for z in (student_logits, whole(teacher_logits)))
         return torch.linalg.vector_norm(root_q - root_p, dim=-1) / math.sqrt(2)
 
     def select(self, score: Tensor, noise: Tensor | None = None) -> Selection:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_common.registry import Registry
+from llm_kd.selection import TruncatedDistribution
 
 
 class Selection(NamedTuple):
@@ -33,17 +34,21 @@ class Selector(nn.Module, ABC):
 
     Attributes:
         per_row: Whether a token's weight depends on its own score (and noise) only.
+        whole_teacher: Whether the score needs all of the teacher's probabilities, or the selection sets temperatures,
+            which does. If not, the teacher's logits may be a :class:`TruncatedDistribution` with K < V.
     """
 
     per_row: ClassVar[bool] = True
+    whole_teacher: ClassVar[bool] = True
 
     @abstractmethod
-    def score(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    def score(self, student_logits: Tensor, teacher_logits: Tensor | TruncatedDistribution) -> Tensor:
         """One number per token.
 
         Args:
             student_logits: Student logits at the verification temperature, shape (n, V), in at least float32.
-            teacher_logits: Teacher logits of the same shape and dtype.
+            teacher_logits: Teacher logits of the same shape and dtype; a stored distribution, at temperature 1, only if
+                :meth:`check_truncated` lets it pass.
 
         Returns:
             Scores of shape (n,), in the logits' dtype.
@@ -60,6 +65,23 @@ class Selector(nn.Module, ABC):
         Returns:
             Selection of the n tokens.
         """
+
+    def check_truncated(self, size: int, vocab_size: int) -> None:
+        """Refuse a stored teacher that does not determine the scores.
+
+        Args:
+            size: Number K of stored tokens.
+            vocab_size: Number V of all tokens.
+
+        Raises:
+            ValueError: If it does not; the message says what to do.
+        """
+        if self.whole_teacher and size < vocab_size:
+            raise ValueError(
+                f"the selector {type(self).__name__} needs the teacher's whole distribution, but only {size} of "
+                f"{vocab_size} tokens are stored; use topk, entropy_top_p or none, store all tokens, or run the "
+                "teacher online"
+            )
 
     def draw(self, num_rows: int, device: torch.device) -> Tensor | None:
         """Random numbers for a batch, shape (num_rows,), drawn at once so that chunks do not change them.
@@ -81,6 +103,11 @@ class Selector(nn.Module, ABC):
             step: Number of optimizer steps done.
             total_steps: Length of training in optimizer steps.
         """
+
+
+def whole(teacher_logits: Tensor | TruncatedDistribution) -> Tensor:
+    """The teacher's logits of all tokens, shape (..., V); ValueError if what is stored does not determine them."""
+    return teacher_logits.dense_log_probs() if isinstance(teacher_logits, TruncatedDistribution) else teacher_logits
 
 
 def entropy(logits: Tensor) -> Tensor:

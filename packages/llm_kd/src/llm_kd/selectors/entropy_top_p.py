@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from llm_kd.selection import TruncatedDistribution
 from llm_kd.selectors.base import SELECTORS, Selection, Selector, check_share, entropy, top_share
 
 
@@ -17,13 +18,14 @@ class EntropyTopP(Selector):
     """
 
     per_row = False
+    whole_teacher = False
 
     def __init__(self, p: float = 0.2) -> None:
         super().__init__()
         check_share("p", p)
         self.p = p
 
-    def score(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    def score(self, student_logits: Tensor, teacher_logits: Tensor | TruncatedDistribution) -> Tensor:
         """Entropy of the student's distribution in nats."""
         return entropy(student_logits)
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from llm_kd.selection import speck_accept_probability, token_weights
+from llm_kd.selection import TruncatedDistribution, speck_accept_probability, token_weights
 from llm_kd.selectors.base import SELECTORS, Selection, Selector
 from llm_kd.selectors.topk import check_gate
 
@@ -28,7 +28,7 @@ class SpecKExpected(Selector):
         self.k = k
         self.beta = beta
 
-    def score(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    def score(self, student_logits: Tensor, teacher_logits: Tensor | TruncatedDistribution) -> Tensor:
         """Probability of acceptance."""
         return speck_accept_probability(student_logits, teacher_logits, self.k)
 

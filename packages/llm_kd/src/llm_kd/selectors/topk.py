@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from llm_kd.selection import token_weights, topk_accept
+from llm_kd.selection import TruncatedDistribution, token_weights, topk_accept
 from llm_kd.selectors.base import SELECTORS, Selection, Selector
 
 
@@ -21,13 +21,23 @@ class TopK(Selector):
         SelecTKD, arXiv 2510.24021.
     """
 
+    whole_teacher = False
+
     def __init__(self, k: int = 5, beta: float = 0.01) -> None:
         super().__init__()
         check_gate(k, beta)
         self.k = k
         self.beta = beta
 
-    def score(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    def check_truncated(self, size: int, vocab_size: int) -> None:
+        """Refuse fewer than k stored tokens; see :meth:`Selector.check_truncated`."""
+        if self.k > size:
+            raise ValueError(
+                f"k={self.k} needs the teacher's first {self.k} tokens but only {size} are stored; lower k, or store "
+                "more tokens"
+            )
+
+    def score(self, student_logits: Tensor, teacher_logits: Tensor | TruncatedDistribution) -> Tensor:
         """1 where accepted, else 0."""
         return topk_accept(student_logits, teacher_logits, self.k).to(student_logits.dtype)
 

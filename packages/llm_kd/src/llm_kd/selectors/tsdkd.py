@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from llm_kd.selectors.base import SELECTORS, Selection, Selector, entropy
+from llm_kd.selection import TruncatedDistribution
+from llm_kd.selectors.base import SELECTORS, Selection, Selector, entropy, whole
 
 
 @SELECTORS.register("tsdkd")
@@ -16,9 +17,9 @@ class TSDKD(Selector):
         TSD-KD (ICLR 2026).
     """
 
-    def score(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    def score(self, student_logits: Tensor, teacher_logits: Tensor | TruncatedDistribution) -> Tensor:
         """Entropy of the student minus that of the teacher, in nats."""
-        return entropy(student_logits) - entropy(teacher_logits)
+        return entropy(student_logits) - entropy(whole(teacher_logits))
 
     def select(self, score: Tensor, noise: Tensor | None = None) -> Selection:
         """Weights in (0, 1)."""

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from llm_kd.selection import TruncatedDistribution
 from llm_kd.selectors.base import SELECTORS, Selection, Selector
 
 
@@ -9,7 +10,9 @@ from llm_kd.selectors.base import SELECTORS, Selection, Selector
 class Uniform(Selector):
     """Weight 1 for every token: plain distillation."""
 
-    def score(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    whole_teacher = False
+
+    def score(self, student_logits: Tensor, teacher_logits: Tensor | TruncatedDistribution) -> Tensor:
         """One for every token."""
         return student_logits.new_ones(len(student_logits))
 

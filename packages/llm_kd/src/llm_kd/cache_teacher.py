@@ -1,0 +1,143 @@
+"""``python -m llm_kd.cache_teacher --folder F``: store a teacher's distributions, so that training need not run it.
+
+Train from it with the same data settings and ``--model.teacher.cache F``.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from jsonargparse import ArgumentParser
+from tqdm.auto import tqdm
+
+from llm_kd.data import TextDataModule, TokenBatch
+from llm_kd.data.loader import TextLoader
+from llm_kd.head import truncate
+from llm_kd.models import TeacherSpec, load_teacher
+from llm_kd.teacher import (
+    CacheHeader,
+    CacheWriter,
+    OnlineTeacher,
+    TeacherBody,
+    TeacherCache,
+    supervised_counts,
+    vocabulary_fingerprint,
+    weights_fingerprint,
+)
+
+
+def cache_teacher(
+    body: TeacherBody,
+    batches: Iterable[TokenBatch],
+    folder: str | Path,
+    *,
+    size: int,
+    vocab_size: int,
+    teacher: str,
+    tokenizer: str,
+    dtype: str = "float16",
+    device: torch.device | str = "cpu",
+    shard_bytes: int = 2**26,
+    progress_bar: bool = True,
+) -> TeacherCache:
+    """Write a cache, or go on with one whose writing was interrupted; examples it holds already are not run again.
+
+    Args:
+        body: The teacher.
+        batches: The data, in any order; iterated twice, the first time to count what is missing.
+        folder: Where to write.
+        size: Number K of tokens stored per position, in [1, vocab_size].
+        vocab_size: Number V of tokens of the tokenizer.
+        teacher: The teacher's name, for people.
+        tokenizer: Fingerprint of the vocabulary, :func:`llm_kd.teacher.vocabulary_fingerprint`.
+        dtype: Precision of the stored log-probabilities: float16, bfloat16 or float32.
+        device: Where the teacher runs.
+        shard_bytes: Size of a shard; a kill loses at most one.
+        progress_bar: Show one, and say beforehand how much will be written.
+
+    Returns:
+        The cache, open for reading.
+
+    Raises:
+        CacheError: If the folder holds another cache or a damaged one.
+        DiskFullError: If the disk cannot hold what is missing; the part already written is usable.
+        ValueError: If ``batches`` can be iterated only once, a setting is out of its range, or the teacher gives NaN.
+    """
+    if isinstance(batches, Iterator):
+        raise ValueError("batches are iterated twice: pass a list or a DataLoader, not an iterator or a generator")
+    weights = weights_fingerprint(body)
+    header = CacheHeader(teacher, weights, tokenizer, vocab_size, size, dtype)
+    online = OnlineTeacher(body).to(device)
+    with CacheWriter(folder, header, shard_bytes=shard_bytes) as writer:
+        missing: dict[str, int] = {}
+        for batch in batches:
+            missing.update((k, n) for k, n in zip(batch.keys, supervised_counts(batch), strict=True) if k not in writer)
+        tokens = sum(missing.values())
+        writer.require_space(tokens, len(missing))
+        if progress_bar:
+            per_token = header.layout.bytes_per_token
+            tqdm.write(
+                f"{teacher}: {size} of {vocab_size:,} tokens per position in {dtype}, {per_token} bytes per token; "
+                f"{len(missing):,} examples with {tokens:,} tokens to write, {tokens * per_token / 1e6:,.1f} MB"
+            )
+        with tqdm(total=tokens, unit=" tokens", unit_scale=True, disable=not progress_bar) as bar:
+            for batch in batches:
+                bar.update(_add(writer, online, batch, device))
+    return TeacherCache(folder)
+
+
+def _add(writer: CacheWriter, teacher: OnlineTeacher, batch: TokenBatch, device: torch.device | str) -> int:
+    """Store the examples of a batch that the cache lacks; returns the number of their tokens."""
+    counts = supervised_counts(batch)
+    # Of an example that occurs twice in a batch, the first occurrence is stored.
+    new = [key not in writer and key not in batch.keys[:i] for i, key in enumerate(batch.keys)]
+    if not any(new):
+        return 0
+    rows = torch.tensor(new).repeat_interleave(torch.tensor(counts))
+    signal = teacher.signal(batch.to(device))
+    distribution = truncate(signal[rows.to(device)], writer.layout.size, writer.layout.vocab_size)
+    kept = [(key, count) for key, count, is_new in zip(batch.keys, counts, new, strict=True) if is_new]
+    tokens = batch.labels[batch.predict].cpu()[rows]
+    writer.add([key for key, _ in kept], [count for _, count in kept], tokens, distribution)
+    return len(tokens)
+
+
+def parser() -> ArgumentParser:
+    """Command line of this module; ``data`` takes what ``llm_kd.fit`` takes."""
+    parser = ArgumentParser(prog="python -m llm_kd.cache_teacher", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--folder", type=str, required=True, help="Where to write; an interrupted cache is continued.")
+    parser.add_argument("--size", type=int, default=64, help="Tokens stored per position, K.")
+    parser.add_argument("--dtype", type=str, default="float16", help="float16, bfloat16 or float32.")
+    parser.add_argument("--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu", help="Device.")
+    parser.add_argument("--teacher", type=TeacherSpec, default=TeacherSpec(), help="The teacher.")
+    parser.add_class_arguments(TextDataModule, "data")
+    parser.link_arguments("teacher.name", "data.tokenizer")
+    return parser
+
+
+def main(args: list[str] | None = None) -> TeacherCache:
+    """Write the cache for the training and validation examples, and say how to use it."""
+    settings = parser().parse_args(args)
+    data = parser().instantiate_classes(settings).data
+    body = load_teacher(settings.teacher)
+    body.to(settings.device)
+    data.write_responses(body.model)
+    data.setup()
+    examples = [example for split in data.splits.values() for example in split.examples]
+    cache = cache_teacher(
+        body,
+        TextLoader(examples, data.val_batch_size, pad_id=data.pad_id, shuffle=False),
+        settings.folder,
+        size=settings.size,
+        vocab_size=data.vocab_size,
+        teacher=settings.teacher.name,
+        tokenizer=vocabulary_fingerprint(data.encoder.tokenizer.get_vocab()),
+        dtype=settings.dtype,
+        device=settings.device,
+    )
+    print(f"{len(cache):,} examples, {cache.num_tokens:,} tokens; use it with --model.teacher.cache {settings.folder}")
+    return cache
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Keep the student as a folder that plain transformers loads."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from llm_kd.module import DistillationModule
+
+
+class StudentExport(pl.Callback):
+    """Write ``student_best`` when a validation has the lowest KL so far, and ``student_last`` at the end.
+
+    Args:
+        folder: Folder of the run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Export a student that is the best so far."""
+        assert isinstance(pl_module, DistillationModule)
+        if trainer.state.fn != "fit" or trainer.sanity_checking or not pl_module.history:
+            return
+        if pl_module.history[-1] is min(pl_module.history, key=lambda epoch: epoch["kl"]):
+            export_student(pl_module, self.folder / "student_best")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Export the student as training left it."""
+        assert isinstance(pl_module, DistillationModule)
+        export_student(pl_module, self.folder / "student_last")
+
+
+def export_student(module: DistillationModule, folder: Path) -> None:
+    """Save student and tokenizer with ``save_pretrained``; the folder is replaced only when all is written.
+
+    Every rank must call this: a sharded student is put together on rank 0, which writes.
+    """
+    body = module.distiller.student
+    model = body.merged()
+    settings: dict[str, Any] = {}
+    if module.sharded:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        settings["state_dict"] = get_model_state_dict(model, options=options)
+    if not module.trainer.is_global_zero:
+        return
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial, **settings)
+    module.tokenizer.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)

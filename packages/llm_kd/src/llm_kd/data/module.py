@@ -1,0 +1,259 @@
+"""Conversations for training and validation, from files or written by the teacher."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
+
+from kd_common.hub import load_tokenizer
+from llm_kd.data.encode import Encoder
+from llm_kd.data.example import Example, answered
+from llm_kd.data.loader import TextLoader
+from llm_kd.data.responses import write_responses
+from llm_kd.data.rows import Row, read_rows
+from llm_kd.generation import Sampling
+
+SPLITS = ("train", "val")
+DEFAULT_SAMPLING = Sampling()
+
+
+@dataclass(frozen=True)
+class Split:
+    """Examples of one split, and what became of its rows.
+
+    Attributes:
+        examples: What is left to train or validate on.
+        rows: Number of rows read.
+        dropped: Number of rows left out because they are longer than ``max_length``.
+    """
+
+    examples: list[Example]
+    rows: int
+    dropped: int
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return sum(len(example.input_ids) for example in self.examples)
+
+    @property
+    def supervised(self) -> int:
+        """Number of tokens that carry a loss."""
+        return sum(example.num_supervised for example in self.examples)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.rows:,} rows, {len(self.examples):,} examples, {self.supervised:,} of {self.tokens:,} tokens carry "
+            f"a loss; {self.dropped:,} rows longer than max_length dropped"
+        )
+
+
+class TextDataModule(LightningDataModule):
+    """Batches of conversations; see :class:`llm_kd.data.TokenBatch`.
+
+    With ``responses: teacher``, :meth:`write_responses` must be called before training. The loss then lies on what the
+    teacher wrote; an answer of the data set remains the reference that generations are compared with.
+
+    Args:
+        tokenizer: Name of the tokenizer; see :func:`kd_common.hub.load_tokenizer`.
+        train: File or files of the training rows, .jsonl or .parquet (see :func:`llm_kd.data.read_rows`), or the name
+            of a packaged set.
+        val: The same for validation.
+        responses: ``dataset``: learn from the answers in the files; ``teacher``: from the teacher's, written once.
+        fields: The files' own names of ``messages``, ``instruction``, ``input``, ``output`` and ``instances``.
+        system: System turn for conversations that have none.
+        max_length: Largest number of tokens of a conversation; longer ones are dropped and counted. A prompt for the
+            teacher must leave room for ``sampling.max_new_tokens``.
+        truncate: Cut longer conversations of a data set instead; a cut answer has no end-of-turn token.
+        batch_size: Rows of a training batch on one rank.
+        val_batch_size: Conversations of a validation batch on one rank.
+        packing: Put several conversations into a training row of at most ``max_length`` tokens.
+        limit_train: Use only the first rows for training.
+        limit_val: Use only the first rows for validation.
+        sampling: How the teacher's responses are drawn.
+        sampling_seed: Seed of the teacher's responses, apart from ``seed`` so that runs with other seeds share them.
+        generation_batch_size: Prompts the teacher answers at once.
+        seed: Seed of the order.
+
+    Raises:
+        ValueError: If a setting is out of its range.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str,
+        train: str | list[str] = "prompts/train",
+        val: str | list[str] = "prompts/val",
+        responses: Literal["dataset", "teacher"] = "teacher",
+        fields: dict[str, str] | None = None,
+        system: str | None = None,
+        max_length: int = 512,
+        truncate: bool = False,
+        batch_size: int = 8,
+        val_batch_size: int = 8,
+        packing: bool = False,
+        limit_train: int | None = None,
+        limit_val: int | None = None,
+        sampling: Sampling = DEFAULT_SAMPLING,
+        sampling_seed: int = 0,
+        generation_batch_size: int = 16,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        sizes = {"max_length": max_length, "batch_size": batch_size, "val_batch_size": val_batch_size}
+        limits = {"limit_train": limit_train, "limit_val": limit_val, "generation_batch_size": generation_batch_size}
+        for name, value in (sizes | limits).items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if responses not in ("dataset", "teacher"):
+            raise ValueError(f"responses must be 'dataset' or 'teacher', got {responses!r}")
+        self.tokenizer_name, self.responses, self.fields, self.system = tokenizer, responses, fields, system
+        self.files = {"train": _listed(train), "val": _listed(val)}
+        self.limits = {"train": limit_train, "val": limit_val}
+        self.max_length, self.truncate, self.packing = max_length, truncate, packing
+        self.batch_size, self.val_batch_size, self.seed = batch_size, val_batch_size, seed
+        self.sampling, self.sampling_seed, self.generation_batch_size = sampling, sampling_seed, generation_batch_size
+        self.splits: dict[str, Split] = {}
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """The tokenizer, and how it writes conversations."""
+        return Encoder(load_tokenizer(self.tokenizer_name), self.system)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens of the tokenizer; what the models' heads have beyond it is padding."""
+        return len(self.encoder.tokenizer)
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Tokens that end a response."""
+        return self.encoder.eos_ids
+
+    @property
+    def pad_id(self) -> int:
+        """Token that fills up rows: the tokenizer's, or one that ends a response if it has none."""
+        pad = self.encoder.tokenizer.pad_token_id
+        return self.eos_ids[0] if pad is None else pad
+
+    def rows(self, split: str) -> list[Row]:
+        """The conversations of ``train`` or ``val`` as they stand in the files, too long ones included.
+
+        Raises:
+            FileNotFoundError, RowsError: From the data.
+        """
+        rows = [row for name in self.files[split] for row in read_rows(find_data(name), self.fields)]
+        return rows[: self.limits[split]]
+
+    def write_responses(self, teacher: Any, *, splits: Sequence[str] = SPLITS, progress_bar: bool = True) -> None:
+        """Have the teacher answer the prompts, or read what it answered before.
+
+        Does nothing with ``responses: dataset``.
+
+        Args:
+            teacher: Model that :func:`llm_kd.generation.generate` takes, on the device it is to run on.
+            splits: Which prompts; ``val`` alone is enough for validation.
+            progress_bar: Show one while writing.
+
+        Raises:
+            FileNotFoundError, RowsError, EncodingError, ResponsesError, ValueError: From data or cache.
+        """
+        if self.responses == "dataset":
+            return
+        for split in splits:
+            rows = self.rows(split)
+            prompts = [(row, self.encoder.prompt(row)) for row in rows]
+            room = self.max_length - self.sampling.max_new_tokens
+            kept = [(row, prompt) for row, prompt in prompts if len(prompt) <= room]
+            written = write_responses(
+                teacher,
+                [prompt for _, prompt in kept],
+                self.sampling,
+                tokenizer=self.encoder.tokenizer,
+                eos_ids=self.eos_ids,
+                pad_id=self.pad_id,
+                seed=self.sampling_seed,
+                batch_size=self.generation_batch_size,
+                progress_bar=progress_bar,
+            )
+            examples = [
+                answered(prompt, response.tokens, row.messages[-1].content if row.answered else response.text)
+                for (row, prompt), response in zip(kept, written, strict=True)
+            ]
+            self._keep(split, rows, examples)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read and encode the splits, once.
+
+        Raises:
+            FileNotFoundError, RowsError, EncodingError: From the data.
+            ValueError: If the teacher is to write the responses and has not done so, or if no example is left.
+        """
+        for split in SPLITS if stage in (None, "fit") else ("val",):
+            if split not in self.splits:
+                if self.responses == "teacher":
+                    raise ValueError(
+                        "the teacher has not answered the prompts yet: call write_responses(teacher) before training, "
+                        "or set responses to dataset if the files hold answers"
+                    )
+                rows = self.rows(split)
+                examples = [self.encoder.example(row, self.max_length, self.truncate) for row in rows]
+                self._keep(split, rows, [example for example in examples if example is not None])
+
+    def train_dataloader(self) -> TextLoader:
+        """Batches of this rank's share, in a new order every epoch."""
+        loader = self._loader("train")
+        if loader.left_out:
+            rank_zero_info(
+                f"train: {loader.left_out} of {len(loader.rows)} rows do not fill a batch; others each epoch"
+            )
+        return loader
+
+    def val_dataloader(self) -> TextLoader:
+        """The validation conversations of this rank, each exactly once over all ranks."""
+        return self._loader("val")
+
+    def _loader(self, split: str) -> TextLoader:
+        train = split == "train"
+        return TextLoader(
+            self.splits[split].examples,
+            self.batch_size if train else self.val_batch_size,
+            pad_id=self.pad_id,
+            shuffle=train,
+            pack_length=self.max_length if train and self.packing else None,
+            seed=self.seed,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            world_size=self.trainer.world_size if self.trainer else 1,
+        )
+
+    def _keep(self, split: str, rows: Sequence[Row], examples: list[Example]) -> None:
+        found = Split(examples, rows=len(rows), dropped=len(rows) - len(examples))
+        rank_zero_info(f"{split}: {found}")
+        if not examples:
+            raise ValueError(
+                f"{split}: none of the {len(rows)} rows fits max_length={self.max_length}; raise it, set truncate for "
+                "the answers of a data set, or lower sampling.max_new_tokens for the teacher's"
+            )
+        self.splits[split] = found
+
+
+def find_data(name: str) -> Path:
+    """A data file by its path, or a packaged one by its name.
+
+    Raises:
+        FileNotFoundError: If there is neither; the message lists the packaged ones.
+    """
+    packaged = Path(__file__).parent
+    for path in (Path(name).expanduser(), packaged / f"{name}.jsonl"):
+        if path.is_file():
+            return path
+    names = ", ".join(sorted(f"prompts/{path.stem}" for path in (packaged / "prompts").glob("*.jsonl")))
+    raise FileNotFoundError(f"{name}: no such data file, and no packaged set of that name ({names})")
+
+
+def _listed(names: str | Sequence[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)

@@ -1,0 +1,168 @@
+"""Responses that a teacher writes once: kept on disk, continued after an interruption."""
+
+import hashlib
+import json
+import os
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from kd_common.files import cache_root
+from llm_kd.fingerprint import tensors_fingerprint
+from llm_kd.generation import Sampling, generate
+
+CACHE_FORMAT = 1
+CONFIG_WITHOUT_EFFECT = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
+"""Entries of a model's configuration that change neither its logits nor, beyond the weights, their precision."""
+
+
+class ResponsesError(ValueError):
+    """A file of responses that is not what was written; the message names it and says what to do."""
+
+
+@dataclass(frozen=True)
+class Response:
+    """What a teacher answered.
+
+    Attributes:
+        tokens: Token ids, with the token that ended the response if one did.
+        text: The same as text, without special tokens.
+    """
+
+    tokens: list[int]
+    text: str
+
+
+def write_responses(
+    model: Any,
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    eos_ids: Collection[int],
+    pad_id: int,
+    seed: int,
+    batch_size: int,
+    progress_bar: bool = True,
+) -> list[Response]:
+    """A teacher's responses to prompts, from the cache as far as they are there.
+
+    They are kept in ``$KD_CACHE/responses`` (default ``~/.cache/kd/responses``), one JSON object a line, in a file
+    named after model, prompts, sampling and seed. It is written batch by batch beside its final place; a run that was
+    killed continues there and ends with the file that an uninterrupted run writes. Of several processes one writes, the
+    others wait for it.
+
+    Args:
+        model: Teacher, as :func:`llm_kd.generation.generate` takes it.
+        prompts: Token ids, at least one per prompt.
+        sampling: How tokens are drawn.
+        tokenizer: Gives the text, and the size of the vocabulary.
+        eos_ids: Tokens that end a response.
+        pad_id: Token that fills up the prompts of a batch.
+        seed: Seed of the drawing.
+        batch_size: Prompts per batch; it only changes which random numbers a prompt gets.
+        progress_bar: Show one while writing.
+
+    Returns:
+        Responses in the order of the prompts.
+
+    Raises:
+        ResponsesError: If the cached file is damaged.
+        ValueError: If a prompt is empty, or too long for the positions of the model.
+    """
+    path = responses_path(model, prompts, sampling, eos_ids=eos_ids, vocab_size=len(tokenizer), seed=seed)
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]), reverse=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if not path.is_file():
+            partial = path.with_suffix(".partial")
+            done = _resume(partial, order, batch_size)
+            settings: dict[str, Any] = {"eos_ids": eos_ids, "pad_id": pad_id, "vocab_size": len(tokenizer)}
+            with (
+                partial.open("ab") as file,
+                tqdm(total=len(order), initial=done, desc="teacher's responses", disable=not progress_bar) as bar,
+            ):
+                for start in range(done, len(order), batch_size):
+                    batch = order[start : start + batch_size]
+                    answers = generate(
+                        model,
+                        [prompts[number] for number in batch],
+                        sampling,
+                        seed=np.random.SeedSequence((seed, start)).generate_state(1).item(),
+                        batch_size=batch_size,
+                        **settings,
+                    )
+                    file.writelines(_line(n, tokens, tokenizer) for n, tokens in zip(batch, answers, strict=True))
+                    file.flush()
+                    bar.update(len(batch))
+                os.fsync(file.fileno())
+            partial.replace(path)
+        found = _read(path.read_bytes(), order, path)
+    if len(found) != len(prompts):
+        raise ResponsesError(f"{path}: {len(found)} responses to {len(prompts)} prompts; delete it to write it again")
+    return [found[number] for number in range(len(prompts))]
+
+
+def responses_path(
+    model: Any,
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    *,
+    eos_ids: Collection[int],
+    vocab_size: int,
+    seed: int,
+) -> Path:
+    """File of a teacher's responses; its name is a hash of everything that determines them, but for the batches."""
+    config = {key: value for key, value in model.config.to_dict().items() if key not in CONFIG_WITHOUT_EFFECT}
+    content = {
+        "format": CACHE_FORMAT,
+        "weights": tensors_fingerprint(model.state_dict()),
+        "config": config,
+        "prompts": list(prompts),
+        "sampling": asdict(sampling),
+        "eos_ids": sorted(eos_ids),
+        "vocab_size": vocab_size,
+        "seed": seed,
+    }
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return cache_root() / "responses" / f"{Path(model.config.name_or_path).name or 'model'}-{digest}.jsonl"
+
+
+def _line(number: int, tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> bytes:
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    return json.dumps({"prompt": number, "tokens": tokens, "text": text}).encode() + b"\n"
+
+
+def _resume(partial: Path, order: Sequence[int], batch_size: int) -> int:
+    """Cut what an interrupted run wrote down to whole batches, and return the number of responses left."""
+    if not partial.is_file():
+        return 0
+    lines = partial.read_bytes().splitlines(keepends=True)
+    complete = sum(line.endswith(b"\n") for line in lines)  # a kill tears at most the last one
+    whole = complete if complete == len(order) else complete - complete % batch_size
+    kept = b"".join(lines[:whole])
+    _read(kept, order, partial)
+    with partial.open("r+b") as file:
+        file.truncate(len(kept))
+    return whole
+
+
+def _read(content: bytes, order: Sequence[int], path: Path) -> dict[int, Response]:
+    """Responses by the number of their prompt; they stand in the order they were written in."""
+    found = {}
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            record = json.loads(line)
+            expected, response = order[number - 1], Response(record["tokens"], record["text"])
+            if record["prompt"] != expected:
+                raise ValueError(f"answers prompt {record['prompt']} where {expected} belongs")
+        except (ValueError, LookupError, TypeError) as error:
+            raise ResponsesError(f"{path}, line {number}: damaged ({error}); delete it to write it again") from error
+        found[expected] = response
+    return found

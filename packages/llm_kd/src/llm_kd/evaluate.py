@@ -1,0 +1,247 @@
+"""``python -m llm_kd.evaluate --student FOLDER --data.val FILE``: how good a student's tokens and answers are.
+
+On the answers in the file: NLL, and with ``--teacher`` the KL to it, agreement and token acceptance rate. On answers
+that the student writes: ROUGE-L, by default in the MiniLLM protocol.
+"""
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from tqdm.auto import tqdm
+
+from kd_common.compare import mean_and_spread
+from kd_common.files import write_atomically
+from kd_common.hub import load_config, load_tokenizer
+from llm_kd.answers import Answers, answer_prompts
+from llm_kd.data import TextDataModule
+from llm_kd.distiller import Distiller
+from llm_kd.generation import Sampling
+from llm_kd.harness import load_harness, run_harness
+from llm_kd.head import HiddenSignal, KDHead
+from llm_kd.models import Body, TeacherSpec, load_teacher, shared_vocabulary
+from llm_kd.module import validation_means
+from llm_kd.objectives.fkl import ForwardKL
+from llm_kd.selectors.topk import TopK
+
+SEEDS = [10, 20, 30, 40, 50]
+"""Seeds of the MiniLLM protocol, one set of answers each."""
+
+
+@torch.no_grad()
+def token_means(
+    student: Body, teacher: Body | None, data: TextDataModule, *, vocab_size: int, k: int = 5
+) -> dict[str, float]:
+    """Means over the supervised tokens of the validation data.
+
+    Args:
+        student: The model, in evaluation mode, on the device it is to run on.
+        teacher: What to compare it with, likewise; None for the student's likelihood alone.
+        data: The data.
+        vocab_size: Number of tokens of the shared tokenizer.
+        k: The teacher accepts the student's most likely token if it is among its own k most likely ones.
+
+    Returns:
+        ``nll`` in nats; with a teacher also ``teacher_nll``, ``kl`` (teacher || student) in nats, ``agreement`` (both
+        hold the same token most likely) and ``tar``, the share of accepted tokens.
+
+    Raises:
+        ValueError: If the likelihood is not finite.
+    """
+    data.setup("validate")
+    head = KDHead(ForwardKL(), TopK(k), vocab_size=vocab_size)
+    distiller = Distiller(student, head, vocab_size)
+    device = next(student.parameters()).device
+    other = teacher or student  # on its own, the student is compared with itself
+    sums: dict[str, float] = {}
+    for batch in tqdm(data.val_dataloader(), desc="tokens"):
+        batch = batch.to(device)
+        signal = HiddenSignal(other(batch.input_ids, batch.position_ids)[batch.predict], other.lm_head())
+        for name, value in distiller.measure(batch, signal).items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+    means = validation_means(sums)
+    names = ("nll",) if teacher is None else ("nll", "kl", "agreement", "tar", "teacher_nll")
+    if broken := [name for name in names if not math.isfinite(means[name])]:
+        raise ValueError(
+            f"{', '.join(broken)} not finite: the weights hold NaN, or overflow in this dtype; try float32"
+        )
+    return {name: means[name] for name in names}
+
+
+def parser() -> ArgumentParser:
+    """Command line of this module."""
+    parser = ArgumentParser(prog="python -m llm_kd.evaluate", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--student", type=str, required=True, help="Saved student, or any other folder or name.")
+    parser.add_argument("--teacher", type=str | None, default=None, help="Teacher to compare it with.")
+    parser.add_argument("--k", type=int, default=5, help="Most likely tokens of the teacher, for the acceptance rate.")
+    parser.add_argument(
+        "--seeds", type=list[int], default=SEEDS, help="Answers are written once per seed; [] for none."
+    )
+    parser.add_argument("--limit", type=int | None, default=None, help="Answer only the first prompts.")
+    parser.add_argument(
+        "--max_prompt",
+        type=int,
+        default=256,
+        help="Largest number of tokens of a prompt; an answer may have data.max_length minus this.",
+    )
+    parser.add_class_arguments(Sampling, skip={"max_new_tokens"})
+    unused: set[str | int] = {"train", "batch_size", "packing", "limit_train", "seed"}
+    parser.add_class_arguments(TextDataModule, "data", skip=unused)
+    parser.link_arguments("student", "data.tokenizer")
+    parser.set_defaults({"no_repeat_ngram_size": 6, "data.responses": "dataset"})
+    parser.add_argument("--harness", type=str | None, default=None, help="Tasks of lm-eval, separated by commas.")
+    parser.add_argument("--output", type=str | None, default=None, help="JSON file of settings, numbers and answers.")
+    parser.add_argument("--dtype", type=str, default="float32", help="Precision of the weights.")
+    parser.add_argument("--attention", type=str, default="sdpa", help="Attention of transformers; Gemma 2 needs eager.")
+    parser.add_argument("--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu", help="Device.")
+    return parser
+
+
+def check(settings: Namespace) -> Sampling:
+    """How answers are drawn, after refusing what would only fail once models are loaded.
+
+    Raises:
+        ModuleNotFoundError: If the harness is asked for and not installed.
+        ValueError: For settings that are out of range or do not fit each other.
+    """
+    if settings.harness is not None:
+        load_harness()
+    if settings.data.responses == "teacher" and settings.teacher is None:
+        raise ValueError("data.responses teacher compares with a teacher's answers: name it with --teacher")
+    for name in ("limit", "max_prompt"):
+        if settings[name] is not None and settings[name] < 1:
+            raise ValueError(f"--{name} must be at least 1, got {settings[name]}")
+    if settings.data.max_length <= settings.max_prompt:
+        raise ValueError(
+            f"--data.max_length {settings.data.max_length} leaves no room for an answer behind a prompt of "
+            f"--max_prompt {settings.max_prompt} tokens; raise the one or lower the other"
+        )
+    if settings.temperature == 0 and len(settings.seeds) > 1:
+        raise ValueError(
+            "--temperature 0 draws nothing, so every seed gives the same answers: give one, as in --seeds [0]"
+        )
+    drawing = {f.name: settings[f.name] for f in dataclasses.fields(Sampling) if f.name != "max_new_tokens"}
+    return Sampling(settings.data.max_length - settings.max_prompt, **drawing)
+
+
+def load(name: str, settings: Namespace) -> Body:
+    """A model, frozen and in evaluation mode, on the device."""
+    return load_teacher(TeacherSpec(name, settings.dtype, settings.attention)).to(settings.device)
+
+
+def evaluate(settings: Namespace, sampling: Sampling) -> dict[str, Any]:
+    """All that a parsed command line asks for; see :func:`main`."""
+    names = (settings.teacher or settings.student, settings.student)
+    vocab_size = shared_vocabulary(*map(load_tokenizer, names), *map(load_config, names))
+    data: TextDataModule = parser().instantiate_classes(settings).data
+    if data.responses == "dataset":
+        data.setup("validate")  # what is wrong with the data shows before models are loaded
+    student = load(settings.student, settings)
+    teacher = None if settings.teacher is None else load(settings.teacher, settings)
+    if teacher is not None:
+        data.write_responses(teacher.model, splits=("val",))
+    result: dict[str, Any] = {"tokens": token_means(student, teacher, data, vocab_size=vocab_size, k=settings.k)}
+    how: dict[str, Any] = {"limit": settings.limit, "sampling": sampling, "max_prompt": settings.max_prompt}
+    answers = {
+        seed: answer_prompts(student, data, seed=seed, batch_size=data.generation_batch_size, **how)
+        for seed in tqdm(settings.seeds, desc="answers", unit="seed", disable=not settings.seeds)
+    }
+    if answers:
+        result["rouge_l"] = over_seeds(answers)
+    if settings.harness is not None:
+        where = {"dtype": settings.dtype, "device": settings.device, "batch_size": data.val_batch_size}
+        result["harness"] = run_harness(settings.student, settings.harness.split(","), **where)
+    split = data.splits["val"]
+    result["data"] = {"rows": split.rows, "dropped": split.dropped, "supervised_tokens": split.supervised}
+    result["answers"] = [
+        {"seed": seed, "prompt": prompt, "response": response, "references": references, "rouge_l": score}
+        for seed, a in answers.items()
+        for prompt, response, references, score in zip(a.prompts, a.responses, a.references, a.scores, strict=True)
+    ]
+    return result
+
+
+def over_seeds(answers: Mapping[int, Answers]) -> dict[str, Any]:
+    """ROUGE-L in per cent: mean over the seeds, sample standard deviation (None for one seed), and every seed's."""
+    scores = {str(seed): found.rouge_l for seed, found in answers.items()}
+    first = next(iter(answers.values()))
+    return {
+        "mean": statistics.fmean(scores.values()),
+        "std": statistics.stdev(scores.values()) if len(scores) > 1 else None,
+        "seeds": scores,
+        "prompts": len(first.prompts),
+        "left_out": first.left_out,
+    }
+
+
+def print_result(result: Mapping[str, Any], console: Console) -> None:
+    """Print a result of :func:`main` as a table, with every setting below it."""
+    tokens, settings, rouge, data = (result.get(name, {}) for name in ("tokens", "settings", "rouge_l", "data"))
+    table = Table(title=f"{settings['student']}: {data['supervised_tokens']:,} tokens of {data['rows']:,} rows")
+    for column in ("", "NLL", "KL", "agreement", f"TAR, top-{settings['k']}", "ROUGE-L"):
+        table.add_column(column, justify="right" if column else "left")
+    compared = (
+        [f"{tokens['kl']:.3f}", f"{tokens['agreement']:.1%}", f"{tokens['tar']:.1%}"] if "kl" in tokens else [""] * 3
+    )
+    table.add_row(
+        "student", f"{tokens['nll']:.3f}", *compared, mean_and_spread(list(rouge["seeds"].values())) if rouge else ""
+    )
+    if "teacher_nll" in tokens:
+        table.add_row("teacher", f"{tokens['teacher_nll']:.3f}", "0", "100%", "", "")
+    console.print(table)
+    lines = {"rows too long": f"{data['dropped']:,}, without which the token metrics are"}
+    if rouge:
+        lines["prompts answered"] = f"{rouge['prompts']:,}, {rouge['left_out']:,} too long ones not asked"
+    for task, values in result.get("harness", {}).items():
+        lines[f"lm-eval {task}"] = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+    lines["settings"] = ", ".join(f"{name} {value}" for name, value in settings.items())
+    for name, value in lines.items():
+        console.print(f"{name:<{max(map(len, lines))}}  {escape(value)}", soft_wrap=True, highlight=False)
+
+
+def main(args: list[str] | None = None) -> dict[str, Any]:
+    """Evaluate and print.
+
+    Returns:
+        ``settings``; ``data``: counts; ``tokens``: see :func:`token_means`; ``rouge_l``: see :func:`over_seeds`;
+        ``answers``, all of them; ``harness``: see :func:`llm_kd.harness.run_harness`. What was not asked for is left
+        out.
+
+    Raises:
+        CacheError, EncodingError, FileNotFoundError, ResponsesError, RowsError: From the data.
+        ModelNotFoundError: If there is no such model.
+        ModuleNotFoundError: If the harness is asked for and not installed.
+        ValueError: For settings that cannot be used.
+    """
+    settings = parser().parse_args(args)
+    sampling = check(settings)
+    output = None if settings.output is None else Path(settings.output)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    shown = flat(settings.as_dict()) | {"max_new_tokens": sampling.max_new_tokens}
+    result = {"settings": shown, **evaluate(settings, sampling)}
+    if output is not None:
+        write_atomically(output, json.dumps(result, indent=1, ensure_ascii=False))
+    print_result(result, Console())
+    return result
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under their names on the command line."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found
+
+
+if __name__ == "__main__":
+    main()

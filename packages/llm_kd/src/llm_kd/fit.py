@@ -1,0 +1,196 @@
+"""``python -m llm_kd.fit``: distil a language model and report what came of it.
+
+:func:`build` parses and makes everything, :func:`run` trains, :func:`main` does both and prints the table. Notebooks
+and tests call ``build([...])`` with the same arguments as the command line.
+"""
+
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser
+
+import llm_kd.objectives
+import llm_kd.rollout
+import llm_kd.selectors
+import llm_kd.strategies  # noqa: F401  (makes class names and the strategy known to the command line)
+from kd_common.cli import FitCLI, fixed_seed
+from llm_kd.callbacks import StudentExport
+from llm_kd.data import TextDataModule
+from llm_kd.evaluate import Answers, answer_prompts
+from llm_kd.models import Body, TeacherSpec, load_teacher
+from llm_kd.module import DistillationModule
+from llm_kd.resources import peak_memory_gib
+from llm_kd.summary import print_summary
+from llm_kd.teacher import CachedTeacher, OnlineTeacher, TeacherCache, weights_fingerprint
+
+CONFIG_DIR = Path(str(files("llm_kd") / "configs"))
+
+
+class LanguageCLI(FitCLI):
+    """The command line of ``llm_kd.fit``: tokenizer and seed are passed on."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Link what model and data must agree on."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument(
+            "--answers",
+            type=int,
+            default=16,
+            help="Validation prompts that the student answers before and after training, for ROUGE-L; 0 for none.",
+        )
+        parser.link_arguments("model.init_args.teacher.name", "data.init_args.tokenizer")
+        for target in ("data.init_args.seed", "model.init_args.seed"):
+            parser.link_arguments("seed_everything", target, compute_fn=fixed_seed)
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse what would only fail, or silently do something else, once models are loaded.
+
+        Raises:
+            ValueError: For fp16 and a run of unknown length.
+        """
+        trainer = self.config["trainer"]
+        if str(trainer["precision"]).startswith("16"):
+            raise ValueError(
+                f"trainer.precision {trainer['precision']}: the loss is summed over tokens before it is normalised, "
+                "which overflows in fp16; use bf16-mixed, bf16-true or 32-true"
+            )
+        if (trainer["max_epochs"] or 0) < 1 and (trainer["max_steps"] or 0) < 1:
+            raise ValueError("set trainer.max_epochs or trainer.max_steps: the learning-rate schedule runs over them")
+
+
+@dataclass
+class Result:
+    """What a run achieved.
+
+    Attributes:
+        before: Validation means of the student before training: ``nll``, ``kl``, ``agreement``, ``tar`` ...
+        history: The same per epoch, with ``train_loss``, ``train_tar``, ``seconds`` and ``tokens_per_second``.
+        answers: The student's greedy answers ``before`` and ``after`` training with their ROUGE-L, and the teacher's;
+            empty if none were asked for.
+        parameters: Parameter counts of student and teacher.
+        peak_memory_gib: Largest memory of the process (CPU) or the device (GPU).
+        run_dir: Folder of checkpoints, logs and the resolved configuration; None if nothing was written.
+    """
+
+    before: dict[str, float]
+    history: list[dict[str, float]]
+    answers: dict[str, Answers]
+    parameters: dict[str, int]
+    peak_memory_gib: float
+    run_dir: Path | None
+
+    @property
+    def last(self) -> dict[str, float]:
+        """Metrics of the last validation."""
+        return self.history[-1]
+
+    @property
+    def best(self) -> dict[str, float]:
+        """Metrics of the validation with the lowest KL to the teacher; chosen on validation data, so optimistic."""
+        return min(self.history, key=lambda epoch: epoch["kl"])
+
+
+def build(args: ArgsType = None) -> LanguageCLI:
+    """Parse the configuration and instantiate model, data and trainer; runs nothing.
+
+    Args:
+        args: Command line as a list, configuration as a dict, or None for ``sys.argv``.
+    """
+    return LanguageCLI(
+        DistillationModule,
+        TextDataModule,
+        config_dir=CONFIG_DIR,
+        args=args,
+        class_defaults={
+            "model.init_args.objective": "ForwardKL",
+            "model.init_args.selector": "TopK",
+            "model.init_args.rollout": "OffPolicy",
+            "model.init_args.lr_schedule": "CosineDecay",
+        },
+        checkpoint={"monitor": "val/kl", "mode": "min"},
+    )
+
+
+def run(cli: LanguageCLI) -> Result:
+    """Obtain the teacher and its responses, distil, and collect the result."""
+    model, data, trainer = cli.model, cli.datamodule, cli.trainer
+    parameters = {"student": count_parameters(model.distiller.student)}
+    body = prepare_teacher(model, data, trainer.strategy.root_device)
+    if body is not None:
+        parameters["teacher"] = count_parameters(body)
+    answers: dict[str, Answers] = {}
+
+    def ask(when: str, speaker: Body) -> None:
+        # A sharded model answers only in its own forward pass; evaluate the saved student instead.
+        if cli.config["answers"] and trainer.is_global_zero and trainer.world_size == 1:
+            speaker.to(trainer.strategy.root_device)
+            answers[when] = answer_prompts(speaker, data, limit=cli.config["answers"])
+
+    before = validate(cli)
+    ask("before", model.distiller.student)
+    if cli.run_dir is not None:
+        trainer.callbacks.append(StudentExport(cli.run_dir))  # type: ignore[attr-defined]  # set by a connector
+    trainer.fit(model, datamodule=data, ckpt_path=cli.config["ckpt_path"], weights_only=True)
+    if not model.history:
+        raise RuntimeError("nothing was validated, so there is no result: check trainer.limit_val_batches and max_time")
+    ask("after", model.distiller.student)
+    if body is not None:
+        ask("teacher", body)
+    return Result(before, model.history, answers, parameters, peak_memory_gib(), cli.run_dir)
+
+
+def prepare_teacher(model: DistillationModule, data: TextDataModule, device: torch.device) -> Body | None:
+    """Attach the teacher that the configuration names, and let it write the responses that the data lack.
+
+    Args:
+        model: The training module.
+        data: The data.
+        device: Where the teacher writes.
+
+    Returns:
+        The teacher's body, or None if it need not run.
+
+    Raises:
+        CacheError: If the stored teacher is damaged or another one.
+    """
+    spec: TeacherSpec = model.teacher_spec
+    body = load_teacher(spec) if spec.cache is None or data.responses == "teacher" else None
+    if body is not None and data.responses == "teacher":
+        body.to(device)
+        data.write_responses(body.model)
+    if spec.cache is None:
+        assert body is not None
+        model.attach_teacher(OnlineTeacher(body))
+        return body
+    cache = TeacherCache(spec.cache)
+    if body is not None:
+        cache.check(weights=weights_fingerprint(body))
+    model.attach_teacher(CachedTeacher(cache))
+    return None
+
+
+def validate(cli: LanguageCLI) -> dict[str, float]:
+    """Validation means of the student as it is."""
+    found = cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)[0]
+    return {name.removeprefix("val/"): value for name, value in found.items()}
+
+
+def count_parameters(body: Any) -> int:
+    """Number of parameters, tied ones counted once."""
+    return sum(parameter.numel() for parameter in body.parameters())
+
+
+def main(args: ArgsType = None) -> Result:
+    """Build, run and print the table."""
+    cli = build(args)
+    result = run(cli)
+    if cli.trainer.is_global_zero:
+        print_summary(result, cli.model)
+    return result
+
+
+if __name__ == "__main__":
+    main()

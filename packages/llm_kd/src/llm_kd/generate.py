@@ -1,0 +1,64 @@
+"""``python -m llm_kd.generate --model FOLDER --prompt "..."``: a model's answer, printed while it is written.
+
+The prompt becomes a user's turn of the tokenizer's chat template, or of the instruction layout that students without a
+template are trained on.
+"""
+
+import dataclasses
+import sys
+
+import torch
+from jsonargparse import ArgumentParser
+from transformers import TextStreamer
+
+from kd_common.hub import load_causal_lm, load_tokenizer
+from llm_kd.data import Encoder, Message, Row
+from llm_kd.generation import Sampling, generate
+
+
+def parser() -> ArgumentParser:
+    """Command line of this module."""
+    parser = ArgumentParser(prog="python -m llm_kd.generate", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--model", type=str, required=True, help="Saved student, or any other folder or name.")
+    parser.add_argument("--prompt", type=str, required=True, help="What to answer; - reads it from standard input.")
+    parser.add_argument("--system", type=str | None, default=None, help="System turn before the prompt.")
+    parser.add_class_arguments(Sampling)
+    parser.set_defaults(max_new_tokens=256)
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the drawing.")
+    parser.add_argument("--dtype", type=str, default="float32", help="Precision of the weights.")
+    parser.add_argument("--attention", type=str, default="sdpa", help="Attention of transformers; Gemma 2 needs eager.")
+    parser.add_argument("--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu", help="Device.")
+    return parser
+
+
+def main(args: list[str] | None = None) -> str:
+    """Print the answer as it is written, and return it without the white space around it.
+
+    Raises:
+        ModelNotFoundError: If there is no such model.
+        ValueError: If the prompt is empty or too long, or a setting is out of its range.
+    """
+    settings = parser().parse_args(args)
+    prompt = (sys.stdin.read() if settings.prompt == "-" else settings.prompt).strip()
+    if not prompt:
+        raise ValueError("the prompt is empty; give --prompt TEXT, or --prompt - and the text on standard input")
+    tokenizer = load_tokenizer(settings.model)
+    encoder = Encoder(tokenizer, settings.system)
+    model = load_causal_lm(settings.model, settings.dtype, attention=settings.attention).to(settings.device)
+    sampling = Sampling(**{field.name: settings[field.name] for field in dataclasses.fields(Sampling)})
+    [tokens] = generate(
+        model,
+        [encoder.prompt(Row((Message("user", prompt),), "--prompt"))],
+        sampling,
+        eos_ids=encoder.eos_ids,
+        pad_id=tokenizer.pad_token_id,
+        seed=settings.seed,
+        batch_size=1,
+        vocab_size=len(tokenizer),
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+    )
+    return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""How far a student is from its teacher and from the text, summed over tokens, chunk by chunk."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kd_common.functional import forward_kl
+from llm_kd.head.linear import LMHead, Projection, rows_per_chunk
+from llm_kd.head.rows import truncated_loss
+from llm_kd.head.signal import HiddenSignal, TeacherSignal
+from llm_kd.objectives.fkl import ForwardKL
+
+BYTES_PER_LOGIT = 4 * 6
+
+
+@torch.no_grad()
+def token_metrics(
+    student_hidden: Tensor, student_head: LMHead, teacher: TeacherSignal, labels: Tensor, vocab_size: int
+) -> dict[str, Tensor]:
+    """Sums over N tokens of what is reported as means.
+
+    Args:
+        student_hidden: Hidden states before the student's head, shape (N, H).
+        student_head: The student's output layer.
+        teacher: The teacher's N rows.
+        labels: The tokens of the text, shape (N,).
+        vocab_size: Number of tokens of the tokenizer; rows of the heads beyond it are left out.
+
+    Returns:
+        Scalars in at least float32: ``nll``, the student's negative log-likelihood in nats; ``kl``, KL(teacher ||
+        student), a lower bound of it with a stored teacher that lacks tokens; ``agreement``, tokens both models hold
+        most likely; ``teacher_nll``, unless the teacher is stored and lacks tokens.
+    """
+    student = Projection(student_hidden, student_head, vocab_size)
+    chunks = torch.arange(len(labels), device=labels.device).split(rows_per_chunk(student, BYTES_PER_LOGIT))
+    live = Projection(teacher.hidden, teacher.head, vocab_size) if isinstance(teacher, HiddenSignal) else None
+    sums: dict[str, Tensor] = {}
+    for chunk in chunks:
+        z, target = student.logits(chunk), labels[chunk]
+        values = {"nll": F.cross_entropy(z, target, reduction="sum")}
+        stored = None if isinstance(teacher, HiddenSignal) else teacher[chunk]
+        if stored is not None and stored.size < vocab_size:
+            values["kl"] = truncated_loss(ForwardKL(), z, stored, with_gradient=False)[0].sum()
+            best = stored.indices[:, 0]
+        else:
+            z_teacher = live.logits(chunk) if live is not None else stored.dense_log_probs()  # type: ignore[union-attr]
+            values["kl"] = forward_kl(z, z_teacher).sum()
+            values["teacher_nll"] = F.cross_entropy(z_teacher, target, reduction="sum")
+            best = z_teacher.argmax(dim=-1)
+        values["agreement"] = (z.argmax(dim=-1) == best).sum().to(z.dtype)
+        sums = {name: sums.get(name, 0) + value for name, value in values.items()}
+    return sums

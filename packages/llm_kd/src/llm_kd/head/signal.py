@@ -1,0 +1,61 @@
+"""What a teacher says about N tokens: its hidden states before the head, or a stored truncated distribution."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llm_kd.head.linear import LMHead, Projection, rows_per_chunk
+from llm_kd.selection import TruncatedDistribution
+
+# Logits, log-probabilities, the masked copy in float32 and ranks of ties in int64, with a few masks.
+BYTES_PER_LOGIT = 24
+
+
+@dataclass(frozen=True)
+class HiddenSignal:
+    """A teacher that is at hand: hidden states before the head and the head itself.
+
+    Attributes:
+        hidden: Shape (N, H').
+        head: The teacher's output layer.
+    """
+
+    hidden: Tensor
+    head: LMHead
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def __getitem__(self, rows: Tensor | slice) -> "HiddenSignal":
+        """Some rows, by a slice, indices or booleans."""
+        return HiddenSignal(self.hidden[rows], self.head)
+
+
+TeacherSignal = HiddenSignal | TruncatedDistribution
+"""Either form of N rows, in the order of the student's."""
+
+
+@torch.no_grad()
+def truncate(signal: HiddenSignal, size: int, vocab_size: int) -> TruncatedDistribution:
+    """The ``size`` most likely tokens of every row, chunk by chunk.
+
+    Args:
+        signal: N rows of a teacher.
+        size: K, in [1, vocab_size].
+        vocab_size: Number V of tokens; rows of the head beyond it are padding and are left out.
+
+    Returns:
+        N rows, on the signal's device, log-probabilities in at least float32.
+
+    Raises:
+        ValueError: If a size is out of range or a logit is NaN or +inf.
+    """
+    if vocab_size > len(signal.head.weight):
+        raise ValueError(f"vocab_size={vocab_size} exceeds the {len(signal.head.weight)} rows of the teacher's head")
+    teacher = Projection(signal.hidden, signal.head, vocab_size)
+    chunk = rows_per_chunk(teacher, BYTES_PER_LOGIT)
+    rows = torch.arange(len(signal), device=signal.hidden.device)
+    return TruncatedDistribution.cat(
+        [TruncatedDistribution.from_logits(teacher.logits(part), size) for part in rows.split(chunk)]
+    )

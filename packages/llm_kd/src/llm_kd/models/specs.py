@@ -1,0 +1,66 @@
+"""Which models a run uses, as a configuration file states it."""
+
+from dataclasses import dataclass, field
+
+from kd_common.hub import EMBEDDED
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """The teacher.
+
+    Args:
+        name: Local folder, Hub name, or the embedded ``smollm2-135m-instruct``.
+        dtype: Precision of its weights: float32, bfloat16, float16 or float64.
+        attention: Implementation of attention in transformers; Gemma 2 needs ``eager``.
+        cache: Folder written by ``llm_kd.cache_teacher``: distil from stored distributions instead of running the
+            teacher in training; None runs it.
+    """
+
+    name: str = EMBEDDED
+    dtype: str = "float32"
+    attention: str = "sdpa"
+    cache: str | None = None
+
+
+@dataclass(frozen=True)
+class LoRASpec:
+    """Low-rank adapters, of which alone the student's training then consists (``peft``).
+
+    Args:
+        rank: Rank r of the adapters, >= 1.
+        alpha: Scale; the update is multiplied by alpha / rank.
+        dropout: Dropout before the adapters, in [0, 1).
+        targets: Names of the linear layers that get one; ``all-linear`` for every one but the head.
+    """
+
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=lambda: ["all-linear"])
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"student.lora.rank must be at least 1, got {self.rank}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"student.lora.dropout must lie in [0, 1), got {self.dropout}")
+
+
+@dataclass(frozen=True)
+class StudentSpec:
+    """The student.
+
+    Args:
+        name: Local folder or Hub name; None starts from the teacher.
+        layers: Keep so many of its decoder layers, evenly spaced with the first and the last; None keeps all.
+        dtype: Precision of the trained weights; float32 unless memory forbids it, for small updates vanish in bfloat16
+            (``trainer.precision bf16-mixed`` computes in bfloat16 and keeps float32 weights).
+        attention: Implementation of attention in transformers.
+        lora: Train low-rank adapters only; None trains all weights.
+    """
+
+    name: str | None = None
+    layers: int | None = None
+    dtype: str = "float32"
+    attention: str = "sdpa"
+    lora: LoRASpec | None = None

@@ -1,0 +1,34 @@
+"""The vocabulary teacher and student share."""
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+
+def shared_vocabulary(
+    teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, teacher_config: Any, student_config: Any
+) -> int:
+    """Size of the common vocabulary; the models' rows beyond it are padding (Qwen: 151,936 against 152,064).
+
+    Args:
+        teacher: The teacher's tokenizer.
+        student: The student's tokenizer.
+        teacher_config: Configuration of the teacher, with ``vocab_size``.
+        student_config: Configuration of the student.
+
+    Raises:
+        ValueError: If a token has different ids in the two tokenizers, or a model has fewer rows than tokens.
+    """
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours != theirs:
+        differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+        shown = ", ".join(f"{t!r} ({theirs.get(t)} against {ours.get(t)})" for t in differing[:3])
+        raise ValueError(
+            f"teacher and student must share a tokenizer, but {len(differing)} tokens differ: {shown}. Choose a "
+            "teacher and a student of one family"
+        )
+    size = max(ours.values()) + 1
+    for role, config in (("teacher", teacher_config), ("student", student_config)):
+        if config.vocab_size < size:
+            raise ValueError(f"the {role} has {config.vocab_size} rows for {size} tokens of its tokenizer")
+    return size

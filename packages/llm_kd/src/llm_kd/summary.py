@@ -1,0 +1,83 @@
+"""The table at the end of a run."""
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from llm_kd.module import DistillationModule
+
+if TYPE_CHECKING:
+    from llm_kd.fit import Result
+
+
+def print_summary(result: "Result", model: DistillationModule, console: Console | None = None) -> None:
+    """Print what a run achieved: distances to teacher and text, sample answers, costs and where its files lie.
+
+    Args:
+        result: The run's result.
+        model: The trained module, for the names of objective, selector and rollout.
+        console: Where to print; standard output by default.
+    """
+    console = console or Console()
+    head = model.distiller.head
+    title = f"{type(head.objective).__name__} on {type(head.selector).__name__} tokens, {type(model.rollout).__name__}"
+    table = Table(title=f"{title}: held-out responses")
+    for column in ("", "NLL", "KL", "agreement", "TAR", "ROUGE-L", "parameters"):
+        table.add_column(column, justify="left" if not column else "right")
+    best = result.best
+    rows = {
+        "student before": (result.before, "before"),
+        f"student, last (epoch {result.last['epoch'] + 1:.0f})": (result.last, "after"),
+        f"student, best (epoch {best['epoch'] + 1:.0f})": (best, ""),
+    }
+    if "teacher_nll" in result.last:
+        table.add_row(
+            "teacher",
+            f"{result.last['teacher_nll']:.3f}",
+            "0",
+            "100%",
+            "",
+            rouge(result, "teacher"),
+            f"{result.parameters.get('teacher', 0):,}",
+        )
+    for name, (values, when) in rows.items():
+        parameters = f"{result.parameters['student']:,}" if when == "before" else ""
+        table.add_row(
+            name,
+            f"{values['nll']:.3f}",
+            f"{values['kl']:.3f}",
+            f"{values['agreement']:.1%}",
+            f"{values['tar']:.1%}",
+            rouge(result, when),
+            parameters,
+        )
+    console.print(table)
+    first, last = result.history[0], result.last
+    lines = {
+        "TAR in training": f"{first['train_tar']:.1%} in the first epoch, {last['train_tar']:.1%} in the last",
+        "supervised tokens per second": f"{last['tokens_per_second']:.0f}",
+        "peak memory": f"{result.peak_memory_gib:.2f} GiB",
+    }
+    if result.answers:
+        lines["prompt"] = one_line(result.answers["before"].prompts[0])
+        lines |= {f"answer, {when}": one_line(found.responses[0]) for when, found in result.answers.items()}
+    if result.run_dir is not None:
+        lines["student"] = f"{result.run_dir}/student_{{last,best}}, for AutoModelForCausalLM.from_pretrained"
+        lines["to resume"] = f"--ckpt_path {result.run_dir / 'checkpoints' / 'last.ckpt'} --trainer.max_epochs ..."
+        lines["logs"] = f"{result.run_dir / 'metrics.csv'}, tensorboard --logdir {result.run_dir}"
+        lines["configuration"] = str(result.run_dir / "config.yaml")
+    for name, value in lines.items():
+        console.print(f"{name:<{max(map(len, lines))}}  {escape(value)}", soft_wrap=True, highlight=False)
+
+
+def rouge(result: "Result", when: str) -> str:
+    """ROUGE-L of some answers in per cent; empty if there are none."""
+    return f"{result.answers[when].rouge_l:.1f}" if when in result.answers else ""
+
+
+def one_line(text: str, width: int = 160) -> str:
+    """Text without line breaks, cut to a width."""
+    flat = " ".join(text.split())
+    return flat if len(flat) <= width else flat[: width - 1] + "…"

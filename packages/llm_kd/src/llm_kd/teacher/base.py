@@ -1,0 +1,73 @@
+"""What a teacher is: a signal for the supervised tokens of a batch."""
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from llm_kd.head import LMHead, TeacherSignal
+
+if TYPE_CHECKING:
+    from llm_kd.data.batch import TokenBatch
+
+
+class TeacherBody(Protocol):
+    """A module that turns ids and positions, both (B, S), into hidden states (B, S, H'), and has an output layer."""
+
+    def __call__(self, input_ids: Tensor, position_ids: Tensor, /) -> Tensor:
+        """Hidden states before the head."""
+
+    def lm_head(self) -> LMHead:
+        """The output layer."""
+
+    def eval(self) -> nn.Module:
+        """Set evaluation mode."""
+
+    def requires_grad_(self, requires_grad: bool = True, /) -> nn.Module:
+        """Set whether parameters take gradients."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All weights by name."""
+
+    def to(self, device: torch.device | str, /) -> nn.Module:
+        """Move to a device."""
+
+
+class Teacher(ABC):
+    """Gives the teacher's side of the loss.
+
+    Deliberately no ``nn.Module``: a teacher belongs in no checkpoint, optimizer or DDP bucket of the student.
+    """
+
+    @abstractmethod
+    def signal(self, batch: "TokenBatch") -> TeacherSignal:
+        """The teacher's rows of the supervised tokens.
+
+        Args:
+            batch: B sequences, or rows of packed sequences.
+
+        Returns:
+            One row for each true entry of ``batch.predict``, in row-major order, on the batch's device.
+        """
+
+    def to(self, device: torch.device | str) -> "Teacher":
+        """Move what the teacher holds to a device; returns itself."""
+        return self
+
+
+def supervised_counts(batch: "TokenBatch") -> list[int]:
+    """Number of supervised tokens of each example of a batch, in the order of ``batch.keys``.
+
+    Raises:
+        ValueError: If the batch does not hold as many supervised sequences as keys.
+    """
+    sequence = (batch.position_ids.flatten() == 0).cumsum(dim=0)
+    counts = sequence[batch.predict.flatten()].bincount()
+    counts = counts[counts > 0]  # padding is a sequence without supervised tokens
+    if len(counts) != len(batch.keys):
+        raise ValueError(
+            f"the batch has {len(batch.keys)} keys but {len(counts)} sequences with supervised tokens; every example "
+            "needs one key and at least one supervised token"
+        )
+    return counts.tolist()

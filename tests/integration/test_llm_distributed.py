@@ -1,0 +1,180 @@
+"""Language models on two gloo processes, replicated and sharded, against one process with the doubled batch."""
+
+import os
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from kd_common.hub import load_causal_lm
+from llm_kd.callbacks import export_student
+from llm_kd.data.example import Example
+from llm_kd.data.loader import TextLoader
+from llm_kd.generation import Sampling
+from llm_kd.models import StudentSpec, TeacherSpec, load_teacher
+from llm_kd.module import DistillationModule
+from llm_kd.objectives.fkl import ForwardKL
+from llm_kd.objectives.rkl import ReverseKL
+from llm_kd.objectives.taid import TAID
+from llm_kd.rollout import AdaptiveReplay, OnPolicy
+from llm_kd.selectors.topk import TopK
+from llm_kd.teacher import OnlineTeacher
+
+pytestmark = [pytest.mark.ddp, pytest.mark.slow]
+
+# name: settings of the module, whether batches are accumulated
+VARIANTS = {
+    "FKL": ({"objective": ForwardKL, "selector": TopK}, 1),
+    "TAID, accumulated": ({"objective": TAID, "selector": TopK}, 2),
+    "RKL, selected": ({"objective": ReverseKL, "selector": lambda: TopK(k=40, beta=0.0), "normalize": "selected"}, 1),
+}
+STRATEGIES = ["ddp", "fsdp2"]
+
+
+def sequences(count=21, seed=3):
+    """Unequal lengths; 21 of them leave the ranks different shares of the last validation batch."""
+    generator = torch.Generator().manual_seed(seed)
+    examples = []
+    for _ in range(count):
+        prompt, answer = (int(torch.randint(low, high, (), generator=generator)) for low, high in ((2, 6), (1, 9)))
+        tokens = torch.randint(0, 60, (prompt + answer,), generator=generator).tolist()
+        examples.append(Example(tokens, [False] * prompt + [True] * answer, prompt))
+    return examples
+
+
+def make(folder, settings):
+    settings = {name: value() if callable(value) else value for name, value in settings.items()}
+    model = DistillationModule(
+        TeacherSpec(folder, dtype="float64"), StudentSpec(layers=2, dtype="float64"), learning_rate=1e-2, **settings
+    )
+    model.attach_teacher(OnlineTeacher(load_teacher(model.teacher_spec)))
+    return model
+
+
+def fit(model, batch, accumulate, rank=0, world=1, epochs=2, **settings):
+    share = {"pad_id": 63, "rank": rank, "world_size": world}
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=0.5,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **settings,
+    )
+    trainer.fit(
+        model,
+        TextLoader(sequences(), batch, shuffle=True, seed=5, **share),
+        TextLoader(sequences(), batch, shuffle=False, **share),
+    )
+    return trainer
+
+
+def distributed_runs(teacher, root):
+    """What each of the two processes does."""
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    found = {}
+    for strategy in STRATEGIES:
+        for name, (settings, accumulate) in VARIANTS.items():
+            model = make(teacher, settings)
+            trainer = fit(model, 2, accumulate, rank, 2, devices=2, strategy=strategy)
+            trainer.save_checkpoint(f"{root}/{strategy} {name}.ckpt")
+            export_student(model, Path(root) / f"{strategy} {name}")
+            found[f"{strategy} {name}"] = {"history": model.history, "steps": trainer.global_step}
+        for name, rollout in {
+            "on-policy": OnPolicy(sampling=Sampling(max_new_tokens=4)),
+            "replay": AdaptiveReplay(capacity=6, step=1.0, tolerance=-9.0, sampling=Sampling(max_new_tokens=4)),
+        }.items():
+            model = make(teacher, {"objective": ReverseKL, "rollout": rollout})
+            trainer = fit(model, 2, 1, rank, 2, epochs=4, devices=2, strategy=strategy)
+            trainer.save_checkpoint(f"{root}/{strategy} {name}.ckpt")
+            memory = [example.input_ids for example in getattr(rollout, "memory", [])]
+            found[f"{strategy} {name}"] = {"history": model.history, "steps": trainer.global_step, "memory": memory}
+    torch.save(found, f"{root}/rank{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("teacher")
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        pad_token_id=63,
+        eos_token_id=63,
+        bos_token_id=None,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{i}": i for i in range(63)} | {"<end>": 63}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory, teacher, run_ranks):
+    folder = tmp_path_factory.mktemp("ranks")
+    run_ranks(distributed_runs, folder, teacher, str(folder))
+    return folder, [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_two_processes_equal_one_with_the_doubled_batch(ranks, teacher, strategy, name):
+    settings, accumulate = VARIANTS[name]
+    model = make(teacher, settings)
+    trainer = fit(model, 4, accumulate)
+    folder, found = ranks
+    for rank in found:
+        assert rank[f"{strategy} {name}"]["steps"] == trainer.global_step == 10 // accumulate + (accumulate > 1)
+        for epoch, expected in zip(rank[f"{strategy} {name}"]["history"], model.history, strict=True):
+            compared = [key for key in expected if "second" not in key]
+            assert [epoch[key] for key in compared] == pytest.approx([expected[key] for key in compared], rel=1e-6)
+    saved = torch.load(folder / f"{strategy} {name}.ckpt", weights_only=True, map_location="cpu")["state_dict"]
+    for key, value in model.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(saved[key], value, rtol=0, atol=1e-7, msg=lambda text, key=key: f"{key} {text}")
+        else:
+            assert saved[key] == pytest.approx(value)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_exported_student_loads_in_transformers(ranks, strategy):
+    folder, _ = ranks
+    student = load_causal_lm(str(folder / f"{strategy} FKL"), "float64")
+    saved = torch.load(folder / f"{strategy} FKL.ckpt", weights_only=True)["state_dict"]
+    assert type(student).__name__ == "LlamaForCausalLM"
+    for name, value in student.state_dict().items():
+        assert torch.equal(value, saved[f"distiller.student.model.{name}"]), name
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", ["on-policy", "replay"])
+def test_students_write_on_both_processes(ranks, strategy, name):
+    folder, found = ranks
+    first, second = (rank[f"{strategy} {name}"] for rank in found)
+    assert first["steps"] == second["steps"] == 20
+    assert first["history"][-1]["kl"] == pytest.approx(second["history"][-1]["kl"], rel=1e-12)
+    assert first["history"][-1]["train_loss"] > 0
+    if name == "replay":
+        assert len(first["memory"]) == len(second["memory"]) == 6
+        assert first["memory"] != second["memory"]  # each rank remembers its own
+        states = torch.load(folder / f"{strategy} replay.ckpt", weights_only=True)["rollout"]
+        assert [[example["input_ids"] for example in state["memory"]] for state in states] == [
+            first["memory"],
+            second["memory"],
+        ]

@@ -1,0 +1,148 @@
+"""Reading chat and instruction files: what becomes a row, and what is refused with file and line."""
+
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from llm_kd.data.rows import Message, RowsError, read_rows
+
+CHAT = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(*records, name="data.jsonl"):
+        path = tmp_path / name
+        lines = [record if isinstance(record, bytes) else json.dumps(record).encode() for record in records]
+        path.write_bytes(b"\n".join(lines) + b"\n")
+        return path
+
+    return write
+
+
+def turns(rows):
+    return [[(m.role, m.content, m.input) for m in row.messages] for row in rows]
+
+
+def test_chat_rows(write):
+    answered = {"messages": [*CHAT["messages"], {"role": "assistant", "content": "\n Hello.", "name": "ignored"}]}
+    rows = read_rows(path := write(CHAT, answered))
+    assert turns(rows) == [
+        [("system", "Be brief.", ""), ("user", "Hi", "")],
+        [("system", "Be brief.", ""), ("user", "Hi", ""), ("assistant", "\n Hello.", "")],
+    ]
+    assert [row.answered for row in rows] == [False, True]
+    assert [row.source for row in rows] == [f"{path}, line 1", f"{path}, line 2"]
+
+
+@pytest.mark.parametrize("output", [None, "", "  \n"])
+def test_instruction_rows_without_an_answer_are_prompts(write, output):
+    rows = read_rows(write({"instruction": "Add", "input": "1 2", "output": output}, {"instruction": "Say hi"}))
+    assert turns(rows) == [[("user", "Add", "1 2")], [("user", "Say hi", "")]]
+    assert not any(row.answered for row in rows)
+
+
+def test_instruction_rows_with_an_answer(write):
+    (row,) = read_rows(write({"instruction": "Add", "input": "", "output": "3", "id": 5}))
+    assert row.messages == (Message("user", "Add"), Message("assistant", "3"))
+
+
+def test_a_files_own_field_names(write):
+    path = write({"question": "1 + 1?", "answer": "2"})
+    rows = read_rows(path, {"instruction": "question", "output": "answer"})
+    assert turns(rows) == [[("user", "1 + 1?", ""), ("assistant", "2", "")]]
+
+
+def test_every_instance_is_a_row_of_its_line(write):
+    path = write({"instruction": "Sort", "instances": [{"input": "b a", "output": "a b"}, {"input": "d c"}]})
+    rows = read_rows(path)
+    assert turns(rows) == [[("user", "Sort", "b a"), ("assistant", "a b", "")], [("user", "Sort", "d c")]]
+    assert {row.source for row in rows} == {f"{path}, line 1"}
+
+
+def test_parquet_equals_jsonl(write, tmp_path):
+    records = [
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]},
+        {"messages": [{"role": "user", "content": "Ünïcode\n"}]},
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "data.parquet")
+    rows = read_rows(tmp_path / "data.parquet")
+    assert turns(rows) == turns(read_rows(write(*records)))
+    assert rows[1].source == f"{tmp_path / 'data.parquet'}, row 2"
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-20], lambda b: b[:40] + bytes(60) + b[100:]])
+def test_a_damaged_parquet_file_is_refused(tmp_path, damage):
+    path = tmp_path / "data.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"instruction": f"Say {n}"} for n in range(200)]), path)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(RowsError, match=rf"{path}: not a readable Parquet file"):
+        read_rows(path)
+
+
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
+        (b"", "is empty"),
+        (b"   ", "is empty"),
+        (b'{"instruction": "cut', "is not JSON"),
+        (b'{"instruction": "\xff"}', "is not JSON"),
+        ([1], "must be a JSON object, is a list"),
+        ({}, "has neither messages nor instruction, but nothing"),
+        ({"question": "1?", "answer": "2"}, "but question, answer; name the file's own fields with `fields`"),
+        ({"instruction": " "}, "instruction is empty"),
+        ({"instruction": ["a"]}, "instruction must be text, is a list"),
+        ({"instruction": "Add", "output": 3}, "output must be text, is a number"),
+        ({"instruction": "Add", "input": True}, "input must be text, is a boolean"),
+        ({"instruction": "Add", "instances": []}, "instances must be a list of objects"),
+        ({"instruction": "Add", "instances": ["x"]}, "instances must be a list of objects"),
+        ({"messages": []}, "messages must be a list of turns"),
+        ({"messages": "Hi"}, "messages must be a list of turns"),
+        ({"messages": ["Hi"]}, "turn 1 must have a role of system, user, assistant, got 'Hi'"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "turn 1 must have a role .* got 'tool'"),
+        ({"messages": [{"role": "user", "content": "\n"}]}, "turn 1 is empty"),
+        ({"messages": [{"role": "user"}]}, "turn 1 is empty"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "content of turn 1 must be text, is a list"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "must start with a user's turn"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "must start with a user's turn"),
+        ({"messages": [*CHAT["messages"], CHAT["messages"][0]]}, "turn 3: a system turn can only come first"),
+    ],
+)
+def test_malformed_rows_are_named_by_line(write, record, problem):
+    path = write({"instruction": "Fine"}, record)
+    with pytest.raises(RowsError, match=rf"(?s){path}: 1 of 2 rows are malformed.*  line 2: .*{problem}"):
+        read_rows(path)
+
+
+def test_all_problems_are_counted_and_the_first_shown(write):
+    path = write(*[{"instruction": ""}] * 8, {"instruction": "Fine"})
+    with pytest.raises(RowsError) as error:
+        read_rows(path)
+    shown = [f"  line {n}: instruction is empty" for n in range(1, 6)]
+    assert str(error.value).splitlines()[1:] == [*shown, "  and 3 more"]
+    assert "8 of 9 rows" in str(error.value)
+
+
+def test_a_named_field_must_be_there(write):
+    path = write({"question": "1?", "anwser": "2"})
+    with pytest.raises(RowsError, match="line 1: has no 'answer', which `fields` gives for output"):
+        read_rows(path, {"instruction": "question", "output": "answer"})
+
+
+def test_unknown_field_names(write):
+    with pytest.raises(ValueError, match="fields may name messages, instruction, input, output, instances; got prompt"):
+        read_rows(write(CHAT), {"prompt": "question"})
+
+
+def test_files_that_hold_nothing_readable(tmp_path, write):
+    with pytest.raises(FileNotFoundError, match=r"none\.jsonl: no such data file"):
+        read_rows(tmp_path / "none.jsonl")
+    with pytest.raises(RowsError, match=r"data\.csv: data files end in"):
+        read_rows(write(CHAT, name="data.csv"))
+    with pytest.raises(RowsError, match="not a readable Parquet file"):
+        read_rows(write(CHAT, name="data.parquet"))
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(RowsError, match="holds no rows"):
+        read_rows(tmp_path / "empty.jsonl")

@@ -1,0 +1,239 @@
+"""Whole runs from the command line's arguments: results, files, resuming, stored teachers, refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from kd_common.hub import load_causal_lm, load_tokenizer
+from llm_kd.cache_teacher import main as cache_teacher_main
+from llm_kd.fit import build, main, run
+from llm_kd.teacher import CacheError
+
+PROMPTS = [f"Count to {n}." for n in range(2, 30)]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def arguments(tmp_path, save_model):
+    """A quick run: the teacher is a tiny random model that writes at most six tokens per prompt."""
+    teacher = save_model(vocab=272)
+    train = write_jsonl(tmp_path / "train.jsonl", [{"instruction": text} for text in PROMPTS[:20]])
+    val = write_jsonl(tmp_path / "val.jsonl", [{"instruction": text} for text in PROMPTS[20:]])
+
+    def make(*extra, run_dir="run"):
+        return [
+            f"--run_dir={tmp_path / run_dir}",
+            "--seed_everything=1",
+            "--trainer.accelerator=cpu",
+            "--trainer.max_epochs=2",
+            "--trainer.log_every_n_steps=1",
+            "--trainer.enable_progress_bar=false",
+            f"--model.teacher.name={teacher}",
+            "--model.student.layers=2",
+            f"--data.train={train}",
+            f"--data.val={val}",
+            "--data.sampling.max_new_tokens=6",
+            "--data.batch_size=4",
+            "--answers=2",
+            *extra,
+        ]
+
+    return make
+
+
+def test_a_run_leaves_what_it_promises(arguments, tmp_path, capsys):
+    result = main(arguments())
+    assert [epoch["step"] for epoch in result.history] == [5, 10]
+    assert result.best["kl"] < result.before["kl"]
+    assert result.before["teacher_nll"] == pytest.approx(result.last["teacher_nll"])
+    assert result.parameters["student"] < result.parameters["teacher"]
+    assert set(result.answers) == {"before", "after", "teacher"}
+    assert len(result.answers["after"].responses) == 2
+    assert 0.05 < result.peak_memory_gib < 64
+    run_dir = tmp_path / "run"
+    assert {path.name for path in run_dir.iterdir() if "tfevents" not in path.name} == {
+        "checkpoints",
+        "config.yaml",
+        "hparams.yaml",
+        "metrics.csv",
+        "student_best",
+        "student_last",
+    }
+    assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    printed = capsys.readouterr().out
+    for expected in ("NLL", "TAR", "ROUGE-L", "student before", "teacher", "peak memory", "answer, after"):
+        assert expected in printed
+    columns = (run_dir / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"train/loss", "train/tar", "val/kl", "val/nll", "epoch/tar"} <= set(columns)
+
+
+def test_the_saved_student_is_the_trained_one(arguments, tmp_path):
+    cli = build(arguments())
+    run(cli)
+    student = load_causal_lm(str(tmp_path / "run/student_last"))
+    assert len(load_tokenizer(str(tmp_path / "run/student_last"))) == 258
+    for name, value in cli.model.distiller.student.model.state_dict().items():
+        assert torch.equal(student.state_dict()[name], value), name
+
+
+def test_the_teacher_is_in_no_checkpoint(arguments, tmp_path):
+    run(build(arguments()))
+    checkpoint = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    names = [name for name in checkpoint["state_dict"] if "layers" in name]
+    assert {int(name.split("layers.")[1].split(".")[0]) for name in names} == {0, 1}
+
+
+STATEFUL = [
+    "--config=objectives/taid",
+    "--config=selectors/speck",
+    "--config=rollouts/adaptive_replay",
+    "--model.rollout.sampling.max_new_tokens=4",
+    "--model.rollout.step=1.0",
+    "--model.rollout.tolerance=-9",
+    "--model.rollout.capacity=6",
+]
+
+
+def assert_same(found, expected):
+    for name, value in expected.state_dict().items():
+        other = found.state_dict()[name]
+        same = torch.equal(other, value) if isinstance(value, torch.Tensor) else other == value
+        assert same, name
+    assert found.rollout.state_dict() == expected.rollout.state_dict()
+    assert len(found.history) == len(expected.history)
+    for key in ("kl", "nll", "train_loss", "train_tar"):
+        assert found.history[-1][key] == expected.history[-1][key], key
+
+
+KILLED = """
+import os, signal, sys
+from llm_kd import module
+from llm_kd.fit import build, run
+step = module.DistillationModule.training_step
+def training_step(self, batch, batch_idx):
+    if self.current_epoch == 1 and batch_idx == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, batch, batch_idx)
+module.DistillationModule.training_step = training_step
+run(build(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_bit_for_bit(arguments, tmp_path):
+    """From the last epoch's end, and from a checkpoint inside the epoch; a steps checkpoint changes no result."""
+    settings = [*STATEFUL, "--trainer.max_epochs=3"]
+    whole = build(arguments(*settings, run_dir="whole"))
+    run(whole)
+    assert len(whole.model.rollout.memory) == 6
+    every_two_steps = {
+        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+        "init_args": {"every_n_train_steps": 2, "filename": "{step}", "dirpath": str(tmp_path), "save_top_k": -1},
+    }
+    callbacks = f"--trainer.callbacks={json.dumps([every_two_steps])}"
+    command = [sys.executable, "-c", KILLED, *arguments(*settings, callbacks, run_dir="killed")]
+    process = subprocess.run(command, env=os.environ, capture_output=True, timeout=250, check=False)
+    assert process.returncode == -signal.SIGKILL, process.stderr.decode()[-2000:]
+    for name in ("killed/checkpoints/last.ckpt", "step=8.ckpt"):
+        # Beside the first lies its run's configuration.
+        same = arguments(*settings, callbacks, run_dir="killed") if "step" in name else []
+        resumed = build(["--ckpt_path", str(tmp_path / name), *same])
+        assert resumed.trainer.max_epochs == 3
+        run(resumed)
+        assert_same(resumed.model, whole.model)
+
+
+def test_the_responses_are_written_once(arguments, tmp_path, monkeypatch):
+    from llm_kd.data import responses
+
+    first = build(arguments())
+    run(first)
+    monkeypatch.setattr(responses, "generate", lambda *args, **kwargs: pytest.fail("written again"))
+    second = build(arguments(run_dir="second"))
+    run(second)
+    assert_same(second.model, first.model)
+
+
+def cached(arguments, folder, *extra):
+    """The command line that stores the teacher of a run, with the run's data settings."""
+    data = [argument for argument in arguments() if argument.startswith("--data.")]
+    teacher = next(argument for argument in arguments() if argument.startswith("--model.teacher.name="))
+    return [f"--folder={folder}", teacher.replace("model.", ""), *data, *extra]
+
+
+def test_training_from_a_whole_stored_teacher_equals_training_online(arguments, tmp_path):
+    cache = cache_teacher_main(cached(arguments, tmp_path / "cache", "--size=258", "--dtype=float32"))
+    assert len(cache) == len(PROMPTS)
+    online, stored = build(arguments()), build(arguments(f"--model.teacher.cache={tmp_path / 'cache'}", run_dir="two"))
+    results = [run(online), run(stored)]
+    for name in ("kl", "nll", "teacher_nll", "tar", "train_loss", "train_tar"):
+        assert results[1].last[name] == pytest.approx(results[0].last[name], rel=1e-3), name
+    assert "teacher" not in results[1].parameters
+
+
+def test_training_from_a_truncated_teacher_follows_a_lower_bound(arguments, tmp_path):
+    cache_teacher_main(cached(arguments, tmp_path / "cache", "--size=8"))
+    settings = arguments(f"--model.teacher.cache={tmp_path / 'cache'}", "--trainer.max_epochs=1", run_dir="two")
+    result = run(build(settings))
+    whole = run(build(arguments("--trainer.max_epochs=1")))
+    assert 0 < result.before["kl"] < whole.before["kl"]
+    assert result.before["nll"] == pytest.approx(whole.before["nll"], rel=1e-5)
+    assert "teacher_nll" not in result.last
+    with pytest.raises(ValueError, match="TAID needs the teacher's whole distribution"):
+        run(build([*settings, "--config=objectives/taid"]))
+    with pytest.raises(ValueError, match="k=9"):
+        run(build([*settings, "--model.selector=TopK", "--model.selector.k=9"]))
+
+
+def test_a_cache_of_another_teacher_is_refused(arguments, tmp_path, save_model):
+    cache_teacher_main(cached(arguments, tmp_path / "cache", "--size=8", f"--teacher.name={save_model('b', seed=1)}"))
+    with pytest.raises(CacheError, match="holds another teacher or vocabulary"):
+        run(build(arguments(f"--model.teacher.cache={tmp_path / 'cache'}")))
+
+
+def test_dataset_answers(arguments, tmp_path):
+    rows = [{"instruction": text, "output": text[::-1]} for text in PROMPTS]
+    files = [f"--data.{split}={write_jsonl(tmp_path / f'{split}_answers.jsonl', rows)}" for split in ("train", "val")]
+    result = run(build(arguments("--data.responses=dataset", *files)))
+    assert result.answers["after"].references[0] == [PROMPTS[0][::-1]]
+
+
+@pytest.mark.parametrize(
+    ("extra", "match"),
+    [
+        (["--trainer.precision=16-mixed"], "overflows in fp16"),
+        (["--trainer.max_epochs=-1"], "trainer.max_epochs or trainer.max_steps"),
+        (["--model.teacher.name=nowhere"], "no such folder, and no name on the Hub"),
+        (["--model.student.layers=7"], r"student.layers must lie in \[1, 3\]"),
+        (["--model.learning_rate=0"], "model.learning_rate must be > 0"),
+    ],
+)
+def test_refusals_before_any_work(arguments, extra, match):
+    with pytest.raises((ValueError, OSError), match=match):
+        build(arguments(*extra))
+
+
+@pytest.mark.parametrize("extra", [["--model.topk=3"], ["--trainer.max_epoch=2"], ["--model.selector=NoSuch"]])
+def test_unknown_options(arguments, extra):
+    with pytest.raises(SystemExit) as stopped:
+        build(arguments(*extra))
+    assert stopped.value.code == 2
+
+
+def test_the_default_is_selectkd_on_the_embedded_model():
+    config = yaml.safe_load((Path(__file__).parents[2] / "packages/llm_kd/src/llm_kd/configs/default.yaml").read_text())
+    settings = config["model"]["init_args"]
+    assert settings["teacher"] == {"name": "smollm2-135m-instruct"}
+    assert settings["student"] == {"layers": 10}
+    assert not {"objective", "selector", "rollout", "lr_schedule"} & set(settings)
