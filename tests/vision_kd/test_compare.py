@@ -14,7 +14,15 @@ PNG = b"\x89PNG"
 
 def fake_row(variant, seed, tops, **extra):
     history = [{"epoch": i, "top1": t, "top5": 1.0, "loss": 1 - t, "seconds": 2.0, **extra} for i, t in enumerate(tops)]
-    return {"variant": variant, "seed": seed, "teacher": {}, "parameters": {}, "history": history, "args": []}
+    return {
+        "variant": variant,
+        "seed": seed,
+        "metrics": {"top1": "top-1"},
+        "teacher": {},
+        "parameters": {},
+        "history": history,
+        "args": [],
+    }
 
 
 def test_mean_and_spread():

@@ -119,7 +119,7 @@ def merged(base, other):
     """Merge as the parser does; a complete block of another class replaces the one before."""
     if not (isinstance(base, dict) and isinstance(other, dict)):
         return other
-    if base.get("class_path") != other.get("class_path"):
+    if other.get("class_path", base.get("class_path")) != base.get("class_path"):
         return other
     return {key: merged(base.get(key), other[key]) if key in other else base[key] for key in base | other}
 

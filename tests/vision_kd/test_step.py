@@ -116,7 +116,7 @@ def test_both_views_reach_the_student_and_one_view_methods_ignore_the_second(stu
     changed = {**views, "strong": 1 - views["strong"]}
     for method, depends in [(KD(), False), (CRLD(weak_threshold=0.0, strong_threshold=0.0), True), (MLKD(), True)]:
         plain, other = (distillation_step(student, teacher, method, v, target, params) for v in (views, changed))
-        assert set(plain.logits) == set(method.views)
+        assert set(plain.outputs) == set(method.views)
         for name in method.components:
             same = all(torch.equal(a, b) for a, b in zip(plain.gradients[name], other.gradients[name], strict=True))
             assert same != depends, (type(method).__name__, name)
@@ -128,7 +128,7 @@ def test_the_teacher_and_grad_fields_are_left_alone(student, teacher, batch):
     step = distillation_step(student, teacher, KD(), views, target, list(student.parameters()))
     assert all(p.grad is None for p in [*student.parameters(), *teacher.parameters()])
     assert all(torch.equal(before[k], v) for k, v in teacher.state_dict().items())
-    tensors = [*step.components.values(), *step.logits.values(), *(g for gs in step.gradients.values() for g in gs)]
+    tensors = [*step.components.values(), *step.outputs.values(), *(g for gs in step.gradients.values() for g in gs)]
     assert not any(t.requires_grad for t in tensors)
 
 
@@ -143,7 +143,7 @@ def test_vanilla_runs_without_teacher(student, batch):
 def test_float64_is_not_rounded_on_the_way(student, teacher, batch):
     views, target = batch
     step = distillation_step(student, teacher, KD(), views, target, list(student.parameters()))
-    assert {z.dtype for z in step.logits.values()} == {torch.float64}
+    assert {z.dtype for z in step.outputs.values()} == {torch.float64}
     assert teacher_logits(teacher, views, ["weak"])["weak"].dtype == torch.float64
 
 
@@ -157,7 +157,7 @@ def test_bf16_autocast_keeps_losses_and_gradients_in_fp32(cls, batch):
         assert student(views["weak"]).dtype == torch.bfloat16
         step = distillation_step(student, teacher, cls(), views, target, params, epoch=7.0)
         assert torch.is_autocast_enabled("cpu")
-    assert {z.dtype for z in step.logits.values()} == {torch.float32}
+    assert {z.dtype for z in step.outputs.values()} == {torch.float32}
     assert {value.dtype for value in step.components.values()} == {torch.float32}
     assert {g.dtype for gs in step.gradients.values() for g in gs} == {torch.float32}
     for name in cls.components:

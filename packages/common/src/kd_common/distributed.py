@@ -59,3 +59,24 @@ def average_batchnorm_buffers(module: nn.Module) -> None:
     ]
     for buffer, mean in zip(buffers, flat_all_reduce_mean(buffers), strict=True):
         buffer.copy_(mean)
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Rows of all ranks one after the other, in the order of the ranks; they may differ in number.
+
+    Args:
+        rows: tensor of shape (n, ...), the same but for n on every rank; every rank must call this.
+
+    Returns:
+        The concatenation along the first axis; ``rows`` itself in a single process.
+    """
+    ranks = world_size()
+    if ranks == 1:
+        return rows
+    counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(ranks)]
+    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+    longest = max(int(count) for count in counts)
+    padded = torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])])
+    gathered = [torch.empty_like(padded) for _ in range(ranks)]
+    dist.all_gather(gathered, padded)
+    return torch.cat([part[: int(count)] for part, count in zip(gathered, counts, strict=True)])

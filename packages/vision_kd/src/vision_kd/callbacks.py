@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from vision_kd.models import save_student
-from vision_kd.module import DistillationModule
+from vision_kd.training import ComponentTraining
 
 
 class StudentExport(pl.Callback):
@@ -37,13 +37,14 @@ class StudentExport(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Export the student when its epoch was validated."""
-        assert isinstance(pl_module, DistillationModule)
+        assert isinstance(pl_module, ComponentTraining)
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
         latest = pl_module.history[-1]
-        extra = {**self.extra, "epoch": latest["epoch"], "top1": latest["top1"]}
+        metric = pl_module.metric
+        extra = {**self.extra, "epoch": latest["epoch"], metric: latest[metric]}
         names = ["student_last.pt"]
-        if latest is max(pl_module.history, key=lambda epoch: epoch["top1"]):
+        if latest is max(pl_module.history, key=lambda epoch: epoch[metric]):
             names.append("student_best.pt")
         for name in names:
             save_student(self.folder / name, pl_module.inference_model, pl_module.student_spec, extra=extra)

@@ -51,6 +51,7 @@ def run_one(variant: str, seed: int, args: Sequence[str], threads: int) -> Row:
     return {
         "variant": variant,
         "seed": seed,
+        "metrics": cli.model.metrics,
         "teacher": result.teacher,
         "parameters": result.parameters,
         "history": result.history,
@@ -103,7 +104,8 @@ def compare(
         for row in execute(pending, jobs):
             done.append(row)
             write_atomically(results, json.dumps({"environment": environment(), "runs": done}, indent=1))
-            progress.write(f"{row['variant']}, seed {row['seed']}: top-1 {row['history'][-1]['top1']:.2%}")
+            name, header = next(iter(row["metrics"].items()))
+            progress.write(f"{row['variant']}, seed {row['seed']}: {header} {row['history'][-1][name]:.2%}")
             progress.update()
     done.sort(key=lambda row: (list(variants).index(row["variant"]) if row["variant"] in variants else 0, row["seed"]))
     report(done, output)
@@ -141,7 +143,9 @@ def environment() -> dict[str, Any]:
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
-    """Mean and sample standard deviation in per cent; the mean alone for a single value."""
+    """Mean and sample standard deviation in per cent; the mean alone for a single value, a dash for none."""
+    if not values:
+        return "–"
     mean = 100 * statistics.fmean(values)
     return f"{mean:.2f}" if len(values) < 2 else f"{mean:.2f} ± {100 * statistics.stdev(values):.2f}"
 
@@ -153,25 +157,29 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, str]]:
         by_variant.setdefault(row["variant"], []).append(row)
     lines = []
     for variant, runs in by_variant.items():
+        metrics = runs[0]["metrics"]
+        judged, header = next(iter(metrics.items()))
         last = [run["history"][-1] for run in runs]
-        best = [max(run["history"], key=lambda epoch: epoch["top1"]) for run in runs]
-        lines.append(
-            {
-                "variant": variant,
-                "seeds": str(len(runs)),
-                "last top-1": mean_and_spread([epoch["top1"] for epoch in last]),
-                "best top-1": mean_and_spread([epoch["top1"] for epoch in best]),
-                "last loss": f"{statistics.fmean(epoch['loss'] for epoch in last):.4f}",
-                "s/epoch": f"{statistics.fmean(epoch['seconds'] for run in runs for epoch in run['history']):.1f}",
-            }
-        )
+        best = [max(run["history"], key=lambda epoch: epoch[judged]) for run in runs]
+        line = {
+            "variant": variant,
+            "seeds": str(len(runs)),
+            f"last {header}": mean_and_spread([epoch[judged] for epoch in last]),
+            f"best {header}": mean_and_spread([epoch[judged] for epoch in best]),
+        }
+        for name, title in list(metrics.items())[1:]:
+            line[f"last {title}"] = mean_and_spread([epoch[name] for epoch in last if name in epoch])
+        if "loss" in last[0]:
+            line["last loss"] = f"{statistics.fmean(epoch['loss'] for epoch in last):.4f}"
+        seconds = [epoch["seconds"] for run in runs for epoch in run["history"]]
+        lines.append(line | {"s/epoch": f"{statistics.fmean(seconds):.1f}"})
     return lines
 
 
 def report(rows: Sequence[Row], output: Path) -> None:
     """Print the table and write it beside the plots."""
     lines = summarise(rows)
-    table = Table(title="validation accuracy in %, mean ± standard deviation over seeds")
+    table = Table(title="validation metrics in %, mean ± standard deviation over seeds")
     for column in lines[0]:
         table.add_column(column, justify="left" if column == "variant" else "right")
     for line in lines:

@@ -1,10 +1,13 @@
-"""``python -m vision_kd.evaluate --ckpt FILE``: top-1 and top-5 accuracy of a saved classifier.
+"""``python -m vision_kd.evaluate --ckpt FILE``: accuracy of a saved classifier, average precision of a detector.
 
 A student file written by ``fit`` knows its network and its data. For any other weight file (a training checkpoint, a
-teacher of the public bundle, safetensors) name both: ``--model.name resnet32x4 --data CIFAR100``.
+teacher of the public bundle, safetensors) name both: ``--model.name resnet32x4 --data CIFAR100``. A detector's
+detections are written as COCO results beside the weights; ``--images FOLDER`` draws them.
 """
 
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
@@ -13,6 +16,11 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from vision_kd.data import ImageDataModule
+from vision_kd.detection.data import COCO
+from vision_kd.detection.detector import Detector
+from vision_kd.detection.draw import draw_detections
+from vision_kd.detection.evaluation import average_precision, evaluate_detector, write_results
+from vision_kd.detection.zoo import build_detector, load_detector
 from vision_kd.models import Classifier, ModelSpec, build_classifier, count_parameters, export, load_classifier
 from vision_kd.models.checkpoints import read_checkpoint
 
@@ -57,11 +65,15 @@ def parser() -> ArgumentParser:
     parser.add_argument("--data", type=ImageDataModule | None, default=None, help="Data to evaluate on.")
     parser.add_argument("--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu", help="Device.")
     parser.add_argument("--export", type=str | None, default=None, help="Also write a torch.export program (.pt2).")
+    parser.add_argument("--results", type=str | None, default=None, help="COCO results; default CKPT.detections.json.")
+    parser.add_argument("--images", type=str | None, default=None, help="Folder for pictures of detections.")
+    parser.add_argument("--pictures", type=int, default=20, help="Number of them, from the lowest image id on.")
+    parser.add_argument("--threshold", type=float, default=0.5, help="Lowest score drawn.")
     return parser
 
 
-def load(settings: Namespace) -> tuple[Classifier, ImageDataModule]:
-    """Classifier and data of a parsed command line.
+def load(settings: Namespace) -> tuple[Classifier | Detector, ImageDataModule]:
+    """Network and data of a parsed command line.
 
     Raises:
         ValueError: If neither the file nor the command line says which data, or the classes of the two differ.
@@ -74,32 +86,55 @@ def load(settings: Namespace) -> tuple[Classifier, ImageDataModule]:
             )
         settings.data = parser().parse_object({"ckpt": settings.ckpt, "data": meta["data"]}).data
     data = parser().instantiate_classes(settings).data
-    if settings.model is None:
-        model = load_classifier(settings.ckpt)
-    else:
-        spec = ModelSpec(settings.model.name, settings.model.args, settings.ckpt)
-        model = build_classifier(
-            spec, num_classes=data.num_classes, in_channels=data.in_channels, mean=data.mean, std=data.std
-        )
+    spec = settings.model and ModelSpec(
+        settings.model.name, settings.model.args, settings.ckpt, settings.model.pretrained
+    )
+    facts: dict[str, Any] = {"mean": data.mean, "std": data.std}
+    if isinstance(data, COCO):
+        if spec is None:
+            return load_detector(settings.ckpt), data
+        return build_detector(spec, class_names=data.class_names, **facts), data
+    facts |= {"num_classes": data.num_classes, "in_channels": data.in_channels}
+    model = load_classifier(settings.ckpt) if spec is None else build_classifier(spec, **facts)
     if model.num_classes != data.num_classes:
         raise ValueError(f"{settings.ckpt} has {model.num_classes} classes, the data {data.num_classes}")
     return model, data
 
 
+def detect(settings: Namespace, detector: Detector, data: COCO) -> dict[str, float]:
+    """Score a detector; write its detections and, if asked for, pictures of them."""
+    record = evaluate_detector(detector, data, settings.device)
+    rows, image_ids = record.gather()
+    write_results(Path(settings.results or f"{settings.ckpt}.detections.json"), rows)
+    if settings.images is not None:
+        folder = Path(settings.images)
+        folder.mkdir(parents=True, exist_ok=True)
+        for image_id in image_ids[: settings.pictures]:
+            draw_detections(folder / f"{image_id}.png", record.split, rows, [image_id], threshold=settings.threshold)
+    return average_precision(record.split, rows, image_ids)
+
+
 def main(args: list[str] | None = None) -> dict[str, float]:
-    """Evaluate, print and return the accuracies."""
+    """Evaluate, print and return the metrics."""
     settings = parser().parse_args(args)
     model, data = load(settings)
+    if settings.export is not None and not isinstance(model, Classifier):
+        raise ValueError("--export writes classifiers only: torch.export does not trace a detector's proposals")
     data.prepare_data()
     data.setup("validate")
-    result = accuracy(model, data.val_dataloader(), model.num_classes, settings.device)
+    if isinstance(model, Detector):
+        assert isinstance(data, COCO)
+        result = detect(settings, model, data)
+    else:
+        result = accuracy(model, data.val_dataloader(), model.num_classes, settings.device)
+    headers = {"top1": "top-1", "top5": "top-5"}
     console = Console(highlight=False)
     console.print(
         f"{settings.ckpt}: {count_parameters(model):,} parameters, {type(data).__name__} validation set: "
-        f"top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%}",
+        + ", ".join(f"{headers.get(name, name)} {value:.2%}" for name, value in result.items()),
         soft_wrap=True,
     )
-    if settings.export is not None:
+    if settings.export is not None and isinstance(model, Classifier):
         views, _ = next(iter(data.val_dataloader()))
         export(model, settings.export, views["clean"])
         console.print(f"exported to {settings.export}; load with torch.export.load(...).module()", soft_wrap=True)

@@ -12,7 +12,13 @@ from matplotlib.ticker import MaxNLocator
 Row = Mapping[str, Any]
 
 # A component looks the same in every panel and figure.
-COMPONENT_COLOURS = {"task": "tab:blue", "target": "tab:orange", "nontarget": "tab:green", "relation": "tab:red"}
+COMPONENT_COLOURS = {
+    "task": "tab:blue",
+    "target": "tab:orange",
+    "nontarget": "tab:green",
+    "relation": "tab:red",
+    "feature": "tab:purple",
+}
 
 
 def by_variant(rows: Sequence[Row]) -> dict[str, list[list[dict[str, float]]]]:
@@ -31,23 +37,24 @@ def curve(histories: Sequence[Sequence[Mapping[str, float]]], key: str) -> tuple
 
 
 def plot_accuracy(rows: Sequence[Row], path: Path) -> None:
-    """Top-1 over epochs (mean, band of one standard deviation) and last-epoch top-1 of every seed."""
+    """Accuracy (or AP) over epochs, mean and band of one standard deviation, and of the last epoch for every seed."""
+    judged, header = next(iter(rows[0]["metrics"].items()))
     variants = by_variant(rows)
     colours = mpl.colormaps["tab20" if len(variants) > 10 else "tab10"].colors  # type: ignore[attr-defined]
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     curves, points = figure.subplots(1, 2, width_ratios=[3, 2])
     for index, ((variant, histories), colour) in enumerate(zip(variants.items(), colours, strict=False)):
-        epochs, mean, spread = curve(histories, "top1")
+        epochs, mean, spread = curve(histories, judged)
         curves.plot(epochs, 100 * mean, color=colour, label=variant)
         curves.fill_between(epochs, 100 * (mean - spread), 100 * (mean + spread), color=colour, alpha=0.15, lw=0)
-        last = [100 * history[-1]["top1"] for history in histories]
+        last = [100 * history[-1][judged] for history in histories]
         points.plot(last, [index] * len(last), "o", color=colour, alpha=0.6, ms=4)
         points.plot(np.mean(last), index, "|", color=colour, ms=16, mew=2)
     # The first epochs would squeeze the differences that matter; the axis says where it starts.
-    half = 100 * np.concatenate([curve(h, "top1")[1][len(h[0]) // 2 :] for h in variants.values()])
-    curves.set(xlabel="epoch", ylabel="validation top-1 (%), cut below", ylim=(half.min() - 1.5, half.max() + 0.7))
+    half = 100 * np.concatenate([curve(h, judged)[1][len(h[0]) // 2 :] for h in variants.values()])
+    curves.set(xlabel="epoch", ylabel=f"validation {header} (%), cut below", ylim=(half.min() - 1.5, half.max() + 0.7))
     curves.xaxis.set_major_locator(MaxNLocator(integer=True))
-    points.set(xlabel="last-epoch top-1 (%), one dot a seed, bar the mean", yticks=range(len(variants)))
+    points.set(xlabel=f"last-epoch {header} (%), one dot a seed, bar the mean", yticks=range(len(variants)))
     points.set_yticklabels(list(variants))
     points.invert_yaxis()
     curves.legend(fontsize=7, loc="lower right")

@@ -1,4 +1,4 @@
-"""``python -m vision_kd.fit``: distil a classifier and report what came of it.
+"""``python -m vision_kd.fit``: distil a classifier or a detector and report what came of it.
 
 :func:`build` parses and makes everything, :func:`run` trains, :func:`main` does both and prints the table. Notebooks
 and tests call ``build([...])`` with the same arguments as the command line.
@@ -11,19 +11,22 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
 
+import vision_kd.detection
 import vision_kd.methods
+import vision_kd.module
 import vision_kd.policies  # noqa: F401  (makes the class names known to the command line)
 from kd_common.cli import FitCLI, fixed_seed
 from vision_kd.callbacks import StudentExport
 from vision_kd.data import ImageDataModule
-from vision_kd.evaluate import accuracy
+from vision_kd.guards import check_trainer
 from vision_kd.models import count_parameters
-from vision_kd.module import DistillationModule, check_trainer
 from vision_kd.summary import print_summary
 from vision_kd.teacher import obtain_teacher
+from vision_kd.training import ComponentTraining
 
 CONFIG_DIR = Path(str(files("vision_kd") / "configs"))
 
@@ -34,7 +37,11 @@ class VisionCLI(FitCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link what model and data must agree on."""
         super().add_arguments_to_parser(parser)
-        for name in ("num_classes", "in_channels", "mean", "std"):
+        parser.add_argument(
+            "--baseline", type=bool, default=False, help="Also train the student alone, for the table at the end."
+        )
+        # A model that does not take one of these is given the others.
+        for name in ("num_classes", "class_names", "in_channels", "mean", "std"):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
         for target in ("data.init_args.seed", "model.init_args.seed"):
             parser.link_arguments("seed_everything", target, compute_fn=fixed_seed)
@@ -51,6 +58,13 @@ class VisionCLI(FitCLI):
             raise ValueError("trainer.accumulate_grad_batches does not see component gradients; set model.accumulate")
         if trainer["gradient_clip_val"] is not None:
             raise ValueError("trainer.gradient_clip_val does not see component gradients; set model.clip_norm")
+        if self.config["baseline"] and trainer["fast_dev_run"]:
+            raise ValueError("baseline repeats the run from its folder, and trainer.fast_dev_run writes none")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the trainer, which keeps the best epoch by the task's own metric."""
+        self.checkpoint = {"monitor": f"val/{self.model.metric}", "mode": "max"}
+        return super().instantiate_trainer(**kwargs)
 
 
 @dataclass
@@ -58,19 +72,23 @@ class Result:
     """What a run achieved.
 
     Attributes:
-        teacher: Accuracy of the teacher before training, and how it was obtained; empty without a teacher.
-        history: Per epoch: validation ``top1``, ``top5`` and ``loss``, training ``seconds``, and the vector GSNR of
-            each component (``gsnr/task`` ...) where it was measured.
+        metric: Name of the metric that epochs are compared by: ``top1`` or ``AP``.
+        teacher: Metrics of the teacher before training, and how it was obtained; empty without a teacher.
+        history: Per epoch: validation metrics (``top1``, ``top5`` and ``loss``, or ``AP``, ``AP50`` ...), training
+            ``seconds``, and the vector GSNR of each component (``gsnr/task`` ...) where it was measured.
         k: Surviving classes at the last update; None without a mask.
         parameters: Parameter counts of student and teacher.
         run_dir: Folder of checkpoints, logs and the resolved configuration; None if nothing was written.
+        alone: The same student trained on the labels alone; None unless asked for.
     """
 
+    metric: str
     teacher: dict[str, Any]
     history: list[dict[str, float]]
     k: int | None
     parameters: dict[str, int]
     run_dir: Path | None
+    alone: "Result | None" = None
 
     @property
     def last(self) -> dict[str, float]:
@@ -79,8 +97,8 @@ class Result:
 
     @property
     def best(self) -> dict[str, float]:
-        """Metrics of the epoch with the highest top-1; chosen on the validation data, so optimistic."""
-        return max(self.history, key=lambda epoch: epoch["top1"])
+        """Metrics of the best epoch; chosen on the validation data, so optimistic."""
+        return max(self.history, key=lambda epoch: epoch[self.metric])
 
     @property
     def gsnr(self) -> dict[str, float]:
@@ -100,7 +118,7 @@ def build(args: ArgsType = None) -> VisionCLI:
         args: Command line as a list, configuration as a dict, or None for ``sys.argv``.
     """
     return VisionCLI(
-        DistillationModule,
+        ComponentTraining,
         ImageDataModule,
         config_dir=CONFIG_DIR,
         args=args,
@@ -109,7 +127,6 @@ def build(args: ArgsType = None) -> VisionCLI:
             "model.init_args.policy": "DeepKD",
             "model.init_args.lr_schedule": "CosineDecay",
         },
-        checkpoint={"monitor": "val/top1", "mode": "max"},
     )
 
 
@@ -120,16 +137,17 @@ def run(cli: VisionCLI) -> Result:
     parameters = {"student": count_parameters(model.student)}
     teacher: dict[str, Any] = {}
     data.views = model.method.views
-    if model.method.needs_teacher:
-        classifier, origin = obtain_teacher(
+    if model.needs_teacher:
+        network, origin = obtain_teacher(
             model.teacher_spec,
             data,
             data_config,
+            task=type(model),
             accelerator=cli.config["trainer"]["accelerator"],
             progress_bar=cli.config["trainer"]["enable_progress_bar"] is not False,
         )
-        model.attach_teacher(classifier)
-        parameters["teacher"] = count_parameters(classifier)
+        model.attach_teacher(network)
+        parameters["teacher"] = count_parameters(network)
         teacher = {"origin": origin}
         if cli.trainer.is_global_zero:
             teacher |= measure_teacher(cli)
@@ -141,26 +159,40 @@ def run(cli: VisionCLI) -> Result:
         raise RuntimeError(
             "no epoch was validated, so there is no result: check trainer.max_steps, max_time and limit_val_batches"
         )
+    if cli.run_dir is not None and cli.trainer.is_global_zero:
+        model.illustrate(cli.run_dir)
     return Result(
+        metric=model.metric,
         teacher=teacher,
         history=model.history,
         k=model.k_at(model.global_step - 1),
         parameters=parameters,
         run_dir=cli.run_dir,
+        alone=run(build(baseline_args(cli))) if cli.config["baseline"] else None,
     )
+
+
+def baseline_args(cli: VisionCLI) -> list[str]:
+    """Command line of the run that trains the student of a finished run on the labels alone."""
+    assert cli.run_dir is not None
+    without = [f"--model.{name}=null" for name in cli.model.distillation_settings]
+    return [
+        f"--config={cli.run_dir / 'config.yaml'}",
+        "--config=methods/vanilla",
+        *without,
+        f"--run_dir={cli.run_dir / 'student_alone'}",
+        "--ckpt_path=null",
+        "--baseline=false",
+    ]
 
 
 def measure_teacher(cli: VisionCLI) -> dict[str, float]:
-    """Accuracy of the attached teacher on the validation data, printed before training starts."""
+    """Metrics of the attached teacher on the validation data, printed before training starts."""
     cli.datamodule.prepare_data()
     cli.datamodule.setup("validate")
-    result = accuracy(
-        cli.model.teacher,
-        cli.datamodule.val_dataloader(),
-        cli.model.num_classes,
-        cli.trainer.strategy.root_device,
-    )
-    rank_zero_info(f"Teacher {cli.model.teacher_spec.name}: top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%}")
+    result = cli.model.measure(cli.model.teacher, cli.datamodule, cli.trainer.strategy.root_device)
+    shown = ", ".join(f"{header} {result[name]:.2%}" for name, header in cli.model.metrics.items() if name in result)
+    rank_zero_info(f"Teacher {cli.model.teacher_spec.name}: {shown}")
     return result
 
 

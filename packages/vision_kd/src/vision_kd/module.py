@@ -1,37 +1,26 @@
-"""The training system: manual optimisation of a student from named gradient components."""
+"""Training of classifiers."""
 
 import math
-import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from kd_common.distributed import average_batchnorm_buffers
-from kd_common.errors import NonFiniteLossError
 from kd_common.functional.logits import at_least_fp32
-from kd_common.grads import accumulate, all_reduce_mean, clip_components, component_cosines, component_norms
-from kd_common.gsnr import GradientSNR
-from kd_common.optim import ComponentOptimizer
-from kd_common.schedules import CosineDecay, Schedule, TopKSchedule
-from vision_kd.guards import FiniteGuard, check_trainer
-from vision_kd.methods import Method
+from vision_kd.data import ImageDataModule
+from vision_kd.evaluate import accuracy
 from vision_kd.methods.base import cross_entropy
-from vision_kd.methods.kd import KD
-from vision_kd.models import Classifier, ModelSpec, build_classifier
-from vision_kd.policies import DeepKD, GradientPolicy
-from vision_kd.specs import DynamicTopK, TeacherSpec
-from vision_kd.step import ComponentGradients, distillation_step
+from vision_kd.models import Classifier, ModelSpec, NormalizedNetwork, build_classifier, load_classifier
+from vision_kd.step import StepOutput, distillation_step
+from vision_kd.training import ComponentTraining
 
 
-class DistillationModule(pl.LightningModule):
-    """Distil a classifier: a method yields loss components, a policy turns their gradients into updates.
+class DistillationModule(ComponentTraining):
+    """Distil a classifier; batches are ``(views, target)``.
 
     Args:
         student: Network to train.
@@ -39,26 +28,14 @@ class DistillationModule(pl.LightningModule):
         in_channels: Image channels; linked from the data.
         mean: Per-channel mean of the images in [0, 1], the student's normalisation; linked from the data.
         std: Per-channel standard deviation; linked from the data.
-        teacher: Network to distil from and how to obtain it; None for methods without a teacher.
-        method: Loss (:mod:`vision_kd.methods`); None means ``KD()``.
-        policy: Gradient policy (:mod:`vision_kd.policies`); None means ``DeepKD()``.
-        topk: Dynamic top-k mask on the non-target term; None distils all classes throughout.
-        lr_schedule: Factor on the learning rate; None means a cosine from 1 to 0 over the run.
-        learning_rate: Learning rate at factor 1, > 0.
-        momentum: Base momentum mu, in [0, 1).
-        weight_decay: Weight decay, >= 0.
-        accumulate: Micro-batches per update, >= 1; their gradients are averaged over samples, also when the last one
-            is smaller.
-        clip_norm: Largest norm of the summed gradient of all components; None does not clip.
-        ema_decay: Decay of an exponential moving average of the student, which is then the model that is validated
-            and exported; None keeps none.
-        gsnr_every: Measure gradient signal-to-noise, norms and cosines of the separate components every so many
-            updates; such an update runs one backward pass per component. 0 never measures.
-        seed: Seed of every random draw during training; linked from ``seed_everything``.
+        settings: The rest, as in :class:`vision_kd.training.ComponentTraining`.
 
     Raises:
         ValueError: If a setting is out of range; the message names it.
     """
+
+    metrics: ClassVar[dict[str, str]] = {"top1": "top-1", "top5": "top-5"}
+    fact_names = ("num_classes", "in_channels", "mean", "std")
 
     def __init__(
         self,
@@ -67,279 +44,48 @@ class DistillationModule(pl.LightningModule):
         in_channels: int,
         mean: tuple[float, ...],
         std: tuple[float, ...],
-        teacher: TeacherSpec | None = None,
-        method: Method | None = None,
-        policy: GradientPolicy | None = None,
-        topk: DynamicTopK | None = None,
-        lr_schedule: Schedule | None = None,
-        learning_rate: float = 0.05,
-        momentum: float = 0.9,
-        weight_decay: float = 5e-4,
-        accumulate: int = 1,
-        clip_norm: float | None = None,
-        ema_decay: float | None = None,
-        gsnr_every: int = 0,
-        seed: int = 0,
+        **settings: Any,
     ) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        self.automatic_optimization = False
-        self.method = method or KD()
-        self.policy = policy or DeepKD()
-        self.topk = topk
-        self.lr_schedule = lr_schedule or CosineDecay()
-        self.student_spec = student
-        self.teacher_spec = teacher
-        self.num_classes = num_classes
-        self.learning_rate = learning_rate
-        self.momentum = momentum
-        self.weight_decay = weight_decay
-        self.accumulate = accumulate
-        self.clip_norm = clip_norm
-        self.gsnr_every = gsnr_every
-        self.seed = seed
-        self._check_settings()
-
-        self.student = build_classifier(student, num_classes=num_classes, in_channels=in_channels, mean=mean, std=std)
-        self._build_optimizer()  # a policy that does not fit the method fails here, not after the teacher was trained
-        self.ema = None
-        if ema_decay is not None:
-            self.ema = AveragedModel(self.student, multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=True)
-        # Not a submodule: the teacher stays out of the checkpoint, the optimizer, DDP and `.train()`.
-        self._teacher: list[Classifier] = []
+        facts = {"num_classes": num_classes, "in_channels": in_channels, "mean": mean, "std": std}
+        super().__init__(student, facts, **settings)
         self.top1 = MulticlassAccuracy(num_classes, top_k=1, average="micro")
         self.top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro")
         self.val_loss = MeanMetric(nan_strategy="disable")  # the default drops NaN
-        self.gsnr = GradientSNR()
-        self.history: list[dict[str, float]] = []
-        self._pending: ComponentGradients = {}
-        self._pending_samples = 0
-        self._epoch_start = self._epoch_seconds = 0.0
 
-    def _check_settings(self) -> None:
-        if self.method.needs_teacher and self.teacher_spec is None:
-            raise ValueError(f"model.method {type(self.method).__name__} needs model.teacher; it is not set")
-        if self.topk is not None and "nontarget" not in self.method.components:
-            raise ValueError(
-                f"model.topk masks the non-target term, which model.method {type(self.method).__name__} does not have; "
-                "set model.topk to null or choose another method"
-            )
-        if self.topk is not None:
-            self._topk_schedule(total_steps=1)  # raises on a k outside [1, C - 1]
-        for name in ("learning_rate", "clip_norm"):
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise ValueError(f"model.{name} must be > 0, got {value}")
-        if self.weight_decay < 0:
-            raise ValueError(f"model.weight_decay must be >= 0, got {self.weight_decay}")
-        if self.accumulate < 1:
-            raise ValueError(f"model.accumulate must be >= 1, got {self.accumulate}")
-        if self.gsnr_every < 0:
-            raise ValueError(f"model.gsnr_every must be >= 0, got {self.gsnr_every}")
+    @staticmethod
+    def build(spec: ModelSpec, **facts: Any) -> Classifier:
+        """See :func:`vision_kd.models.build_classifier`."""
+        return build_classifier(spec, **facts)
 
-    # ------------------------------------------------------------------------------------------------ set-up
+    @staticmethod
+    def load(path: Path) -> Classifier:
+        """See :func:`vision_kd.models.load_classifier`."""
+        return load_classifier(path)
 
-    def attach_teacher(self, teacher: Classifier) -> None:
-        """Distil from this classifier; it is frozen and kept in evaluation mode.
+    @staticmethod
+    def measure(network: NormalizedNetwork, data: ImageDataModule, device: torch.device | str) -> dict[str, float]:
+        """Top-1 and top-5 accuracy; see :func:`vision_kd.evaluate.accuracy`."""
+        return accuracy(network, data.val_dataloader(), data.num_classes, device)
 
-        Raises:
-            ValueError: If its number of classes differs from the student's.
-        """
+    def check_teacher(self, teacher: NormalizedNetwork) -> None:
+        """The teacher must have the student's number of classes."""
         if teacher.num_classes != self.num_classes:
             raise ValueError(f"the teacher has {teacher.num_classes} classes, the student and data {self.num_classes}")
-        self._teacher = [teacher.eval().requires_grad_(False)]
 
-    @property
-    def teacher(self) -> Classifier | None:
-        """The attached teacher, or None."""
-        return self._teacher[0] if self._teacher else None
-
-    @property
-    def inference_model(self) -> Classifier:
-        """The student that is validated and exported: its moving average when there is one."""
-        model: Any = self.student if self.ema is None else self.ema.module
-        return model
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits of shape (N, C) for images in [0, 1] of shape (N, channels, H, W)."""
-        return self.inference_model(images)
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """The policy's optimizer, and the learning-rate schedule stepped once per update."""
-        optimizer = self._build_optimizer()
-        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)}
-
-    def _build_optimizer(self) -> ComponentOptimizer:
-        return self.policy.optimizer(
-            self.student,
-            self.method.components,
-            lr=self.learning_rate,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-        )
-
-    def _lr_factor(self, step: int) -> float:
-        if step == 0:  # asked for when the optimizer is built, before the length of an epoch is known
-            return self.lr_schedule(0.0, self._max_epochs)
-        return self.lr_schedule(step / self.steps_per_epoch, self.total_steps / self.steps_per_epoch)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Updates per epoch."""
-        return math.ceil(self.trainer.num_training_batches / self.accumulate)
-
-    @property
-    def total_steps(self) -> int:
-        """Updates of the whole run, over which the schedules stretch: all epochs, or ``trainer.max_steps`` if fewer."""
-        steps = self._max_epochs * self.steps_per_epoch
-        return min(steps, self.trainer.max_steps) if self.trainer.max_steps > 0 else steps
-
-    @property
-    def _log_every(self) -> int:
-        return self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
-
-    @property
-    def _max_epochs(self) -> int:
-        return self.trainer.max_epochs or 1
-
-    def _topk_schedule(self, total_steps: int) -> TopKSchedule:
-        assert self.topk is not None
-        return TopKSchedule(
-            self.num_classes,
-            total_steps,
-            k_start=self.topk.k_start,
-            k_opt=self.topk.k_opt,
-            phase_ends=self.topk.phase_ends,
-        )
-
-    def k_at(self, step: int) -> int | None:
-        """Classes that survive the mask at an update, counted from 0; None without a mask."""
-        return None if self.topk is None else self._topk_schedule(self.total_steps)(step)
-
-    def setup(self, stage: str) -> None:
-        """Check what the schedules and the precision need."""
-        if stage == "fit":
-            check_trainer(self.trainer.precision, self.trainer.max_epochs)
-
-    def on_fit_start(self) -> None:
-        """Bring the teacher to the device."""
-        if self.method.needs_teacher and self.teacher is None:
-            raise RuntimeError("no teacher is attached; call attach_teacher(...) or run through vision_kd.fit")
-        if self.teacher is not None:
-            # A lower precision than fp32 is the student's choice; float64 images need a float64 teacher.
-            self.teacher.to(self.device, torch.promote_types(next(self.student.parameters()).dtype, torch.float32))
-
-    # ------------------------------------------------------------------------------------------------ training
-
-    def on_train_epoch_start(self) -> None:
-        """Make every draw a function of seed, epoch and rank: a run resumed from an epoch's end repeats the next."""
-        torch.manual_seed((self.seed * 1_000_003 + self.current_epoch) * 1_009 + self.global_rank)
-        self.gsnr.reset()
-        self._pending, self._pending_samples = {}, 0  # an interrupted fit may have left some
-        self._guard = FiniteGuard(self.device)
-        self._epoch_start = time.perf_counter()
-
-    def training_step(self, batch: tuple[Mapping[str, Tensor], Tensor], batch_idx: int) -> None:
-        """One micro-batch; updates the student when enough of them have been accumulated."""
+    def component_step(
+        self,
+        batch: tuple[Mapping[str, Tensor], Tensor],
+        params: Sequence[nn.Parameter],
+        *,
+        epoch: float,
+        k: int | None,
+        **settings: Any,
+    ) -> StepOutput:
+        """See :func:`vision_kd.step.distillation_step`."""
         views, target = batch
-        optimizer: Any = self.optimizers()
-        measure = self.gsnr_every > 0 and self.global_step % self.gsnr_every == 0
-        k = self.k_at(self.global_step)
-        step = distillation_step(
-            self.student,
-            self.teacher,
-            self.method,
-            views,
-            target,
-            [p for group in optimizer.param_groups for p in group["params"]],
-            buckets=None if measure else optimizer.buckets,
-            epoch=self.global_step / self.steps_per_epoch,
-            k=k,
+        return distillation_step(
+            self.student, self.teacher, self.method, views, target, params, epoch=epoch, k=k, **settings
         )
-        self._stop_if_not_finite(step.components, batch_idx)
-        gradients = step.gradients
-        if self.accumulate > 1:
-            accumulate(self._pending, gradients, scale=len(target))
-            self._pending_samples += len(target)
-            if (batch_idx + 1) % self.accumulate and not self.trainer.is_last_batch:
-                return
-            gradients = {}
-            accumulate(gradients, self._pending, scale=1.0 / self._pending_samples)
-            self._pending, self._pending_samples = {}, 0
-        gradients = all_reduce_mean(gradients)
-        if measure or self.global_step % self._log_every == 0:
-            values = {f"train/{name}": float(value) for name, value in step.components.items()}
-            values["train/lr"] = optimizer.param_groups[0]["lr"]
-            if k is not None:
-                values["train/k"] = k
-            self._log_now(values | (self._measure(gradients) if measure else {}))
-            self.log("loss", sum(step.components.values()), prog_bar=True, logger=False)
-        self._update(optimizer, gradients)
-
-    def _log_now(self, values: Mapping[str, float]) -> None:
-        """Write this rank's values to the loggers directly: `self.log` costs more than a small network's step."""
-        for logger in self.loggers:
-            logger.log_metrics(dict(values), step=self.global_step)
-
-    def _update(self, optimizer: Any, gradients: ComponentGradients) -> None:
-        """One step of optimizer, learning-rate schedule and moving average."""
-        if self.clip_norm is not None:
-            clip_components(gradients, self.clip_norm)
-        optimizer.step(components=gradients)
-        scheduler: Any = self.lr_schedulers()
-        scheduler.step()
-        if self.ema is not None:
-            self.ema.update_parameters(self.student)
-
-    def _measure(self, gradients: ComponentGradients) -> dict[str, float]:
-        """Feed the gradient statistics; return the norms of the components and the cosines between them."""
-        reached = {name: [g for g in grads if g is not None] for name, grads in gradients.items()}
-        self.gsnr.update({name: grads for name, grads in reached.items() if grads})
-        values = {f"grad_norm/{name}": float(norm) for name, norm in component_norms(gradients).items()}
-        return values | {
-            f"grad_cosine/{a}_{b}": float(cosine) for (a, b), cosine in component_cosines(gradients).items()
-        }
-
-    def _stop_if_not_finite(self, losses: Mapping[str, Tensor], batch_idx: int) -> None:
-        """Stop at a non-finite loss: at once on a CPU, at the next logging step where a look would stall the device.
-
-        Raises:
-            NonFiniteLossError: Naming the batch and the last checkpoint.
-        """
-        self._guard.observe(losses, batch_idx)
-        every = 1 if self.device.type == "cpu" else self._log_every
-        if (batch_idx + 1) % every and not self.trainer.is_last_batch:
-            return
-        if (bad := self._guard.first_bad_batch()) is not None:
-            values = ", ".join(f"{name} {float(value):.4g}" for name, value in losses.items())
-            raise NonFiniteLossError(
-                f"the loss became NaN or infinite at epoch {self.current_epoch}, batch {bad} (components of batch "
-                f"{batch_idx}: {values}). Nothing was saved since; last good checkpoint: {self._last_checkpoint}. "
-                "Lower model.learning_rate, set model.clip_norm or look at that batch."
-            )
-
-    @property
-    def _last_checkpoint(self) -> str:
-        # FitCLI adds the callback that saves every epoch behind the one that saves the best.
-        paths = [getattr(callback, "best_model_path", "") for callback in self.trainer.checkpoint_callbacks]
-        return next(filter(None, reversed(paths)), "none written yet")
-
-    def gsnr_of_epoch(self) -> dict[str, float]:
-        """Vector GSNR of every component over the updates measured this epoch, and their number.
-
-        Empty with fewer than two of them. Pure noise reads about 1 / gsnr_samples.
-        """
-        counts = {name: self.gsnr.count(name) for name in self.gsnr.names}
-        measured = {f"gsnr/{name}": self.gsnr.vector(name) for name, count in counts.items() if count > 1}
-        return measured | {"gsnr_samples": float(max(counts.values()))} if measured else {}
-
-    # ------------------------------------------------------------------------------------------------ validation
-
-    def on_validation_start(self) -> None:
-        """Give all ranks the same BatchNorm statistics; manual optimisation under DDP does not."""
-        average_batchnorm_buffers(self.student)
-        if self.ema is not None:
-            average_batchnorm_buffers(self.ema)
-        self._epoch_seconds = time.perf_counter() - self._epoch_start
 
     def validation_step(self, batch: tuple[Mapping[str, Tensor], Tensor], batch_idx: int) -> None:
         """Count top-1 and top-5 hits and the cross-entropy of one batch."""
@@ -349,30 +95,16 @@ class DistillationModule(pl.LightningModule):
         self.top5.update(logits, target)
         self.val_loss.update(cross_entropy(logits, target))
 
-    def on_validation_epoch_end(self) -> None:
-        """Log and remember the epoch's result; the final table reads the last and the best from here."""
+    def validation_metrics(self) -> dict[str, float]:
+        """Top-1, top-5 and the cross-entropy of all ranks.
+
+        Raises:
+            NonFiniteLossError: If the cross-entropy is not finite.
+        """
         values = {}
         for name, metric in {"top1": self.top1, "top5": self.top5, "loss": self.val_loss}.items():
             values[name] = float(metric.compute())  # gathers all ranks
             metric.reset()
-            self.log(f"val/{name}", values[name], prog_bar=name == "top1", sync_dist=True)
         if not math.isfinite(values["loss"]):
-            raise NonFiniteLossError(
-                f"the validation loss is {values['loss']} at epoch {self.current_epoch}: an update made the student "
-                f"non-finite. It was not saved; last good checkpoint: {self._last_checkpoint}. Lower "
-                "model.learning_rate or set model.clip_norm."
-            )
-        if not self.trainer.sanity_checking:
-            gsnr = self.gsnr_of_epoch()
-            self.log_dict({"train/seconds": self._epoch_seconds, **gsnr}, sync_dist=True)
-            self.history.append({"epoch": self.current_epoch, **values, "seconds": self._epoch_seconds, **gsnr})
-
-    # ------------------------------------------------------------------------------------------------ checkpoints
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the validation history with the weights."""
-        checkpoint["history"] = self.history
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the validation history."""
-        self.history = list(checkpoint["history"])
+            raise self._non_finite_student(f"the validation loss is {values['loss']}")
+        return values

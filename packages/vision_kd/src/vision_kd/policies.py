@@ -17,8 +17,8 @@ from kd_common.optim.sgd import WEIGHT_DECAY
 Delta = float | dict[str, float]
 
 PARTS = ("task", "target", "nontarget")
-# Relations between samples or classes are dark knowledge, so they move with the non-target component.
-ALIASES = {"relation": "nontarget"}
+# Relations between samples or classes and feature maps are dark knowledge: they move with the non-target component.
+ALIASES = {"relation": "nontarget", "feature": "nontarget"}
 
 
 class GradientPolicy(ABC):

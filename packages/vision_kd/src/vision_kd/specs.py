@@ -37,6 +37,8 @@ class TeacherSpec:
         epochs: Length of training when it has to be trained.
         learning_rate: Its peak learning rate (cosine schedule, SGD).
         weight_decay: Its weight decay.
+        warmup_epochs: Length of its linear warm-up from 0.
+        clip_norm: Largest norm of its gradient; None does not clip.
         seed: Its seed; independent of the student's, so that all seeds of a comparison share one teacher.
     """
 
@@ -47,6 +49,8 @@ class TeacherSpec:
     epochs: int = 30
     learning_rate: float = 0.05
     weight_decay: float = 5e-4
+    warmup_epochs: float = 0.0
+    clip_norm: float | None = None
     seed: int = 0
 
     @property

@@ -1,18 +1,19 @@
 """The table at the end of a run."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from vision_kd.module import DistillationModule
+from vision_kd.training import ComponentTraining
 
 if TYPE_CHECKING:
     from vision_kd.fit import Result
 
 
-def print_summary(result: "Result", model: DistillationModule, console: Console | None = None) -> None:
-    """Print what a run achieved: accuracies, gradient signal-to-noise ratios, costs and where its files lie.
+def print_summary(result: "Result", model: ComponentTraining, console: Console | None = None) -> None:
+    """Print what a run achieved: metrics, gradient signal-to-noise ratios, costs and where its files lie.
 
     Args:
         result: The run's result.
@@ -20,23 +21,35 @@ def print_summary(result: "Result", model: DistillationModule, console: Console 
         console: Where to print; standard output by default.
     """
     console = console or Console()
+    wide = len(model.metrics) > 2  # a table of names, six metrics and parameter counts would not fit a terminal
     table = Table(title=f"{type(model.method).__name__} with {type(model.policy).__name__}", show_header=True)
-    for column in ("", "top-1", "top-5", "parameters"):
-        table.add_column(column, justify="left" if not column else "right")
+    for column in ("", *model.metrics.values(), *([] if wide else ["parameters"])):
+        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     parameters = {name: f"{count:,}" for name, count in result.parameters.items()}
+    networks = {"student": model.student_spec.name}
     if result.teacher:
-        spec = model.teacher_spec
-        assert spec is not None
-        table.add_row(f"teacher {spec.name}", *accuracies(result.teacher), parameters["teacher"])
-    student = f"student {model.student_spec.name}"
-    table.add_row(f"{student}, last epoch", *accuracies(result.last), parameters["student"])
-    table.add_row(f"{student}, best epoch ({result.best['epoch'] + 1:.0f})", *accuracies(result.best), "")
+        assert model.teacher_spec is not None
+        networks["teacher"] = model.teacher_spec.name
+
+    def row(who: str, suffix: str, metrics: Mapping[str, float], count: str = "") -> None:
+        title = f"{who}{'' if wide else ' ' + networks[who]}{suffix}"
+        shown = [percentage(metrics, name, digits=1 if wide else 2) for name in model.metrics]
+        table.add_row(title, *shown, *([] if wide else [count]))
+
+    if result.teacher:
+        row("teacher", "", result.teacher, parameters["teacher"])
+    if result.alone is not None:
+        row("student", " alone, last", result.alone.last)
+    row("student", ", last epoch", result.last, parameters["student"])
+    row("student", f", best epoch ({result.best['epoch'] + 1:.0f})", result.best)
     console.print(table)
 
     noise = f"(pure noise reads about {1 / result.last['gsnr_samples']:.2f})" if result.gsnr else ""
     lines = {f"GSNR of {name}, last epoch": f"{value:.3f} {noise}" for name, value in result.gsnr.items()}
     if result.k is not None:
         lines["k reached"] = f"{result.k} of {model.num_classes - 1} non-target classes"
+    if wide:
+        lines |= {who: f"{name}, {parameters[who]} parameters" for who, name in networks.items()}
     lines["seconds per epoch"] = f"{result.seconds_per_epoch:.2f}"
     if result.teacher:
         lines["teacher weights"] = result.teacher["origin"]
@@ -49,6 +62,6 @@ def print_summary(result: "Result", model: DistillationModule, console: Console 
         console.print(f"{name:<{max(map(len, lines))}}  {value}", soft_wrap=True, highlight=False)
 
 
-def accuracies(metrics: dict[str, float]) -> tuple[str, str]:
-    """Top-1 and top-5 in per cent."""
-    return f"{metrics['top1']:.2%}", f"{metrics['top5']:.2%}"
+def percentage(metrics: Mapping[str, float], name: str, digits: int = 2) -> str:
+    """A metric in per cent; a dash where the data have nothing to measure it on."""
+    return f"{metrics[name]:.{digits}%}" if name in metrics else "–"

@@ -15,12 +15,14 @@ from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_info
 
 from kd_common.files import cache_root
+from kd_common.schedules import CosineDecay
 from vision_kd.data.base import ImageDataModule
 from vision_kd.methods.vanilla import Vanilla
-from vision_kd.models import CheckpointError, Classifier, build_classifier, load_classifier, save_student
+from vision_kd.models import CheckpointError, NormalizedNetwork, save_student
 from vision_kd.module import DistillationModule
 from vision_kd.policies import SGD
 from vision_kd.specs import TeacherSpec
+from vision_kd.training import ComponentTraining
 
 CACHE_FORMAT = 1
 
@@ -45,28 +47,29 @@ def obtain_teacher(
     datamodule: ImageDataModule,
     data: Mapping[str, Any],
     *,
+    task: type[ComponentTraining] = DistillationModule,
     accelerator: str = "auto",
     progress_bar: bool = True,
-) -> tuple[Classifier, str]:
+) -> tuple[NormalizedNetwork, str]:
     """The teacher and where it came from.
 
     Args:
         spec: The teacher.
         datamodule: Data it is trained on when no weights are found.
         data: Resolved configuration of that DataModule, plain types; part of the cache key.
+        task: How such networks are built, loaded and trained.
         accelerator: Lightning's name of the hardware it is trained on.
         progress_bar: Show one while training.
 
     Returns:
-        The classifier, and one line that says how it was obtained.
+        The network, and one line that says how it was obtained.
 
     Raises:
         FileNotFoundError, ValueError: From loading a checkpoint that is missing, damaged or of another model.
         RuntimeError: If it has to be trained inside a run that a launcher started on several processes.
     """
-    shape = {"num_classes": datamodule.num_classes, "in_channels": datamodule.in_channels}
     if spec.checkpoint is not None or spec.pretrained:
-        teacher = build_classifier(spec.model, **shape, mean=datamodule.mean, std=datamodule.std)
+        teacher = task.build(spec.model, **task.facts(datamodule))
         return teacher, f"loaded from {spec.checkpoint or spec.name.split('/')[0]}"
 
     path = teacher_cache_path(spec, data)
@@ -74,7 +77,7 @@ def obtain_teacher(
     with FileLock(f"{path}.lock"):
         if path.is_file():
             try:
-                return load_classifier(path), f"from the cache, {path}"
+                return task.load(path), f"from the cache, {path}"
             except CheckpointError as error:
                 raise CheckpointError(f"cached teacher: {error}\nDelete {path} to train it again.") from error
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -83,29 +86,32 @@ def obtain_teacher(
                 "it once per process. Train and cache it first with --trainer.devices 1, or set "
                 "model.teacher.checkpoint"
             )
-        teacher = train_teacher(spec, datamodule, accelerator, progress_bar)
+        teacher = train_teacher(spec, datamodule, task, accelerator, progress_bar)
         save_student(path, teacher, spec.model, extra={"recipe": json.loads(json.dumps(asdict(spec), default=str))})
     return teacher, f"trained for {spec.epochs} epochs, cached as {path}"
 
 
 def train_teacher(
-    spec: TeacherSpec, datamodule: ImageDataModule, accelerator: str = "auto", progress_bar: bool = True
-) -> Classifier:
+    spec: TeacherSpec,
+    datamodule: ImageDataModule,
+    task: type[ComponentTraining] = DistillationModule,
+    accelerator: str = "auto",
+    progress_bar: bool = True,
+) -> NormalizedNetwork:
     """Train a teacher on the labels alone, with SGD and a cosine schedule, on one device."""
     rank_zero_info(f"No weights for the teacher {spec.name}: training it for {spec.epochs} epochs, once.")
     torch.manual_seed(spec.seed)
     data = copy.deepcopy(datamodule)
     data.seed, data.views = spec.seed, Vanilla.views
-    module = DistillationModule(
+    module = task(
         spec.model,
-        num_classes=data.num_classes,
-        in_channels=data.in_channels,
-        mean=data.mean,
-        std=data.std,
+        **task.facts(data),
         method=Vanilla(),
         policy=SGD(),
         learning_rate=spec.learning_rate,
         weight_decay=spec.weight_decay,
+        lr_schedule=CosineDecay(warmup_epochs=spec.warmup_epochs),
+        clip_norm=spec.clip_norm,
         seed=spec.seed,
     )
     trainer = pl.Trainer(

@@ -65,10 +65,14 @@ class EpochSampler(DistributedSampler):
         """This rank's image numbers of the epoch, shape (n,), and their seeds, shape (streams, n)."""
         state = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1).item()
         generator = torch.Generator().manual_seed(state)
-        order = torch.randperm(self.count, generator=generator) if self.shuffle else torch.arange(self.count)
+        order = self.order(generator)
         order = order[torch.arange(self.total_size) % self.count]
         seeds = torch.randint(SEED_RANGE, (streams, self.total_size), generator=generator)
         return order[self.rank :: self.num_replicas], seeds[:, self.rank :: self.num_replicas]
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """All image numbers in the order of this epoch, shape (count,)."""
+        return torch.randperm(self.count, generator=generator) if self.shuffle else torch.arange(self.count)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         order, seeds = self.rows()

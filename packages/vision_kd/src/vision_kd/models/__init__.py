@@ -8,6 +8,7 @@ from vision_kd.models.classifier import (
     build_classifier,
     count_parameters,
 )
+from vision_kd.models.normalized import NormalizedNetwork
 from vision_kd.models.registry import MODELS
 from vision_kd.models.student import export, load_classifier, save_student
 
@@ -16,6 +17,7 @@ __all__ = [
     "CheckpointError",
     "Classifier",
     "ModelSpec",
+    "NormalizedNetwork",
     "build_classifier",
     "count_parameters",
     "export",

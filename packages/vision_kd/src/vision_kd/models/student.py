@@ -10,10 +10,11 @@ from torch import Tensor
 
 from vision_kd.models.checkpoints import STUDENT_FORMAT, CheckpointError, read_checkpoint
 from vision_kd.models.classifier import Classifier, ModelSpec, build_classifier
+from vision_kd.models.normalized import NormalizedNetwork
 
 
 def save_student(
-    path: str | Path, classifier: Classifier, spec: ModelSpec, extra: dict[str, Any] | None = None
+    path: str | Path, student: NormalizedNetwork, spec: ModelSpec, extra: dict[str, Any] | None = None
 ) -> None:
     """Write the network's weights and what is needed to rebuild it; an interrupted call leaves the old file.
 
@@ -21,30 +22,21 @@ def save_student(
 
     Args:
         path: the file; missing folders are made.
-        classifier: whose network to write.
+        student: classifier or detector whose network to write.
         spec: how that network was built.
         extra: further plain values (text, numbers, lists, dicts) for the "meta" entry, such as the accuracy.
 
     Raises:
         TypeError: a value could not be read back without running code, or takes the name of one of our entries.
     """
-    meta = dict(
-        format=STUDENT_FORMAT,
-        name=spec.name,
-        args=spec.args,
-        num_classes=classifier.num_classes,
-        in_channels=classifier.in_channels,
-        mean=list(classifier.mean),
-        std=list(classifier.std),
-        **(extra or {}),
-    )
+    meta = dict(format=student.format, name=spec.name, args=spec.args, **student.facts(), **(extra or {}))
     for key, value in meta.items():
         if not _is_plain(value):
             raise TypeError(f"{key!r} of a student file must be text, numbers, lists or dicts, got {value!r}")
     # Contiguous clones, so that neither a view's whole storage nor our memory layout gets into the file.
     state = {
         key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for key, tensor in classifier.network.state_dict().items()
+        for key, tensor in student.network.state_dict().items()
     }
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,86 @@
+"""One distillation step of a detector: from images and boxes to component gradients.
+
+    images -> student -> its sampled proposals -> ROI heads of student and teacher -> class logits -> method
+                      -> box and RPN losses, which join the task component
+                      -> FPN maps -> fusion -> distance to the teacher's, a component of its own
+
+The method is one of :mod:`vision_kd.methods`, applied to proposals instead of images; the class assigned to a proposal
+is its target.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vision_kd.detection.detector import Detector, Target
+from vision_kd.detection.review import ReviewFusion, review_distance
+from vision_kd.methods import Method
+from vision_kd.step import StepOutput, component_step
+
+CLASSES, REST, FEATURE = "classes", "rest", "feature"
+
+
+def detection_step(
+    student: Detector,
+    teacher: Detector | None,
+    method: Method,
+    images: Sequence[Tensor],
+    targets: Sequence[Target],
+    params: Sequence[nn.Parameter],
+    *,
+    columns: Sequence[int] = (),
+    fusion: ReviewFusion | None = None,
+    feature_weight: float = 0.0,
+    buckets: Mapping[str, tuple[str, ...]] | None = None,
+    epoch: float = 0.0,
+    k: int | None = None,
+) -> StepOutput:
+    """Run student and teacher on one batch and differentiate every component.
+
+    Each ROI head runs once, on the proposals that the student sampled; both networks see the same images and normalise
+    them as each expects.
+
+    Args:
+        student: Detector to train, in training mode.
+        teacher: Frozen detector in evaluation mode, or None for methods without one.
+        method: Loss on class logits, of a single view.
+        images: Images in [0, 1], each (3, H, W).
+        targets: Ground truth of each image.
+        params: Parameters to differentiate, in the optimizer's order.
+        columns: The teacher's outputs in the order of the student's, see `Detector.columns`; outputs of unused
+            categories are thereby left out of both softmaxes and of the mask.
+        fusion: Makes maps of the student comparable with the teacher's; None distils no features.
+        feature_weight: Weight of their distance.
+        buckets: As in :func:`vision_kd.step.component_step`.
+        epoch: Progress in epochs, for losses that warm up.
+        k: Surviving classes of the dynamic top-k mask.
+    """
+    # As in classification the teacher's backbone goes first, so that the student's activations are still in the cache.
+    theirs: dict[str, Tensor] = {}
+    if teacher is not None:
+        with torch.no_grad():
+            theirs = teacher.features(teacher.batch(images))
+    own = student.training_pass(images, targets)
+    soft: dict[str, Tensor] = {}
+    if teacher is not None:
+        with torch.no_grad():
+            logits = teacher.classify(theirs, own.proposals, own.image_sizes)
+            soft = {view: logits[:, list(columns)] for view in method.views}
+
+    # The other losses enter as one output whose gradient is 1: they have no part in the decomposition.
+    outputs = {CLASSES: own.class_logits, REST: own.box_loss + sum(own.rpn_losses.values())}
+    if fusion is not None:
+        names = list(theirs)
+        fused = fusion([own.features[name] for name in names])
+        outputs |= {f"{FEATURE} {name}": level for name, level in zip(names, fused, strict=True)}
+
+    def losses(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+        parts = method(dict.fromkeys(method.views, leaves[CLASSES]), soft, own.labels, epoch=epoch, k=k)
+        parts["task"] = parts["task"] + leaves[REST]
+        if fusion is not None:
+            maps = {name: leaves[f"{FEATURE} {name}"] for name in theirs}
+            parts[FEATURE] = feature_weight * review_distance(maps, theirs)
+        return parts
+
+    return component_step(outputs, losses, params, buckets=buckets)

@@ -1,0 +1,279 @@
+"""Faster R-CNN with FPN on torchvision's backbones: building, weights, student files."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+from torchvision.models import WeightsEnum, get_model, get_model_weights
+from torchvision.models.detection import FasterRCNN, FasterRCNN_ResNet50_FPN_Weights
+from torchvision.models.detection._utils import overwrite_eps
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.faster_rcnn import TwoMLPHead
+from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
+
+from kd_common.registry import Registry
+from vision_kd.detection.detector import Detector, WidePredictor, WideRPNHead
+from vision_kd.models import CheckpointError, ModelSpec
+from vision_kd.models.checkpoints import Checkpoint, load_weights, read_checkpoint
+
+FPN_LEVELS = ("0", "1", "2", "3")
+FPN_CHANNELS = 256
+ASPECT_RATIOS = (0.5, 1.0, 2.0)
+GROUPS = 16
+
+Norm = Literal["frozen", "group"]
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A classifier whose stages feed a pyramid.
+
+    Attributes:
+        build: Makes the network, given ``norm_layer``.
+        stages: Names of the modules of the stem and the four stages; the last of each of the four feeds the FPN.
+        channels: Channels of the four stages, at strides 4, 8, 16 and 32.
+        published: torchvision's name of the classifier that has ImageNet weights, if any.
+    """
+
+    build: Callable[..., nn.Module]
+    stages: tuple[tuple[str, ...], ...]
+    channels: tuple[int, int, int, int]
+    published: str | None = None
+
+
+RESNET_STAGES = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
+
+
+def _resnet(name: str, expansion: int) -> Backbone:
+    channels = (64 * expansion, 128 * expansion, 256 * expansion, 512 * expansion)
+    return Backbone(partial(get_model, name), RESNET_STAGES, channels, name)
+
+
+class NarrowResNet(ResNet):
+    """torchvision's ResNet of basic blocks with a share of the channels, for data on which the full width is wasted."""
+
+    def __init__(self, blocks: list[int], share: int, norm_layer: Callable[..., nn.Module]) -> None:
+        self.share = share
+        super().__init__(BasicBlock, blocks, norm_layer=norm_layer)
+
+    def _make_layer(self, block: Any, planes: int, *arguments: Any, **settings: Any) -> nn.Sequential:
+        return super()._make_layer(block, planes // self.share, *arguments, **settings)
+
+
+def _narrow(blocks: list[int], share: int) -> Backbone:
+    channels = (64 // share, 128 // share, 256 // share, 512 // share)
+    return Backbone(partial(NarrowResNet, blocks, share), RESNET_STAGES, channels)
+
+
+def _mobilenet_v2(**arguments: Any) -> nn.Module:
+    return get_model("mobilenet_v2", **arguments).features
+
+
+BACKBONES: Registry[Backbone] = Registry("detector")
+BACKBONES.register("fasterrcnn_resnet10_quarter_fpn")(_narrow([1, 1, 1, 1], share=4))
+BACKBONES.register("fasterrcnn_resnet18_half_fpn")(_narrow([2, 2, 2, 2], share=2))
+BACKBONES.register("fasterrcnn_resnet18_fpn")(_resnet("resnet18", 1))
+BACKBONES.register("fasterrcnn_resnet50_fpn")(_resnet("resnet50", 4))
+BACKBONES.register("fasterrcnn_resnet101_fpn")(_resnet("resnet101", 4))
+# Each stage ends before the next halving of the resolution; the last 1x1 convolution is the classifier's.
+BACKBONES.register("fasterrcnn_mobilenet_v2_fpn")(
+    Backbone(
+        _mobilenet_v2,
+        (("0", "1"), ("2", "3"), ("4", "5", "6"), tuple(map(str, range(7, 14))), tuple(map(str, range(14, 18)))),
+        (24, 32, 96, 320),
+        "mobilenet_v2",
+    )
+)
+
+
+def build_network(
+    name: str,
+    num_classes: int,
+    *,
+    norm: Norm = "frozen",
+    backbone_weights: str | None = None,
+    trainable_layers: int = 5,
+    fpn_channels: int = FPN_CHANNELS,
+    representation_size: int = 1024,
+    anchor_sizes: Sequence[int] = (32, 64, 128, 256, 512),
+    **settings: Any,
+) -> FasterRCNN:
+    """Faster R-CNN with FPN levels p2 to p6.
+
+    Args:
+        name: Key of `BACKBONES`.
+        num_classes: Number of outputs, the background among them.
+        norm: ``frozen`` BatchNorm, for weights trained before, or ``group`` normalisation, to train from scratch.
+        backbone_weights: ImageNet weights of the backbone: torchvision's name of a set, such as IMAGENET1K_V1, or a
+            file in its layout.
+        trainable_layers: Stages of the backbone that are trained, counted from the last; 5 trains the stem too.
+        fpn_channels: Channels of every FPN level.
+        representation_size: Width of the ROI head.
+        anchor_sizes: Side of the anchors of the five levels, in pixels.
+        settings: Further arguments of torchvision's FasterRCNN, such as ``box_batch_size_per_image``.
+
+    Raises:
+        UnknownNameError: No detector has this name.
+        ValueError: A setting is unknown or out of range, or the backbone has no such weights.
+        ConnectionError: The published weights could not be downloaded.
+        CheckpointError: The weight file is damaged or does not fit.
+    """
+    backbone = BACKBONES.get(name)
+    # FasterRCNN swallows arguments it does not know.
+    if unknown := sorted(settings.keys() - inspect.signature(FasterRCNN).parameters.keys()):
+        raise ValueError(f"detector {name!r} has no settings {unknown}")
+    if not 0 <= trainable_layers <= len(backbone.stages):
+        raise ValueError(f"trainable_layers must lie in [0, {len(backbone.stages)}], got {trainable_layers}")
+    layers = {"frozen": FrozenBatchNorm2d, "group": partial(nn.GroupNorm, GROUPS)}
+    if norm not in layers:
+        raise ValueError(f"norm must be one of {', '.join(layers)}, got {norm!r}")
+    levels = {stage[-1]: level for stage, level in zip(backbone.stages[1:], FPN_LEVELS, strict=True)}
+    classifier = backbone.build(norm_layer=layers[norm])
+    pyramid = BackboneWithFPN(classifier, levels, list(backbone.channels), fpn_channels)
+    if backbone_weights is not None:
+        _load_backbone(pyramid.body, backbone, name, backbone_weights)
+    for stage in backbone.stages[: len(backbone.stages) - trainable_layers]:
+        for module in stage:
+            pyramid.body.get_submodule(module).requires_grad_(False)
+    anchors = AnchorGenerator(tuple((size,) for size in anchor_sizes), (ASPECT_RATIOS,) * len(anchor_sizes))
+    if len(anchor_sizes) != len(FPN_LEVELS) + 1:
+        raise ValueError(
+            f"anchor_sizes needs one size for each of the {len(FPN_LEVELS) + 1} levels, got {anchor_sizes}"
+        )
+    pool = MultiScaleRoIAlign(list(FPN_LEVELS), output_size=7, sampling_ratio=2)
+    return FasterRCNN(
+        pyramid,
+        rpn_anchor_generator=anchors,
+        rpn_head=WideRPNHead(fpn_channels, len(ASPECT_RATIOS)),
+        box_roi_pool=pool,
+        box_head=TwoMLPHead(fpn_channels * pool.output_size[0] ** 2, representation_size),
+        box_predictor=WidePredictor(representation_size, num_classes),
+        **settings,
+    )
+
+
+def build_detector(
+    spec: ModelSpec, *, class_names: Sequence[str], mean: Sequence[float], std: Sequence[float]
+) -> Detector:
+    """Build a detector, load its weights and attach the normalisation and classes that belong to them.
+
+    Those of the published weights (`pretrained`: torchvision's ResNet-50 on COCO, with its 91 outputs) or of the
+    student file (`checkpoint` written by `save_student`) where there is one, else the given ones.
+
+    Args:
+        spec: Network and weights; ``args`` as in `build_network`.
+        class_names: Categories of the data, in the order of their labels.
+        mean: Mean of each channel of the data, for intensities in [0, 1].
+        std: Standard deviation of each channel of the data.
+
+    Raises:
+        ValueError, UnknownNameError, ConnectionError, CheckpointError: As in `build_network`.
+    """
+    published = None
+    if spec.pretrained:
+        published = _published_detector(spec)
+        class_names = published.meta["categories"][1:]
+    checkpoint = _read(spec.checkpoint) if spec.checkpoint is not None else None
+    if checkpoint is not None and checkpoint.meta.get("format") == Detector.format:
+        class_names, mean, std = (checkpoint.meta[key] for key in ("class_names", "mean", "std"))
+    args = dict(spec.args)
+    if published is not None or checkpoint is not None:
+        args.pop("backbone_weights", None)  # overwritten anyway
+    try:
+        network = build_network(spec.name, len(class_names) + 1, **args)
+    except TypeError as error:
+        raise ValueError(f"detector {spec.name!r} rejects args {spec.args}: {error}") from error
+    if checkpoint is not None:
+        load_weights(network, checkpoint, model=spec.name, num_classes=len(class_names) + 1)
+    elif published is not None:
+        network.load_state_dict(_download(published, "checkpoint (pretrained stays true)"))
+    if published is not None:
+        overwrite_eps(network, 0.0)  # they were trained before torchvision added it to the variance
+    return Detector(network, class_names, mean, std)
+
+
+def load_detector(path: str | Path) -> Detector:
+    """Rebuild a detector, in evaluation mode, from a file that `save_student` wrote.
+
+    Raises:
+        CheckpointError: The file was not written by `save_student` from a detector.
+    """
+    meta = read_checkpoint(path).meta
+    if meta.get("format") != Detector.format:
+        raise CheckpointError(
+            f"{path} does not describe a detector (format {meta.get('format')!r}, expected {Detector.format!r}): name "
+            "the network with build_detector(ModelSpec(name, checkpoint=...), ...)"
+        )
+    spec = ModelSpec(meta["name"], meta["args"], checkpoint=str(path))
+    return build_detector(spec, **{key: meta[key] for key in ("class_names", "mean", "std")}).eval()
+
+
+def _load_backbone(body: nn.Module, backbone: Backbone, name: str, weights: str) -> None:
+    """Load ImageNet weights by the name of torchvision's set or from a file; the classifier's own layers are left."""
+    if Path(weights).is_file():
+        checkpoint = read_checkpoint(weights)
+    else:
+        sets = get_model_weights(backbone.published).__members__ if backbone.published else {}
+        if weights not in sets:
+            raise ValueError(
+                f"backbone_weights of {name!r} is neither a file nor one of {', '.join(sets) or '(none published)'}, "
+                f"got {weights!r}"
+            )
+        checkpoint = Checkpoint(Path(sets[weights].url), _download(sets[weights], "backbone_weights"), {})
+    used = {module for stage in backbone.stages for module in stage}
+    features = {key.removeprefix("features."): tensor for key, tensor in checkpoint.state.items()}
+    state = {
+        key: tensor
+        for key, tensor in features.items()
+        if key.partition(".")[0] in used and not key.endswith("num_batches_tracked")
+    }
+    load_weights(body, checkpoint._replace(state=state), model=f"the backbone of {name}", num_classes=0)
+
+
+def _read(path: str) -> Checkpoint:
+    """A checkpoint in torchvision's layout, current or old.
+
+    Raises:
+        CheckpointError: For detectron2's networks, whose function differs from that of torchvision's.
+    """
+    hint = (
+        f"{path} is a detectron2 checkpoint. Its networks stride in the 1x1 convolutions, read BGR images in [0, 255] "
+        "and align ROI pooling and anchors differently, so that its weights do not give the same detector here: take "
+        "weights in torchvision's layout, or leave checkpoint out to have the detector trained"
+    )
+    if Path(path).suffix == ".pkl":
+        raise CheckpointError(hint)
+    checkpoint = read_checkpoint(path)
+    if any(key.startswith(("backbone.bottom_up.", "proposal_generator.")) for key in checkpoint.state):
+        raise CheckpointError(hint)
+    old = {f"rpn.head.conv.{kind}": f"rpn.head.conv.0.0.{kind}" for kind in ("weight", "bias")}
+    return checkpoint._replace(state={old.get(key, key): tensor for key, tensor in checkpoint.state.items()})
+
+
+def _published_detector(spec: ModelSpec) -> WeightsEnum:
+    if spec.name != "fasterrcnn_resnet50_fpn":
+        raise ValueError(
+            f"torchvision publishes no COCO weights of {spec.name!r}, only of fasterrcnn_resnet50_fpn: set pretrained "
+            "to false, and checkpoint to a weight file or let the detector be trained"
+        )
+    tag = "DEFAULT" if spec.pretrained is True else str(spec.pretrained)
+    sets = FasterRCNN_ResNet50_FPN_Weights.__members__
+    if tag not in sets:
+        raise ValueError(f"model {spec.name!r} has no weights {tag!r}; pretrained can be {', '.join(sets)}")
+    return sets[tag]
+
+
+def _download(weights: WeightsEnum, setting: str) -> dict[str, Any]:
+    try:
+        return dict(weights.get_state_dict(progress=False, check_hash=True))
+    except OSError as error:
+        raise ConnectionError(
+            f"could not download the published weights from {weights.url}: fetch the file elsewhere and give its local "
+            f"path as {setting}"
+        ) from error
