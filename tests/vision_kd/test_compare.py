@@ -6,7 +6,7 @@ import pytest
 
 from kd_common.cli import find_config
 from vision_kd import compare as module
-from vision_kd.compare import compare, main, mean_and_spread, summarise
+from vision_kd.compare import compare, main, summarise
 from vision_kd.fit import CONFIG_DIR
 
 PNG = b"\x89PNG"
@@ -23,11 +23,6 @@ def fake_row(variant, seed, tops, **extra):
         "history": history,
         "args": [],
     }
-
-
-def test_mean_and_spread():
-    assert mean_and_spread([0.5, 0.7]) == "60.00 ± 14.14"
-    assert mean_and_spread([0.5]) == "50.00"
 
 
 def test_summary_separates_last_from_best():

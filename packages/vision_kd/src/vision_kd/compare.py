@@ -11,29 +11,18 @@ A comparison file names the configurations all runs share and those each variant
 Every finished run is written to ``results.json`` at once; an interrupted comparison continues where it stopped.
 """
 
-import json
-import multiprocessing
-import os
-import platform
 import statistics
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-from tqdm import tqdm
 
 from kd_common.cli import resolve_config_names
-from kd_common.files import write_atomically
+from kd_common.compare import Row, by_variant, mean_and_spread, run_matrix, write_table
 from vision_kd.figures import plot_accuracy, plot_gsnr
 from vision_kd.fit import CONFIG_DIR, build, run
-
-Row = dict[str, Any]
 
 
 def run_one(variant: str, seed: int, args: Sequence[str], threads: int) -> Row:
@@ -81,82 +70,35 @@ def compare(
     Returns:
         One row per run.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    results = output / "results.json"
-    done = json.loads(results.read_text())["runs"] if results.is_file() else []
-    finished = {(row["variant"], row["seed"]): row["args"] for row in done}
-    threads = max(1, torch.get_num_threads() // jobs)  # OMP_NUM_THREADS stays the upper limit
-    pending = []
-    for variant, configs in variants.items():
-        for seed in seeds:
-            args = [f"--config={name}" if not name.startswith("--") else name for name in (*base, *configs)]
-            run_dir = output / "runs" / f"{variant.replace(' ', '_').replace('/', '-')}-{seed}"
-            args += [f"--run_dir={run_dir}", *overrides]
-            earlier = finished.get((variant, seed))
-            if earlier is None:
-                pending.append((variant, seed, args, threads))
-            elif earlier != args:
-                raise ValueError(
-                    f"{results} holds {variant}, seed {seed}, run with other settings ({' '.join(earlier)}); "
-                    "choose another output folder or delete that file"
-                )
-    with tqdm(total=len(pending), unit="run") as progress:
-        for row in execute(pending, jobs):
-            done.append(row)
-            write_atomically(results, json.dumps({"environment": environment(), "runs": done}, indent=1))
-            name, header = next(iter(row["metrics"].items()))
-            progress.write(f"{row['variant']}, seed {row['seed']}: {header} {row['history'][-1][name]:.2%}")
-            progress.update()
-    done.sort(key=lambda row: (list(variants).index(row["variant"]) if row["variant"] in variants else 0, row["seed"]))
-    report(done, output)
-    return done
+    rows = run_matrix(
+        run_one,
+        headline,
+        base=base,
+        variants=variants,
+        output=output,
+        seeds=seeds,
+        overrides=overrides,
+        jobs=jobs,
+    )
+    report(rows, output)
+    return rows
 
 
-def execute(pending: Sequence[tuple[str, int, list[str], int]], jobs: int) -> Iterable[Row]:
-    """Rows of all runs as they finish, in this process or in ``jobs`` fresh ones."""
-    if jobs == 1:
-        yield from (run_one(*arguments) for arguments in pending)
-        return
-    failures = []
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(run_one, *arguments) for arguments in pending]):
-            try:
-                row = future.result()
-            except Exception as error:  # the runs beside it are worth keeping; raised together at the end
-                failures.append(error)
-            else:
-                yield row
-    if failures:
-        raise ExceptionGroup(f"{len(failures)} of {len(pending)} runs failed; the others are saved", failures)
+def headline(row: Row) -> str:
+    """The first metric of a finished run."""
+    name, header = next(iter(row["metrics"].items()))
+    return f"{header} {row['history'][-1][name]:.2%}"
 
 
-def environment() -> dict[str, Any]:
-    """Hardware and versions the numbers belong to."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return {
-        "device": device,
-        "processor": platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
-def mean_and_spread(values: Sequence[float]) -> str:
-    """Mean and sample standard deviation in per cent; the mean alone for a single value, a dash for none."""
-    if not values:
-        return "–"
-    mean = 100 * statistics.fmean(values)
-    return f"{mean:.2f}" if len(values) < 2 else f"{mean:.2f} ± {100 * statistics.stdev(values):.2f}"
+def per_cent(values: Sequence[float]) -> str:
+    """Mean and sample standard deviation in per cent."""
+    return mean_and_spread([100 * value for value in values])
 
 
 def summarise(rows: Sequence[Row]) -> list[dict[str, str]]:
     """One table row per variant: accuracies over the seeds and cost."""
-    by_variant: dict[str, list[Row]] = {}
-    for row in rows:
-        by_variant.setdefault(row["variant"], []).append(row)
     lines = []
-    for variant, runs in by_variant.items():
+    for variant, runs in by_variant(rows).items():
         metrics = runs[0]["metrics"]
         judged, header = next(iter(metrics.items()))
         last = [run["history"][-1] for run in runs]
@@ -164,11 +106,11 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, str]]:
         line = {
             "variant": variant,
             "seeds": str(len(runs)),
-            f"last {header}": mean_and_spread([epoch[judged] for epoch in last]),
-            f"best {header}": mean_and_spread([epoch[judged] for epoch in best]),
+            f"last {header}": per_cent([epoch[judged] for epoch in last]),
+            f"best {header}": per_cent([epoch[judged] for epoch in best]),
         }
         for name, title in list(metrics.items())[1:]:
-            line[f"last {title}"] = mean_and_spread([epoch[name] for epoch in last if name in epoch])
+            line[f"last {title}"] = per_cent([epoch[name] for epoch in last if name in epoch])
         if "loss" in last[0]:
             line["last loss"] = f"{statistics.fmean(epoch['loss'] for epoch in last):.4f}"
         seconds = [epoch["seconds"] for run in runs for epoch in run["history"]]
@@ -178,26 +120,15 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, str]]:
 
 def report(rows: Sequence[Row], output: Path) -> None:
     """Print the table and write it beside the plots."""
-    lines = summarise(rows)
-    table = Table(title="validation metrics in %, mean ± standard deviation over seeds")
-    for column in lines[0]:
-        table.add_column(column, justify="left" if column == "variant" else "right")
-    for line in lines:
-        table.add_row(*(escape(value) for value in line.values()))
-    Console().print(table)
-    header = [list(lines[0]), ["---"] * len(lines[0])]
-    markdown = "\n".join("| " + " | ".join(row) + " |" for row in [*header, *(list(line.values()) for line in lines)])
-    write_atomically(output / "results.md", markdown + "\n")
+    write_table(summarise(rows), output / "results.md", "validation metrics in %, mean ± standard deviation over seeds")
     plot_accuracy(rows, output / "accuracy.png")
     if any(key.startswith("gsnr/") for row in rows for key in row["history"][-1]):
         plot_gsnr(rows, output / "gsnr.png")
-    Console().print(f"written to {output}", highlight=False)
+    print(f"written to {output}")
 
 
 def main(args: list[str] | None = None) -> list[Row]:
     """Parse the comparison and run it."""
-    import sys
-
     parser = ArgumentParser(prog="python -m vision_kd.compare", description=__doc__, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="Comparison file; packaged ones are found by name.")
     parser.add_function_arguments(compare, as_positional=False)

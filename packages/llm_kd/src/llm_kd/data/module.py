@@ -18,7 +18,8 @@ from llm_kd.data.rows import Row, read_rows
 from llm_kd.generation import Sampling
 
 SPLITS = ("train", "val")
-DEFAULT_SAMPLING = Sampling()
+# Greedy: drawn at temperature 1, the answers of a small teacher are often nonsense.
+DEFAULT_SAMPLING = Sampling(temperature=0.0)
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class TextDataModule(LightningDataModule):
         packing: Put several conversations into a training row of at most ``max_length`` tokens.
         limit_train: Use only the first rows for training.
         limit_val: Use only the first rows for validation.
-        sampling: How the teacher's responses are drawn.
+        sampling: How the teacher's responses are drawn; greedily unless set.
         sampling_seed: Seed of the teacher's responses, apart from ``seed`` so that runs with other seeds share them.
         generation_batch_size: Prompts the teacher answers at once.
         seed: Seed of the order.
@@ -100,7 +101,7 @@ class TextDataModule(LightningDataModule):
         limit_val: int | None = None,
         sampling: Sampling = DEFAULT_SAMPLING,
         sampling_seed: int = 0,
-        generation_batch_size: int = 16,
+        generation_batch_size: int = 64,
         seed: int = 0,
     ) -> None:
         super().__init__()

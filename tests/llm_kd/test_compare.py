@@ -1,0 +1,62 @@
+"""The comparison's table and plot, and real runs of it."""
+
+import json
+
+import pytest
+
+from llm_kd.compare import main, plot_acceptance, summarise
+
+
+def row(variant, seed, kls):
+    history = [
+        {"step": 5 * i + 5, "kl": kl, "nll": 2 * kl, "agreement": 0.5, "tar": 0.4, "train_tar": 0.1 * i, "seconds": 3.0}
+        for i, kl in enumerate(kls)
+    ]
+    return {"variant": variant, "seed": seed, "before": {"tar": 0.1}, "history": history, "rouge_l": {"after": 20.0}}
+
+
+def test_last_and_best_apart():
+    (line,) = summarise([row("A", 0, [3.0, 1.0, 2.0]), row("A", 1, [3.0, 1.5, 2.0])])
+    assert line["KL, last"] == "2.000 ± 0.000"
+    assert line["KL, best"] == "1.250 ± 0.354"
+    assert line["NLL, last"] == "4.000 ± 0.000"
+    assert line["train TAR %, first → last"] == "0.0 → 20.0"
+    assert line["s"] == "9"
+
+
+def test_plot(tmp_path):
+    plot_acceptance([row("A", 0, [1.0]), row("B", 0, [1.0])], tmp_path / "tar.png")
+    assert (tmp_path / "tar.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_real_runs(tmp_path, save_model):
+    rows = [{"instruction": f"Say {n}.", "output": f"{n}."} for n in range(8)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(entry) + "\n" for entry in rows))
+    settings = [
+        f"--model.teacher.name={save_model()}",
+        "--model.student.layers=2",
+        f"--data.train={file}",
+        f"--data.val={file}",
+        "--data.responses=dataset",
+        "--data.sampling.max_new_tokens=4",
+        "--data.batch_size=4",
+        "--trainer.max_epochs=1",
+        "--trainer.accelerator=cpu",
+        "--trainer.log_every_n_steps=1",
+    ]
+    variants = {"uniform": ["selectors/none"], "Top-k": ["selectors/topk"]}
+    arguments = [
+        '--base=["default"]',
+        f"--variants={json.dumps(variants)}",
+        f"--output={tmp_path / 'out'}",
+        "--seeds=[0]",
+        f"--overrides={json.dumps(settings)}",
+    ]
+    found = main(arguments)
+    assert [entry["variant"] for entry in found] == ["uniform", "Top-k"]
+    assert found[0]["before"] != found[1]["before"]  # acceptance is that of the selector
+    assert found[0]["before"]["kl"] == found[1]["before"]["kl"]
+    assert (tmp_path / "out/results.md").read_text().count("\n") == 4
+    assert main(arguments) == found  # everything is finished: nothing runs again
