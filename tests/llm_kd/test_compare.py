@@ -46,7 +46,7 @@ def test_real_runs(tmp_path, save_model):
         "--trainer.accelerator=cpu",
         "--trainer.log_every_n_steps=1",
     ]
-    variants = {"uniform": ["selectors/none"], "Top-k": ["selectors/topk"]}
+    variants = {"uniform": ["selectors/none"], "Top-1": ["selectors/topk", "--model.selector.k=1"]}
     arguments = [
         '--base=["default"]',
         f"--variants={json.dumps(variants)}",
@@ -55,7 +55,7 @@ def test_real_runs(tmp_path, save_model):
         f"--overrides={json.dumps(settings)}",
     ]
     found = main(arguments)
-    assert [entry["variant"] for entry in found] == ["uniform", "Top-k"]
+    assert [entry["variant"] for entry in found] == ["uniform", "Top-1"]
     assert found[0]["before"] != found[1]["before"]  # acceptance is that of the selector
     assert found[0]["before"]["kl"] == found[1]["before"]["kl"]
     assert (tmp_path / "out/results.md").read_text().count("\n") == 4

@@ -54,7 +54,8 @@ def run_matrix(
 
     Raises:
         ValueError: If ``results.json`` holds a run with other settings.
-        ExceptionGroup: Of the runs that failed, after the others are saved.
+        ExceptionGroup: Of the runs that failed, after the others are saved; with one job at a time the first failure
+            ends the comparison.
     """
     output.mkdir(parents=True, exist_ok=True)
     results = output / "results.json"

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlparse
+from urllib.request import getproxies
 
 import torch
 from filelock import FileLock
@@ -104,6 +105,8 @@ def hub_reachable() -> bool:
     """Whether the Hub's host name resolves; asked first because its client retries for a minute when it does not."""
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
         return False
+    if "https" in getproxies():  # a proxy resolves names itself
+        return True
     try:
         socket.getaddrinfo(urlparse(ENDPOINT).hostname, 443)
     except OSError:

@@ -2,11 +2,12 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from kd_common.hub import quiet
+from llm_kd.models import build_student
 from llm_kd.module import DistillationModule
 
 
@@ -40,16 +41,17 @@ def export_student(module: DistillationModule, folder: Path) -> None:
     Every rank must call this: a sharded student is put together on rank 0, which writes.
     """
     body = module.distiller.student
-    model = body.merged()
-    settings: dict[str, Any] = {}
     if module.sharded:
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        settings["state_dict"] = get_model_state_dict(model, options=options)
+        whole = get_model_state_dict(body, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if not module.trainer.is_global_zero:
         return
+    if module.sharded:  # neither saving nor merging adapters works on shards
+        body = build_student(module.student_spec, module.teacher_spec.name)
+        body.load_state_dict(whole)
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial, **settings)
+    with quiet():
+        body.merged().save_pretrained(partial)
     module.tokenizer.save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)

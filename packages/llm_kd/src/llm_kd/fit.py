@@ -24,7 +24,7 @@ from llm_kd.models import Body, TeacherSpec, load_teacher
 from llm_kd.module import DistillationModule
 from llm_kd.resources import peak_memory_gib
 from llm_kd.summary import print_summary
-from llm_kd.teacher import CachedTeacher, OnlineTeacher, TeacherCache, weights_fingerprint
+from llm_kd.teacher import CachedTeacher, CacheError, OnlineTeacher, TeacherCache, weights_fingerprint
 
 CONFIG_DIR = Path(str(files("llm_kd") / "configs"))
 
@@ -49,7 +49,7 @@ class LanguageCLI(FitCLI):
         """Refuse what would only fail, or silently do something else, once models are loaded.
 
         Raises:
-            ValueError: For fp16 and a run of unknown length.
+            ValueError: For fp16, a run of unknown length and one without validation.
         """
         trainer = self.config["trainer"]
         if str(trainer["precision"]).startswith("16"):
@@ -57,6 +57,8 @@ class LanguageCLI(FitCLI):
                 f"trainer.precision {trainer['precision']}: the loss is summed over tokens before it is normalised, "
                 "which overflows in fp16; use bf16-mixed, bf16-true or 32-true"
             )
+        if trainer["limit_val_batches"] == 0:
+            raise ValueError("trainer.limit_val_batches 0 leaves nothing to report; set it to 1 or more, or to null")
         if (trainer["max_epochs"] or 0) < 1 and (trainer["max_steps"] or 0) < 1:
             raise ValueError("set trainer.max_epochs or trainer.max_steps: the learning-rate schedule runs over them")
 
@@ -117,6 +119,11 @@ def build(args: ArgsType = None) -> LanguageCLI:
 def run(cli: LanguageCLI) -> Result:
     """Obtain the teacher and its responses, distil, and collect the result."""
     model, data, trainer = cli.model, cli.datamodule, cli.trainer
+    if data.packing and model.rollout.generates:
+        raise ValueError(
+            f"data.packing puts many conversations into a row, and model.rollout {type(model.rollout).__name__} has the "
+            "student answer each of them in a row of its own; set data.packing to false"
+        )
     parameters = {"student": count_parameters(model.distiller.student)}
     body = prepare_teacher(model, data, trainer.strategy.root_device)
     if body is not None:
@@ -168,6 +175,10 @@ def prepare_teacher(model: DistillationModule, data: TextDataModule, device: tor
     cache = TeacherCache(spec.cache)
     if body is not None:
         cache.check(weights=weights_fingerprint(body))
+    elif cache.header.teacher != spec.name:  # without the weights, the name is all there is to compare
+        raise CacheError(
+            f"model.teacher.cache {spec.cache} was written by {cache.header.teacher}, not by model.teacher.name {spec.name}"
+        )
     model.attach_teacher(CachedTeacher(cache))
     return None
 

@@ -28,11 +28,12 @@ from llm_kd.objectives import Objective
 from llm_kd.objectives.fkl import ForwardKL
 from llm_kd.rollout import OffPolicy, Rollout
 from llm_kd.selectors import Selector
+from llm_kd.selectors.speck import SpecK
 from llm_kd.selectors.topk import TopK
 from llm_kd.strategies import shard_student, shard_teacher
 from llm_kd.teacher import CachedTeacher, OnlineTeacher, Teacher, vocabulary_fingerprint
 
-WINDOW = ("loss", "denominator", "accepted", "tokens")
+WINDOW = ("loss", "denominator", "accepted", "tokens", "weights")
 """What is summed over the micro-batches and ranks of an update."""
 
 
@@ -109,11 +110,14 @@ class DistillationModule(pl.LightningModule):
                 f"model.rollout {type(self.rollout).__name__} writes new ones; set model.teacher.cache to null"
             )
         student_name = student.name or teacher.name
-        self.tokenizer = load_tokenizer(student_name)
+        # The teacher's: the data are written in its chat template, so the student is saved with it.
+        self.tokenizer = load_tokenizer(teacher.name)
         self._template_ends = Encoder(self.tokenizer).eos_ids  # a chat template may close turns with a token of its own
         self.vocab_size = shared_vocabulary(
-            load_tokenizer(teacher.name), self.tokenizer, load_config(teacher.name), load_config(student_name)
+            self.tokenizer, load_tokenizer(student_name), load_config(teacher.name), load_config(student_name)
         )
+        if isinstance(selector, SpecK) and selector.seed is None:
+            selector.seed = seed
         head = KDHead(
             objective or ForwardKL(),
             selector or TopK(),
@@ -130,14 +134,15 @@ class DistillationModule(pl.LightningModule):
         if compile:
             body.compile(dynamic=True)
         self.distiller = Distiller(body, head, self.vocab_size).train()
+        body.causal_lm.generation_config.eos_token_id = self.eos_ids  # the saved student stops where it was taught to
         # Not a submodule: the teacher stays out of the checkpoint, the optimizer and DDP.
         self._teacher: list[Teacher] = []
         self.sharded = False
         self.history: list[dict[str, float]] = []
-        self._window = torch.zeros(len(WINDOW), dtype=torch.float64)
+        self._window = torch.zeros(len(WINDOW))
         self._since_validation = dict.fromkeys(WINDOW, 0.0)
         self._validated_at = self._seconds = 0.0
-        self._val: dict[str, Tensor] = {}
+        self._val: dict[str, Any] = {}
 
     # ------------------------------------------------------------------------------------------------ set-up
 
@@ -190,7 +195,7 @@ class DistillationModule(pl.LightningModule):
         if step == 0:
             # Asked for when the optimizer is built. To count batches by then, Lightning would set up the data before it
             # restores a checkpoint, and forget where inside an epoch the run was.
-            return self.lr_schedule(0.0, float(self.trainer.max_epochs or 1))
+            return self.lr_schedule(0.0, float(max(1, self.trainer.max_epochs or 1)))
         return self.lr_schedule(step / self.steps_per_epoch, self.total_steps / self.steps_per_epoch)
 
     @property
@@ -211,7 +216,7 @@ class DistillationModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Start the sums of the first update, and the clock."""
-        self._window = torch.zeros(len(WINDOW), dtype=torch.float64, device=self.device)
+        self._window = torch.zeros(len(WINDOW), dtype=self._sum_dtype, device=self.device)
         self._validated_at = time.perf_counter()
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
@@ -221,9 +226,14 @@ class DistillationModule(pl.LightningModule):
         if self.rollout.generates:
             batch = self._respond(batch, batch_idx)
         output = self.distiller(batch, self.teacher.signal(batch))
-        values = (output.loss_sum.detach(), output.denominator, output.accepted_sum, torch.tensor(output.num_tokens))
-        self._window += torch.stack([value.to(self.device, torch.float64) for value in values])
+        tokens = torch.tensor(output.num_tokens)
+        values = (output.loss_sum.detach(), output.denominator, output.accepted_sum, tokens, output.weights.sum())
+        self._window += torch.stack([value.to(self._window) for value in values])
         return output.loss_sum
+
+    @property
+    def _sum_dtype(self) -> torch.dtype:
+        return torch.float32 if self.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
 
     def _seed(self, *parts: Any) -> int:
         text = "/".join(map(str, (self.seed, self.current_epoch, *parts)))
@@ -294,7 +304,8 @@ class DistillationModule(pl.LightningModule):
             if parameter.grad is not None:
                 parameter.grad.mul_(factor)
         loss, rate = sums["loss"] / sums["denominator"], sums["accepted"] / max(1.0, sums["tokens"])
-        self.distiller.head.on_step(loss, self.global_step + 1, self.total_steps)
+        selected = sums["loss"] / (sums["weights"] or 1.0)
+        self.distiller.head.on_step(loss, self.global_step + 1, self.total_steps, selected)
         self.log_dict({"loss": loss, "tar": rate}, prog_bar=True, logger=False)
         if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # set by a connector
             values = {"loss": loss, "tar": rate, "tokens": sums["tokens"], "lr": optimizer.param_groups[0]["lr"]}
@@ -321,7 +332,7 @@ class DistillationModule(pl.LightningModule):
     def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
         """Add the sums of one batch."""
         for name, value in self.distiller.measure(batch, self.teacher.signal(batch)).items():
-            self._val[name] = self._val.get(name, torch.zeros_like(value, dtype=torch.float64)) + value
+            self._val[name] = self._val.get(name, 0.0) + value.to(self._sum_dtype)
 
     def on_validation_epoch_end(self) -> None:
         """Log and remember the means over the tokens of all ranks.
@@ -340,7 +351,10 @@ class DistillationModule(pl.LightningModule):
                 f"the validation NLL is {values['nll']}: an update made the student non-finite. Last good checkpoint: "
                 f"{self._last_checkpoint}. Lower model.learning_rate or set trainer.gradient_clip_val"
             )
-        if self.trainer.state.fn != "fit" or self.trainer.sanity_checking:
+        if self.trainer.sanity_checking:
+            return
+        self.rollout.on_validation(values["kl"])  # the untrained student's too: what follows is compared with it
+        if self.trainer.state.fn != "fit":
             return
         trained, self._since_validation = self._since_validation, dict.fromkeys(WINDOW, 0.0)
         tokens = trained["tokens"] or 1.0
@@ -350,7 +364,6 @@ class DistillationModule(pl.LightningModule):
             "seconds": self._seconds,
             "tokens_per_second": tokens / self._seconds,
         }
-        self.rollout.on_validation(values["kl"])
         self.history.append({"epoch": self.current_epoch, "step": self.global_step, **values, **train})
         self.log_dict({f"epoch/{name.removeprefix('train_')}": value for name, value in train.items()})
 
@@ -367,11 +380,22 @@ class DistillationModule(pl.LightningModule):
         checkpoint["history"] = self.history
         checkpoint["since_validation"] = self._since_validation
         checkpoint["rollout"] = states
+        # Also in the state dict, of which Lightning restores only tensors under FSDP2.
+        checkpoint["head"] = {name: part.get_extra_state() for name, part in self._stateful_parts()}
+
+    def _stateful_parts(self) -> list[tuple[str, torch.nn.Module]]:
+        """Objective and selector, as far as they have a state that follows training."""
+        parts = (("objective", self.distiller.head.objective), ("selector", self.distiller.head.selector))
+        return [
+            (name, part) for name, part in parts if type(part).get_extra_state is not torch.nn.Module.get_extra_state
+        ]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the history and this rank's memory; a run on more ranks than before starts those with rank 0's."""
         self.history = list(checkpoint["history"])
         self._since_validation = dict(checkpoint["since_validation"])
+        for name, part in self._stateful_parts():
+            part.set_extra_state(checkpoint["head"][name])
         states = checkpoint["rollout"]
         self.rollout.load_state_dict(states[self.global_rank] if self.global_rank < len(states) else states[0])
 

@@ -181,16 +181,18 @@ class KDHead(nn.Module):
                 "loss_temperature to 1"
             )
 
-    def on_step(self, loss: float, step: int, total_steps: int) -> None:
+    def on_step(self, loss: float, step: int, total_steps: int, selected_loss: float | None = None) -> None:
         """Advance objective and selector after an optimizer step, never in validation.
 
         Args:
             loss: Mean loss of the step, reduced over accumulation and ranks.
             step: Number of optimizer steps done.
             total_steps: Length of training in optimizer steps.
+            selected_loss: The same, divided by the sum of the weights whatever ``normalize`` is: a mean over all tokens
+                falls when the selector selects fewer, which it must not take for progress. None if equal.
         """
         self.objective.on_step(loss, step, total_steps)
-        self.selector.on_step(loss, step, total_steps)
+        self.selector.on_step(loss if selected_loss is None else selected_loss, step, total_steps)
 
     def _shared_vocab(self, rows: int, teacher: TeacherSignal) -> int:
         """V, from the number of rows of the student's head and the tokens the teacher knows."""

@@ -22,6 +22,9 @@ class TeacherSpec:
     attention: str = "sdpa"
     cache: str | None = None
 
+    def __post_init__(self) -> None:
+        _check_attention("teacher", self.attention)
+
 
 @dataclass(frozen=True)
 class LoRASpec:
@@ -64,3 +67,15 @@ class StudentSpec:
     dtype: str = "float32"
     attention: str = "sdpa"
     lora: LoRASpec | None = None
+
+    def __post_init__(self) -> None:
+        _check_attention("student", self.attention)
+
+
+def _check_attention(role: str, attention: str) -> None:
+    """Refuse flash attention: it would let the conversations of a packed row see each other."""
+    if attention.startswith("flash"):
+        raise ValueError(
+            f"{role}.attention {attention}: rows come without an attention mask, and flash attention does not keep packed "
+            "conversations apart by their positions; use sdpa or eager"
+        )

@@ -22,7 +22,7 @@ class SpecK(SpecKExpected):
     Args:
         k: Number of proposals per token, >= 1.
         beta: Weight of a rejected token, in [0, 1].
-        seed: Seed of the random numbers.
+        seed: Seed of the random numbers; None takes the run's.
 
     Raises:
         ValueError: If a setting is out of its range.
@@ -31,7 +31,7 @@ class SpecK(SpecKExpected):
         SelecTKD, arXiv 2510.24021; see :func:`llm_kd.selection.speck_accept`.
     """
 
-    def __init__(self, k: int = 5, beta: float = 0.01, seed: int = 0) -> None:
+    def __init__(self, k: int = 5, beta: float = 0.01, seed: int | None = None) -> None:
         super().__init__(k, beta)
         self.seed = seed
         self.batches = 0
