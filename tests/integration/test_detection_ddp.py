@@ -40,7 +40,7 @@ def arguments(folder, root, batch):
         "--data=COCO",
         f"--data.root={root}",
         "--data.num_workers=0",
-        "--baseline=false",
+        "--baseline=null",
         f"--run_dir={folder}",
         "--trainer.accelerator=cpu",
         "--trainer.precision=64-true",

@@ -105,8 +105,8 @@ def test_a_decoupling_policy_needs_the_parts_it_treats_apart(policy):
 
 @pytest.mark.parametrize("policy", DECOUPLING, ids=lambda p: type(p).__name__)
 def test_a_component_without_a_momentum_is_an_error(policy):
-    with pytest.raises(ValueError, match=r"\['feature'\] have no momentum.*ALIASES"):
-        optimizer_of(policy, (*PARTS, "feature"))
+    with pytest.raises(ValueError, match=r"\['texture'\] have no momentum.*ALIASES"):
+        optimizer_of(policy, (*PARTS, "texture"))
 
 
 @pytest.mark.parametrize("policy", [DOT(0.2), DeepKD(0.2), DeepKDAdamW(0.2)], ids=lambda p: type(p).__name__)

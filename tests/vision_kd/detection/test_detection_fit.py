@@ -52,7 +52,7 @@ def arguments(tools, tmp_path, teacher, *extra):
         "--data.batch_size=4",
         "--data.train_sizes=[64]",
         "--data.val_size=64",
-        "--baseline=false",
+        "--baseline=null",
         *(f"--model.{who}.args={json.dumps(tools.args)}" for who in ("student", "teacher")),
         *extra,
     ]
@@ -62,7 +62,12 @@ def arguments(tools, tmp_path, teacher, *extra):
 def test_the_demo_in_small(scenes, tmp_path, tools, teacher, capsys):
     """Student alone, distilled student and teacher in one table; files that evaluate reads; resuming."""
     args = arguments(
-        tools, tmp_path, teacher, "--baseline=true", "--model.gsnr_every=1", '--model.features={"channels": 8}'
+        tools,
+        tmp_path,
+        teacher,
+        "--baseline=[--model.learning_rate=0.04]",
+        "--model.gsnr_every=1",
+        '--model.features={"channels": 8}',
     )
     result = main(args)
     shown = capsys.readouterr().out
@@ -73,7 +78,8 @@ def test_the_demo_in_small(scenes, tmp_path, tools, teacher, capsys):
     assert result.alone is not None
     assert len(result.alone.history) == len(result.history) == 2
     assert result.alone.teacher == {}
-    assert yaml.safe_load((folder / "student_alone/config.yaml").read_text())["model"]["init_args"]["features"] is None
+    alone = yaml.safe_load((folder / "student_alone/config.yaml").read_text())["model"]["init_args"]
+    assert (alone["learning_rate"], alone["features"], alone["topk"]) == (0.04, None, None)
     assert (folder / "detections.png").read_bytes().startswith(b"\x89PNG")
     assert isinstance(json.loads((folder / "detections.json").read_text()), list)
     state = torch.load(folder / "student_last.pt", weights_only=True)
@@ -89,7 +95,7 @@ def test_the_demo_in_small(scenes, tmp_path, tools, teacher, capsys):
     with pytest.raises(ValueError, match="--export writes classifiers only"):
         evaluate(["--ckpt", str(folder / "student_last.pt"), "--export", str(tmp_path / "x.pt2")])
 
-    cli = build([f"--ckpt_path={folder / 'checkpoints/last.ckpt'}", "--trainer.max_epochs=3", "--baseline=false"])
+    cli = build([f"--ckpt_path={folder / 'checkpoints/last.ckpt'}", "--trainer.max_epochs=3", "--baseline=null"])
     assert [epoch["epoch"] for epoch in run(cli).history] == [0, 1, 2]
 
 
@@ -162,6 +168,7 @@ def test_packaged_comparison_parses_and_builds(scenes, tmp_path):
         assert isinstance(model, DetectionModule)
         assert isinstance(model.policy, DeepKD if "DeepKD" in name else SGD)
         assert (model.topk is not None) == ("mask" in name)
+        assert model.learning_rate == (0.0125 if "DeepKD" in name else 0.05)
         assert (model.features is not None) == ("features" in name)
         assert type(model.method).__name__ == ("Vanilla" if "alone" in name else "DKD" if "DKD" in name else "KD")
 
@@ -234,35 +241,32 @@ def test_an_exploding_student_is_not_saved(scenes, tmp_path, tools, teacher):
 
 @pytest.mark.slow
 def test_overfitting_a_handful_of_scenes_reaches_ap_above_60(scenes, tools, tmp_path):
-    """DeepKD, from a teacher of its own kind, on six scenes; scored on these by pycocotools."""
-    data = DigitScenes(train_sizes=(80,), val_size=80, batch_size=6, train_subset=6)
+    """DeepKD with a teacher that knows the scenes no better than chance and weighs little; scored by pycocotools."""
+    torch.set_num_threads(1)
+    data = DigitScenes(train_sizes=(80,), val_size=80, batch_size=4, train_subset=4)
     data.setup("fit")
-    split = data.split("train")
     args = tools.args | {"fpn_channels": 32, "representation_size": 64, "box_batch_size_per_image": 32}
     made = DetectionModule(
         ModelSpec(tools.name, args),
         **FACTS,
         teacher=TeacherSpec(tools.name, args),
-        method=KD(1.0, 1.0, 0.1),
-        learning_rate=0.02,
-        clip_norm=5.0,
+        method=KD(temperature=1.0, ce_weight=1.0, kd_weight=0.01),
     )
     made.attach_teacher(tools.teacher("0123456789", dtype=torch.float32))
     student, optimizer = made.student.train(), made._build_optimizer()
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    loader = data.train_dataloader()
-    updates = 250
+    loader, updates = data.train_dataloader(), 120
     for update in range(updates):
         loader.sampler.set_epoch(update)
-        optimizer.param_groups[0]["lr"] = 0.02 * min(1.0, (update + 1) / 20) * (1 - update / updates)
+        optimizer.param_groups[0]["lr"] = 0.005 * min(1.0, (update + 1) / 20) * (1 - update / updates)
         (batch,) = loader
         step = made.component_step(batch, params, epoch=0.0, k=None, buckets=optimizer.buckets)
         clip_components(step.gradients, 5.0)
         optimizer.step(components=step.gradients)
-    record = DetectionRecord(split, student.class_names)
-    images, targets = next(iter(loader))
+    record = DetectionRecord(data.split("train"), student.class_names)
+    ((images, targets),) = loader
     with torch.no_grad():
         record.update(student.eval()([image / 255 for image in images]), targets)
     rows, seen = record.gather()
-    assert len(seen) == 6
-    assert average_precision(split, rows, seen)["AP"] > 0.6
+    assert len(seen) == 4
+    assert average_precision(record.split, rows, seen)["AP"] > 0.6

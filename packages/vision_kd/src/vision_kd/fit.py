@@ -38,7 +38,10 @@ class VisionCLI(FitCLI):
         """Link what model and data must agree on."""
         super().add_arguments_to_parser(parser)
         parser.add_argument(
-            "--baseline", type=bool, default=False, help="Also train the student alone, for the table at the end."
+            "--baseline",
+            type=list[str] | None,
+            default=None,
+            help="Also train the student alone, for the table at the end: arguments of that run, [] for none.",
         )
         # A model that does not take one of these is given the others.
         for name in ("num_classes", "class_names", "in_channels", "mean", "std"):
@@ -58,7 +61,7 @@ class VisionCLI(FitCLI):
             raise ValueError("trainer.accumulate_grad_batches does not see component gradients; set model.accumulate")
         if trainer["gradient_clip_val"] is not None:
             raise ValueError("trainer.gradient_clip_val does not see component gradients; set model.clip_norm")
-        if self.config["baseline"] and trainer["fast_dev_run"]:
+        if self.config["baseline"] is not None and trainer["fast_dev_run"]:
             raise ValueError("baseline repeats the run from its folder, and trainer.fast_dev_run writes none")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -168,7 +171,7 @@ def run(cli: VisionCLI) -> Result:
         k=model.k_at(model.global_step - 1),
         parameters=parameters,
         run_dir=cli.run_dir,
-        alone=run(build(baseline_args(cli))) if cli.config["baseline"] else None,
+        alone=run(build(baseline_args(cli))) if cli.config["baseline"] is not None else None,
     )
 
 
@@ -180,9 +183,10 @@ def baseline_args(cli: VisionCLI) -> list[str]:
         f"--config={cli.run_dir / 'config.yaml'}",
         "--config=methods/vanilla",
         *without,
+        *cli.config["baseline"],
         f"--run_dir={cli.run_dir / 'student_alone'}",
         "--ckpt_path=null",
-        "--baseline=false",
+        "--baseline=null",
     ]
 
 
