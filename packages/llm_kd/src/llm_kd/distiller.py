@@ -1,6 +1,6 @@
 """The student's forward pass, head and loss included: what DDP and FSDP wrap."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -74,3 +74,10 @@ class Distiller(nn.Module):
             vocab_size=self.vocab_size,
             synced=synced,
         )
+
+
+def validation_means(sums: Mapping[str, float]) -> dict[str, float]:
+    """Means per token of the sums of :meth:`Distiller.measure`, with ``tar`` for the acceptance."""
+    tokens = sums["tokens"] or 1.0
+    means = {name: sums[name] / tokens for name in ("nll", "kl", "agreement", "teacher_nll") if name in sums}
+    return {**means, "tar": sums["accepted"] / tokens, "loss": sums["loss"] / (sums["denominator"] or 1.0)}

@@ -24,12 +24,11 @@ from kd_common.files import write_atomically
 from kd_common.hub import load_config, load_tokenizer
 from llm_kd.answers import Answers, answer_prompts
 from llm_kd.data import TextDataModule
-from llm_kd.distiller import Distiller
+from llm_kd.distiller import Distiller, validation_means
 from llm_kd.generation import Sampling
 from llm_kd.harness import load_harness, run_harness
 from llm_kd.head import HiddenSignal, KDHead
 from llm_kd.models import Body, TeacherSpec, load_teacher, shared_vocabulary
-from llm_kd.module import validation_means
 from llm_kd.objectives.fkl import ForwardKL
 from llm_kd.selectors.topk import TopK
 

@@ -121,8 +121,8 @@ def run(cli: LanguageCLI) -> Result:
     model, data, trainer = cli.model, cli.datamodule, cli.trainer
     if data.packing and model.rollout.generates:
         raise ValueError(
-            f"data.packing puts many conversations into a row, and model.rollout {type(model.rollout).__name__} has the "
-            "student answer each of them in a row of its own; set data.packing to false"
+            f"data.packing puts many conversations into a row, but under model.rollout {type(model.rollout).__name__} "
+            "the student answers each in a row of its own; set data.packing to false"
         )
     parameters = {"student": count_parameters(model.distiller.student)}
     body = prepare_teacher(model, data, trainer.strategy.root_device)
@@ -177,7 +177,7 @@ def prepare_teacher(model: DistillationModule, data: TextDataModule, device: tor
         cache.check(weights=weights_fingerprint(body))
     elif cache.header.teacher != spec.name:  # without the weights, the name is all there is to compare
         raise CacheError(
-            f"model.teacher.cache {spec.cache} was written by {cache.header.teacher}, not by model.teacher.name {spec.name}"
+            f"model.teacher.cache {spec.cache} was written by {cache.header.teacher}, model.teacher.name is {spec.name}"
         )
     model.attach_teacher(CachedTeacher(cache))
     return None

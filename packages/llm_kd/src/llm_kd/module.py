@@ -5,7 +5,6 @@ import math
 import random
 import time
 import warnings
-from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
@@ -21,7 +20,7 @@ from kd_common.schedules import CosineDecay, Schedule
 from llm_kd.data.batch import TokenBatch, collate
 from llm_kd.data.encode import Encoder
 from llm_kd.data.example import Example, answered
-from llm_kd.distiller import Distiller
+from llm_kd.distiller import Distiller, validation_means
 from llm_kd.head import KDHead
 from llm_kd.models import Body, StudentSpec, TeacherSpec, build_student, shared_vocabulary
 from llm_kd.objectives import Objective
@@ -385,10 +384,8 @@ class DistillationModule(pl.LightningModule):
 
     def _stateful_parts(self) -> list[tuple[str, torch.nn.Module]]:
         """Objective and selector, as far as they have a state that follows training."""
-        parts = (("objective", self.distiller.head.objective), ("selector", self.distiller.head.selector))
-        return [
-            (name, part) for name, part in parts if type(part).get_extra_state is not torch.nn.Module.get_extra_state
-        ]
+        parts = [(name, getattr(self.distiller.head, name)) for name in ("objective", "selector")]
+        return [(name, p) for name, p in parts if type(p).get_extra_state is not torch.nn.Module.get_extra_state]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the history and this rank's memory; a run on more ranks than before starts those with rank 0's."""
@@ -398,10 +395,3 @@ class DistillationModule(pl.LightningModule):
             part.set_extra_state(checkpoint["head"][name])
         states = checkpoint["rollout"]
         self.rollout.load_state_dict(states[self.global_rank] if self.global_rank < len(states) else states[0])
-
-
-def validation_means(sums: Mapping[str, float]) -> dict[str, float]:
-    """Means per token of the sums of :meth:`Distiller.measure`, with ``tar`` for the acceptance."""
-    tokens = sums["tokens"] or 1.0
-    means = {name: sums[name] / tokens for name in ("nll", "kl", "agreement", "teacher_nll") if name in sums}
-    return {**means, "tar": sums["accepted"] / tokens, "loss": sums["loss"] / (sums["denominator"] or 1.0)}

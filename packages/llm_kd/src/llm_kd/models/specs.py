@@ -76,6 +76,6 @@ def _check_attention(role: str, attention: str) -> None:
     """Refuse flash attention: it would let the conversations of a packed row see each other."""
     if attention.startswith("flash"):
         raise ValueError(
-            f"{role}.attention {attention}: rows come without an attention mask, and flash attention does not keep packed "
-            "conversations apart by their positions; use sdpa or eager"
+            f"{role}.attention {attention}: rows come without an attention mask, and flash attention does not keep "
+            "packed conversations apart by their positions; use sdpa or eager"
         )
