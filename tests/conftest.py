@@ -22,7 +22,15 @@ def _clean_global_state():
         torch.distributed.destroy_process_group()
 
 
+@pytest.fixture(scope="session")
+def _converted_models(tmp_path_factory):
+    return tmp_path_factory.mktemp("models")
+
+
 @pytest.fixture(autouse=True)
-def _private_cache(tmp_path, monkeypatch):
-    """Keep cached teachers and data of the tests out of the user's cache."""
-    monkeypatch.setenv("KD_CACHE", str(tmp_path / "kd_cache"))
+def _private_cache(tmp_path, monkeypatch, _converted_models):
+    """Keep what tests cache out of the user's cache; the embedded model, slow to convert, is converted once for all."""
+    cache = tmp_path / "kd_cache"
+    cache.mkdir()
+    (cache / "models").symlink_to(_converted_models)
+    monkeypatch.setenv("KD_CACHE", str(cache))
