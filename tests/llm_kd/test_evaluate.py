@@ -219,7 +219,7 @@ def test_the_teachers_responses_as_references(arguments, student, teacher, tmp_p
     flags = ["--data.responses", "teacher", "--teacher", teacher, "--data.sampling.max_new_tokens", "7"]
     val = write(tmp_path / "prompts.jsonl", *rows)
     found = main(arguments("--data.val", val, "--seeds", "[0]", "--max_prompt", "500", *flags))
-    data = TextDataModule(student, val=val, responses="teacher", sampling=Sampling(7))
+    data = TextDataModule(student, val=val, responses="teacher", sampling=Sampling(7, temperature=0.0))
     data.write_responses(load_teacher(TeacherSpec(teacher)).model, splits=["val"], progress_bar=False)
     assert set(data.splits) == {"val"}
     written = [example.input_ids[example.prompt_length :] for example in data.splits["val"].examples]
