@@ -13,6 +13,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 from torch import Tensor
@@ -156,8 +157,8 @@ def main() -> None:
     setting = Setting(args)
     chosen = variants(setting)
     for name in chosen:
-        with context.Pool(1) as pool:
-            memory[name] = pool.apply(peak_memory, (args, name))
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            memory[name] = pool.submit(peak_memory, args, name).result()
     steps = {name: make() for name, (_, make) in chosen.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for round_ in range(args.rounds + 1):

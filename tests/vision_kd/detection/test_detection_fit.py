@@ -168,7 +168,7 @@ def test_packaged_comparison_parses_and_builds(scenes, tmp_path):
         assert isinstance(model, DetectionModule)
         assert isinstance(model.policy, DeepKD if "DeepKD" in name else SGD)
         assert (model.topk is not None) == ("mask" in name)
-        assert model.learning_rate == (0.0125 if "DeepKD" in name else 0.05)
+        assert (model.momentum, model.learning_rate) == (0.825 if "DeepKD" in name else 0.9, 0.05)
         assert (model.features is not None) == ("features" in name)
         assert type(model.method).__name__ == ("Vanilla" if "alone" in name else "DKD" if "DKD" in name else "KD")
 
