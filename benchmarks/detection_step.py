@@ -129,7 +129,7 @@ def variants(setting: Setting) -> dict[str, tuple[str, Callable[[], Step]]]:
 
 
 def peak_memory(args: argparse.Namespace, name: str) -> float:
-    """MiB that the second step of a variant needs above networks and batch; a process of its own calls this."""
+    """MiB that the first step of a variant, new optimizer buffers included, needs above networks and batch; a process of its own calls this."""
     setting = Setting(args)
     step = variants(setting)[name][1]()
     if setting.device.type == "cuda":
