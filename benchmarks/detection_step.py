@@ -129,7 +129,10 @@ def variants(setting: Setting) -> dict[str, tuple[str, Callable[[], Step]]]:
 
 
 def peak_memory(args: argparse.Namespace, name: str) -> float:
-    """MiB that the first step of a variant, new optimizer buffers included, needs above networks and batch; a process of its own calls this."""
+    """MiB that one step of a variant needs above what the process held before it, alone in its process.
+
+    On CPU that is the first step, new optimizer buffers included; on CUDA the second, after the libraries' workspace.
+    """
     setting = Setting(args)
     step = variants(setting)[name][1]()
     if setting.device.type == "cuda":
