@@ -28,9 +28,8 @@ def _converted_models(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _private_cache(tmp_path, monkeypatch, _converted_models):
+def _private_cache(tmp_path_factory, monkeypatch, _converted_models):
     """Keep what tests cache out of the user's cache; the embedded model, slow to convert, is converted once for all."""
-    cache = tmp_path / "kd_cache"
-    cache.mkdir()
+    cache = tmp_path_factory.mktemp("kd_cache")
     (cache / "models").symlink_to(_converted_models)
     monkeypatch.setenv("KD_CACHE", str(cache))

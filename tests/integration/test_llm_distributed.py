@@ -7,6 +7,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kd_common.hub import load_causal_lm
@@ -15,12 +16,13 @@ from llm_kd.data.example import Example
 from llm_kd.data.loader import TextLoader
 from llm_kd.fit import main
 from llm_kd.generation import Sampling
-from llm_kd.models import StudentSpec, TeacherSpec, load_teacher
+from llm_kd.models import LoRASpec, StudentSpec, TeacherSpec, load_teacher
 from llm_kd.module import DistillationModule
 from llm_kd.objectives.fkl import ForwardKL
 from llm_kd.objectives.rkl import ReverseKL
 from llm_kd.objectives.taid import TAID
 from llm_kd.rollout import AdaptiveReplay, OnPolicy
+from llm_kd.selectors.speck import SpecK
 from llm_kd.selectors.topk import TopK
 from llm_kd.teacher import OnlineTeacher
 
@@ -46,16 +48,18 @@ def sequences(count=21, seed=3):
     return examples
 
 
-def make(folder, settings):
+def make(folder, settings, lora=None):
     settings = {name: value() if callable(value) else value for name, value in settings.items()}
-    model = DistillationModule(
-        TeacherSpec(folder, dtype="float64"), StudentSpec(layers=2, dtype="float64"), learning_rate=1e-2, **settings
-    )
+    torch.manual_seed(0)  # adapters start at random
+    student = StudentSpec(layers=2, dtype="float64", lora=lora)
+    model = DistillationModule(TeacherSpec(folder, dtype="float64"), student, learning_rate=1e-2, **settings)
     model.attach_teacher(OnlineTeacher(load_teacher(model.teacher_spec)))
     return model
 
 
-def fit(model, batch, accumulate, rank=0, world=1, epochs=2, **settings):
+def fit(model, batch, accumulate, rank=0, world=1, epochs=2, ckpt_path=None, keep_in=None, **settings):
+    """Train; with ``keep_in`` every epoch's checkpoint stays in that folder."""
+    keep = ModelCheckpoint(keep_in, filename="{epoch}", save_top_k=-1)
     share = {"pad_id": 63, "rank": rank, "world_size": world}
     trainer = pl.Trainer(
         max_epochs=epochs,
@@ -63,7 +67,8 @@ def fit(model, batch, accumulate, rank=0, world=1, epochs=2, **settings):
         accumulate_grad_batches=accumulate,
         gradient_clip_val=0.5,
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=keep_in is not None,
+        callbacks=[] if keep_in is None else [keep],
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
@@ -73,6 +78,8 @@ def fit(model, batch, accumulate, rank=0, world=1, epochs=2, **settings):
         model,
         TextLoader(sequences(), batch, shuffle=True, seed=5, **share),
         TextLoader(sequences(), batch, shuffle=False, **share),
+        ckpt_path=ckpt_path,
+        weights_only=True,
     )
     return trainer
 
@@ -98,6 +105,16 @@ def distributed_runs(teacher, root):
             trainer.save_checkpoint(f"{root}/{strategy} {name}.ckpt")
             memory = [example.input_ids for example in getattr(rollout, "memory", [])]
             found[f"{strategy} {name}"] = {"history": model.history, "steps": trainer.global_step, "memory": memory}
+        model = make(teacher, {"objective": ReverseKL}, LoRASpec(rank=2))
+        fit(model, 2, 1, rank, 2, devices=2, strategy=strategy)
+        export_student(model, Path(root) / f"{strategy} LoRA")
+        interrupted = {"ckpt_path": f"{root}/{strategy} epochs/epoch=1.ckpt"}
+        for name, how in {"whole": {"keep_in": f"{root}/{strategy} epochs"}, "resumed": interrupted}.items():
+            rollout = AdaptiveReplay(capacity=6, step=0.5, tolerance=-9.0, sampling=Sampling(max_new_tokens=4))
+            model = make(teacher, {"objective": TAID, "selector": SpecK, "rollout": rollout})
+            trainer = fit(model, 2, 1, rank, 2, epochs=4, devices=2, strategy=strategy, **how)
+            trainer.save_checkpoint(f"{root}/{strategy} {name}.ckpt")
+            found[f"{strategy} {name}"] = {"history": model.history, "rollout": rollout.state_dict()}
     rows = [{"instruction": f"w{n} w{n + 1}", "output": f"w{n + 2} w{n}"} for n in range(1, 20)]
     data = Path(root) / f"rows{rank}.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -182,6 +199,37 @@ def test_the_exported_student_loads_in_transformers(ranks, strategy):
     assert type(student).__name__ == "LlamaForCausalLM"
     for name, value in student.state_dict().items():
         assert torch.equal(value, saved[f"distiller.student.model.{name}"]), name
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_adapters_are_merged_into_the_exported_student(ranks, teacher, strategy):
+    folder, _ = ranks
+    model = make(teacher, {"objective": ReverseKL}, LoRASpec(rank=2))
+    fit(model, 4, 1)
+    export_student(model, folder / "LoRA")
+    exported, expected = (load_causal_lm(str(folder / name), "float64") for name in (f"{strategy} LoRA", "LoRA"))
+    start = load_causal_lm(teacher, "float64").state_dict()
+    for name, value in exported.state_dict().items():
+        torch.testing.assert_close(value, expected.state_dict()[name], rtol=0, atol=1e-7)
+    moved = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.allclose(exported.state_dict()[moved], start[moved])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_resuming_on_two_processes_repeats_the_uninterrupted_run(ranks, strategy):
+    folder, found = ranks
+    for rank in found:
+        whole, resumed = rank[f"{strategy} whole"], rank[f"{strategy} resumed"]
+        assert resumed["rollout"] == whole["rollout"]
+        for epoch, expected in zip(resumed["history"], whole["history"], strict=True):
+            assert [epoch[key] for key in expected if "second" not in key] == [
+                expected[key] for key in expected if "second" not in key
+            ]
+    saved = [torch.load(folder / f"{strategy} {name}.ckpt", weights_only=True) for name in ("whole", "resumed")]
+    assert saved[0]["head"] == saved[1]["head"]
+    for name, value in saved[0]["state_dict"].items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(saved[1]["state_dict"][name], value), name
 
 
 def test_the_command_runs_sharded_and_one_process_reports(ranks):

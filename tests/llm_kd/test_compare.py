@@ -20,7 +20,8 @@ def test_last_and_best_apart():
     assert line["KL, last"] == "2.000 ± 0.000"
     assert line["KL, best"] == "1.250 ± 0.354"
     assert line["NLL, last"] == "4.000 ± 0.000"
-    assert line["train TAR %, first → last"] == "0.0 → 20.0"
+    assert line["accepted in training %, first → last"] == "0.0 → 20.0"
+    assert line["TAR %, last"] == "40.0 ± 0.0"
     assert line["s"] == "9"
 
 

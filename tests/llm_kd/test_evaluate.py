@@ -203,14 +203,18 @@ def test_rows_with_one_prompt_are_references_of_one_question(arguments, speaker,
 def test_conversations_are_asked_up_to_their_last_answer(student, tmp_path, tokenizer):
     turns = [("system", "Be kind."), ("user", "Hi"), ("assistant", "Hey"), ("user", "Bye"), ("assistant", "See you")]
     chat = [{"role": role, "content": content} for role, content in turns]
-    material = {"instruction": "Sum up", "input": "A text.", "output": "Text"}
-    rows = [{"messages": chat}, {"messages": [*chat[:3], {"role": "user", "content": "unanswered"}]}, material]
+    material = {"instruction": "Sum up", "input": "A text.", "output": ["Text", "A text", "Words"]}
+    again = material | {"output": "It is text"}
+    rows = [{"messages": chat}, {"messages": [*chat[:3], {"role": "user", "content": "unanswered"}]}, material, again]
     whole, cut, instruction = questions(dataset(student, write(tmp_path / "chat.jsonl", *rows)))
     assert (whole.text, whole.references) == ("Bye", ["See you"])
     before = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns[:4])
     assert tokenizer.decode(whole.tokens) == before + "<|im_start|>assistant\n"
     assert (cut.text, cut.references) == ("Hi", ["Hey"])
-    assert (instruction.text, instruction.references) == ("Sum up\n\nA text.", ["Text"])
+    assert (instruction.text, instruction.references) == (
+        "Sum up\n\nA text.",
+        ["Text", "A text", "Words", "It is text"],
+    )
 
 
 def test_the_teachers_responses_as_references(arguments, student, teacher, tmp_path, tokenizer):
@@ -269,7 +273,7 @@ def test_output_and_every_setting(arguments, teacher, speaker, tmp_path, capsys)
         (["--limit", "0"], "--limit must be at least 1, got 0"),
         (["--max_prompt", "0"], "--max_prompt must be at least 1, got 0"),
         (["--top_p", "0"], r"top_p must lie in \(0, 1\]"),
-        (["--k", "0"], "k must be"),
+        (["--k", "0"], "--k must be at least 1"),
         (["--data.responses", "teacher"], "name it with --teacher"),
         (["--data.val_batch_size", "0"], "val_batch_size must be at least 1"),
     ],

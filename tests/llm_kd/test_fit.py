@@ -210,6 +210,17 @@ def test_dataset_answers(arguments, tmp_path):
     assert set(result.answers) == {"before", "after", "teacher"}
 
 
+def test_prompts_alone_are_enough_on_policy(arguments):
+    on_policy = ["--config=rollouts/on_policy", "--model.rollout.sampling.max_new_tokens=5"]
+    result = run(build(arguments("--data.prompts_only=true", *on_policy)))
+    assert [epoch["step"] for epoch in result.history] == [5, 10]
+    assert result.last["train_loss"] > 0
+    with pytest.raises(ValueError, match=r"prompts_only leaves no answers .* OnPolicy asks"):
+        run(build(arguments("--data.prompts_only=true", *on_policy, "--model.rollout.fraction=0.5")))
+    with pytest.raises(ValueError, match=r"prompts_only leaves no answers .* OffPolicy asks"):
+        run(build(arguments("--data.prompts_only=true")))
+
+
 @pytest.mark.parametrize(
     ("extra", "match"),
     [
@@ -217,6 +228,7 @@ def test_dataset_answers(arguments, tmp_path):
         (["--trainer.max_epochs=-1"], "trainer.max_epochs or trainer.max_steps"),
         (["--model.teacher.name=nowhere"], "no such folder, and no name on the Hub"),
         (["--model.student.layers=7"], r"student.layers must lie in \[1, 3\]"),
+        (["--model.student.name=other"], "keeps layers of the teacher, but the student is other: set"),
         (["--model.learning_rate=0"], "model.learning_rate must be > 0"),
     ],
 )

@@ -169,7 +169,7 @@ def test_validation_means_against_dense_logits(folder):
     assert found["teacher_nll"] == pytest.approx(-float(log_p.gather(-1, labels).mean()), rel=1e-5)
     assert found["kl"] == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), rel=1e-4)
     assert found["agreement"] == pytest.approx(float((log_q.argmax(-1) == log_p.argmax(-1)).double().mean()))
-    accepted = (log_p.topk(3).indices == log_q.argmax(-1)[:, None]).any(-1)
+    accepted = (log_p.topk(5).indices == log_q.argmax(-1)[:, None]).any(-1)
     assert found["tar"] == pytest.approx(float(accepted.double().mean()))
 
 

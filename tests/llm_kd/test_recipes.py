@@ -41,7 +41,7 @@ def stand_in(save_model, tmp_path):
             f"--model.teacher.name={save_model('teacher', architecture=architecture, vocab=272)}",
             "--model.teacher.dtype=float32",
             f"--model.student.name={save_model('student', architecture=architecture, vocab=264, layers=2)}",
-            "--model.student.layers=2",
+            "--model.student.layers=all",
             f"--data.train={file}",
             f"--data.val={file}",
             "--data.responses=dataset",

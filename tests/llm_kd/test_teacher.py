@@ -96,11 +96,6 @@ def write(folder, model=None, batches=BATCHES, **settings):
     return cache_teacher(model or Model(), batches, folder, **arguments)
 
 
-def equal(a, b):
-    pairs = [(getattr(a, name), getattr(b, name)) for name in ("log_probs", "indices", "tail_mass")]
-    return a.vocab_size == b.vocab_size and all(torch.equal(x, y.to(x.dtype)) for x, y in pairs)
-
-
 @pytest.mark.parametrize(("vocab", "width"), [(200, 1), (256, 1), (257, 2), (65_536, 2), (65_537, 4), (151_936, 4)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_records_keep_everything(vocab, width, dtype):
@@ -191,7 +186,8 @@ def test_cache_gives_what_the_teacher_gave(tmp_path, size, dtype):
         assert torch.equal(stored.indices.long(), exact.indices)
         close = {"rtol": 1e-6, "atol": 1e-6} if dtype == "float32" else {"rtol": 2**-8, "atol": 1e-7}
         torch.testing.assert_close(stored.log_probs.float(), exact.log_probs, **close)
-        torch.testing.assert_close(stored.tail_mass, exact.tail_mass, rtol=1e-6, atol=1e-9)
+        # The float32 products of another batch differ in their last digits, also from machine to machine.
+        torch.testing.assert_close(stored.tail_mass, exact.tail_mass, rtol=2e-5, atol=1e-9)
 
 
 def test_batch_without_supervised_tokens(tmp_path):
@@ -281,8 +277,11 @@ def test_caching_runs_what_is_missing_once(tmp_path, capsys):
     assert model.calls == 1 + 3
     assert cache.complete
     assert len(cache) == 7
-    at_once = write(tmp_path / "at_once", batches=repeated[::-1])
-    assert equal(CachedTeacher(cache).signal(repeated[-1]), CachedTeacher(at_once).signal(repeated[-1]))
+    at_once = CachedTeacher(write(tmp_path / "at_once", batches=repeated[::-1])).signal(repeated[-1])
+    in_turns = CachedTeacher(cache).signal(repeated[-1])
+    assert torch.equal(in_turns.indices, at_once.indices)
+    torch.testing.assert_close(in_turns.log_probs, at_once.log_probs, rtol=2**-9, atol=1e-6)
+    torch.testing.assert_close(in_turns.tail_mass, at_once.tail_mass, rtol=2e-5, atol=1e-9)
     write(tmp_path, model, repeated)
     assert model.calls == 1 + 3
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import vision_kd.teacher
+from kd_common.files import cache_root
 from vision_kd.data import Digits
 from vision_kd.evaluate import accuracy
 from vision_kd.fit import build, run
@@ -162,6 +163,6 @@ def test_a_run_prints_the_teacher_first_and_finds_it_again(digits_args, tmp_path
         logger.removeHandler(handler)
     assert len(trainings) == 1
     assert results[0]["top1"] == results[1]["top1"]
-    path = next((tmp_path / "kd_cache/teachers").glob("*.pt"))
+    path = next((cache_root() / "teachers").glob("*.pt"))
     assert results[1]["origin"] == f"from the cache, {path}"
     assert top1(load_classifier(path)) == pytest.approx(results[0]["top1"])

@@ -7,7 +7,7 @@ from lightning.fabric.utilities import move_data_to_device
 from transformers import AutoModelForCausalLM
 
 from llm_kd.data.batch import collate, pack
-from llm_kd.data.example import Example
+from llm_kd.data.example import Example, answered, nothing
 
 PAD = 0
 SHAPE = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -85,10 +85,10 @@ def test_packed_and_padded_hidden_states_equal_those_of_each_sequence_alone(fami
 
 
 def test_an_example_without_a_loss_stands_in_its_row_alone():
-    batch = collate([[Example([7], [False], 1)], [A]], PAD)
-    assert batch.input_ids[0].tolist() == [7, 0, 0, 0, 0]
-    assert not batch.predict[0].any()
-    assert (batch.keys, batch.prompts) == ([A.key], [A.input_ids[:2]])
+    batch = collate([[nothing(7)], [answered([8, 9], [], "")], [A]], PAD)
+    assert batch.input_ids[:2].tolist() == [[7, 0, 0, 0, 0], [8, 9, 0, 0, 0]]
+    assert not batch.predict[:2].any()
+    assert (batch.keys, batch.prompts) == ([A.key], [[8, 9], A.input_ids[:2]])
 
 
 def test_lightning_moves_a_batch():

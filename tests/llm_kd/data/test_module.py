@@ -100,6 +100,27 @@ def test_the_same_responses_whatever_the_seed_of_the_order(data, teacher, monkey
     assert keys[0] != keys[1]
 
 
+@pytest.mark.parametrize("responses", ["dataset", "teacher"])
+def test_prompts_alone_for_a_student_that_writes_itself(data, write, teacher, responses):
+    rows = [*ANSWERED[:3], *PROMPTS[3:8], {"instruction": "long " * 200}]
+    sampling = Sampling(max_new_tokens=6, temperature=0)
+    made = data(write(rows), responses=responses, prompts_only=True, batch_size=4, sampling=sampling, max_length=128)
+    made.write_responses(teacher, progress_bar=False)
+    made.setup("fit")
+    split = made.splits["train"]
+    assert (split.rows, split.dropped, split.supervised) == (9, 1, 0)
+    prompts = [
+        made.encoder.tokenizer(
+            f"<|im_start|>user\n{row['instruction']}<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False
+        ).input_ids
+        for row in rows[:8]
+    ]
+    batches = list(made.train_dataloader())
+    assert sorted(prompt for batch in batches for prompt in batch.prompts) == sorted(prompts)
+    assert not any(batch.keys or batch.predict.any() for batch in batches)
+    assert all(example.num_supervised for example in made.splits["val"].examples)
+
+
 def test_without_the_teacher_its_responses_are_missed(data):
     with pytest.raises(ValueError, match=r"call write_responses\(teacher\) before training, or set responses"):
         data(responses="teacher").setup("fit")
@@ -234,7 +255,7 @@ def test_every_setting_is_on_the_command_line():
     settings = ["tokenizer=x", "sampling.top_p=0.9", "train=[a, b]", "fields={instruction: question}", "limit_train=7"]
     args = parser.parse_args(["--data=llm_kd.data.TextDataModule", *[f"--data.{setting}" for setting in settings]])
     made = parser.instantiate_classes(args).data
-    assert made.sampling == Sampling(top_p=0.9)
+    assert made.sampling == Sampling(temperature=0.0, top_p=0.9)
     assert (made.files["train"], made.fields) == (["a", "b"], {"instruction": "question"})
     assert made.limits == {"train": 7, "val": None}
 

@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 
+from kd_common.files import cache_root
 from llm_kd.data import responses as module
 from llm_kd.data.responses import ResponsesError, responses_path, write_responses
 from llm_kd.fingerprint import tensors_fingerprint
@@ -41,9 +42,9 @@ def write(text, teacher):
 
 
 @pytest.fixture
-def files(tmp_path):
+def files():
     """Files of responses in the cache, without locks."""
-    folder = tmp_path / "kd_cache/responses"
+    folder = cache_root() / "responses"
     return lambda: sorted(path for path in folder.glob("*") if path.suffix != ".lock")
 
 

@@ -49,6 +49,14 @@ def test_instruction_rows_with_an_answer(write):
     assert row.messages == (Message("user", "Add"), Message("assistant", "3"))
 
 
+def test_of_several_answers_the_first_is_learnt_and_all_are_references(write):
+    several, one = read_rows(
+        write({"instruction": "Add", "output": ["3", "three"]}, {"instruction": "Add", "output": ["3"]})
+    )
+    assert several.messages == one.messages == (Message("user", "Add"), Message("assistant", "3"))
+    assert (several.alternatives, one.alternatives) == (("three",), ())
+
+
 def test_a_files_own_field_names(write):
     path = write({"question": "1 + 1?", "answer": "2"})
     rows = read_rows(path, {"instruction": "question", "output": "answer"})
@@ -95,6 +103,12 @@ def test_a_damaged_parquet_file_is_refused(tmp_path, damage):
         ({"instruction": " "}, "instruction is empty"),
         ({"instruction": ["a"]}, "instruction must be text, is a list"),
         ({"instruction": "Add", "output": 3}, "output must be text, is a number"),
+        ({"instruction": "Add", "output": []}, "a list of outputs must hold at least one answer"),
+        (
+            {"instruction": "Add", "output": ["3", " "]},
+            "a list of outputs must hold at least one answer, and no empty one",
+        ),
+        ({"instruction": "Add", "output": ["3", 3]}, "output 2 must be text, is a number"),
         ({"instruction": "Add", "input": True}, "input must be text, is a boolean"),
         ({"instruction": "Add", "instances": []}, "instances must be a list of objects"),
         ({"instruction": "Add", "instances": ["x"]}, "instances must be a list of objects"),

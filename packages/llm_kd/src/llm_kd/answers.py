@@ -52,7 +52,7 @@ class Answers:
 
 
 def questions(data: TextDataModule) -> list[Question]:
-    """The validation prompts, each with its reference; rows with the same prompt become one with several references.
+    """The validation prompts, each with its references; rows with the same prompt become one with those of all.
 
     Args:
         data: The data; the teacher's response, if it wrote one, is the reference of a row without an answer.
@@ -70,7 +70,8 @@ def questions(data: TextDataModule) -> list[Question]:
         if reference is not None:  # else the prompt was too long for the teacher
             user = next(message for message in reversed(asked.messages) if message.role == "user")
             text = "\n\n".join(filter(None, (user.content, user.input)))
-            found.setdefault(tuple(tokens), Question(tokens, text)).references.append(reference)
+            question = found.setdefault(tuple(tokens), Question(tokens, text))
+            question.references.extend([reference, *(asked.alternatives if asked.answered else ())])
     return list(found.values())
 
 

@@ -104,7 +104,8 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, str]]:
                 "KL, best": mean_and_spread(best, 3),
                 "agreement %": mean_and_spread([100 * epoch["agreement"] for epoch in last], 1),
                 "ROUGE-L": mean_and_spread([run["rouge_l"]["after"] for run in runs if run["rouge_l"]], 1),
-                "train TAR %, first → last": " → ".join(
+                "TAR %, last": mean_and_spread([100 * epoch["tar"] for epoch in last], 1),
+                "accepted in training %, first → last": " → ".join(
                     f"{100 * statistics.fmean(run['history'][place]['train_tar'] for run in runs):.1f}"
                     for place in (0, -1)
                 ),
@@ -115,13 +116,13 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, str]]:
 
 
 def plot_acceptance(rows: Sequence[Row], path: Path) -> None:
-    """Token acceptance rate on the validation data over the updates, mean over seeds, before training included."""
+    """Held-out token acceptance rate (top-5) over the updates, mean over seeds, before training included."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for variant, runs in by_variant(rows).items():
         steps = [0, *(epoch["step"] for epoch in runs[0]["history"])]
         curves = [[run["before"]["tar"], *(epoch["tar"] for epoch in run["history"])] for run in runs]
         axes.plot(steps, [100 * statistics.fmean(values) for values in zip(*curves, strict=True)], ".-", label=variant)
-    axes.set(xlabel="updates", ylabel="accepted held-out tokens (TAR), %", ylim=(0, 100))
+    axes.set(xlabel="updates", ylabel="held-out tokens accepted among the top 5 (TAR), %", ylim=(0, 100))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, ncols=2)
     figure.savefig(path, dpi=110)

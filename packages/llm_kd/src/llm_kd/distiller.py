@@ -39,16 +39,21 @@ class Distiller(nn.Module):
         return self.head(hidden[batch.predict], self.student.lm_head(), teacher)
 
     @torch.no_grad()
-    def measure(self, batch: TokenBatch, teacher: TeacherSignal) -> dict[str, Tensor]:
-        """Sums over the supervised tokens: loss, its denominator, acceptance, their number, and the token metrics."""
+    def measure(self, batch: TokenBatch, teacher: TeacherSignal, k: int = 5) -> dict[str, Tensor]:
+        """Sums over the supervised tokens: loss, its denominator, their number, and the token metrics.
+
+        Args:
+            batch: Tokens.
+            teacher: The teacher's rows of the same supervised tokens.
+            k: Of the acceptance; see :func:`llm_kd.head.metrics.token_metrics`.
+        """
         hidden = self.student(batch.input_ids, batch.position_ids)[batch.predict]
         head = self.student.lm_head()
         output = self.head(hidden, head, teacher)
         return {
-            **token_metrics(hidden, head, teacher, batch.labels[batch.predict], self.vocab_size),
+            **token_metrics(hidden, head, teacher, batch.labels[batch.predict], self.vocab_size, k),
             "loss": output.loss_sum,
             "denominator": output.denominator,
-            "accepted": output.accepted_sum,
             "tokens": output.loss_sum.new_tensor(output.num_tokens),
         }
 
@@ -77,7 +82,7 @@ class Distiller(nn.Module):
 
 
 def validation_means(sums: Mapping[str, float]) -> dict[str, float]:
-    """Means per token of the sums of :meth:`Distiller.measure`, with ``tar`` for the acceptance."""
+    """Means per token of the sums of :meth:`Distiller.measure`, with ``tar``, the share of accepted tokens."""
     tokens = sums["tokens"] or 1.0
     means = {name: sums[name] / tokens for name in ("nll", "kl", "agreement", "teacher_nll") if name in sums}
     return {**means, "tar": sums["accepted"] / tokens, "loss": sums["loss"] / (sums["denominator"] or 1.0)}

@@ -30,7 +30,7 @@ from llm_kd.harness import load_harness, run_harness
 from llm_kd.head import HiddenSignal, KDHead
 from llm_kd.models import Body, TeacherSpec, load_teacher, shared_vocabulary
 from llm_kd.objectives.fkl import ForwardKL
-from llm_kd.selectors.topk import TopK
+from llm_kd.selectors.uniform import Uniform
 
 SEEDS = [10, 20, 30, 40, 50]
 """Seeds of the MiniLLM protocol, one set of answers each."""
@@ -57,15 +57,14 @@ def token_means(
         ValueError: If the likelihood is not finite.
     """
     data.setup("validate")
-    head = KDHead(ForwardKL(), TopK(k), vocab_size=vocab_size)
-    distiller = Distiller(student, head, vocab_size)
+    distiller = Distiller(student, KDHead(ForwardKL(), Uniform(), vocab_size=vocab_size), vocab_size)
     device = next(student.parameters()).device
     other = teacher or student  # on its own, the student is compared with itself
     sums: dict[str, float] = {}
     for batch in tqdm(data.val_dataloader(), desc="tokens"):
         batch = batch.to(device)
         signal = HiddenSignal(other(batch.input_ids, batch.position_ids)[batch.predict], other.lm_head())
-        for name, value in distiller.measure(batch, signal).items():
+        for name, value in distiller.measure(batch, signal, k).items():
             sums[name] = sums.get(name, 0.0) + float(value)
     means = validation_means(sums)
     names = ("nll",) if teacher is None else ("nll", "kl", "agreement", "tar", "teacher_nll")
@@ -116,7 +115,7 @@ def check(settings: Namespace) -> Sampling:
         load_harness()
     if settings.data.responses == "teacher" and settings.teacher is None:
         raise ValueError("data.responses teacher compares with a teacher's answers: name it with --teacher")
-    for name in ("limit", "max_prompt"):
+    for name in ("limit", "max_prompt", "k"):
         if settings[name] is not None and settings[name] < 1:
             raise ValueError(f"--{name} must be at least 1, got {settings[name]}")
     if settings.data.max_length <= settings.max_prompt:

@@ -124,6 +124,11 @@ def run(cli: LanguageCLI) -> Result:
             f"data.packing puts many conversations into a row, but under model.rollout {type(model.rollout).__name__} "
             "the student answers each in a row of its own; set data.packing to false"
         )
+    if data.prompts_only and model.rollout.reads_answers:
+        raise ValueError(
+            f"data.prompts_only leaves no answers to train on, but model.rollout {type(model.rollout).__name__} asks "
+            "for them; set model.rollout to OnPolicy with fraction 1, or data.prompts_only to false"
+        )
     parameters = {"student": count_parameters(model.distiller.student)}
     body = prepare_teacher(model, data, trainer.strategy.root_device)
     if body is not None:

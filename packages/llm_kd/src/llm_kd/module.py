@@ -19,7 +19,7 @@ from kd_common.hub import load_config, load_tokenizer
 from kd_common.schedules import CosineDecay, Schedule
 from llm_kd.data.batch import TokenBatch, collate
 from llm_kd.data.encode import Encoder
-from llm_kd.data.example import Example, answered
+from llm_kd.data.example import Example, answered, nothing
 from llm_kd.distiller import Distiller, validation_means
 from llm_kd.head import KDHead
 from llm_kd.models import Body, StudentSpec, TeacherSpec, build_student, shared_vocabulary
@@ -253,7 +253,7 @@ class DistillationModule(pl.LightningModule):
             examples = self._write(batch.prompts, self._seed("sampling", batch_idx, self.global_rank))
             self.rollout.keep(examples)
         pad = self.tokenizer.pad_token_id
-        rows = [[example] for example in examples] or [[Example([pad], [False], prompt_length=1)]]
+        rows = [[example] for example in examples] or [[nothing(pad)]]
         return collate(rows, pad).to(self.device)
 
     def _write(self, prompts: list[list[int]], seed: int) -> list[Example]:

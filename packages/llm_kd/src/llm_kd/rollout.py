@@ -16,10 +16,12 @@ class Rollout(ABC):
 
     Attributes:
         generates: Whether it ever asks the student to write, which a stored teacher cannot follow.
+        reads_answers: Whether it ever asks for the responses of the data.
         sampling: How the student writes; its temperature is neither the loss's nor the verification's.
     """
 
     generates: ClassVar[bool] = True
+    reads_answers: bool = True
     sampling: Sampling
 
     @abstractmethod
@@ -78,6 +80,7 @@ class OnPolicy(Rollout):
         if not 0 <= fraction <= 1:
             raise ValueError(f"fraction must lie in [0, 1], got {fraction}")
         self.fraction = fraction
+        self.reads_answers = fraction < 1
         self.sampling = sampling or Sampling()
 
     def choose(self, draw: float, progress: float) -> Source:

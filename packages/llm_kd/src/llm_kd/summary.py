@@ -56,7 +56,7 @@ def print_summary(result: "Result", model: DistillationModule, console: Console 
     console.print(table)
     first, last = result.history[0], result.last
     lines = {
-        "TAR in training": f"{first['train_tar']:.1%} in the first epoch, {last['train_tar']:.1%} in the last",
+        "accepted in training": f"{first['train_tar']:.1%} in the first epoch, {last['train_tar']:.1%} in the last (TAR: top-5)",
         "supervised tokens per second": f"{last['tokens_per_second']:.0f}",
         "peak memory": f"{result.peak_memory_gib:.2f} GiB",
     }

@@ -28,7 +28,8 @@ class TokenBatch:
         labels: The next token where ``predict``, else -100, shape (B, S), int64.
         keys: Keys of the sequences in reading order: row after row, in each from left to right. The rows of
             ``hidden[predict]`` are the supervised tokens of the first, then of the second, and so on.
-        prompts: Tokens of the sequences up to their last answer, in the same order.
+        prompts: Tokens of the sequences up to their last answer, in the same order; those of sequences without an
+            answer, too, so that a student can be asked to write it.
     """
 
     input_ids: Tensor
@@ -52,8 +53,8 @@ class TokenBatch:
 def collate(rows: Sequence[Sequence[Example]], pad_id: int) -> TokenBatch:
     """Write examples into the rows of a batch as long as its longest row.
 
-    Examples without a supervised token stand in their row but not in ``keys`` and ``prompts``; a rank that has no
-    example left computes on such a one.
+    Examples without a supervised token stand in their row but not in ``keys``, those without a prompt not in
+    ``prompts``; a rank that has no example left computes on :func:`llm_kd.data.example.nothing`.
 
     Args:
         rows: The examples of every row, at least one each.
@@ -75,14 +76,14 @@ def collate(rows: Sequence[Sequence[Example]], pad_id: int) -> TokenBatch:
         position_ids[number, start:] = torch.arange(length - start)
     # The first token of a sequence carries no loss, so the shift never reaches across from the sequence before it.
     predict = torch.nn.functional.pad(supervised[:, 1:], (0, 1))
-    listed = [example for row in rows for example in row if any(example.loss_mask)]
+    examples = [example for row in rows for example in row]
     return TokenBatch(
         input_ids,
         position_ids,
         predict,
         labels=input_ids.roll(-1, dims=1).where(predict, IGNORED),
-        keys=[example.key for example in listed],
-        prompts=[example.input_ids[: example.prompt_length] for example in listed],
+        keys=[example.key for example in examples if any(example.loss_mask)],
+        prompts=[example.input_ids[: example.prompt_length] for example in examples if example.prompt_length],
     )
 
 

@@ -51,3 +51,8 @@ def answered(prompt: list[int], response: list[int], reference: str) -> Example:
     """
     mask = [False] * len(prompt) + [True] * len(response)
     return Example(prompt + response, mask, len(prompt), reference)
+
+
+def nothing(pad_id: int) -> Example:
+    """One token of padding, neither prompt nor answer: what a process computes on that has nothing left."""
+    return Example([pad_id], [False], prompt_length=0)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from llm_kd.data.batch import TokenBatch, collate, pack
-from llm_kd.data.example import Example
+from llm_kd.data.example import Example, nothing
 
 NOBODY = -1
 """Row number of a place in the last validation batch that no example is left for."""
@@ -118,7 +118,7 @@ class TextLoader:
         epoch = self.epoch
         self._delivered = self._resume["batch"] if self._resume.get("epoch") == epoch else 0
         self._resume = {}
-        unsupervised = Example([self.pad_id], [False], prompt_length=1)
+        unsupervised = nothing(self.pad_id)
         for batch in self.plan()[self._delivered :]:
             self._delivered += 1
             yield collate(

@@ -73,6 +73,8 @@ class TextDataModule(LightningDataModule):
         batch_size: Rows of a training batch on one rank.
         val_batch_size: Conversations of a validation batch on one rank.
         packing: Put several conversations into a training row of at most ``max_length`` tokens.
+        prompts_only: Train on the prompts alone, for a student that writes all responses itself (``OnPolicy``); the
+            training rows need no answers, and the teacher writes none for them. Validation is as ``responses`` says.
         limit_train: Use only the first rows for training.
         limit_val: Use only the first rows for validation.
         sampling: How the teacher's responses are drawn; greedily unless set.
@@ -97,6 +99,7 @@ class TextDataModule(LightningDataModule):
         batch_size: int = 8,
         val_batch_size: int = 8,
         packing: bool = False,
+        prompts_only: bool = False,
         limit_train: int | None = None,
         limit_val: int | None = None,
         sampling: Sampling = DEFAULT_SAMPLING,
@@ -115,7 +118,8 @@ class TextDataModule(LightningDataModule):
         self.tokenizer_name, self.responses, self.fields, self.system = tokenizer, responses, fields, system
         self.files = {"train": _listed(train), "val": _listed(val)}
         self.limits = {"train": limit_train, "val": limit_val}
-        self.max_length, self.truncate, self.packing = max_length, truncate, packing
+        self.max_length, self.truncate = max_length, truncate
+        self.packing, self.prompts_only = packing, prompts_only
         self.batch_size, self.val_batch_size, self.seed = batch_size, val_batch_size, seed
         self.sampling, self.sampling_seed, self.generation_batch_size = sampling, sampling_seed, generation_batch_size
         self.splits: dict[str, Split] = {}
@@ -166,10 +170,10 @@ class TextDataModule(LightningDataModule):
         if self.responses == "dataset":
             return
         for split in splits:
+            if split == "train" and self.prompts_only:
+                continue
             rows = self.rows(split)
-            prompts = [(row, self.encoder.prompt(row)) for row in rows]
-            room = self.max_length - self.sampling.max_new_tokens
-            kept = [(row, prompt) for row, prompt in prompts if len(prompt) <= room]
+            kept = self._prompts(rows)
             written = write_responses(
                 teacher,
                 [prompt for _, prompt in kept],
@@ -195,13 +199,18 @@ class TextDataModule(LightningDataModule):
             ValueError: If the teacher is to write the responses and has not done so, or if no example is left.
         """
         for split in SPLITS if stage in (None, "fit") else ("val",):
-            if split not in self.splits:
-                if self.responses == "teacher":
-                    raise ValueError(
-                        "the teacher has not answered the prompts yet: call write_responses(teacher) before training, "
-                        "or set responses to dataset if the files hold answers"
-                    )
-                rows = self.rows(split)
+            if split in self.splits:
+                continue
+            prompts_only = self.prompts_only and split == "train"
+            if self.responses == "teacher" and not prompts_only:
+                raise ValueError(
+                    "the teacher has not answered the prompts yet: call write_responses(teacher) before training, "
+                    "or set responses to dataset if the files hold answers"
+                )
+            rows = self.rows(split)
+            if prompts_only:
+                self._keep(split, rows, [answered(prompt, [], "") for _, prompt in self._prompts(rows)])
+            else:
                 examples = [self.encoder.example(row, self.max_length, self.truncate) for row in rows]
                 self._keep(split, rows, [example for example in examples if example is not None])
 
@@ -230,6 +239,12 @@ class TextDataModule(LightningDataModule):
             rank=self.trainer.global_rank if self.trainer else 0,
             world_size=self.trainer.world_size if self.trainer else 1,
         )
+
+    def _prompts(self, rows: Sequence[Row]) -> list[tuple[Row, list[int]]]:
+        """Those rows whose prompt leaves room for an answer, with its tokens."""
+        room = self.max_length - self.sampling.max_new_tokens
+        prompts = [(row, self.encoder.prompt(row)) for row in rows]
+        return [(row, prompt) for row, prompt in prompts if len(prompt) <= room]
 
     def _keep(self, split: str, rows: Sequence[Row], examples: list[Example]) -> None:
         found = Split(examples, rows=len(rows), dropped=len(rows) - len(examples))

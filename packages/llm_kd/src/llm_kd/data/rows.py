@@ -39,10 +39,18 @@ class Message:
 
 @dataclass(frozen=True)
 class Row:
-    """A conversation and where it was read: ``file, line 3``."""
+    """A conversation and where it was read: ``file, line 3``.
+
+    Attributes:
+        messages: Its turns.
+        source: File and line.
+        alternatives: Further answers to its last question. The loss never falls on them; they are references that
+            generations are compared with.
+    """
 
     messages: tuple[Message, ...]
     source: str
+    alternatives: tuple[str, ...] = ()
 
     @property
     def answered(self) -> bool:
@@ -56,7 +64,8 @@ def read_rows(path: Path, fields: Mapping[str, str] | None = None) -> list[Row]:
     A record is one of these, the first that fits:
 
     * ``messages``: a list of ``{role, content}``; it may end with a user's turn, and is then a prompt.
-    * ``instruction``, and optionally ``input`` and ``output``; without an output it is a prompt.
+    * ``instruction``, and optionally ``input`` and ``output``; without an output it is a prompt. An output may be a
+      list of answers: the first is the one to learn from, all are references.
     * ``instruction`` and ``instances``, a list of ``{input, output}``: one row per instance.
 
     Args:
@@ -81,7 +90,8 @@ def read_rows(path: Path, fields: Mapping[str, str] | None = None) -> list[Row]:
     for place, record in _records(path):
         count += 1
         try:
-            rows += [Row(messages, f"{path}, {place}") for messages in _conversations(record, fields)]
+            source = f"{path}, {place}"
+            rows += [Row(turns, source, alternatives) for turns, alternatives in _conversations(record, fields)]
         except _MalformedError as problem:
             problems.append(f"  {place}: {problem}")
     if problems:
@@ -119,14 +129,14 @@ def _parsed(line: bytes) -> Any:
         return _MalformedError(f"is not JSON: {error}")
 
 
-def _conversations(record: Any, fields: Mapping[str, str]) -> list[tuple[Message, ...]]:
-    """The conversations of a record, one but for several instances."""
+def _conversations(record: Any, fields: Mapping[str, str]) -> list[tuple[tuple[Message, ...], tuple[str, ...]]]:
+    """The conversations of a record, one but for several instances, each with its further answers."""
     if isinstance(record, _MalformedError):
         raise record
     if not isinstance(record, dict):
         raise _MalformedError(f"must be a JSON object, is {_kind(record)}")
     if (turns := _field(record, "messages", fields)) is not None:
-        return [_chat(turns)]
+        return [(_chat(turns), ())]
     if (instruction := _field(record, "instruction", fields)) is None:
         raise _MalformedError(
             f"has neither messages nor instruction, but {', '.join(record) or 'nothing'}; name the file's own fields "
@@ -170,14 +180,18 @@ def _chat(turns: Any) -> tuple[Message, ...]:
     return tuple(messages)
 
 
-def _instruction(instruction: Any, material: Any, output: Any) -> tuple[Message, ...]:
-    instruction, material, output = (
-        _text(value, what) for value, what in ((instruction, "instruction"), (material, "input"), (output, "output"))
-    )
+def _instruction(instruction: Any, material: Any, output: Any) -> tuple[tuple[Message, ...], tuple[str, ...]]:
+    instruction, material = _text(instruction, "instruction"), _text(material, "input")
     if not instruction.strip():
         raise _MalformedError("instruction is empty")
     question = Message("user", instruction, material if material.strip() else "")
-    return (question, Message("assistant", output)) if output.strip() else (question,)
+    if not isinstance(output, list):
+        answer = _text(output, "output")
+        return ((question, Message("assistant", answer)) if answer.strip() else (question,)), ()
+    answers = [_text(value, f"output {number}") for number, value in enumerate(output, 1)]
+    if not answers or not all(answer.strip() for answer in answers):
+        raise _MalformedError("a list of outputs must hold at least one answer, and no empty one")
+    return (question, Message("assistant", answers[0])), tuple(answers[1:])
 
 
 def _text(value: Any, what: str) -> str:

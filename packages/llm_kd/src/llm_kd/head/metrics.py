@@ -9,13 +9,14 @@ from llm_kd.head.linear import LMHead, Projection, rows_per_chunk
 from llm_kd.head.rows import truncated_loss
 from llm_kd.head.signal import HiddenSignal, TeacherSignal
 from llm_kd.objectives.fkl import ForwardKL
+from llm_kd.selection import topk_accept
 
 BYTES_PER_LOGIT = 4 * 6
 
 
 @torch.no_grad()
 def token_metrics(
-    student_hidden: Tensor, student_head: LMHead, teacher: TeacherSignal, labels: Tensor, vocab_size: int
+    student_hidden: Tensor, student_head: LMHead, teacher: TeacherSignal, labels: Tensor, vocab_size: int, k: int
 ) -> dict[str, Tensor]:
     """Sums over N tokens of what is reported as means.
 
@@ -25,11 +26,13 @@ def token_metrics(
         teacher: The teacher's N rows.
         labels: The tokens of the text, shape (N,).
         vocab_size: Number of tokens of the tokenizer; rows of the heads beyond it are left out.
+        k: The teacher accepts the student's most likely token if it is among its own k most likely ones (or among those
+            stored, if they are fewer), whatever the selector of the run: so that runs can be compared.
 
     Returns:
         Scalars in at least float32: ``nll``, the student's negative log-likelihood in nats; ``kl``, KL(teacher ||
         student), a lower bound of it with a stored teacher that lacks tokens; ``agreement``, tokens both models hold
-        most likely; ``teacher_nll``, unless the teacher is stored and lacks tokens.
+        most likely; ``accepted`` tokens; ``teacher_nll``, unless the teacher is stored and lacks tokens.
     """
     student = Projection(student_hidden, student_head, vocab_size)
     chunks = torch.arange(len(labels), device=labels.device).split(rows_per_chunk(student, BYTES_PER_LOGIT))
@@ -42,11 +45,14 @@ def token_metrics(
         if stored is not None and stored.size < vocab_size:
             values["kl"] = truncated_loss(ForwardKL(), z, stored, with_gradient=False)[0].sum()
             best = stored.indices[:, 0]
+            accepted = topk_accept(z, stored, min(k, stored.size))
         else:
             z_teacher = live.logits(chunk) if live is not None else stored.dense_log_probs()  # type: ignore[union-attr]
             values["kl"] = forward_kl(z, z_teacher).sum()
             values["teacher_nll"] = F.cross_entropy(z_teacher, target, reduction="sum")
             best = z_teacher.argmax(dim=-1)
+            accepted = topk_accept(z, z_teacher, k)
+        values["accepted"] = accepted.sum().to(z.dtype)
         values["agreement"] = (z.argmax(dim=-1) == best).sum().to(z.dtype)
         sums = {name: sums.get(name, 0) + value for name, value in values.items()}
     return sums

@@ -118,7 +118,7 @@ def build_student(spec: StudentSpec, teacher_name: str) -> Body:
         ValueError: If it cannot be used or has too few layers.
     """
     model = load_causal_lm(spec.name or teacher_name, spec.dtype, attention=spec.attention)
-    if spec.layers is not None:
+    if spec.layers != "all":
         model = depth_prune(model, spec.layers)
     if spec.lora is not None:
         model = add_adapters(model, spec.lora)

@@ -1,6 +1,7 @@
 """Which models a run uses, as a configuration file states it."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from kd_common.hub import EMBEDDED
 
@@ -55,21 +56,31 @@ class StudentSpec:
 
     Args:
         name: Local folder or Hub name; None starts from the teacher.
-        layers: Keep so many of its decoder layers, evenly spaced with the first and the last; None keeps all.
+        layers: Keep so many of the teacher's decoder layers, evenly spaced with the first and the last, or ``all``. A
+            student with a name keeps all of its own (:func:`llm_kd.models.depth_prune` makes one with fewer).
         dtype: Precision of the trained weights; float32 unless memory forbids it, for small updates vanish in bfloat16
             (``trainer.precision bf16-mixed`` computes in bfloat16 and keeps float32 weights).
         attention: Implementation of attention in transformers.
         lora: Train low-rank adapters only; None trains all weights.
+
+    Raises:
+        ValueError: If a student with a name is to be pruned.
     """
 
     name: str | None = None
-    layers: int | None = None
+    layers: int | Literal["all"] = "all"
     dtype: str = "float32"
     attention: str = "sdpa"
     lora: LoRASpec | None = None
 
     def __post_init__(self) -> None:
         _check_attention("student", self.attention)
+        if self.name is not None and self.layers != "all":
+            raise ValueError(
+                f"student.layers {self.layers} keeps layers of the teacher, but the student is {self.name}: set "
+                "student.layers to all (the default configuration keeps 10), or prune and save it beforehand with "
+                "llm_kd.models.depth_prune"
+            )
 
 
 def _check_attention(role: str, attention: str) -> None:
