@@ -56,7 +56,8 @@ def print_summary(result: "Result", model: DistillationModule, console: Console 
     console.print(table)
     first, last = result.history[0], result.last
     lines = {
-        "accepted in training": f"{first['train_tar']:.1%} in the first epoch, {last['train_tar']:.1%} in the last (TAR: top-5)",
+        "TAR": "held-out tokens at which the student's first choice is among the teacher's 5",
+        "accepted in training": f"{first['train_tar']:.1%} in the first epoch, {last['train_tar']:.1%} in the last",
         "supervised tokens per second": f"{last['tokens_per_second']:.0f}",
         "peak memory": f"{result.peak_memory_gib:.2f} GiB",
     }
