@@ -1,10 +1,6 @@
 """A run of a detector on two gloo processes against one process with the doubled batch."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,12 +21,6 @@ ARGS = (
     "rpn_batch_size_per_image: 16, box_batch_size_per_image: 8, rpn_pre_nms_top_n_train: 60, "
     "rpn_post_nms_top_n_train: 40, rpn_pre_nms_top_n_test: 60, rpn_post_nms_top_n_test: 40}"
 )
-WORKER = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from test_detection_ddp import distributed_run
-distributed_run(sys.argv[2])
-"""
 
 
 def arguments(folder, root, batch):
@@ -112,29 +102,8 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ranks(root):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        launch = {"WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        launch |= {"TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": 0, "LOCAL_WORLD_SIZE": 2, "OMP_NUM_THREADS": 1}
-        with (root / f"output{rank}").open("w") as output:
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-c", WORKER, str(Path(__file__).parent), str(root)],
-                    env=os.environ | {key: str(value) for key, value in launch.items()},
-                    stdout=output,
-                    stderr=output,
-                )
-            )
-    try:
-        codes = [process.wait(timeout=280) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0, 0], "\n".join((root / f"output{rank}").read_text()[-4000:] for rank in range(2))
+def ranks(root, run_ranks):
+    run_ranks(distributed_run, root, str(root))
     return [torch.load(root / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 

@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -32,12 +31,6 @@ class StandStill(pl.Callback):
 cli = build(sys.argv[2:])
 cli.trainer.callbacks.append(StandStill())
 run(cli)
-"""
-WORKER = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from test_spec_runs import distributed_run
-distributed_run(sys.argv[2], sys.argv[3])
 """
 
 
@@ -127,34 +120,13 @@ def distributed_run(folder, standin):
 
 
 @pytest.mark.ddp
-def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, target):
+def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, target, run_ranks):
     """In float64; answers of different lengths, so that the ranks supervise different numbers of tokens."""
     torch.set_num_threads(1)
     extra = ("--trainer.precision=64-true", "--model.target.dtype=float64", "--data.features=online")
     single = build(arguments(tmp_path / "one", target, 2, *extra))
     expected = run(single)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        launch = {"WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        launch |= {"TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": 0, "LOCAL_WORLD_SIZE": 2, "OMP_NUM_THREADS": 1}
-        with (tmp_path / f"output{rank}").open("w") as output:
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-c", WORKER, str(Path(__file__).parent), str(tmp_path), str(target)],
-                    env=os.environ | {key: str(value) for key, value in launch.items()},
-                    stdout=output,
-                    stderr=output,
-                )
-            )
-    try:
-        codes = [process.wait(timeout=280) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0, 0], "\n".join((tmp_path / f"output{rank}").read_text()[-4000:] for rank in range(2))
+    run_ranks(distributed_run, tmp_path, str(tmp_path), str(target))
     for rank in range(2):
         found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
         for key, value in single.model.state_dict().items():

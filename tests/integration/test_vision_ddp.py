@@ -1,11 +1,5 @@
 """Whole runs on two gloo processes against one process with the doubled batch."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -26,13 +20,6 @@ VARIANTS = {
     "accumulation": ["--config=policies/deepkd", "--model.accumulate=2"],
     "BatchNorm": ["--config=policies/deepkd", "--model.student.name=resnet8"],
 }
-# Both processes run all variants one after the other: importing is what costs.
-WORKER = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from test_vision_ddp import distributed_runs
-distributed_runs(sys.argv[2], sys.argv[3])
-"""
 
 
 def tiny(num_classes, in_channels):
@@ -107,31 +94,10 @@ def teacher(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory, teacher):
+def ranks(tmp_path_factory, teacher, run_ranks):
     """Folder of the two processes, and what each of them found."""
     folder = tmp_path_factory.mktemp("ddp")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        launch = {"WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        launch |= {"TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": 0, "LOCAL_WORLD_SIZE": 2, "OMP_NUM_THREADS": 1}
-        with (folder / f"output{rank}").open("w") as output:
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-c", WORKER, str(Path(__file__).parent), str(folder), str(teacher)],
-                    env=os.environ | {key: str(value) for key, value in launch.items()},
-                    stdout=output,
-                    stderr=output,
-                )
-            )
-    try:
-        codes = [process.wait(timeout=280) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0, 0], "\n".join((folder / f"output{rank}").read_text()[-4000:] for rank in range(2))
+    run_ranks(distributed_runs, folder, str(folder), str(teacher))  # all variants in turn: importing is what costs
     return folder, [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
