@@ -21,7 +21,6 @@ import json
 import os
 import statistics
 import time
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -30,9 +29,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from kd_common.memory import peak_bytes
 from llm_kd.head import HeadOutput, HiddenSignal, KDHead, LMHead, TeacherSignal, truncate
 from llm_kd.objectives import OBJECTIVES
 from llm_kd.selectors import SELECTORS
@@ -65,50 +63,11 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class LiveBytes(TorchDispatchMode):
-    """Peak bytes of the tensors alive at once among those that operations return, workspaces inside kernels left out.
-
-    Args:
-        ignore: Tensors that were there before.
-    """
-
-    def __init__(self, ignore: list[Tensor]) -> None:
-        super().__init__()
-        self.seen = {tensor.untyped_storage()._cdata for tensor in ignore}
-        self.live = self.peak = 0
-
-    def _freed(self, key: int, size: int) -> None:
-        self.seen.discard(key)
-        self.live -= size
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self.seen:
-                self.seen.add(storage._cdata)
-                self.live += storage.nbytes()
-                self.peak = max(self.peak, self.live)
-                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
-        return out
-
-
 def clock(device: torch.device) -> float:
     """Time after all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def peak_bytes(call: Callable[[], object], inputs: list[Tensor], device: torch.device) -> int:
-    """Peak of live bytes above the inputs during a call."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    with LiveBytes(inputs) as record:
-        call()
-    return record.peak
 
 
 def dense_loss(head: KDHead, z: Tensor, z_teacher: Tensor) -> Tensor:

@@ -106,6 +106,7 @@ def distributed_runs(teacher, root):
             memory = [example.input_ids for example in getattr(rollout, "memory", [])]
             found[f"{strategy} {name}"] = {"history": model.history, "steps": trainer.global_step, "memory": memory}
         model = make(teacher, {"objective": ReverseKL}, LoRASpec(rank=2))
+        model.distiller.student.causal_lm.generation_config.eos_token_id = [5, 63]  # what its template taught
         fit(model, 2, 1, rank, 2, devices=2, strategy=strategy)
         export_student(model, Path(root) / f"{strategy} LoRA")
         interrupted = {"ckpt_path": f"{root}/{strategy} epochs/epoch=1.ckpt"}
@@ -208,6 +209,7 @@ def test_adapters_are_merged_into_the_exported_student(ranks, teacher, strategy)
     fit(model, 4, 1)
     export_student(model, folder / "LoRA")
     exported, expected = (load_causal_lm(str(folder / name), "float64") for name in (f"{strategy} LoRA", "LoRA"))
+    assert exported.generation_config.eos_token_id == [5, 63]
     start = load_causal_lm(teacher, "float64").state_dict()
     for name, value in exported.state_dict().items():
         torch.testing.assert_close(value, expected.state_dict()[name], rtol=0, atol=1e-7)

@@ -212,13 +212,43 @@ def test_dataset_answers(arguments, tmp_path):
 
 def test_prompts_alone_are_enough_on_policy(arguments):
     on_policy = ["--config=rollouts/on_policy", "--model.rollout.sampling.max_new_tokens=5"]
-    result = run(build(arguments("--data.prompts_only=true", *on_policy)))
+    cli = build(arguments(*on_policy))
+    result = run(cli)
     assert [epoch["step"] for epoch in result.history] == [5, 10]
     assert result.last["train_loss"] > 0
-    with pytest.raises(ValueError, match=r"prompts_only leaves no answers .* OnPolicy asks"):
-        run(build(arguments("--data.prompts_only=true", *on_policy, "--model.rollout.fraction=0.5")))
-    with pytest.raises(ValueError, match=r"prompts_only leaves no answers .* OffPolicy asks"):
-        run(build(arguments("--data.prompts_only=true")))
+    assert cli.datamodule.splits["train"].supervised == 0  # the teacher wrote nothing for them
+    assert cli.datamodule.splits["val"].supervised > 0
+    mixed = build(arguments(*on_policy, "--model.rollout.fraction=0.5", run_dir="mixed"))
+    run(mixed)
+    assert mixed.datamodule.splits["train"].supervised > 0
+
+
+def test_rollouts_that_could_outgrow_the_positions_are_refused(arguments):
+    with pytest.raises(ValueError, match="exceed the student's 512 positions; lower either"):
+        run(build(arguments("--config=rollouts/on_policy", "--data.max_length=500")))
+
+
+@pytest.mark.parametrize("steps", [3, 7])
+def test_a_run_that_stops_inside_an_epoch_reports_its_last_step(arguments, steps, capsys):
+    result = main(arguments(f"--trainer.max_steps={steps}"))
+    assert [epoch["step"] for epoch in result.history] == [*range(5, steps, 5), steps]
+    assert result.last["kl"] != result.before["kl"]
+    assert result.last["train_loss"] > 0
+    assert "student, last" in capsys.readouterr().out
+
+
+def test_a_setting_of_the_default_class_needs_no_class(arguments):
+    cli = build(arguments("--model.selector.k=3"))
+    assert (type(cli.model.distiller.head.selector).__name__, cli.model.distiller.head.selector.k) == ("TopK", 3)
+    cli = build(arguments("--config=selectors/speck", "--model.selector.k=3", "--model.lr_schedule.warmup_epochs=1"))
+    assert (type(cli.model.distiller.head.selector).__name__, cli.model.distiller.head.selector.k) == ("SpecK", 3)
+    assert cli.model.lr_schedule.warmup_epochs == 1
+
+
+def test_only_the_students_that_exist_are_announced(arguments, tmp_path, capsys):
+    main(arguments())
+    printed = capsys.readouterr().out
+    assert "run/student_{last,best}" in printed
 
 
 @pytest.mark.parametrize(
@@ -229,6 +259,10 @@ def test_prompts_alone_are_enough_on_policy(arguments):
         (["--model.teacher.name=nowhere"], "no such folder, and no name on the Hub"),
         (["--model.student.layers=7"], r"student.layers must lie in \[1, 3\]"),
         (["--model.student.name=other"], "keeps layers of the teacher, but the student is other: set"),
+        (["--trainer.precision=bf16-true"], "small updates vanish there. Use bf16-mixed, or set model.student.dtype"),
+        (["--answers=-1"], "--answers must be at least 0"),
+        (["--data.truncate=true"], "truncate cuts a data set's answers"),
+        (["--data.sampling.top_p=0.9"], "temperature 0 takes the most likely token, so top_p and top_k do nothing"),
         (["--model.learning_rate=0"], "model.learning_rate must be > 0"),
     ],
 )

@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from kd_common.memory import LiveBytes
 from llm_kd.head import HiddenSignal, KDHead, LMHead, truncate
 from llm_kd.head.linear import rows_per_chunk
 from llm_kd.head.module import BYTES_PER_LOGIT
@@ -69,12 +70,12 @@ def test_largest_tensor_is_a_chunk(objective, selector):
 
 @pytest.mark.parametrize("selector", SELECTORS.names())
 @pytest.mark.parametrize("objective", OBJECTIVES.names())
-def test_live_memory_is_a_few_chunks(benchmark, objective, selector):
+def test_live_memory_is_a_few_chunks(objective, selector):
     chunk = 16  # entropy_top_p keeps more than a chunk of either batch
     extra = {}
     for rows in (96, 160):
         inputs = tensors(rows)
-        with benchmark.LiveBytes(inputs) as record:
+        with LiveBytes(inputs) as record:
             run(objective, selector, chunk, inputs)
         extra[rows] = record.peak - 4 * (V + rows) * H
     per_row = 64  # a few numbers per token; its logits would be 256 bytes
@@ -83,14 +84,14 @@ def test_live_memory_is_a_few_chunks(benchmark, objective, selector):
 
 
 @pytest.mark.parametrize("size", [4, 40, V])
-def test_stored_teachers_take_no_more(benchmark, size):
+def test_stored_teachers_take_no_more(size):
     chunk, extra = 16, {}
     for rows in (96, 160):
         hidden, weight, *teacher = tensors(rows)
         stored = truncate(HiddenSignal(teacher[0], LMHead(teacher[1])), size, V)
         head = KDHead(OBJECTIVES.get("rkl")(), SELECTORS.get("topk")(k=2), chunk_size=chunk)
         ignore = [hidden, weight, stored.log_probs, stored.indices, stored.tail_mass]
-        with benchmark.LiveBytes(ignore) as record:
+        with LiveBytes(ignore) as record:
             head(hidden, LMHead(weight), stored).loss.backward()
         extra[rows] = record.peak - 4 * (V + rows) * H
     assert extra[96] <= (BYTES_PER_LOGIT * V + 16 * size) * chunk + 64 * 96

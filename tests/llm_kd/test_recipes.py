@@ -78,6 +78,17 @@ def test_every_pair_takes_a_step_on_its_architecture(stand_in, name):
     assert any("lora_" in name for name, _ in model.distiller.named_parameters()) == (architecture != "gpt2")
 
 
+def test_the_start_for_own_models_takes_a_step(stand_in):
+    model = step(build(["--config=pairs/own", *stand_in()]))
+    assert model.learning_rate == 2e-5
+
+
+@pytest.mark.parametrize("file", sorted(CONFIG_DIR.rglob("*.yaml")), ids=lambda file: file.stem)
+def test_no_recipe_trains_on_a_part_of_the_rows(file):
+    """Whatever `default.yaml` says also holds for other people's files."""
+    assert "limit_train" not in file.read_text()
+
+
 def test_the_published_settings():
     for name in ("qwen2_7b_1.5b", "gemma2_9b_2b", "mistral_7b_danube2_1.8b"):
         assert yaml.safe_load((CONFIG_DIR / f"pairs/{name}.yaml").read_text())["trainer"]["max_epochs"] == 2

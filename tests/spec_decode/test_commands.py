@@ -105,7 +105,8 @@ def test_benchmark_measures_and_keeps_finished_blocks(standin, drafter, tmp_path
     prompts = tmp_path / "p.jsonl"
     prompts.write_text('{"prompt": "abc abc abc"}\n{"prompt": "one"}\n')
     settings = {
-        "drafters": [drafter, "prompt_lookup"],
+        "drafters": [drafter, "prompt_lookup", str(standin)],
+        "assistant": str(standin),
         "target": str(standin),
         "prompts": {"mine": str(prompts)},
         "max_new_tokens": 12,
@@ -114,9 +115,19 @@ def test_benchmark_measures_and_keeps_finished_blocks(standin, drafter, tmp_path
         "output": str(tmp_path / "out"),
     }
     rows = benchmark(temperatures=[0.0], **settings)
-    assert [row["drafter"] for row in rows][:3] == ["plain", drafter, "prompt_lookup"]
-    assert {row["drafter"] for row in rows[3:]} == {"transformers", "transformers prompt lookup"}
-    for row in rows[1:3]:
+    assert [row["drafter"] for row in rows][:4] == ["plain", drafter, "prompt_lookup", str(standin)]
+    assert {row["drafter"] for row in rows[4:]} == {
+        "transformers",
+        "transformers prompt lookup",
+        "transformers assisted",
+    }
+    weights = sum(p.numel() * 4 for p in TargetSpec(str(standin), "float32").load().parameters()) / 2**20
+    plain, trained, lookup, itself = rows[:4]
+    assert plain["drafter_mib"] == lookup["drafter_mib"] == 0 < trained["drafter_mib"]
+    assert weights <= itself["drafter_mib"] < 1.1 * weights
+    assert 0 < plain["decoding_mib"] <= lookup["decoding_mib"] < itself["decoding_mib"]
+    assert itself["tau"] > 2  # the target drafts for itself
+    for row in rows[1:4]:
         assert row["lossless"] == {"equal": 2, "of": 2, "differing": []}
         assert row["tree"] == [1, 1]
         assert row["share_of_cost_model"] > 0

@@ -104,7 +104,8 @@ def test_the_same_responses_whatever_the_seed_of_the_order(data, teacher, monkey
 def test_prompts_alone_for_a_student_that_writes_itself(data, write, teacher, responses):
     rows = [*ANSWERED[:3], *PROMPTS[3:8], {"instruction": "long " * 200}]
     sampling = Sampling(max_new_tokens=6, temperature=0)
-    made = data(write(rows), responses=responses, prompts_only=True, batch_size=4, sampling=sampling, max_length=128)
+    made = data(write(rows), responses=responses, batch_size=4, sampling=sampling, max_length=128)
+    made.prompts_only = True
     made.write_responses(teacher, progress_bar=False)
     made.setup("fit")
     split = made.splits["train"]
@@ -154,7 +155,7 @@ def test_long_rows_are_dropped_and_counted(data, caplog):
     assert split.tokens == sum(length for length in lengths if length <= limit)
     assert split.supervised == sum(sum(e.loss_mask) for e in split.examples)
     assert f"train: 20 rows, {kept} examples, {split.supervised} of {split.tokens} tokens carry a loss" in caplog.text
-    assert f"{20 - kept} rows longer than max_length dropped" in caplog.text
+    assert f"{20 - kept} rows of more than {limit} tokens dropped" in caplog.text
 
 
 def test_long_rows_are_cut_if_asked(data):
@@ -252,10 +253,11 @@ def test_settings_out_of_range(settings, message):
 def test_every_setting_is_on_the_command_line():
     parser = ArgumentParser()
     parser.add_subclass_arguments(TextDataModule, "data")
-    settings = ["tokenizer=x", "sampling.top_p=0.9", "train=[a, b]", "fields={instruction: question}", "limit_train=7"]
+    settings = ["tokenizer=x", "train=[a, b]", "fields={instruction: question}", "limit_train=7"]
+    settings += ["sampling.temperature=1", "sampling.top_p=0.9"]
     args = parser.parse_args(["--data=llm_kd.data.TextDataModule", *[f"--data.{setting}" for setting in settings]])
     made = parser.instantiate_classes(args).data
-    assert made.sampling == Sampling(temperature=0.0, top_p=0.9)
+    assert made.sampling == Sampling(top_p=0.9)
     assert (made.files["train"], made.fields) == (["a", "b"], {"instruction": "question"})
     assert made.limits == {"train": 7, "val": None}
 

@@ -101,6 +101,11 @@ class FitCLI(LightningCLI):
                 command_line = resolve_config_names(command_line, self.config_dir)
             except FileNotFoundError as error:
                 parser.error(str(error))
+            # A setting of a class that nobody chose belongs to the default one; a later choice still wins.
+            command_line = [
+                *(f"--{key}={name}" for key, name in self.class_defaults.items() if _sets_inside(command_line, key)),
+                *command_line,
+            ]
             plain = [arg for arg in command_line if not arg.startswith("--print_config")]
             chosen = parser.parse_args(plain)
             missing = [f"--{key}={name}" for key, name in self.class_defaults.items() if chosen.get(key) is None]
@@ -143,6 +148,12 @@ class FitCLI(LightningCLI):
                 for name, settings in (files | {"last": {}}).items()
             ]
         return super().instantiate_trainer(**kwargs)
+
+
+def _sets_inside(command_line: Sequence[str], key: str) -> bool:
+    """Whether a flag sets something inside the class at ``key``, with or without ``init_args`` in its name."""
+    prefixes = (f"--{key}.", f"--{key.replace('.init_args.', '.')}.")
+    return any(arg.startswith(prefixes) for arg in command_line)
 
 
 def fixed_seed(seed: bool | int) -> int:

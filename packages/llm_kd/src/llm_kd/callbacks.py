@@ -46,7 +46,9 @@ def export_student(module: DistillationModule, folder: Path) -> None:
     if not module.trainer.is_global_zero:
         return
     if module.sharded:  # neither saving nor merging adapters works on shards
+        stops = body.causal_lm.generation_config
         body = build_student(module.student_spec, module.teacher_spec.name)
+        body.causal_lm.generation_config = stops
         body.load_state_dict(whole)
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

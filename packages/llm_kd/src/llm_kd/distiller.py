@@ -39,19 +39,13 @@ class Distiller(nn.Module):
         return self.head(hidden[batch.predict], self.student.lm_head(), teacher)
 
     @torch.no_grad()
-    def measure(self, batch: TokenBatch, teacher: TeacherSignal, k: int = 5) -> dict[str, Tensor]:
-        """Sums over the supervised tokens: loss, its denominator, their number, and the token metrics.
-
-        Args:
-            batch: Tokens.
-            teacher: The teacher's rows of the same supervised tokens.
-            k: Of the acceptance; see :func:`llm_kd.head.metrics.token_metrics`.
-        """
+    def measure(self, batch: TokenBatch, teacher: TeacherSignal) -> dict[str, Tensor]:
+        """Sums over the supervised tokens: loss, its denominator, their number, and the token metrics (top-5)."""
         hidden = self.student(batch.input_ids, batch.position_ids)[batch.predict]
         head = self.student.lm_head()
         output = self.head(hidden, head, teacher)
         return {
-            **token_metrics(hidden, head, teacher, batch.labels[batch.predict], self.vocab_size, k),
+            **token_metrics(hidden, head, teacher, batch.labels[batch.predict], self.vocab_size, k=5),
             "loss": output.loss_sum,
             "denominator": output.denominator,
             "tokens": output.loss_sum.new_tensor(output.num_tokens),
@@ -81,8 +75,17 @@ class Distiller(nn.Module):
         )
 
 
-def validation_means(sums: Mapping[str, float]) -> dict[str, float]:
-    """Means per token of the sums of :meth:`Distiller.measure`, with ``tar``, the share of accepted tokens."""
+def token_metric_means(sums: Mapping[str, float]) -> dict[str, float]:
+    """Means per token of the sums of :func:`llm_kd.head.metrics.token_metrics`, ``tar`` for the accepted share.
+
+    Args:
+        sums: The sums, and the number of ``tokens``.
+    """
     tokens = sums["tokens"] or 1.0
     means = {name: sums[name] / tokens for name in ("nll", "kl", "agreement", "teacher_nll") if name in sums}
-    return {**means, "tar": sums["accepted"] / tokens, "loss": sums["loss"] / (sums["denominator"] or 1.0)}
+    return {**means, "tar": sums["accepted"] / tokens}
+
+
+def validation_means(sums: Mapping[str, float]) -> dict[str, float]:
+    """Means of the sums of :meth:`Distiller.measure`."""
+    return {**token_metric_means(sums), "loss": sums["loss"] / (sums["denominator"] or 1.0)}

@@ -24,13 +24,12 @@ from kd_common.files import write_atomically
 from kd_common.hub import load_config, load_tokenizer
 from llm_kd.answers import Answers, answer_prompts
 from llm_kd.data import TextDataModule
-from llm_kd.distiller import Distiller, validation_means
+from llm_kd.distiller import token_metric_means
 from llm_kd.generation import Sampling
 from llm_kd.harness import load_harness, run_harness
-from llm_kd.head import HiddenSignal, KDHead
+from llm_kd.head import HiddenSignal
+from llm_kd.head.metrics import token_metrics
 from llm_kd.models import Body, TeacherSpec, load_teacher, shared_vocabulary
-from llm_kd.objectives.fkl import ForwardKL
-from llm_kd.selectors.uniform import Uniform
 
 SEEDS = [10, 20, 30, 40, 50]
 """Seeds of the MiniLLM protocol, one set of answers each."""
@@ -57,16 +56,20 @@ def token_means(
         ValueError: If the likelihood is not finite.
     """
     data.setup("validate")
-    distiller = Distiller(student, KDHead(ForwardKL(), Uniform(), vocab_size=vocab_size), vocab_size)
     device = next(student.parameters()).device
     other = teacher or student  # on its own, the student is compared with itself
     sums: dict[str, float] = {}
     for batch in tqdm(data.val_dataloader(), desc="tokens"):
         batch = batch.to(device)
-        signal = HiddenSignal(other(batch.input_ids, batch.position_ids)[batch.predict], other.lm_head())
-        for name, value in distiller.measure(batch, signal, k).items():
+        hidden, others = (
+            body(batch.input_ids, batch.position_ids)[batch.predict] if body is not None else None
+            for body in (student, teacher)
+        )
+        signal = HiddenSignal(hidden if others is None else others, other.lm_head())
+        found = token_metrics(hidden, student.lm_head(), signal, batch.labels[batch.predict], vocab_size, k)
+        for name, value in (found | {"tokens": batch.predict.sum()}).items():
             sums[name] = sums.get(name, 0.0) + float(value)
-    means = validation_means(sums)
+    means = token_metric_means(sums)
     names = ("nll",) if teacher is None else ("nll", "kl", "agreement", "tar", "teacher_nll")
     if broken := [name for name in names if not math.isfinite(means[name])]:
         raise ValueError(
@@ -98,7 +101,8 @@ def parser() -> ArgumentParser:
     parser.set_defaults({"no_repeat_ngram_size": 6, "data.responses": "dataset"})
     parser.add_argument("--harness", type=str | None, default=None, help="Tasks of lm-eval, separated by commas.")
     parser.add_argument("--output", type=str | None, default=None, help="JSON file of settings, numbers and answers.")
-    parser.add_argument("--dtype", type=str, default="float32", help="Precision of the weights.")
+    parser.add_argument("--dtype", type=str, default="float32", help="Precision of the student's weights.")
+    parser.add_argument("--teacher_dtype", type=str | None, default=None, help="The teacher's, if it is another.")
     parser.add_argument("--attention", type=str, default="sdpa", help="Attention of transformers; Gemma 2 needs eager.")
     parser.add_argument("--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu", help="Device.")
     return parser
@@ -131,9 +135,9 @@ def check(settings: Namespace) -> Sampling:
     return Sampling(settings.data.max_length - settings.max_prompt, **drawing)
 
 
-def load(name: str, settings: Namespace) -> Body:
+def load(name: str, dtype: str, settings: Namespace) -> Body:
     """A model, frozen and in evaluation mode, on the device."""
-    return load_teacher(TeacherSpec(name, settings.dtype, settings.attention)).to(settings.device)
+    return load_teacher(TeacherSpec(name, dtype, settings.attention)).to(settings.device)
 
 
 def evaluate(settings: Namespace, sampling: Sampling) -> dict[str, Any]:
@@ -143,8 +147,9 @@ def evaluate(settings: Namespace, sampling: Sampling) -> dict[str, Any]:
     data: TextDataModule = parser().instantiate_classes(settings).data
     if data.responses == "dataset":
         data.setup("validate")  # what is wrong with the data shows before models are loaded
-    student = load(settings.student, settings)
-    teacher = None if settings.teacher is None else load(settings.teacher, settings)
+    student = load(settings.student, settings.dtype, settings)
+    teacher_dtype = settings.teacher_dtype or settings.dtype
+    teacher = None if settings.teacher is None else load(settings.teacher, teacher_dtype, settings)
     if teacher is not None:
         data.write_responses(teacher.model, splits=("val",))
     result: dict[str, Any] = {"tokens": token_means(student, teacher, data, vocab_size=vocab_size, k=settings.k)}
@@ -156,7 +161,8 @@ def evaluate(settings: Namespace, sampling: Sampling) -> dict[str, Any]:
     if answers:
         result["rouge_l"] = over_seeds(answers)
     split = data.splits["val"]
-    result["data"] = {"rows": split.rows, "dropped": split.dropped, "supervised_tokens": split.supervised}
+    counts = {"rows": split.rows, "dropped": split.dropped, "room": split.room}
+    result["data"] = counts | {"supervised_tokens": split.supervised}
     result["answers"] = [
         {"seed": seed, "prompt": prompt, "response": response, "references": references, "rouge_l": score}
         for seed, a in answers.items()
@@ -193,7 +199,7 @@ def print_result(result: Mapping[str, Any], console: Console) -> None:
     if "teacher_nll" in tokens:
         table.add_row("teacher", f"{tokens['teacher_nll']:.3f}", "0", "100%", "", "")
     console.print(table)
-    lines = {"rows left out": f"{data['dropped']:,} longer than data.max_length; not in the token metrics"}
+    lines = {"rows left out": f"{data['dropped']:,} of more than {data['room']} tokens; not in the token metrics"}
     if rouge:
         lines["prompts answered"] = f"{rouge['prompts']:,}, {rouge['left_out']:,} longer than max_prompt not asked"
     lines["settings"] = ", ".join(f"{name} {value}" for name, value in settings.items())

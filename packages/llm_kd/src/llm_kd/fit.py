@@ -17,12 +17,12 @@ import llm_kd.rollout
 import llm_kd.selectors
 import llm_kd.strategies  # noqa: F401  (makes class names and the strategy known to the command line)
 from kd_common.cli import FitCLI, fixed_seed
+from kd_common.memory import peak_memory_gib
 from llm_kd.answers import Answers, answer_prompts
 from llm_kd.callbacks import StudentExport
 from llm_kd.data import TextDataModule
 from llm_kd.models import Body, TeacherSpec, load_teacher
 from llm_kd.module import DistillationModule
-from llm_kd.resources import peak_memory_gib
 from llm_kd.summary import print_summary
 from llm_kd.teacher import CachedTeacher, CacheError, OnlineTeacher, TeacherCache, weights_fingerprint
 
@@ -55,8 +55,16 @@ class LanguageCLI(FitCLI):
         if str(trainer["precision"]).startswith("16"):
             raise ValueError(
                 f"trainer.precision {trainer['precision']}: the loss is summed over tokens before it is normalised, "
-                "which overflows in fp16; use bf16-mixed, bf16-true or 32-true"
+                "which overflows in fp16; use bf16-mixed or 32-true"
             )
+        dtype = self.config["model"]["init_args"]["student"]["dtype"]
+        if trainer["precision"] == "bf16-true" and dtype != "bfloat16":
+            raise ValueError(
+                f"trainer.precision bf16-true would train in bfloat16 what model.student.dtype asks for in {dtype}; "
+                "small updates vanish there. Use bf16-mixed, or set model.student.dtype to bfloat16"
+            )
+        if self.config["answers"] < 0:
+            raise ValueError(f"--answers must be at least 0, got {self.config['answers']}")
         if trainer["limit_val_batches"] == 0:
             raise ValueError("trainer.limit_val_batches 0 leaves nothing to report; set it to 1 or more, or to null")
         if (trainer["max_epochs"] or 0) < 1 and (trainer["max_steps"] or 0) < 1:
@@ -71,7 +79,7 @@ class Result:
         before: Validation means of the student before training: ``nll``, ``kl``, ``agreement``, ``tar`` ...
         history: The same per epoch, with ``train_loss``, ``train_tar``, ``seconds`` and ``tokens_per_second``.
         answers: The student's greedy answers ``before`` and ``after`` training with their ROUGE-L, and those of the
-            ``teacher`` where the references are not its own; empty if none were asked for.
+            ``teacher`` where not all references are its own; empty if none were asked for.
         parameters: Parameter counts of student and teacher.
         peak_memory_gib: Largest memory of the process (CPU) or the device (GPU).
         run_dir: Folder of checkpoints, logs and the resolved configuration; None if nothing was written.
@@ -124,11 +132,9 @@ def run(cli: LanguageCLI) -> Result:
             f"data.packing puts many conversations into a row, but under model.rollout {type(model.rollout).__name__} "
             "the student answers each in a row of its own; set data.packing to false"
         )
-    if data.prompts_only and model.rollout.reads_answers:
-        raise ValueError(
-            f"data.prompts_only leaves no answers to train on, but model.rollout {type(model.rollout).__name__} asks "
-            "for them; set model.rollout to OnPolicy with fraction 1, or data.prompts_only to false"
-        )
+    if model.rollout.generates:
+        check_positions(model, data)
+    data.prompts_only = not model.rollout.reads_answers
     parameters = {"student": count_parameters(model.distiller.student)}
     body = prepare_teacher(model, data, trainer.strategy.root_device)
     if body is not None:
@@ -146,12 +152,27 @@ def run(cli: LanguageCLI) -> Result:
     if cli.run_dir is not None:
         trainer.callbacks.append(StudentExport(cli.run_dir))  # type: ignore[attr-defined]  # set by a connector
     trainer.fit(model, datamodule=data, ckpt_path=cli.config["ckpt_path"], weights_only=True)
-    if not model.history:
-        raise RuntimeError("nothing was validated, so there is no result: check trainer.limit_val_batches and max_time")
+    if not model.history or model.history[-1]["step"] != trainer.global_step:  # max_steps or max_time inside an epoch
+        model.remember(validate(cli))
     ask("after", model.distiller.student)
-    if body is not None and data.responses == "dataset":  # else its answers are what the student's are compared with
+    if body is not None and (data.responses == "dataset" or any(row.answered for row in data.rows("val"))):
         ask("teacher", body)
     return Result(before, model.history, answers, parameters, peak_memory_gib(), cli.run_dir)
+
+
+def check_positions(model: DistillationModule, data: TextDataModule) -> None:
+    """Refuse rollouts that could outgrow the student's positions in the middle of a run.
+
+    Raises:
+        ValueError: If a prompt of the data's largest length leaves too few.
+    """
+    written = model.rollout.sampling.max_new_tokens
+    positions = getattr(model.distiller.student.causal_lm.config, "max_position_embeddings", None)
+    if positions is not None and data.max_length + written > positions:
+        raise ValueError(
+            f"prompts of up to data.max_length {data.max_length} tokens and responses of up to "
+            f"model.rollout.sampling.max_new_tokens {written} exceed the student's {positions} positions; lower either"
+        )
 
 
 def prepare_teacher(model: DistillationModule, data: TextDataModule, device: torch.device) -> Body | None:

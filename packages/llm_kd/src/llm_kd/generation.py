@@ -39,6 +39,8 @@ class Sampling:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be finite and at least 0 (greedy), got {self.temperature}")
+        if self.temperature == 0 and (self.top_p < 1 or self.top_k):
+            raise ValueError("temperature 0 takes the most likely token, so top_p and top_k do nothing: raise it")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
         for name, value in {"top_k": self.top_k, "no_repeat_ngram_size": self.no_repeat_ngram_size}.items():

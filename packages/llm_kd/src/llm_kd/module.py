@@ -353,8 +353,11 @@ class DistillationModule(pl.LightningModule):
         if self.trainer.sanity_checking:
             return
         self.rollout.on_validation(values["kl"])  # the untrained student's too: what follows is compared with it
-        if self.trainer.state.fn != "fit":
-            return
+        if self.trainer.state.fn == "fit":
+            self.remember(values)
+
+    def remember(self, values: dict[str, float]) -> None:
+        """Add validation means to the history, with those of the training since the last ones."""
         trained, self._since_validation = self._since_validation, dict.fromkeys(WINDOW, 0.0)
         tokens = trained["tokens"] or 1.0
         train = {
@@ -364,7 +367,10 @@ class DistillationModule(pl.LightningModule):
             "tokens_per_second": tokens / self._seconds,
         }
         self.history.append({"epoch": self.current_epoch, "step": self.global_step, **values, **train})
-        self.log_dict({f"epoch/{name.removeprefix('train_')}": value for name, value in train.items()})
+        for logger in self.loggers:
+            logger.log_metrics(
+                {f"epoch/{k.removeprefix('train_')}": v for k, v in train.items()}, step=self.global_step
+            )
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 

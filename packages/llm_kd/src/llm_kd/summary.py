@@ -65,7 +65,9 @@ def print_summary(result: "Result", model: DistillationModule, console: Console 
         lines["prompt"] = one_line(result.answers["before"].prompts[0])
         lines |= {f"answer, {when}": one_line(found.responses[0]) for when, found in result.answers.items()}
     if result.run_dir is not None:
-        lines["student"] = f"{result.run_dir}/student_{{last,best}}, for AutoModelForCausalLM.from_pretrained"
+        # A resumed run has no best student of its own where the best epoch came before it.
+        found = ",".join(which for which in ("last", "best") if (result.run_dir / f"student_{which}").is_dir())
+        lines["student"] = f"{result.run_dir}/student_{{{found}}}, for AutoModelForCausalLM.from_pretrained"
         lines["to resume"] = f"--ckpt_path {result.run_dir / 'checkpoints' / 'last.ckpt'} --trainer.max_epochs ..."
         lines["logs"] = f"{result.run_dir / 'metrics.csv'}, tensorboard --logdir {result.run_dir}"
         lines["configuration"] = str(result.run_dir / "config.yaml")

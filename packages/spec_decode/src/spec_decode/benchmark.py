@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from kd_common.files import write_atomically
 from kd_common.hub import EMBEDDED, load_causal_lm, load_config, load_tokenizer
+from kd_common.memory import peak_bytes
 from spec_decode.autotune import measure_passes
 from spec_decode.cost import speedup
 from spec_decode.data.corpus import encode_prompts, stop_tokens
@@ -68,6 +69,23 @@ def lossless(
     return {"equal": len(found.texts) - len(differing), "of": len(found.texts), "differing": differing}
 
 
+def needed_memory(decoder: SpeculativeDecoder, prompt: Sequence[int], **settings: Any) -> dict[str, float]:
+    """MiB that a decoder needs beside the target's weights: its drafter's own, and at the peak of one generation.
+
+    Args:
+        decoder: The decoder.
+        prompt: Prompt as token ids.
+        **settings: Of `SpeculativeDecoder.generate`.
+    """
+    target = [*decoder.target.parameters(), *decoder.target.buffers()]
+    shared = {tensor.untyped_storage().data_ptr() for tensor in target}
+    drafter = [] if decoder.drafter is None else decoder.drafter.weights()
+    own = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in drafter}
+    peak = peak_bytes(lambda: decoder.generate([prompt], **settings), [*target, *drafter], decoder.target.device)
+    drafter_bytes = sum(size for place, size in own.items() if place not in shared)
+    return {"drafter_mib": drafter_bytes / 2**20, "decoding_mib": peak / 2**20}
+
+
 def transformers_peers(
     name: str,
     dtype: str,
@@ -76,9 +94,11 @@ def transformers_peers(
     max_new_tokens: int,
     temperature: float,
     stops: Sequence[int],
+    assistant: str | None = None,
+    device: str = "cpu",
 ) -> dict[str, float]:
-    """Tokens per second, prefill included, of transformers' `generate`, alone and with its prompt lookup."""
-    model: Any = load_causal_lm(name, dtype)
+    """Tokens per second, prefill included, of transformers' `generate`: alone, with prompt lookup, assisted."""
+    model: Any = load_causal_lm(name, dtype).to(device)  # type: ignore[arg-type]
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "do_sample": temperature > 0,
@@ -87,13 +107,21 @@ def transformers_peers(
         **({"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}),
     }
     speeds = {}
-    for label, extra in {"transformers": {}, "transformers prompt lookup": {"prompt_lookup_num_tokens": 4}}.items():
+    ways: dict[str, dict[str, Any]] = {
+        "transformers": {},
+        "transformers prompt lookup": {"prompt_lookup_num_tokens": 4},
+    }
+    if assistant is not None:
+        ways["transformers assisted"] = {"assistant_model": load_causal_lm(assistant, dtype).to(device)}  # type: ignore[arg-type]
+    for label, extra in ways.items():
         tokens, seconds = 0, 0.0
         for index, prompt in enumerate([prompts[0], *prompts]):
-            ids = torch.tensor([prompt])
+            ids = torch.tensor([prompt], device=device)
             torch.manual_seed(index)
             start = time.perf_counter()
             out = model.generate(ids, attention_mask=torch.ones_like(ids), **settings, **extra)
+            if out.is_cuda:
+                torch.cuda.synchronize()
             if index:  # the first is a warm-up
                 tokens, seconds = tokens + out.shape[1] - ids.shape[1], seconds + time.perf_counter() - start
         speeds[label] = tokens / seconds
@@ -105,6 +133,7 @@ def rows_of_block(
     decoders: dict[str, SpeculativeDecoder],
     passes: dict[int, float],
     verdicts: dict[str, dict[str, Any]],
+    memory: dict[str, dict[str, float]],
     block: dict[str, Any],
 ) -> list[dict[str, Any]]:
     """One row per decoder: what was measured, and beside it the cost model."""
@@ -132,6 +161,7 @@ def rows_of_block(
                 "cost_model": model,
                 "share_of_cost_model": gain / model if model else None,
                 "lossless": verdicts.get(name),
+                **memory[name],
             }
         )
     return rows
@@ -148,6 +178,7 @@ def benchmark(
     longest_prompt: int = 512,
     seed: int = 0,
     peers: bool = True,
+    assistant: str | None = None,
     dtype: str = "bfloat16",
     device: str = "cpu",
     output: str = "runs/benchmark",
@@ -165,6 +196,7 @@ def benchmark(
         longest_prompt: Longer prompts are left out.
         seed: Seed of the draws.
         peers: Also run transformers' own `generate`, alone and with prompt lookup (their numbers include the prefill).
+        assistant: A smaller model of the same tokenizer, by folder or name, for transformers' assisted generation.
         dtype: Precision of the target's weights.
         device: Where to run.
         output: Folder for ``results.json``; finished blocks of the same settings in it are not run again.
@@ -181,7 +213,19 @@ def benchmark(
     sizes = {1, *(-(-tree_nodes(d.tree) // 8) * 8 for d in decoders.values() if d.tree)}
     passes = measure_passes(model, sorted(sizes))
 
-    settings = [model.fingerprint(), dtype, drafters, tree, count, max_new_tokens, longest_prompt, seed, sets, peers]
+    settings = [
+        model.fingerprint(),
+        dtype,
+        drafters,
+        tree,
+        count,
+        max_new_tokens,
+        longest_prompt,
+        seed,
+        sets,
+        peers,
+        assistant,
+    ]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     path = Path(output) / "results.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -191,24 +235,30 @@ def benchmark(
     blocks = [(n, t) for n in sets for t in spec_temperatures if (n, t) not in finished]
     with tqdm(total=sum(len(sets[n]) for n, _ in blocks), unit="prompt") as bar:
         for name, temperature in blocks:
-            found = measure(
-                decoders,
-                sets[name],
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                seed=seed,
-                stop_tokens=stops,
-                on_batch=bar.update,
-            )
+            how: dict[str, Any] = {
+                "max_new_tokens": max_new_tokens,
+                "temperature": temperature,
+                "seed": seed,
+                "stop_tokens": stops,
+            }
+            found = measure(decoders, sets[name], **how, on_batch=bar.update)
+            memory = {n: needed_memory(d, sets[name][0], **how) for n, d in decoders.items()}
             sampling = Sampling(temperature)
             verdicts = {
                 n: lossless(m, found[PLAIN], model, sets[name], sampling, seed) for n, m in found.items() if n != PLAIN
             }
             block = {"set": name, "temperature": temperature}
-            rows += rows_of_block(found, decoders, passes, verdicts, block)
+            rows += rows_of_block(found, decoders, passes, verdicts, memory, block)
             if peers:
                 speeds = transformers_peers(
-                    target, dtype, sets[name], max_new_tokens=max_new_tokens, temperature=temperature, stops=stops
+                    target,
+                    dtype,
+                    sets[name],
+                    max_new_tokens=max_new_tokens,
+                    temperature=temperature,
+                    stops=stops,
+                    assistant=assistant,
+                    device=device,
                 )
                 rows += [{**block, "drafter": peer, "tokens_per_second": speed} for peer, speed in speeds.items()]
             content = {"key": key, "environment": environment(), "pass_seconds": passes, "rows": rows}
@@ -226,8 +276,11 @@ def environment() -> dict[str, Any]:
 
 def print_table(rows: Sequence[dict[str, Any]], console: Console) -> None:
     """One line per set, temperature and decoder."""
-    columns = ("set", "T", "drafter", "tokens/s", "speed-up", "tau", "acceptance", "of cost model", "lossless")
-    table = Table(title="tau: tokens per target pass, accepted + 1; speed-up over plain decoding on the same runner")
+    columns = ("set", "T", "drafter", "tokens/s", "speed-up", "tau", "acceptance", "of cost model", "MiB", "lossless")
+    table = Table(
+        title="tau: tokens per target pass, accepted + 1; speed-up over plain decoding on the same runner; "
+        "MiB: drafter's weights + peak while decoding"
+    )
     for column in columns:
         table.add_column(column, justify="left" if column in ("set", "drafter") else "right")
     for row in rows:
@@ -242,6 +295,7 @@ def print_table(rows: Sequence[dict[str, Any]], console: Console) -> None:
             f"{row['tau']:.2f}" if "tau" in row else "",
             " ".join(f"{a:.2f}" for a in row.get("acceptance", [])),
             f"{share:.0%}" if share else "",
+            f"{row['drafter_mib']:.0f} + {row['decoding_mib']:.0f}" if "drafter_mib" in row else "",
             f"{verdict['equal']}/{verdict['of']}" if verdict else "",
         )
     console.print(table)

@@ -9,6 +9,7 @@ from kd_common.hub import EMBEDDED, load_config
 from spec_decode.data.corpus import encode_prompts, stop_tokens
 from spec_decode.decoder import Generation, SpeculativeDecoder
 from spec_decode.drafters import DRAFTERS, Drafter, DynamicTree, TrainableDrafter, load_drafter
+from spec_decode.drafters.draft_model import PretrainedDraft
 from spec_decode.drafters.files import read_config
 from spec_decode.models import CausalLM
 from spec_decode.target import TargetSpec
@@ -37,8 +38,11 @@ def parse_tree(text: str) -> tuple[int, ...] | DynamicTree | str | None:
 def find_drafter(name: str, target: CausalLM) -> Drafter | None:
     """Drafter from a folder that `fit` wrote, by a name that needs no weights, or None for ``none``.
 
+    The folder of a language model, such as a student that `llm_kd.fit` wrote, drafts as it is.
+
     Raises:
-        ValueError: For a name whose drafter must be trained, or a drafter of another target.
+        ValueError: For a name whose drafter must be trained, a drafter of another target, or a language model of
+            another vocabulary.
         FileNotFoundError: If it is neither a name nor a drafter's folder.
     """
     if name == "none":
@@ -48,6 +52,9 @@ def find_drafter(name: str, target: CausalLM) -> Drafter | None:
         if issubclass(kind, TrainableDrafter):
             raise ValueError(f"drafter {name!r} has to be trained; give the folder that `spec_decode.fit` wrote")
         return kind()
+    if (Path(name) / "config.json").is_file():
+        dtype = str(target.dtype).removeprefix("torch.")
+        return PretrainedDraft(target, TargetSpec(name, dtype).load().to(target.device))
     return load_drafter(Path(name), target)
 
 

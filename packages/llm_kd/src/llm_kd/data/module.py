@@ -29,12 +29,14 @@ class Split:
     Attributes:
         examples: What is left to train or validate on.
         rows: Number of rows read.
-        dropped: Number of rows left out because they are longer than ``max_length``.
+        dropped: Number of rows left out because they are too long.
+        room: Most tokens that a row may have, or its prompt where the teacher writes the response.
     """
 
     examples: list[Example]
     rows: int
     dropped: int
+    room: int
 
     @property
     def tokens(self) -> int:
@@ -49,7 +51,7 @@ class Split:
     def __str__(self) -> str:
         return (
             f"{self.rows:,} rows, {len(self.examples):,} examples, {self.supervised:,} of {self.tokens:,} tokens carry "
-            f"a loss; {self.dropped:,} rows longer than max_length dropped"
+            f"a loss; {self.dropped:,} rows of more than {self.room} tokens dropped"
         )
 
 
@@ -73,8 +75,6 @@ class TextDataModule(LightningDataModule):
         batch_size: Rows of a training batch on one rank.
         val_batch_size: Conversations of a validation batch on one rank.
         packing: Put several conversations into a training row of at most ``max_length`` tokens.
-        prompts_only: Train on the prompts alone, for a student that writes all responses itself (``OnPolicy``); the
-            training rows need no answers, and the teacher writes none for them. Validation is as ``responses`` says.
         limit_train: Use only the first rows for training.
         limit_val: Use only the first rows for validation.
         sampling: How the teacher's responses are drawn; greedily unless set.
@@ -82,8 +82,12 @@ class TextDataModule(LightningDataModule):
         generation_batch_size: Prompts the teacher answers at once.
         seed: Seed of the order.
 
+    Attributes:
+        prompts_only: Deliver the training prompts without answers, for a student that writes all responses itself: the
+            rows need none, and the teacher writes none for them. ``llm_kd.fit`` sets it; validation is unaffected.
+
     Raises:
-        ValueError: If a setting is out of its range.
+        ValueError: If a setting is out of its range, or without effect.
     """
 
     def __init__(
@@ -99,7 +103,6 @@ class TextDataModule(LightningDataModule):
         batch_size: int = 8,
         val_batch_size: int = 8,
         packing: bool = False,
-        prompts_only: bool = False,
         limit_train: int | None = None,
         limit_val: int | None = None,
         sampling: Sampling = DEFAULT_SAMPLING,
@@ -115,11 +118,13 @@ class TextDataModule(LightningDataModule):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if responses not in ("dataset", "teacher"):
             raise ValueError(f"responses must be 'dataset' or 'teacher', got {responses!r}")
+        if truncate and responses == "teacher":
+            raise ValueError("truncate cuts a data set's answers; a teacher's are limited by sampling.max_new_tokens")
         self.tokenizer_name, self.responses, self.fields, self.system = tokenizer, responses, fields, system
         self.files = {"train": _listed(train), "val": _listed(val)}
         self.limits = {"train": limit_train, "val": limit_val}
         self.max_length, self.truncate = max_length, truncate
-        self.packing, self.prompts_only = packing, prompts_only
+        self.packing, self.prompts_only = packing, False
         self.batch_size, self.val_batch_size, self.seed = batch_size, val_batch_size, seed
         self.sampling, self.sampling_seed, self.generation_batch_size = sampling, sampling_seed, generation_batch_size
         self.splits: dict[str, Split] = {}
@@ -173,7 +178,13 @@ class TextDataModule(LightningDataModule):
             if split == "train" and self.prompts_only:
                 continue
             rows = self.rows(split)
-            kept = self._prompts(rows)
+            room = self.max_length - self.sampling.max_new_tokens
+            kept = self._prompts(rows, room)
+            if own := sum(row.answered for row in rows):
+                rank_zero_info(
+                    f"{split}: {own:,} rows have answers of their own, which stay references; the loss falls on the "
+                    "teacher's (data.responses teacher)"
+                )
             written = write_responses(
                 teacher,
                 [prompt for _, prompt in kept],
@@ -189,7 +200,12 @@ class TextDataModule(LightningDataModule):
                 answered(prompt, response.tokens, row.messages[-1].content if row.answered else response.text)
                 for (row, prompt), response in zip(kept, written, strict=True)
             ]
-            self._keep(split, rows, examples)
+            if cut := sum(not set(response.tokens[-1:]) & set(self.eos_ids) for response in written):
+                rank_zero_info(
+                    f"{split}: {cut:,} of the teacher's {len(written):,} responses end at data.sampling.max_new_tokens "
+                    f"{self.sampling.max_new_tokens}, without a closing token"
+                )
+            self._keep(split, rows, examples, room)
 
     def setup(self, stage: str | None = None) -> None:
         """Read and encode the splits, once.
@@ -209,10 +225,11 @@ class TextDataModule(LightningDataModule):
                 )
             rows = self.rows(split)
             if prompts_only:
-                self._keep(split, rows, [answered(prompt, [], "") for _, prompt in self._prompts(rows)])
+                prompts = self._prompts(rows, self.max_length)
+                self._keep(split, rows, [answered(prompt, [], "") for _, prompt in prompts], self.max_length)
             else:
                 examples = [self.encoder.example(row, self.max_length, self.truncate) for row in rows]
-                self._keep(split, rows, [example for example in examples if example is not None])
+                self._keep(split, rows, [example for example in examples if example is not None], self.max_length)
 
     def train_dataloader(self) -> TextLoader:
         """Batches of this rank's share, in a new order every epoch."""
@@ -240,15 +257,15 @@ class TextDataModule(LightningDataModule):
             world_size=self.trainer.world_size if self.trainer else 1,
         )
 
-    def _prompts(self, rows: Sequence[Row]) -> list[tuple[Row, list[int]]]:
-        """Those rows whose prompt leaves room for an answer, with its tokens."""
-        room = self.max_length - self.sampling.max_new_tokens
+    def _prompts(self, rows: Sequence[Row], room: int) -> list[tuple[Row, list[int]]]:
+        """Those rows whose prompt has at most ``room`` tokens, with these."""
         prompts = [(row, self.encoder.prompt(row)) for row in rows]
         return [(row, prompt) for row, prompt in prompts if len(prompt) <= room]
 
-    def _keep(self, split: str, rows: Sequence[Row], examples: list[Example]) -> None:
-        found = Split(examples, rows=len(rows), dropped=len(rows) - len(examples))
-        rank_zero_info(f"{split}: {found}")
+    def _keep(self, split: str, rows: Sequence[Row], examples: list[Example], room: int) -> None:
+        found = Split(examples, rows=len(rows), dropped=len(rows) - len(examples), room=room)
+        limit = self.limits[split]
+        rank_zero_info(f"{split}{f', at most {limit:,} rows (limit_{split})' if limit else ''}: {found}")
         if not examples:
             raise ValueError(
                 f"{split}: none of the {len(rows)} rows fits max_length={self.max_length}; raise it, set truncate for "

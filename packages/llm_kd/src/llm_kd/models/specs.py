@@ -78,8 +78,8 @@ class StudentSpec:
         if self.name is not None and self.layers != "all":
             raise ValueError(
                 f"student.layers {self.layers} keeps layers of the teacher, but the student is {self.name}: set "
-                "student.layers to all (the default configuration keeps 10), or prune and save it beforehand with "
-                "llm_kd.models.depth_prune"
+                "student.layers to all (the default configuration, made for the embedded pair, keeps 10; start from "
+                "--config pairs/own for others), or prune it beforehand with llm_kd.models.depth_prune"
             )
 
 

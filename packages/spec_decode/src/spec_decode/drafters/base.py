@@ -115,6 +115,10 @@ class Drafter(ABC):
         """State of a new batch of rows that may grow to `capacity` tokens, draft nodes included."""
         return None
 
+    def weights(self) -> list[Tensor]:
+        """All its tensors, those of the target among them."""
+        return [*self.parameters(), *self.buffers()] if isinstance(self, torch.nn.Module) else []
+
     @abstractmethod
     def propose(self, state: DraftState) -> Draft:
         """Tree below the root of every row; a `SampledTree` where `state.rejection` asks for drawn candidates."""

@@ -115,6 +115,10 @@ class PretrainedDraft(Autoregressive):
             )
         self.model = model
 
+    def weights(self) -> list[Tensor]:
+        """Those of the draft model."""
+        return [*self.model.parameters(), *self.model.buffers()]
+
     def new_memory(self, batch: int, capacity: int) -> Any:
         """Cache of the draft model."""
         return self.model.new_cache(batch, capacity)

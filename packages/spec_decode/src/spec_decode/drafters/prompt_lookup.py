@@ -3,6 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from spec_decode.drafters.base import Draft, Drafter, DraftState, tree_depth
 from spec_decode.drafters.registry import DRAFTERS
 from spec_decode.proposals import SampledTree
@@ -85,6 +87,10 @@ class WithLookup(Drafter):
     def __init__(self, drafter: Drafter, longest: int = 5) -> None:
         self.drafter, self.lookup = drafter, PromptLookup(longest)
         self.max_depth, self.dynamic, self.acceptance = drafter.max_depth, drafter.dynamic, drafter.acceptance
+
+    def weights(self) -> list[Tensor]:
+        """Those of the other drafter."""
+        return self.drafter.weights()
 
     def new_memory(self, batch: int, capacity: int) -> Any:
         """The memories of both."""
