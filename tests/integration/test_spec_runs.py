@@ -109,6 +109,24 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, target):
         assert torch.equal(mine["exp_avg"], theirs["exp_avg"])
 
 
+@pytest.mark.parametrize(("batch", "accumulate"), [(1, 4), (2, 2), (3, 2)])
+def test_accumulation_does_not_change_the_update(tmp_path, target, batch, accumulate):
+    """In float64; answers of different lengths, so that the micro-batches supervise different numbers of tokens."""
+    torch.set_num_threads(1)
+    rows = batch * accumulate
+    extra = ("--trainer.precision=64-true", "--model.target.dtype=float64", "--data.features=online")
+    extra += (f"--data.epoch_rows={rows}", "--trainer.max_epochs=2", "--trainer.gradient_clip_val=0.5")
+    whole = build(arguments(tmp_path / "whole", target, rows, *extra))
+    run(whole)
+    split = build(
+        arguments(tmp_path / "split", target, batch, *extra, f"--trainer.accumulate_grad_batches={accumulate}")
+    )
+    run(split)
+    assert whole.trainer.global_step == split.trainer.global_step == 2
+    for key, value in whole.model.state_dict().items():
+        torch.testing.assert_close(split.model.state_dict()[key], value, rtol=0, atol=1e-9)
+
+
 def distributed_run(folder, standin):
     """What each of the two processes does."""
     torch.set_num_threads(1)

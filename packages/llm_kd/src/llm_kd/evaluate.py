@@ -61,11 +61,9 @@ def token_means(
     sums: dict[str, float] = {}
     for batch in tqdm(data.val_dataloader(), desc="tokens"):
         batch = batch.to(device)
-        hidden, others = (
-            body(batch.input_ids, batch.position_ids)[batch.predict] if body is not None else None
-            for body in (student, teacher)
-        )
-        signal = HiddenSignal(hidden if others is None else others, other.lm_head())
+        hidden = student(batch.input_ids, batch.position_ids)[batch.predict]
+        others = hidden if teacher is None else teacher(batch.input_ids, batch.position_ids)[batch.predict]
+        signal = HiddenSignal(others, other.lm_head())
         found = token_metrics(hidden, student.lm_head(), signal, batch.labels[batch.predict], vocab_size, k)
         for name, value in (found | {"tokens": batch.predict.sum()}).items():
             sums[name] = sums.get(name, 0.0) + float(value)

@@ -1,5 +1,6 @@
 """The training system: a drafter learns every level in one teacher-forced pass over text the target wrote."""
 
+import math
 import time
 from typing import Any
 
@@ -31,9 +32,10 @@ from spec_decode.target import TargetSpec
 class DrafterModule(pl.LightningModule):
     """Train a drafter of any kind against a frozen target.
 
-    The loss of a level is the soft cross-entropy to the target's law, averaged over its supervised tokens of all ranks;
-    the loss of an update is the weighted sum over the levels. Under a reduced draft vocabulary the law is renormalised
-    over it, and positions whose token lies outside are left out.
+    The loss of a level is the soft cross-entropy to the target's law, summed over its supervised tokens. The loss of an
+    update is the weighted sum over the levels, micro-batches and ranks, divided by the number of tokens that the first
+    level is supervised on, so that neither accumulation nor the number of ranks changes it. Under a reduced draft
+    vocabulary the law is renormalised over it, and positions whose token lies outside are left out.
 
     Args:
         target: The model whose decoding is sped up.
@@ -90,7 +92,7 @@ class DrafterModule(pl.LightningModule):
         self.drafter = drafter.build(self.target)
         self.history: list[dict[str, Any]] = []
         self._table = AcceptanceTable.empty(1, 1)
-        self._val = torch.zeros(2)
+        self._window = self._val = torch.zeros(2)
         self._epoch_start = self._epoch_seconds = 0.0
 
     @property
@@ -179,35 +181,50 @@ class DrafterModule(pl.LightningModule):
         return place, vocabulary[place] == tokens
 
     def on_train_epoch_start(self) -> None:
-        """Start the epoch's clock."""
+        """Start the sums of the first update, and the epoch's clock."""
+        self._window = torch.zeros(2, dtype=torch.float64, device=self.device)
         self._epoch_start = time.perf_counter()
 
     def training_step(self, batch: DraftBatch, batch_idx: int) -> Tensor:
-        """Weighted mean loss over the levels."""
+        """Weighted sum of the levels' losses of one micro-batch; it is normalised before the optimizer steps."""
         losses, counts, hits = self.level_losses(batch)
-        number = torch.stack(counts).double()
-        if world_size() > 1:
-            # DDP averages the ranks' gradients; the mean is to be over the tokens of all ranks.
-            dist.all_reduce(number)
-            number /= world_size()
-        means = torch.stack(losses) / number.clamp(min=1).to(losses[0].dtype)
-        weights = torch.tensor(level_weights(len(losses), self.level_decay), device=means.device, dtype=means.dtype)
-        loss = (weights * means).sum()
-        if not loss.isfinite():
-            raise NonFiniteLossError(
-                f"the loss became {float(loss)} at epoch {self.current_epoch}, batch {batch_idx} (levels: "
-                f"{[round(float(m), 4) for m in means]}). Last good checkpoint: {self._last_checkpoint}. Lower "
-                "model.learning_rate or set trainer.gradient_clip_val"
-            )
+        summed = torch.stack(losses)
+        weights = torch.tensor(level_weights(len(losses), self.level_decay), device=summed.device, dtype=summed.dtype)
+        loss = (weights * summed).sum()
+        self._window += torch.stack([loss.detach().double(), counts[0].double()])
         if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            local = torch.stack(counts).clamp(min=1)
-            accepted = (torch.stack(hits) / local).tolist()
-            for level, (mean, hit) in enumerate(zip(means.tolist(), accepted, strict=True), start=1):
+            number = torch.stack(counts).clamp(min=1)
+            means, accepted = (summed.detach() / number).tolist(), (torch.stack(hits) / number).tolist()
+            for level, (mean, hit) in enumerate(zip(means, accepted, strict=True), start=1):
                 self.log(f"train/loss_{level}", mean)
                 self.log(f"train/acceptance_{level}", hit)
                 self.log(f"a{level}", hit, prog_bar=True, logger=False)
-            self.log("train/loss", loss.detach(), prog_bar=True)
         return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Normalise the gradient by the tokens of the whole update.
+
+        Lightning calls this before it clips. By then it has divided by the number of micro-batches, and DDP has
+        averaged over the ranks.
+
+        Raises:
+            NonFiniteLossError: If the loss is not finite; the update is not made.
+        """
+        if world_size() > 1:
+            dist.all_reduce(self._window)
+        total, tokens = self._window.tolist()
+        self._window.zero_()
+        if not math.isfinite(total):
+            raise NonFiniteLossError(
+                f"the loss of update {self.global_step + 1} is {total}; the update was not made. Last good checkpoint: "
+                f"{self._last_checkpoint}. Lower model.learning_rate or set trainer.gradient_clip_val"
+            )
+        if tokens == 0:  # no answer reaches a level: the gradient is zero as it is
+            return
+        for parameter in self.drafter.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(self.trainer.accumulate_grad_batches * world_size() / tokens)
+        self.log("train/loss", total / tokens, prog_bar=True)
 
     @property
     def _last_checkpoint(self) -> str:
