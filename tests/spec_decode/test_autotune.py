@@ -7,6 +7,7 @@ from spec_decode import autotune as module
 from spec_decode.autotune import autotune, measure_drafts, measure_passes
 from spec_decode.decoder import SpeculativeDecoder
 from spec_decode.drafters import DrafterSpec, PromptLookup
+from spec_decode.guard import PayGuard
 
 
 @pytest.fixture
@@ -42,6 +43,42 @@ def test_a_useless_drafter_is_never_called(tiny, drafter, monkeypatch):
     monkeypatch.setattr(drafter, "propose", lambda state: pytest.fail("called"))
     plain = SpeculativeDecoder(tiny.target).generate([[1, 2, 3]], max_new_tokens=8)
     assert torch.equal(decoder.generate([[1, 2, 3]], max_new_tokens=8).sequences, plain.sequences)
+
+
+def test_a_guard_stops_what_does_not_pay_and_tries_more_and_more_rarely():
+    guard = PayGuard(plain_seconds=1.0, window=3)
+    drafted = []
+    for _ in range(20):
+        drafted.append(guard.begin())
+        if drafted[-1]:
+            assert guard.pays(1, 1.5)
+            assert guard.pays(3, 1.5)
+            assert not guard.pays(1, 2.5)  # five tokens in 5.5 seconds
+    assert [n for n, found in enumerate(drafted) if found] == [0, 2, 6, 14]
+    while not guard.begin():
+        pass
+    assert all(guard.pays(2, 1.5) for _ in range(6))
+    assert guard.failures == 0
+    assert guard.begin()
+
+
+@pytest.mark.parametrize(("plain_seconds", "windows"), [(0.0, 1), (1e9, 99)])
+def test_a_guarded_generation_emits_the_same_tokens(tiny, drafter, monkeypatch, plain_seconds, windows):
+    drafter.acceptance = [[0.9, 0.0], [0.9, 0.0], [0.9, 0.0]]
+    monkeypatch.setattr(module, "measure_passes", lambda *a, **k: {1: 1.0, 8: 1.0})
+    monkeypatch.setattr(module, "measure_drafts", lambda *a, **k: [0.0, 0.0, 0.0])
+    decoder = SpeculativeDecoder(tiny.target, drafter, tree="auto")
+    decoder.guard = PayGuard(plain_seconds, window=4)
+    calls, propose = [], drafter.propose
+    monkeypatch.setattr(drafter, "propose", lambda state: calls.append(1) or propose(state))
+    plain = SpeculativeDecoder(tiny.target).generate([[1, 2, 3]], max_new_tokens=40)
+    found = decoder.generate([[1, 2, 3]], max_new_tokens=40)
+    assert torch.equal(found.sequences, plain.sequences)
+    passes = len(found.acceptance_lengths[0])
+    assert len(calls) == min(passes, 4 * windows)
+    assert passes > 4
+    decoder.generate([[1, 2, 3]], max_new_tokens=8)
+    assert (len(calls) == 4) == (windows == 1)  # this one is skipped after a failure
 
 
 def test_unmeasured_acceptance_is_refused(tiny, drafter):

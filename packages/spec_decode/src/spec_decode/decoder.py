@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spec_decode.drafters.base import Draft, Drafter, DraftState, DynamicTree, TreeShape, tree_depth, tree_slots
+from spec_decode.guard import PayGuard
 from spec_decode.models import CausalLM, KVCache, States
 from spec_decode.proposals import SampledTree
 from spec_decode.sampling import Sampling, row_seeds
@@ -99,7 +100,8 @@ class SpeculativeDecoder:
         target: Step runner of the target.
         drafter: Drafter for this target; None decodes plainly.
         tree: Candidates per level, such as (3, 2, 1); a `DynamicTree`, for drafters that can; or "auto", which measures
-            this machine once and takes the tree with the most expected tokens per second, or none if none pays. None
+            this machine once and takes the tree with the most expected tokens per second, or none if none pays, and
+            falls back to plain decoding where a single row does not reach its speed after all (`PayGuard`). None
             means a chain of all the drafter's levels, of 4 where it has no limit.
         rejection: Draw candidates from the drafter's law and verify by recursive rejection. The default,
             sample-and-match, emits token for token what plain decoding with the same seed emits.
@@ -120,6 +122,7 @@ class SpeculativeDecoder:
     ) -> None:
         self.target, self.drafter, self.tokenizer = target, drafter, tokenizer
         self.tree: TreeShape
+        self.guard: PayGuard | None = None
         if drafter is None:
             self.tree = ()
         elif tree is None:
@@ -129,7 +132,8 @@ class SpeculativeDecoder:
                 raise ValueError(f"tree must be widths per level, a DynamicTree or 'auto', got {tree!r}")
             from spec_decode.autotune import autotune  # which times this class
 
-            self.tree = autotune(target, drafter).widths
+            choice = autotune(target, drafter)
+            self.tree, self.guard = choice.widths, PayGuard(choice.plain_time)
         else:
             self.tree = tree if isinstance(tree, DynamicTree) else tuple(tree)
         self.rejection = rejection
@@ -220,10 +224,13 @@ class SpeculativeDecoder:
         depth = tree_depth(self.tree)
         tested, matched = torch.zeros(depth, dtype=torch.int64), torch.zeros(depth, dtype=torch.int64)
         lengths: list[list[int]] = [[] for _ in prompts]
+        guard = self.guard if batch == 1 else None  # the plain pass it compares with was measured on one row
+        drafting = bool(self.drafter and self.tree) and (guard is None or guard.begin())
         while not run.done:
             roots, positions = run.roots(device)
             draft: Draft = DraftTree(roots.unsqueeze(1), roots.new_full((batch, 1), -1))
-            if self.drafter and self.tree:
+            spent = clock.seconds["draft"] + clock.seconds["target"]
+            if self.drafter and drafting:
                 draft = _pad(
                     self.drafter.propose(
                         DraftState(
@@ -257,6 +264,9 @@ class SpeculativeDecoder:
             tested[:levels] += (verified.tested & active.unsqueeze(1)).sum(0).cpu()[:depth]
             matched[:levels] += (verified.matched & active.unsqueeze(1)).sum(0).cpu()[:depth]
             clock.stop("commit")
+            if drafting and guard is not None:
+                spent = clock.seconds["draft"] + clock.seconds["target"] - spent
+                drafting = guard.pays(float(kept.sum()), spent)
         longest = max(map(len, run.contexts))
         sequences = torch.tensor([[*row, *[pad_token] * (longest - len(row))] for row in run.contexts])
         return Generation(
