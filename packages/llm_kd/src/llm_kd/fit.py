@@ -132,11 +132,11 @@ def run(cli: LanguageCLI) -> Result:
             f"data.packing puts many conversations into a row, but under model.rollout {type(model.rollout).__name__} "
             "the student answers each in a row of its own; set data.packing to false"
         )
-    if model.rollout.generates:
-        check_positions(model, data)
     data.prompts_only = not model.rollout.reads_answers
     parameters = {"student": count_parameters(model.distiller.student)}
     body = prepare_teacher(model, data, trainer.strategy.root_device)
+    if model.rollout.generates:
+        check_positions(model, data)
     if body is not None:
         parameters["teacher"] = count_parameters(body)
     answers: dict[str, Answers] = {}
@@ -161,17 +161,19 @@ def run(cli: LanguageCLI) -> Result:
 
 
 def check_positions(model: DistillationModule, data: TextDataModule) -> None:
-    """Refuse rollouts that could outgrow the student's positions in the middle of a run.
+    """Refuse rollouts that would outgrow the student's positions in the middle of a run.
 
     Raises:
-        ValueError: If a prompt of the data's largest length leaves too few.
+        ValueError: If the longest training prompt leaves too few for a response.
     """
+    data.setup("fit")
+    longest = max(example.prompt_length for example in data.splits["train"].examples)
     written = model.rollout.sampling.max_new_tokens
     positions = getattr(model.distiller.student.causal_lm.config, "max_position_embeddings", None)
-    if positions is not None and data.max_length + written > positions:
+    if positions is not None and longest + written > positions:
         raise ValueError(
-            f"prompts of up to data.max_length {data.max_length} tokens and responses of up to "
-            f"model.rollout.sampling.max_new_tokens {written} exceed the student's {positions} positions; lower either"
+            f"a training prompt of {longest} tokens and a response of up to model.rollout.sampling.max_new_tokens "
+            f"{written} exceed the student's {positions} positions; lower that, or data.max_length"
         )
 
 
