@@ -224,9 +224,7 @@ def test_prompts_alone_are_enough_on_policy(arguments):
 
 
 def test_rollouts_that_could_outgrow_the_positions_are_refused(arguments):
-    with pytest.raises(
-        ValueError, match="exceed the student's 512 positions"
-    ):
+    with pytest.raises(ValueError, match="exceed the student's 512 positions"):
         run(build(arguments("--config=rollouts/on_policy", "--model.rollout.sampling.max_new_tokens=500")))
 
 
