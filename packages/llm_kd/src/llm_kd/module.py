@@ -14,7 +14,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from kd_common.distributed import world_size
-from kd_common.errors import NonFiniteLossError
+from kd_common.errors import NonFiniteLossError, last_checkpoint
 from kd_common.hub import load_config, load_tokenizer
 from kd_common.schedules import CosineDecay, Schedule
 from llm_kd.data.batch import TokenBatch, collate
@@ -294,7 +294,8 @@ class DistillationModule(pl.LightningModule):
         if not math.isfinite(sums["loss"]):
             raise NonFiniteLossError(
                 f"the loss of update {self.global_step + 1} is {sums['loss']}; the update was not made. Last good "
-                f"checkpoint: {self._last_checkpoint}. Lower model.learning_rate or set trainer.gradient_clip_val"
+                f"checkpoint: {last_checkpoint(self.trainer)}. Lower model.learning_rate or set "
+                "trainer.gradient_clip_val"
             )
         if sums["denominator"] == 0:  # no supervised token, or none with a weight: the gradient is zero as it is
             return
@@ -310,11 +311,6 @@ class DistillationModule(pl.LightningModule):
             values = {"loss": loss, "tar": rate, "tokens": sums["tokens"], "lr": optimizer.param_groups[0]["lr"]}
             for logger in self.loggers:
                 logger.log_metrics({f"train/{k}": v for k, v in values.items()}, step=self.global_step)
-
-    @property
-    def _last_checkpoint(self) -> str:
-        paths = [getattr(callback, "best_model_path", "") for callback in self.trainer.checkpoint_callbacks]
-        return next(filter(None, reversed(paths)), "none written yet")
 
     # ------------------------------------------------------------------------------------------------ validation
 
@@ -348,7 +344,7 @@ class DistillationModule(pl.LightningModule):
         if not math.isfinite(values["nll"]):
             raise NonFiniteLossError(
                 f"the validation NLL is {values['nll']}: an update made the student non-finite. Last good checkpoint: "
-                f"{self._last_checkpoint}. Lower model.learning_rate or set trainer.gradient_clip_val"
+                f"{last_checkpoint(self.trainer)}. Lower model.learning_rate or set trainer.gradient_clip_val"
             )
         if self.trainer.sanity_checking:
             return

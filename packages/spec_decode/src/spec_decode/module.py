@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from kd_common.distributed import world_size
-from kd_common.errors import NonFiniteLossError
+from kd_common.errors import NonFiniteLossError, last_checkpoint
 from kd_common.schedules import CosineDecay, Schedule
 from spec_decode.cost import expected_tokens
 from spec_decode.data import DraftBatch, TargetText
@@ -217,7 +217,7 @@ class DrafterModule(pl.LightningModule):
         if not math.isfinite(total):
             raise NonFiniteLossError(
                 f"the loss of update {self.global_step + 1} is {total}; the update was not made. Last good checkpoint: "
-                f"{self._last_checkpoint}. Lower model.learning_rate or set trainer.gradient_clip_val"
+                f"{last_checkpoint(self.trainer)}. Lower model.learning_rate or set trainer.gradient_clip_val"
             )
         if tokens == 0:  # no answer reaches a level: the gradient is zero as it is
             return
@@ -225,11 +225,6 @@ class DrafterModule(pl.LightningModule):
             if parameter.grad is not None:
                 parameter.grad.mul_(self.trainer.accumulate_grad_batches * world_size() / tokens)
         self.log("train/loss", total / tokens, prog_bar=True)
-
-    @property
-    def _last_checkpoint(self) -> str:
-        paths = [getattr(callback, "best_model_path", "") for callback in self.trainer.checkpoint_callbacks]
-        return next(filter(None, reversed(paths)), "none written yet")
 
     # ------------------------------------------------------------------------------------------------ validation
 
@@ -262,7 +257,7 @@ class DrafterModule(pl.LightningModule):
         if not self._val[0].isfinite():
             raise NonFiniteLossError(
                 f"the validation loss is {float(self._val[0])} at epoch {self.current_epoch}; last good checkpoint: "
-                f"{self._last_checkpoint}. Lower model.learning_rate"
+                f"{last_checkpoint(self.trainer)}. Lower model.learning_rate"
             )
         acceptance = self._table.table()
         tau = expected_tokens(acceptance, (1,) * len(acceptance))

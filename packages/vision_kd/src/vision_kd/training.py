@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kd_common.distributed import average_batchnorm_buffers
-from kd_common.errors import NonFiniteLossError
+from kd_common.errors import NonFiniteLossError, last_checkpoint
 from kd_common.grads import accumulate, all_reduce_mean, clip_components, component_cosines, component_norms
 from kd_common.gsnr import GradientSNR
 from kd_common.optim import ComponentOptimizer
@@ -302,15 +302,9 @@ class ComponentTraining(Task):
             values = ", ".join(f"{name} {float(value):.4g}" for name, value in losses.items())
             raise NonFiniteLossError(
                 f"the loss became NaN or infinite at epoch {self.current_epoch}, batch {bad} (components of batch "
-                f"{batch_idx}: {values}). Nothing was saved since; last good checkpoint: {self._last_checkpoint}. "
-                "Lower model.learning_rate, set model.clip_norm or look at that batch."
+                f"{batch_idx}: {values}). Nothing was saved since; last good checkpoint: "
+                f"{last_checkpoint(self.trainer)}. Lower model.learning_rate, set model.clip_norm or look at that batch."
             )
-
-    @property
-    def _last_checkpoint(self) -> str:
-        # FitCLI adds the callback that saves every epoch behind the one that saves the best.
-        paths = [getattr(callback, "best_model_path", "") for callback in self.trainer.checkpoint_callbacks]
-        return next(filter(None, reversed(paths)), "none written yet")
 
     def gsnr_of_epoch(self) -> dict[str, float]:
         """Vector GSNR of every component over the updates measured this epoch, and their number.
@@ -344,7 +338,7 @@ class ComponentTraining(Task):
         """The error for a student whose validation shows that an update made it non-finite."""
         return NonFiniteLossError(
             f"{what} at epoch {self.current_epoch}: an update made the student non-finite. It was not saved; last good "
-            f"checkpoint: {self._last_checkpoint}. Lower model.learning_rate or set model.clip_norm."
+            f"checkpoint: {last_checkpoint(self.trainer)}. Lower model.learning_rate or set model.clip_norm."
         )
 
     # ------------------------------------------------------------------------------------------------ checkpoints
