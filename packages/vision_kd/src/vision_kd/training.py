@@ -303,7 +303,8 @@ class ComponentTraining(Task):
             raise NonFiniteLossError(
                 f"the loss became NaN or infinite at epoch {self.current_epoch}, batch {bad} (components of batch "
                 f"{batch_idx}: {values}). Nothing was saved since; last good checkpoint: "
-                f"{last_checkpoint(self.trainer)}. Lower model.learning_rate, set model.clip_norm or look at that batch."
+                f"{last_checkpoint(self.trainer)}. Lower model.learning_rate, set model.clip_norm or look at that "
+                "batch."
             )
 
     def gsnr_of_epoch(self) -> dict[str, float]:
