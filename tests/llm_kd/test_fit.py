@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import yaml
 from kd_common.hub import load_causal_lm, load_tokenizer
 from llm_kd.cache_teacher import main as cache_teacher_main
 from llm_kd.fit import build, main, run
+from llm_kd.summary import print_summary
 from llm_kd.teacher import CacheError
 
 PROMPTS = [f"Count to {n}." for n in range(2, 30)]
@@ -247,9 +249,13 @@ def test_a_setting_of_the_default_class_needs_no_class(arguments):
 
 
 def test_only_the_students_that_exist_are_announced(arguments, tmp_path, capsys):
-    main(arguments())
-    printed = capsys.readouterr().out
-    assert "run/student_{last,best}" in printed
+    cli = build(arguments())
+    result = run(cli)
+    print_summary(result, cli.model)
+    assert "run/student_{last,best}" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "run/student_best")  # as in a resumed run whose best epoch came before
+    print_summary(result, cli.model)
+    assert "run/student_{last}," in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
