@@ -1,13 +1,22 @@
 """Every trained drafter: lossless, drafting what it was trained to predict, and clean caches."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from spec_decode.decoder import SpeculativeDecoder
-from spec_decode.drafters import DRAFTERS, DrafterSpec, DynamicTree, WithLookup, load_drafter, save_drafter
+from spec_decode.drafters import (
+    DRAFTERS,
+    DrafterSpec,
+    DynamicTree,
+    PromptLookup,
+    WithLookup,
+    load_drafter,
+    save_drafter,
+)
 from spec_decode.drafters.base import DraftState, draft_from_levels
 from spec_decode.drafters.draft_model import PretrainedDraft
 from spec_decode.drafters.eagle3 import TrainingTimeTest
@@ -261,6 +270,105 @@ def test_backbone_noise_is_the_final_trees(tiny):
             single = draft_from_levels(DraftState(**{**vars(whole), **alone}), logits[:, level : level + 1], None, 40)
             single = single.tree if rejection else single
             assert torch.equal(single.tokens[:, 1], tree.tokens[:, 1 + level])
+
+
+# --- pruning by confidence ---
+
+
+def brute_force_paths(tree, row):
+    """Tokens from the root down to each present node of a row."""
+    tokens, parents = tree.tokens[row].tolist(), tree.parents[row].tolist()
+    found = {0: ()}
+    for node in range(1, len(tokens)):
+        if parents[node] >= 0:
+            found[node] = (*found[parents[node]], tokens[node])
+    return found
+
+
+@pytest.mark.parametrize("vocabulary", [None, torch.arange(0, 80, 2)])
+def test_pruned_tree_is_the_likely_part_of_the_whole_one(tiny, vocabulary):
+    logits = 2 * torch.randn(3, 3, 40)
+    state = state_at(tiny.target, [[1, 2], [3, 4], [5, 6]], (3, 2, 4), None)
+    whole = draft_from_levels(state, logits, vocabulary, 80)
+    sizes = set()
+    for threshold in (0.001, 0.01, 0.05, 0.2, 0.999):
+        pruned = draft_from_levels(replace(state, min_confidence=threshold), logits, vocabulary, 80)
+        for row in range(3):
+            expected = set()
+            for path in brute_force_paths(whole, row).values():
+                probability = 1.0
+                for level, token in enumerate(path):
+                    index = token if vocabulary is None else token // 2
+                    probability *= float(logits[row, level].double().softmax(-1)[index])
+                if probability >= threshold:
+                    expected.add(path)
+            assert set(brute_force_paths(pruned, row).values()) == expected
+        assert pruned.parents.shape[1] == 1 or (pruned.parents[:, 1:] >= 0).any(0).all()  # no column is empty
+        sizes.add(pruned.tokens.shape[1])
+    assert len(sizes) > 2
+    assert 1 in sizes
+
+
+@pytest.mark.parametrize("law", [GREEDY, HOT], ids=["greedy", "sampling"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_coupling_holds_under_pruning(tiny, plain, name, law):
+    """Token for token, and fewer nodes are verified than without."""
+    drafter = make(tiny.target, name, draft_vocab=17)
+    nodes = []
+    for threshold in (0.0, 0.1):
+        out = decode(tiny.target, drafter, law, tree=(6, 5, 4, 3), min_confidence=threshold)
+        assert out.new_tokens == plain[law]
+        nodes.append(sum(size * count for size, count in out.pass_sizes.items()) / sum(out.pass_sizes.values()))
+    assert nodes[1] < nodes[0] == 24
+
+
+def test_an_unsure_drafter_decodes_plainly(tiny, plain):
+    out = decode(tiny.target, make(tiny.target, "eagle3"), GREEDY, tree=(2, 2, 2), min_confidence=0.999)
+    assert out.new_tokens == plain[GREEDY]
+    assert set(out.pass_sizes) == {1}
+
+
+def test_autoregressive_drafting_stops_early(tiny, monkeypatch):
+    """No level is drafted below one that no row is expected to reach."""
+    calls = []
+    real = PretrainedDraft.next_logits
+    monkeypatch.setattr(PretrainedDraft, "next_logits", lambda *a: (calls.append(1), real(*a))[1])
+    drafter = PretrainedDraft(tiny.target, tiny.target)
+    per_draft = []
+    for threshold in (0.0, 0.999):
+        calls.clear()
+        out = decode(tiny.target, drafter, GREEDY, tree=(1, 1, 1, 1), min_confidence=threshold)
+        per_draft.append(len(calls) / sum(out.pass_sizes.values()))
+    assert per_draft == [4, 1]
+
+
+def test_dynamic_tree_under_pruning(tiny, plain):
+    drafter = make(tiny.target, "eagle3", draft_vocab=17)
+    whole = decode(tiny.target, drafter, HOT, tree=DynamicTree(3, 4, 12))
+    pruned = decode(tiny.target, drafter, HOT, tree=DynamicTree(3, 4, 12), min_confidence=0.08)
+    assert pruned.new_tokens == whole.new_tokens == plain[HOT]
+    assert set(whole.pass_sizes) == {16}
+    assert min(pruned.pass_sizes) < 16
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"min_confidence": 1.0}, r"min_confidence must be in \[0, 1\), got 1.0"),
+        ({"min_confidence": -0.1}, "min_confidence must be in"),
+        ({"min_confidence": 0.1, "rejection": True}, "change their law"),
+    ],
+)
+def test_bad_confidence(tiny, settings, message):
+    with pytest.raises(ValueError, match=message):
+        SpeculativeDecoder(tiny.target, make(tiny.target, "fast_eagle"), **settings)
+
+
+def test_lookup_has_no_confidence(tiny, plain):
+    with pytest.raises(ValueError, match="the drafts of PromptLookup have no probabilities"):
+        SpeculativeDecoder(tiny.target, PromptLookup(), min_confidence=0.1)
+    both = WithLookup(make(tiny.target, "fast_eagle"))
+    assert decode(tiny.target, both, GREEDY, tree=(2, 1), min_confidence=0.1).new_tokens == plain[GREEDY]
 
 
 # --- initialisation, vocabulary, files ---

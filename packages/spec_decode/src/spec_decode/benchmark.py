@@ -27,7 +27,7 @@ from spec_decode.cost import speedup
 from spec_decode.data.corpus import encode_prompts, stop_tokens
 from spec_decode.data.prompts import packaged_prompts, read_prompts
 from spec_decode.decoder import SpeculativeDecoder
-from spec_decode.drafters.base import tree_nodes
+from spec_decode.drafters.base import tree_slots
 from spec_decode.measure import Measurement, first_divergence, measure
 from spec_decode.models import CausalLM
 from spec_decode.sampling import Sampling, Stream, gumbel_noise, row_seeds
@@ -140,12 +140,12 @@ def rows_of_block(
     plain, rows = found[PLAIN], []
     for name, result in found.items():
         tree = decoders[name].tree
-        nodes = -(-tree_nodes(tree) // 8) * 8 if tree else 1
         phases = {phase: seconds for phase, seconds in result.phases.items() if phase != "prefill"}
         model = None
-        if tree:
-            drafting = result.phases["draft"] / max(result.passes, 1)
-            model = speedup(result.tau, passes[1], drafting, passes[nodes])
+        if tree and result.passes:
+            drafting = result.phases["draft"] / result.passes
+            verifying = sum(passes[n] * times for n, times in result.pass_sizes.items()) / result.passes
+            model = speedup(result.tau, passes[1], drafting, verifying)
         gain = result.tokens_per_second / plain.tokens_per_second
         rows.append(
             {
@@ -157,6 +157,7 @@ def rows_of_block(
                 "speedup": gain,
                 "tau": result.tau,
                 "acceptance": result.acceptance,
+                "pass_sizes": [list(pair) for pair in sorted(result.pass_sizes.items())],
                 "seconds": phases | {"overhead": result.seconds - sum(phases.values())},
                 "cost_model": model,
                 "share_of_cost_model": gain / model if model else None,
@@ -174,6 +175,7 @@ def benchmark(
     count: int = 8,
     temperatures: list[float] | None = None,
     tree: str = "chain",
+    min_confidence: float = 0.0,
     max_new_tokens: int = 128,
     longest_prompt: int = 512,
     seed: int = 0,
@@ -192,6 +194,7 @@ def benchmark(
         count: Prompts per set, the first ones.
         temperatures: Temperatures; 0 and 1 by default.
         tree: ``auto``, ``chain``, widths such as ``4,2,1``, or ``dynamic:DEPTH,TOP_K,NODES``, for every drafter.
+        min_confidence: See `SpeculativeDecoder`; drafters without probabilities keep all their nodes.
         max_new_tokens: Tokens per prompt.
         longest_prompt: Longer prompts are left out.
         seed: Seed of the draws.
@@ -209,15 +212,18 @@ def benchmark(
     sets = {n: encode_prompts(tokenizer, t[:count], longest=longest_prompt) for n, t in texts.items()}
     decoders = {PLAIN: SpeculativeDecoder(model)}
     for name in drafters:
-        decoders[name] = SpeculativeDecoder(model, find_drafter(name, model), tree=shape)
-    sizes = {1, *(-(-tree_nodes(d.tree) // 8) * 8 for d in decoders.values() if d.tree)}
-    passes = measure_passes(model, sorted(sizes))
+        drafter = find_drafter(name, model)
+        confidence = min_confidence if drafter is not None and drafter.confident else 0.0
+        decoders[name] = SpeculativeDecoder(model, drafter, tree=shape, min_confidence=confidence)
+    largest = max(tree_slots(decoder.tree) for decoder in decoders.values())
+    passes = measure_passes(model, [1, *range(8, largest + 1, 8)])
 
     settings = [
         model.fingerprint(),
         dtype,
         drafters,
         tree,
+        min_confidence,
         count,
         max_new_tokens,
         longest_prompt,
@@ -282,7 +288,7 @@ def print_table(rows: Sequence[dict[str, Any]], console: Console) -> None:
         "MiB: drafter's weights + peak while decoding"
     )
     for column in columns:
-        table.add_column(column, justify="left" if column in ("set", "drafter") else "right")
+        table.add_column(column, justify="left" if column in ("set", "drafter") else "right", overflow="fold")
     for row in rows:
         verdict = row.get("lossless")
         share = row.get("share_of_cost_model")

@@ -60,6 +60,7 @@ def chat(
     drafter: str = "prompt_lookup",
     target: str | None = None,
     tree: str = "chain",
+    min_confidence: float = 0.0,
     max_new_tokens: int = 512,
     temperature: float = 0.7,
     top_p: float = 0.95,
@@ -74,6 +75,7 @@ def chat(
         drafter: Folder of a trained drafter, ``prompt_lookup``, or ``none`` for plain decoding.
         target: Target by folder or name; by default the one the drafter was trained for, else the embedded SmolLM2.
         tree: ``auto`` (measured), ``chain``, widths such as ``4,2,1``, or ``dynamic:DEPTH,TOP_K,NODES``.
+        min_confidence: Draft only what the drafter takes to be reached with this probability, in [0, 1).
         max_new_tokens: Longest answer in tokens.
         temperature: 0 is greedy.
         top_p: Keep the likeliest tokens of this total probability.
@@ -82,7 +84,7 @@ def chat(
         dtype: Precision of the target's weights.
         device: Where to run.
     """
-    session = Session.open(drafter, target, dtype=dtype, device=device, tree=tree)
+    session = Session.open(drafter, target, dtype=dtype, device=device, tree=tree, min_confidence=min_confidence)
     talk(
         session,
         max_new_tokens=max_new_tokens,

@@ -5,6 +5,7 @@ and tests: docs/spec_exactness.md. Shapes: B rows, n nodes, D levels.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -40,6 +41,7 @@ class Generation:
             stop or a limit cut the last pass. The prefill and its token are not counted.
         tested: Passes, of all rows, whose walk met candidates at each level.
         matched: Passes in which one of them was accepted; `matched / tested` is the acceptance of the level.
+        pass_sizes: Target passes by their number of nodes, absent ones included.
         timings: Seconds of each phase in `PHASES`, and of everything under "total".
     """
 
@@ -49,6 +51,7 @@ class Generation:
     acceptance_lengths: list[list[int]]
     tested: list[int]
     matched: list[int]
+    pass_sizes: dict[int, int]
     timings: dict[str, float]
 
     @property
@@ -105,6 +108,8 @@ class SpeculativeDecoder:
             means a chain of all the drafter's levels, of 4 where it has no limit.
         rejection: Draw candidates from the drafter's law and verify by recursive rejection. The default,
             sample-and-match, emits token for token what plain decoding with the same seed emits.
+        min_confidence: Leave out the nodes that the drafter takes to be reached with a smaller probability, in [0, 1):
+            the product of its laws at temperature 1 along the path. 0 keeps them all.
         tokenizer: Needed for stop strings only.
 
     Raises:
@@ -118,6 +123,7 @@ class SpeculativeDecoder:
         *,
         tree: Sequence[int] | DynamicTree | str | None = None,
         rejection: bool = False,
+        min_confidence: float = 0.0,
         tokenizer: Any = None,
     ) -> None:
         self.target, self.drafter, self.tokenizer = target, drafter, tokenizer
@@ -136,7 +142,7 @@ class SpeculativeDecoder:
             self.tree, self.guard = choice.widths, PayGuard(choice.plain_time)
         else:
             self.tree = tree if isinstance(tree, DynamicTree) else tuple(tree)
-        self.rejection = rejection
+        self.rejection, self.min_confidence = rejection, min_confidence
         self._check()
 
     def _check(self) -> None:
@@ -150,6 +156,12 @@ class SpeculativeDecoder:
             raise ValueError(f"{name} drafts at most {drafter.max_depth} levels, the tree has {tree_depth(shape)}")
         if isinstance(shape, DynamicTree) and not drafter.dynamic:
             raise ValueError(f"{name} cannot draft a dynamic tree; give the candidates per level")
+        if not 0 <= self.min_confidence < 1:
+            raise ValueError(f"min_confidence must be in [0, 1), got {self.min_confidence}")
+        if self.min_confidence and not drafter.confident:
+            raise ValueError(f"the drafts of {name} have no probabilities; leave min_confidence at 0")
+        if self.min_confidence and self.rejection:
+            raise ValueError("choosing among drawn candidates would change their law; leave min_confidence at 0")
         if self.rejection and not drafter.samples:
             raise ValueError(f"{name} does not draw its candidates; leave rejection off (sample-and-match)")
         if self.rejection and isinstance(shape, DynamicTree):
@@ -224,6 +236,7 @@ class SpeculativeDecoder:
         depth = tree_depth(self.tree)
         tested, matched = torch.zeros(depth, dtype=torch.int64), torch.zeros(depth, dtype=torch.int64)
         lengths: list[list[int]] = [[] for _ in prompts]
+        pass_sizes: Counter[int] = Counter()
         guard = self.guard if batch == 1 else None  # the plain pass it compares with was measured on one row
         drafting = bool(self.drafter and self.tree) and (guard is None or guard.begin())
         while not run.done:
@@ -245,12 +258,14 @@ class SpeculativeDecoder:
                             seeds=seeds,
                             rejection=self.rejection,
                             memory=memory,
+                            min_confidence=self.min_confidence,
                         )
                     )
                 )
             clock.stop("draft")
             tree = draft.tree if isinstance(draft, SampledTree) else draft
             logits, passed = target.tree_logits(tree, cache)
+            pass_sizes[tree.tokens.shape[1]] += 1
             clock.stop("target")
             active = run.remaining > 0
             verified = _verify(draft, logits, sampling, seeds, positions)
@@ -276,6 +291,7 @@ class SpeculativeDecoder:
             acceptance_lengths=lengths,
             tested=tested.tolist(),
             matched=matched.tolist(),
+            pass_sizes=dict(pass_sizes),
             timings=clock.seconds | {"total": time.perf_counter() - began},
         )
 

@@ -59,6 +59,7 @@ def generate(
     drafter: str = "prompt_lookup",
     target: str | None = None,
     tree: str = "chain",
+    min_confidence: float = 0.0,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -77,6 +78,7 @@ def generate(
         drafter: Folder of a trained drafter, ``prompt_lookup``, or ``none`` for plain decoding.
         target: Target by folder or name; by default the one the drafter was trained for, else the embedded SmolLM2.
         tree: ``auto`` (measured), ``chain``, widths such as ``4,2,1``, or ``dynamic:DEPTH,TOP_K,NODES``.
+        min_confidence: Draft only what the drafter takes to be reached with this probability, in [0, 1).
         max_new_tokens: Longest answer in tokens.
         temperature: 0 is greedy.
         top_k: Keep this many tokens; all by default.
@@ -88,7 +90,15 @@ def generate(
         dtype: Precision of the target's weights.
         device: Where to run.
     """
-    session = Session.open(drafter, target, dtype=dtype, device=device, tree=tree, rejection=rejection)
+    session = Session.open(
+        drafter,
+        target,
+        dtype=dtype,
+        device=device,
+        tree=tree,
+        rejection=rejection,
+        min_confidence=min_confidence,
+    )
     messages = [{"role": "user", "content": prompt}]
     _, result = answer(
         session,

@@ -1,5 +1,6 @@
 """What a drafter brings on real prompts: tokens per second against plain decoding on the same runner."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -17,6 +18,7 @@ class Measurement:
         phases: Seconds of each phase.
         tested: Passes that met candidates at each level.
         matched: Passes in which one was accepted.
+        pass_sizes: Target passes by their number of nodes.
         texts: New tokens of every prompt.
     """
 
@@ -26,6 +28,7 @@ class Measurement:
     phases: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     tested: list[int] = field(default_factory=list)
     matched: list[int] = field(default_factory=list)
+    pass_sizes: Counter[int] = field(default_factory=Counter)
     texts: list[list[int]] = field(default_factory=list)
 
     def add(self, out: Generation) -> None:
@@ -39,6 +42,7 @@ class Measurement:
             mine.extend([0] * (len(theirs) - len(mine)))
             for level, count in enumerate(theirs):
                 mine[level] += count
+        self.pass_sizes.update(out.pass_sizes)
         self.texts += out.new_tokens
 
     @property

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spec_decode.sampling import Sampling, Stream, check_logits, gumbel_noise
-from spec_decode.tree import DraftTree, backbone_tree
+from spec_decode.tree import DraftTree, ancestor_mask, backbone_tree
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +85,29 @@ def matching_tree(
         scores = scores + temperature * _level_noise(draft_logits, seeds, root_positions, ids, Stream.TARGET)
     best, index = scores.topk(min(max(widths, default=1), len(ids)), dim=-1)
     return backbone_tree(root, ids[index].masked_fill(best.isneginf(), -1), widths)
+
+
+def path_probabilities(tree: DraftTree, draft_logits: Tensor, vocabulary: Tensor | None = None) -> Tensor:
+    """How likely the drafter takes each node to be reached: the product of its laws along the path.
+
+    Args:
+        tree: Tree whose nodes at depth i + 1 are tokens of level i.
+        draft_logits: Logits of every level, shape (B, N, C).
+        vocabulary: Target token of each of the drafter's tokens, ascending, int64 of shape (C,); None if they are the
+            same.
+
+    Returns:
+        float64 of shape (B, n): 1 at the root; what stands at absent nodes means nothing.
+    """
+    above = ancestor_mask(tree.parents)
+    level = (above.sum(-1) - 2).clamp(min=0)
+    token = tree.tokens.clamp(min=0)
+    if vocabulary is not None:
+        token = torch.searchsorted(vocabulary, token).clamp(max=len(vocabulary) - 1)
+    log_laws = draft_logits.double().log_softmax(-1)
+    own = log_laws[torch.arange(len(token), device=token.device).unsqueeze(1), level, token]
+    own[:, 0] = 0
+    return torch.where(above, own.unsqueeze(1), 0).sum(-1).exp()
 
 
 def sampled_tree(

@@ -76,7 +76,15 @@ class Session:
 
     @classmethod
     def open(
-        cls, drafter: str, target: str | None, *, dtype: str, device: str, tree: str, rejection: bool = False
+        cls,
+        drafter: str,
+        target: str | None,
+        *,
+        dtype: str,
+        device: str,
+        tree: str,
+        rejection: bool = False,
+        min_confidence: float = 0.0,
     ) -> "Session":
         """Load everything.
 
@@ -87,6 +95,7 @@ class Session:
             device: Where to run.
             tree: See `parse_tree`.
             rejection: See `SpeculativeDecoder`.
+            min_confidence: See `SpeculativeDecoder`.
         """
         if target is None:
             trained = drafter not in ("none", *DRAFTERS.names())
@@ -94,7 +103,12 @@ class Session:
         shape, spec = parse_tree(tree), TargetSpec(target, dtype)
         model, tokenizer = spec.load().to(device), spec.tokenizer()
         decoder = SpeculativeDecoder(
-            model, find_drafter(drafter, model), tree=shape, rejection=rejection, tokenizer=tokenizer
+            model,
+            find_drafter(drafter, model),
+            tree=shape,
+            rejection=rejection,
+            min_confidence=min_confidence,
+            tokenizer=tokenizer,
         )
         return cls(model, tokenizer, decoder, stop_tokens(tokenizer, load_config(target).eos_token_id))
 

@@ -159,6 +159,25 @@ def backbone_tree(
     return DraftTree(tokens.masked_fill(unreachable, -1), parents.masked_fill(unreachable, -1))
 
 
+def prune_tree(tree: DraftTree, keep: Tensor) -> DraftTree:
+    """The same tree without some nodes and what lies below them; nodes absent from every row are cut out.
+
+    Args:
+        tree: Tree to prune.
+        keep: Boolean of shape (B, n); the root is always kept.
+
+    Returns:
+        Tree of at most n nodes in the same order.
+    """
+    keep = keep & tree.present
+    keep[:, 0] = True
+    keep = ~(ancestor_mask(tree.parents) & ~keep.unsqueeze(1)).any(-1)
+    place = keep.any(0).cumsum(0) - 1
+    parents = torch.where(keep & (tree.parents >= 0), place[tree.parents.clamp(min=0)], -1)
+    columns = keep.any(0)
+    return DraftTree(tree.tokens.masked_fill(~keep, -1)[:, columns], parents[:, columns])
+
+
 def merge_branches(tree: DraftTree, branches: Sequence[Sequence[Sequence[int]]], max_nodes: int) -> DraftTree:
     """Tree with further continuations of the root, such as n-gram matches, sharing every prefix it already holds.
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from spec_decode.models import States
-from spec_decode.proposals import SampledTree, matching_tree, sampled_tree
+from spec_decode.proposals import SampledTree, matching_tree, path_probabilities, sampled_tree
 from spec_decode.sampling import Sampling
-from spec_decode.tree import DraftTree
+from spec_decode.tree import DraftTree, prune_tree
 
 Draft = DraftTree | SampledTree
 
@@ -81,6 +81,7 @@ class DraftState:
         seeds: The target's seeds, int64 of shape (B,).
         rejection: Whether the candidates must be drawn from the drafter's law, for `verify_sampled`.
         memory: What the drafter's `new_memory` returned for this batch.
+        min_confidence: Nodes that the drafter takes to be reached with a smaller probability are left out.
     """
 
     contexts: Sequence[Sequence[int]]
@@ -94,6 +95,7 @@ class DraftState:
     seeds: Tensor
     rejection: bool
     memory: Any
+    min_confidence: float = 0.0
 
 
 class Drafter(ABC):
@@ -103,12 +105,14 @@ class Drafter(ABC):
         max_depth: Most levels it can draft; None without a limit.
         samples: Whether it can draw its candidates, as `verify_sampled` needs.
         dynamic: Whether it can draft a `DynamicTree`.
+        confident: Whether its nodes have probabilities, which `min_confidence` needs.
         acceptance: Acceptance by level and rank measured on validation text (see `cost`); None if not measured.
     """
 
     max_depth: int | None = None
     samples: bool = False
     dynamic: bool = False
+    confident: bool = False
     acceptance: list[list[float]] | None = None
 
     def new_memory(self, batch: int, capacity: int) -> Any:
@@ -145,7 +149,7 @@ def draft_from_levels(state: DraftState, logits: Tensor, vocabulary: Tensor | No
             vocab_size=vocab_size,
             vocabulary=vocabulary,
         )
-    return matching_tree(
+    tree = matching_tree(
         state.root,
         logits,
         state.tree,
@@ -154,6 +158,9 @@ def draft_from_levels(state: DraftState, logits: Tensor, vocabulary: Tensor | No
         root_positions=state.root_positions,
         vocabulary=vocabulary,
     )
+    if state.min_confidence:
+        tree = prune_tree(tree, path_probabilities(tree, logits, vocabulary) >= state.min_confidence)
+    return tree
 
 
 def last_rows(x: Tensor, counts: Tensor) -> Tensor:
@@ -170,6 +177,8 @@ def draft_along_backbone(
 ) -> Draft:
     """Constrained tree of a drafter that needs the backbone's token before it can predict the next level.
 
+    Under `min_confidence` drafting ends with the level in which the backbones of all rows fall below it.
+
     Args:
         state: State with a constrained tree.
         logits: Logits of the first level, shape (B, C).
@@ -179,10 +188,16 @@ def draft_along_backbone(
     """
     assert isinstance(state.tree, tuple)
     levels = [logits]
+    reached = torch.ones(len(logits), dtype=torch.float64, device=logits.device)
     for level, width in enumerate(state.tree[:-1]):
         # The tree of this level alone: its noise is a function of the position, so its backbone is the final one.
-        alone = replace(state, tree=(width,), root_positions=state.root_positions + level)
+        alone = replace(state, tree=(width,), root_positions=state.root_positions + level, min_confidence=0.0)
         draft = draft_from_levels(alone, levels[-1].unsqueeze(1), vocabulary, vocab_size)
         tree = draft.tree if isinstance(draft, SampledTree) else draft
+        if state.min_confidence:
+            reached = reached * path_probabilities(tree, levels[-1].unsqueeze(1), vocabulary)[:, 1]
+            if (reached < state.min_confidence).all():
+                break
         levels.append(advance(tree.tokens[:, 1].clamp(min=0)))
+    state = replace(state, tree=state.tree[: len(levels)])
     return draft_from_levels(state, torch.stack(levels, dim=1), vocabulary, vocab_size)

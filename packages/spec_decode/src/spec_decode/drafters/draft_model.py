@@ -105,7 +105,7 @@ class PretrainedDraft(Autoregressive):
         ValueError: If the vocabularies differ in size.
     """
 
-    samples = True
+    samples = confident = True
 
     def __init__(self, target: CausalLM, model: CausalLM) -> None:
         if model.vocab_size != target.vocab_size:

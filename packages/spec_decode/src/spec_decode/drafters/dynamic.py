@@ -5,9 +5,10 @@ Shapes: B rows, k nodes expanded per level, C draft tokens.
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from spec_decode.drafters.base import DynamicTree
-from spec_decode.tree import DraftTree
+from spec_decode.tree import DraftTree, prune_tree
 
 
 class DynamicCandidates:
@@ -65,8 +66,12 @@ class DynamicCandidates:
         self.seen = own
         return self._tokens[-1].gather(1, chosen)
 
-    def tree(self) -> DraftTree:
-        """The best nodes of all; with a node its ancestors are among them, being at least as likely."""
+    def tree(self, min_confidence: float) -> DraftTree:
+        """The best nodes of all; with a node its ancestors are among them, being at least as likely.
+
+        Args:
+            min_confidence: Nodes of a smaller probability are left out.
+        """
         tokens, scores, parents = (torch.cat(x, dim=1) for x in (self._tokens, self._scores, self._parents))
         count = min(self._shape.nodes, tokens.shape[1])
         # A stable sort keeps parents, which come earlier, before children of the same score.
@@ -77,6 +82,9 @@ class DynamicCandidates:
         above = parents.gather(1, kept)
         nodes = torch.where(above < 0, 0, place.gather(1, above.clamp(min=0)))
         root = self._root.unsqueeze(1)
-        return DraftTree(
+        tree = DraftTree(
             torch.cat([root, tokens.gather(1, kept)], 1), torch.cat([root.new_full(root.shape, -1), nodes], 1)
         )
+        if not min_confidence:
+            return tree
+        return prune_tree(tree, F.pad(scores.gather(1, kept).exp(), (1, 0), value=1.0) >= min_confidence)

@@ -165,4 +165,4 @@ class Eagle3(TrainableDrafter):
             output = self._step(tokens, feature, this)
             tokens = candidates.expand(self.head(self.norm(output)))
             feature = output.gather(1, candidates.expanded.unsqueeze(-1).expand(-1, -1, output.shape[-1]))
-        return candidates.tree()
+        return candidates.tree(state.min_confidence)

@@ -87,6 +87,7 @@ class WithLookup(Drafter):
     def __init__(self, drafter: Drafter, longest: int = 5) -> None:
         self.drafter, self.lookup = drafter, PromptLookup(longest)
         self.max_depth, self.dynamic, self.acceptance = drafter.max_depth, drafter.dynamic, drafter.acceptance
+        self.confident = drafter.confident  # the branch itself is never pruned
 
     def weights(self) -> list[Tensor]:
         """Those of the other drafter."""

@@ -51,7 +51,7 @@ class TrainableDrafter(nn.Module, Drafter):
     """
 
     vocabulary: Tensor | None
-    samples = True
+    samples = confident = True
 
     def __init__(self, target: CausalLM, depth: int, draft_vocab: int | None) -> None:
         super().__init__()
