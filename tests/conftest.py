@@ -2,6 +2,9 @@
 
 import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported; processes that tests start inherit it
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 

@@ -45,7 +45,7 @@ def run_ranks():
                     )
                 )
         try:
-            codes = [process.wait(timeout=280) for process in processes]
+            codes = [process.wait(timeout=560) for process in processes]
         finally:
             for process in processes:
                 process.kill()
