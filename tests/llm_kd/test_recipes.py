@@ -124,7 +124,7 @@ def test_every_objective_and_selector_has_a_recipe():
     assert {f"selectors/{name}" for name in SELECTORS.names()} <= set(PARTS)
 
 
-@pytest.mark.parametrize("file", ["smollm2", "selection"])
+@pytest.mark.parametrize("file", ["smollm2", "selection", "gsm8k"])
 def test_the_comparisons_name_packaged_parts(file):
     comparison = yaml.safe_load((CONFIG_DIR / f"compare/{file}.yaml").read_text())
     for name in {entry for entries in comparison["variants"].values() for entry in entries}:

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from kd_common.cli import find_config
+from kd_common.compare import run_matrix
 from vision_kd import compare as module
-from vision_kd.compare import compare, main, summarise
+from vision_kd.compare import main, summarise
 from vision_kd.fit import CONFIG_DIR
 
 PNG = b"\x89PNG"
@@ -44,18 +45,19 @@ def test_runs_every_variant_and_continues_after_an_interruption(tmp_path, monkey
 
     monkeypatch.setattr(module, "run_one", train)
     variants = {"A": ["methods/kd", "--model.accumulate=2"], "B": ["methods/vanilla"]}
+    command = ['--base=["default"]', f"--variants={json.dumps(variants)}", f"--output={tmp_path}", "--seeds=[0,1]"]
     with pytest.raises(KeyboardInterrupt):
-        compare(["default"], variants, tmp_path, seeds=[0, 1])
+        main(command)
     assert len(json.loads((tmp_path / "results.json").read_text())["runs"]) == 3
 
     calls_before = list(calls)
     calls.clear()
-    rows = compare(["default"], variants, tmp_path, seeds=[0, 1])
+    rows = main(command)
     assert calls == [("B", 1, ("--config=default", "--config=methods/vanilla"))]
     assert [c[:2] for c in calls_before] == [("A", 0), ("A", 1), ("B", 0)]
     assert [(row["variant"], row["seed"]) for row in rows] == [("A", 0), ("A", 1), ("B", 0), ("B", 1)]
     with pytest.raises(ValueError, match="run with other settings"):
-        compare(["default"], variants, tmp_path, seeds=[0, 1], overrides=["--trainer.max_epochs=2"])
+        main([*command, '--overrides=["--trainer.max_epochs=2"]'])
     assert (tmp_path / "results.md").read_text().count("\n") == 4
     for figure in ("accuracy.png", "gsnr.png"):
         assert (tmp_path / figure).read_bytes().startswith(PNG)
@@ -83,7 +85,7 @@ def test_packaged_comparisons_name_packaged_configurations(name):
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser()
-    parser.add_function_arguments(compare, as_positional=False)
+    parser.add_function_arguments(run_matrix, as_positional=False, skip={"run_one", "headline"})
     settings = parser.parse_path(find_config(name, CONFIG_DIR))
     for entry in [*settings.base, *(e for configs in settings.variants.values() for e in configs)]:
         assert entry.startswith("--") or find_config(entry, CONFIG_DIR)

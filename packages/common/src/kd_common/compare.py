@@ -8,17 +8,20 @@ import multiprocessing
 import os
 import platform
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
+from kd_common.cli import resolve_config_names
 from kd_common.files import write_atomically
 
 Row = dict[str, Any]
@@ -32,9 +35,9 @@ def run_matrix(
     base: Sequence[str],
     variants: Mapping[str, Sequence[str]],
     output: Path,
-    seeds: Sequence[int],
-    overrides: Sequence[str],
-    jobs: int,
+    seeds: Sequence[int] = (0, 1, 2),
+    overrides: Sequence[str] = (),
+    jobs: int = 1,
 ) -> list[Row]:
     """Run every variant with every seed; every finished run is in ``results.json`` at once.
 
@@ -43,10 +46,11 @@ def run_matrix(
             ``variant``, ``seed`` and ``args``. A function of a module, so that other processes find it.
         headline: One line about a finished run.
         base: Configurations all runs share.
-        variants: Further configurations of each variant; an entry that starts with ``--`` is an argument instead.
-        output: Folder of the runs and ``results.json``.
+        variants: Further configurations of each variant, by the name it has in the table; an entry that starts with
+            ``--`` is a command-line argument instead.
+        output: Folder of the runs, ``results.json``, the table and the plots.
         seeds: One run per seed and variant.
-        overrides: Arguments added to all runs.
+        overrides: Command-line arguments added to all runs, such as ``--trainer.max_epochs=2``.
         jobs: Runs at a time; the CPU's threads are shared among them.
 
     Returns:
@@ -85,6 +89,39 @@ def run_matrix(
     names = list(variants)
     done.sort(key=lambda row: (names.index(row["variant"]) if row["variant"] in names else len(names), row["seed"]))
     return done
+
+
+def compare_command(
+    run_one: RunOne,
+    headline: Callable[[Row], str],
+    report: Callable[[Sequence[Row], Path], None],
+    *,
+    package: str,
+    description: str | None,
+    config_dir: Path,
+    args: list[str] | None = None,
+) -> list[Row]:
+    """The ``compare`` command of a package: parse, run the matrix, report.
+
+    Args:
+        run_one: See `run_matrix`.
+        headline: See `run_matrix`.
+        report: Called with all rows and the output folder; prints the table and writes it beside the plots.
+        package: Name of the package.
+        description: Shown by ``--help``.
+        config_dir: Where packaged comparisons are found by name.
+        args: Command line; None for ``sys.argv``.
+    """
+    parser = ArgumentParser(prog=f"python -m {package}.compare", description=description, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="Comparison file; packaged ones are found by name.")
+    parser.add_function_arguments(run_matrix, as_positional=False, skip={"run_one", "headline"})
+    settings = parser.parse_args(resolve_config_names(sys.argv[1:] if args is None else args, config_dir))
+    settings.pop("config")
+    settings = parser.instantiate_classes(settings)
+    rows = run_matrix(run_one, headline, **settings)
+    report(rows, settings.output)
+    print(f"written to {settings.output}")
+    return rows
 
 
 def _execute(run_one: RunOne, pending: Sequence[tuple[str, int, list[str], int]], jobs: int) -> Iterable[Row]:

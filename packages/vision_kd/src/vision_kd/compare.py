@@ -12,15 +12,12 @@ Every finished run is written to ``results.json`` at once; an interrupted compar
 """
 
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from jsonargparse import ArgumentParser
 
-from kd_common.cli import resolve_config_names
-from kd_common.compare import Row, by_variant, mean_and_spread, run_matrix, write_table
+from kd_common.compare import Row, by_variant, compare_command, mean_and_spread, write_table
 from vision_kd.figures import plot_accuracy, plot_gsnr
 from vision_kd.fit import CONFIG_DIR, build, run
 
@@ -46,42 +43,6 @@ def run_one(variant: str, seed: int, args: Sequence[str], threads: int) -> Row:
         "history": result.history,
         "args": list(args),
     }
-
-
-def compare(
-    base: list[str],
-    variants: dict[str, list[str]],
-    output: Path,
-    seeds: list[int] = [0, 1, 2],  # noqa: B006 (a default the command line prints)
-    overrides: list[str] = [],  # noqa: B006
-    jobs: int = 1,
-) -> list[Row]:
-    """Run every variant with every seed and write the table and the plots.
-
-    Args:
-        base: Configurations all runs share.
-        variants: Further configurations of each variant, by the name it has in the table; an entry that starts with
-            ``--`` is a command-line argument instead.
-        output: Folder of the runs, ``results.json``, ``results.md``, ``accuracy.png`` and ``gsnr.png``.
-        seeds: One run per seed and variant.
-        overrides: Command-line arguments added to all runs, such as ``--trainer.max_epochs=2``.
-        jobs: Runs at a time; the CPU's threads are shared among them.
-
-    Returns:
-        One row per run.
-    """
-    rows = run_matrix(
-        run_one,
-        headline,
-        base=base,
-        variants=variants,
-        output=output,
-        seeds=seeds,
-        overrides=overrides,
-        jobs=jobs,
-    )
-    report(rows, output)
-    return rows
 
 
 def headline(row: Row) -> str:
@@ -124,18 +85,13 @@ def report(rows: Sequence[Row], output: Path) -> None:
     plot_accuracy(rows, output / "accuracy.png")
     if any(key.startswith("gsnr/") for row in rows for key in row["history"][-1]):
         plot_gsnr(rows, output / "gsnr.png")
-    print(f"written to {output}")
 
 
 def main(args: list[str] | None = None) -> list[Row]:
     """Parse the comparison and run it."""
-    parser = ArgumentParser(prog="python -m vision_kd.compare", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="Comparison file; packaged ones are found by name.")
-    parser.add_function_arguments(compare, as_positional=False)
-    command_line = sys.argv[1:] if args is None else args
-    settings = parser.parse_args(resolve_config_names(command_line, CONFIG_DIR))
-    settings.pop("config")
-    return compare(**parser.instantiate_classes(settings))
+    return compare_command(
+        run_one, headline, report, package="vision_kd", description=__doc__, config_dir=CONFIG_DIR, args=args
+    )
 
 
 if __name__ == "__main__":
