@@ -1,9 +1,11 @@
-"""Start the same function in two processes, as a cluster's launcher would."""
+"""Processes that tests start: a function in two of them, as a cluster's launcher would, and a run that is killed."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,47 @@ import importlib, sys
 sys.path.insert(0, sys.argv[1])
 getattr(importlib.import_module(sys.argv[2]), sys.argv[3])(*sys.argv[4:])
 """
+
+# Trains as the command line does, but stands still after one batch of an epoch, until it is killed.
+VICTIM = """
+import importlib, sys, time
+from pathlib import Path
+import lightning.pytorch as pl
+package, mark, epoch, batch, *arguments = sys.argv[1:]
+fit = importlib.import_module(package + ".fit")
+
+class StandStill(pl.Callback):
+    def on_train_batch_end(self, trainer, module, outputs, data, batch_idx):
+        if (trainer.current_epoch, batch_idx) == (int(epoch), int(batch)):
+            Path(mark).touch()
+            time.sleep(600)
+
+cli = fit.build(arguments)
+cli.trainer.callbacks.append(StandStill())
+fit.run(cli)
+"""
+
+
+@pytest.fixture(scope="session")
+def kill_inside_epoch():
+    """Kill a run of a package's ``fit`` after a batch of an epoch, both from 0; its output lands in ``folder``."""
+
+    def kill(package, arguments, folder, *, epoch, batch):
+        mark, log = folder / "mark", folder / "output"
+        command = [sys.executable, "-c", VICTIM, package, str(mark), str(epoch), str(batch), *arguments]
+        with log.open("w") as output:
+            victim = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=output, stderr=output)
+            try:
+                deadline = time.monotonic() + 240
+                while not mark.exists():
+                    assert victim.poll() is None, log.read_text()
+                    assert time.monotonic() < deadline, log.read_text()
+                    time.sleep(0.1)
+            finally:
+                victim.kill()
+            assert victim.wait() == -signal.SIGKILL
+
+    return kill
 
 
 @pytest.fixture(scope="session")

@@ -1,37 +1,12 @@
 """Drafter training: killed and resumed equals uninterrupted; two processes equal one with the doubled batch."""
 
-import importlib.util
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
-
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from spec_decode.fit import build, run
 
 pytestmark = pytest.mark.slow
-
-# Trains as the command line does, but stands still in epoch 2 after one batch, until it is killed.
-VICTIM = """
-import sys, time
-from pathlib import Path
-import lightning.pytorch as pl
-from spec_decode.fit import build, run
-
-class StandStill(pl.Callback):
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if (trainer.current_epoch, batch_idx) == (2, 0):
-            Path(sys.argv[1]).touch()
-            time.sleep(600)
-
-cli = build(sys.argv[2:])
-cli.trainer.callbacks.append(StandStill())
-run(cli)
-"""
 
 
 def arguments(folder, standin, batch=2, *extra):
@@ -64,39 +39,32 @@ def plain(history):
 
 
 @pytest.fixture(scope="module")
-def target(tmp_path_factory):
-    """A tiny target with a tokenizer, saved; made by the conftest of another folder."""
-    path = Path(__file__).parents[1] / "spec_decode/conftest.py"
-    spec = importlib.util.spec_from_file_location("spec_decode_conftest", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def target(tmp_path_factory, byte_tokenizer):
+    """A tiny target with a tokenizer, saved."""
     folder = tmp_path_factory.mktemp("standin")
-    module.tiny_model(vocab_size=258, num_hidden_layers=4, max_position_embeddings=2048).save_pretrained(folder)
-    module.byte_tokenizer().save_pretrained(folder)
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer.save_pretrained(folder)
     return folder
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty")
-def test_killed_and_resumed_equals_uninterrupted(tmp_path, target):
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, target, kill_inside_epoch):
     torch.set_num_threads(1)
     whole = build(arguments(tmp_path / "whole", target))
     expected = run(whole)  # also leaves text and features in the cache
-    script, mark, folder = tmp_path / "victim.py", tmp_path / "mark", tmp_path / "killed"
-    script.write_text(VICTIM)
-    with (tmp_path / "output").open("w") as output:
-        victim = subprocess.Popen(
-            [sys.executable, str(script), str(mark), *arguments(folder, target)],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=output,
-            stderr=output,
-        )
-        deadline = time.monotonic() + 240
-        while not mark.exists():
-            assert victim.poll() is None, (tmp_path / "output").read_text()
-            assert time.monotonic() < deadline, (tmp_path / "output").read_text()
-            time.sleep(0.1)
-        os.kill(victim.pid, signal.SIGKILL)
-        assert victim.wait() == -signal.SIGKILL
+    folder = tmp_path / "killed"
+    kill_inside_epoch("spec_decode", arguments(folder, target), tmp_path, epoch=2, batch=0)
     resumed = build([*arguments(folder, target), f"--ckpt_path={folder / 'checkpoints/last.ckpt'}"])
     result = run(resumed)
     assert resumed.trainer.global_step == whole.trainer.global_step == 8

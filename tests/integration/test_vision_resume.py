@@ -1,10 +1,5 @@
 """A run killed in the middle of an epoch and resumed equals one that was never interrupted, bit for bit."""
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,24 +10,6 @@ from vision_kd.fit import build, run
 pytestmark = pytest.mark.slow
 PLAIN = ["--model.gsnr_every=2"]
 FULL = ["--model.ema_decay=0.9", "--model.accumulate=3", "--model.clip_norm=1", "--config=methods/dkd_beta2"]
-
-# Trains as the command line does, but stands still in epoch 2 after five batches, until it is killed.
-VICTIM = """
-import sys, time
-from pathlib import Path
-import lightning.pytorch as pl
-from vision_kd.fit import build, run
-
-class StandStill(pl.Callback):
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if (trainer.current_epoch, batch_idx) == (2, 4):
-            Path(sys.argv[1]).touch()
-            time.sleep(600)
-
-cli = build(sys.argv[2:])
-cli.trainer.callbacks.append(StandStill())
-run(cli)
-"""
 
 
 def arguments(run_dir, extra):
@@ -71,28 +48,13 @@ def assert_equal(found, expected, where=""):
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty")
 @pytest.mark.parametrize("extra", [PLAIN, FULL], ids=["plain", "ema, accumulation, DKD"])
-def test_killed_and_resumed_equals_uninterrupted(tmp_path, extra):
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, extra, kill_inside_epoch):
     torch.set_num_threads(1)
     whole = build(arguments(tmp_path / "whole", extra))
     expected = run(whole)  # also leaves the teacher in the cache
 
-    script, mark, folder = tmp_path / "victim.py", tmp_path / "mark", tmp_path / "killed"
-    script.write_text(VICTIM)
-    with (tmp_path / "output").open("w") as output:
-        victim = subprocess.Popen(
-            [sys.executable, str(script), str(mark), *arguments(folder, extra)],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=output,
-            stderr=output,
-        )
-        deadline = time.monotonic() + 240
-        while not mark.exists():
-            assert victim.poll() is None, (tmp_path / "output").read_text()
-            assert time.monotonic() < deadline, (tmp_path / "output").read_text()
-            time.sleep(0.1)
-        os.kill(victim.pid, signal.SIGKILL)
-        assert victim.wait() == -signal.SIGKILL
-
+    folder = tmp_path / "killed"
+    kill_inside_epoch("vision_kd", arguments(folder, extra), tmp_path, epoch=2, batch=4)
     last = folder / "checkpoints/last.ckpt"
     assert torch.load(last, weights_only=True)["epoch"] == 1
     resumed = build([*arguments(folder, extra), f"--ckpt_path={last}"])

@@ -1,8 +1,7 @@
-"""Tiny stand-ins: a byte tokenizer with a chat template, and random models of every architecture the recipes use."""
+"""Tiny stand-ins: random models of every architecture the recipes use."""
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -12,29 +11,11 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
-    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
 
 from kd_common.hub import quiet
-
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def byte_tokenizer():
-    """258 tokens: every byte, and ChatML's two marks; the end of a turn is also the padding."""
-    vocabulary = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=CHATML
-    )
 
 
 def tiny_model(architecture="llama", *, layers=3, hidden=32, vocab=258, seed=0, **settings):
@@ -66,9 +47,9 @@ def tiny_model(architecture="llama", *, layers=3, hidden=32, vocab=258, seed=0, 
 
 
 @pytest.fixture(scope="session")
-def tokenizer():
+def tokenizer(byte_tokenizer):
     """The byte tokenizer."""
-    return byte_tokenizer()
+    return byte_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from spec_decode.models import CausalLM
 from spec_decode.sampling import Sampling
@@ -249,30 +248,12 @@ def tiny():
     )
 
 
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def byte_tokenizer():
-    """258 tokens: every byte, and ChatML's two marks; the end of a turn is also the padding."""
-    vocabulary = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=CHATML
-    )
-
-
 @pytest.fixture(scope="session")
-def standin(tmp_path_factory):
+def standin(tmp_path_factory, byte_tokenizer):
     """Folder of a tiny target with a byte tokenizer, in the layout of a real one."""
     folder = tmp_path_factory.mktemp("standin")
     tiny_model(vocab_size=258, num_hidden_layers=4, max_position_embeddings=2048).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    byte_tokenizer.save_pretrained(folder)
     return folder
 
 
