@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from kd_common.optim import DecoupledAdamW
+from kd_common.optim import DecoupledAdamW, decay_groups
 
 SHAPES = [(3, 4), (4,), (2, 3)]
 BETA1S = {"task": 0.975, "target": 0.825, "nontarget": 0.975}
@@ -114,3 +114,13 @@ def test_bad_gradients_change_nothing():
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         DecoupledAdamW(**({"params": parameters(), "lr": 0.1, "beta1s": BETA1S} | settings))
+
+
+def test_decay_groups():
+    """Matrices decay, everything else does not; no group is empty."""
+    net = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
+    decayed, others = decay_groups(net.parameters(), 0.1)
+    assert [tuple(p.shape) for p in decayed["params"]] == [(2, 3)]
+    assert [tuple(p.shape) for p in others["params"]] == [(2,), (2,), (2,)]
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    assert len(decay_groups(net[1].parameters(), 0.1)) == 1

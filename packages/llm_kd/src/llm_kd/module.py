@@ -16,6 +16,7 @@ from torch import distributed as dist
 from kd_common.distributed import world_size
 from kd_common.errors import NonFiniteLossError, last_checkpoint
 from kd_common.hub import load_config, load_tokenizer
+from kd_common.optim import decay_groups
 from kd_common.schedules import CosineDecay, Schedule
 from llm_kd.data.batch import TokenBatch, collate
 from llm_kd.data.encode import Encoder
@@ -182,11 +183,8 @@ class DistillationModule(pl.LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with the learning-rate schedule, stepped every update."""
         trained = [parameter for parameter in self.distiller.parameters() if parameter.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=self.learning_rate, betas=self.betas)
+        groups = decay_groups(trained, self.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kd_common.distributed import world_size
 from kd_common.errors import NonFiniteLossError, last_checkpoint
+from kd_common.optim import decay_groups
 from kd_common.schedules import CosineDecay, Schedule
 from spec_decode.cost import expected_tokens
 from spec_decode.data import DraftBatch, TargetText
@@ -110,12 +111,8 @@ class DrafterModule(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with the learning-rate schedule, stepped every update."""
-        trained = list(self.drafter.parameters())
-        groups = [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=self.learning_rate, betas=self.betas)
+        groups = decay_groups(self.drafter.parameters(), self.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
