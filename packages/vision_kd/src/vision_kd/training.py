@@ -170,6 +170,12 @@ class ComponentTraining(Task):
             weight_decay=self.weight_decay,
         )
 
+    @property
+    def momenta(self) -> dict[str, float]:
+        """Momentum (beta1 of Adam) that the policy gives every component."""
+        optimizer = self._build_optimizer()
+        return dict(optimizer.param_groups[0][optimizer.coefficient])
+
     def _lr_factor(self, step: int) -> float:
         if step == 0:  # asked for when the optimizer is built, before the length of an epoch is known
             return self.lr_schedule(0.0, self._max_epochs)

@@ -1,0 +1,127 @@
+"""Reports: what a run logged, read back, and one self-contained HTML page out of figures, tables and text.
+
+Which figures a run is worth is the method package's business; needs the extra ``kd-common[report]``.
+"""
+
+import base64
+import csv
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from kd_common.files import write_atomically
+
+Series = tuple[np.ndarray, np.ndarray]
+"""Updates and the values logged at them."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of a report.
+
+    Args:
+        title: Heading; also names the figure's files.
+        text: How to read what follows.
+        figure: Figure, if there is one.
+        table: One mapping from column to cell per line.
+        markup: Ready-made HTML, such as coloured tokens.
+    """
+
+    title: str
+    text: str = ""
+    figure: Figure | None = None
+    table: Sequence[Mapping[str, str]] = ()
+    markup: Markup = Markup("")  # noqa: RUF009 (immutable)
+
+    @property
+    def slug(self) -> str:
+        """The title as a file name."""
+        return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
+
+
+def write_report(folder: Path, title: str, sections: Sequence[Section]) -> Path:
+    """Write ``report.html``, which needs no other file, and every figure as SVG and PNG in ``figures``.
+
+    Args:
+        folder: Where to write; made if missing.
+        title: Heading of the page.
+        sections: Its parts.
+
+    Returns:
+        The page.
+    """
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    images = {}
+    for section in sections:
+        if section.figure is not None:
+            svg, png = (_rendered(section.figure, kind) for kind in ("svg", "png"))
+            write_atomically(folder / "figures" / f"{section.slug}.svg", svg)
+            write_atomically(folder / "figures" / f"{section.slug}.png", png)
+            images[section.slug] = base64.b64encode(svg).decode()
+    environment = Environment(loader=PackageLoader("kd_common", "."), autoescape=True, undefined=StrictUndefined)
+    page = folder / "report.html"
+    html = environment.get_template("report.html").render(title=title, sections=sections, images=images)
+    write_atomically(page, html)
+    return page
+
+
+def _rendered(figure: Figure, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    with rc_context({"svg.hashsalt": "kd"}):  # the same figure gives the same bytes
+        figure.savefig(buffer, format=kind, dpi=130, metadata={"Date": None} if kind == "svg" else None)
+    return buffer.getvalue()
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """The resolved configuration of a run.
+
+    Raises:
+        FileNotFoundError: If the folder holds no run.
+    """
+    file = run / "config.yaml"
+    if not file.is_file():
+        raise FileNotFoundError(f"{run} is no run: it holds no config.yaml. Give the folder that `fit` printed")
+    return yaml.safe_load(file.read_text())
+
+
+def read_metrics(run: Path) -> dict[str, Series]:
+    """Everything a run logged, by name; of a run that was resumed what the last attempt logged of every update.
+
+    Raises:
+        FileNotFoundError: If it has logged nothing.
+    """
+    earlier = sorted(run.glob("metrics_*.csv"), key=lambda file: int(file.stem.partition("_")[2]))
+    files = [*earlier, *run.glob("metrics.csv")]
+    if not files:
+        raise FileNotFoundError(f"{run} holds no metrics.csv; was the run made with another trainer.logger?")
+    found: dict[str, dict[int, float]] = {}
+    for file in files:
+        with file.open(newline="") as lines:
+            for row in csv.DictReader(lines):
+                for name, value in row.items():
+                    if name not in ("step", "epoch") and value:
+                        found.setdefault(name, {})[int(row["step"])] = float(value)
+    return {
+        name: (np.array(sorted(values)), np.array([values[step] for step in sorted(values)]))
+        for name, values in found.items()
+    }
+
+
+def run_names(runs: Sequence[Path]) -> dict[Path, str]:
+    """Shortest names that tell the runs apart: as many of the last parts of their paths as it takes."""
+    resolved = [run.resolve() for run in runs]
+    for depth in range(1, max(len(run.parts) for run in resolved) + 1):
+        names = ["/".join(run.parts[-depth:]) for run in resolved]
+        if len(set(names)) == len(set(resolved)):
+            break
+    return dict(zip(runs, names, strict=True))

@@ -1,0 +1,217 @@
+"""``python -m llm_kd.report RUN...``: what runs did and why, as one self-contained HTML page.
+
+From the logs: KL, NLL and acceptance over the updates. From the saved students, on held-out text: accepted and rejected
+tokens in place, acceptance by the teacher's entropy, loss by position. Several runs are laid over each other.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jsonargparse import ArgumentParser
+from markupsafe import Markup, escape
+from matplotlib.figure import Figure
+from rich.console import Console
+from torch import Tensor
+
+from kd_common.hub import load_causal_lm, load_config, load_tokenizer
+from kd_common.report import Section, Series, read_config, read_metrics, run_names, write_report
+from llm_kd.data import TextDataModule
+from llm_kd.models import Body, shared_vocabulary
+from llm_kd.token_table import token_table
+
+Metrics = Mapping[str, Series]
+ACCEPTED, REJECTED = "#d7f0d0", "#f8d0cc"
+PANELS = {"val/kl": "KL to the teacher (nats)", "val/nll": "negative log-likelihood (nats)", "val/tar": "TAR (%)"}
+
+
+def class_name(settings: Any, default: str) -> str:
+    """Last part of the class path of a block of a configuration."""
+    return settings["class_path"].rpartition(".")[2] if settings else default
+
+
+def summary(name: str, config: Mapping[str, Any], metrics: Metrics) -> dict[str, str]:
+    """Line of the first table."""
+    model = config["model"]["init_args"]
+    return {
+        "run": name,
+        "objective": class_name(model["objective"], "ForwardKL"),
+        "selector": class_name(model["selector"], "TopK"),
+        "rollout": class_name(model["rollout"], "OffPolicy"),
+        "updates": f"{metrics['val/kl'][0][-1] + 1:.0f}",
+        **{
+            f"{label}, start → last": " → ".join(f"{metrics[key][1][i]:.3f}" for i in (0, -1))
+            for label, key in (("KL", "val/kl"), ("NLL", "val/nll"))
+        },
+        "TAR %, start → last": " → ".join(f"{100 * metrics['val/tar'][1][i]:.1f}" for i in (0, -1)),
+    }
+
+
+def plot_progress(runs: Mapping[str, Metrics]) -> Figure:
+    """Held-out KL, NLL and acceptance, and the acceptance in training, over the updates."""
+    figure = Figure(figsize=(9.6, 6.2), layout="constrained")
+    panels = list(figure.subplots(2, 2).flat)
+    for name, metrics in runs.items():
+        for axes, key in zip(panels, PANELS, strict=False):
+            steps, values = metrics[key]
+            axes.plot(steps + 1, (100 if key == "val/tar" else 1) * values, ".-", label=name)
+        steps, values = metrics["train/tar"]
+        panels[3].plot(steps + 1, 100 * values, lw=1, label=name)
+    for axes, label in zip(
+        panels, [f"held-out {label}" for label in PANELS.values()] + ["accepted in training (%)"], strict=True
+    ):
+        axes.set(xlabel="updates", ylabel=label)
+        axes.grid(alpha=0.3)
+    panels[0].legend(fontsize=7)
+    return figure
+
+
+def plot_positions(tables: Mapping[str, Mapping[str, Tensor]]) -> Figure:
+    """KL and acceptance by the position in the answer, in bins that hold equally many tokens, a curve per run."""
+    return _by(tables, "position", "position in the answer (tokens)", bins=12)
+
+
+def plot_entropy(tables: Mapping[str, Mapping[str, Tensor]]) -> Figure:
+    """KL and acceptance by the teacher's entropy, in bins that hold equally many tokens, a curve per run."""
+    return _by(tables, "teacher_entropy", "entropy of the teacher (nats)", bins=12)
+
+
+def _by(tables: Mapping[str, Mapping[str, Tensor]], key: str, label: str, bins: int) -> Figure:
+    figure = Figure(figsize=(9.6, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, table in tables.items():
+        parts = np.array_split(np.argsort(table[key].numpy(), kind="stable"), bins)
+        parts = [part for part in parts if len(part)]
+        x, kl, top_k, spec_k = (
+            [float(table[column].double().numpy()[part].mean()) for part in parts]
+            for column in (key, "kl", "accepted", "speck")
+        )
+        left.plot(x, kl, ".-", label=name)
+        (line,) = right.plot(x, [100 * value for value in top_k], ".-", label=f"{name}, Top-k")
+        right.plot(x, [100 * v for v in spec_k], ".--", color=line.get_color(), label=f"{name}, Spec-k expected")
+    left.set(xlabel=label, ylabel="KL to the teacher (nats)")
+    right.set(xlabel=label, ylabel="accepted (%)", ylim=(0, 100))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    return figure
+
+
+def mark_tokens(table: Mapping[str, Tensor], tokenizer: Any, number: int) -> Markup:
+    """One example's answer with accepted tokens on green and rejected ones on red; the pointer shows the details."""
+    spans = []
+    for row in (table["example"] == number).nonzero().squeeze(1).tolist():
+        text, mine, theirs = (
+            tokenizer.decode([int(table[column][row])]) for column in ("token", "student_top", "teacher_top")
+        )
+        details = (
+            f"student: {mine!r}, teacher: {theirs!r}, KL {float(table['kl'][row]):.2f}, teacher's entropy "
+            f"{float(table['teacher_entropy'][row]):.2f}, Spec-k accepts with {float(table['speck'][row]):.0%}"
+        )
+        colour = ACCEPTED if table["accepted"][row] else REJECTED
+        spans.append(Markup('<span style="background:{}" title="{}">{}</span>').format(colour, details, text))
+    return Markup("").join(spans)
+
+
+def held_out(settings: Mapping[str, Any], tokenizer: str, limit: int) -> TextDataModule:
+    """The data of a run's configuration, at most ``limit`` held-out rows."""
+    parser = ArgumentParser()
+    parser.add_class_arguments(TextDataModule, "data")
+    kept = {name: value for name, value in settings.items() if value is not None}
+    return parser.instantiate_classes(
+        parser.parse_object({"data": {**kept, "tokenizer": tokenizer, "limit_val": limit}})
+    ).data
+
+
+def student_sections(
+    runs: Mapping[str, Path], configs: Mapping[str, Mapping[str, Any]], *, limit: int, k: int, texts: int
+) -> list[Section]:
+    """What the students make of the held-out text of the first run."""
+    first = next(iter(configs.values()))
+    model, settings = first["model"]["init_args"], first["data"]["init_args"]
+    folders = {name: run / "student_last" for name, run in runs.items()}
+    teacher_name = model["teacher"]["name"]
+    tokenizer = load_tokenizer(teacher_name)
+    student_folder = str(next(iter(folders.values())))
+    vocab_size = shared_vocabulary(
+        tokenizer, load_tokenizer(student_folder), load_config(teacher_name), load_config(student_folder)
+    )
+    data = held_out(settings, teacher_name, limit)
+    teacher = Body(load_causal_lm(teacher_name, model["teacher"]["dtype"])).eval()
+    if data.responses == "teacher":
+        data.write_responses(teacher.model, splits=("val",))
+    data.setup("validate")
+    examples = [example for example in data.splits["val"].examples if example.num_supervised]
+    tables = {}
+    for name, folder in folders.items():
+        student = Body(load_causal_lm(str(folder), "float32")).eval()
+        tables[name] = token_table(student, teacher, examples, vocab_size=vocab_size, k=k)
+    tokens = sum(example.num_supervised for example in examples)
+    about = f"{tokens:,} tokens of {len(examples)} held-out answers. "
+    sections = [
+        Section(
+            "Acceptance and the teacher's entropy",
+            about
+            + f"Top-k: the student's likeliest token is among the teacher's {k} likeliest. Spec-k: at least one of "
+            f"{k} draws of the student is accepted.",
+            plot_entropy(tables),
+        ),
+        Section("Loss and acceptance by position", about, plot_positions(tables)),
+    ]
+    for number, example in enumerate(examples[:texts]):
+        prompt = str(tokenizer.decode(example.input_ids[: example.prompt_length], skip_special_tokens=True))
+        parts = [Markup("<p><b>Prompt</b></p>") + escape(prompt.strip())]
+        for name, table in tables.items():
+            parts.append(Markup("<p><b>{}</b></p>").format(name) + mark_tokens(table, tokenizer, number))
+        text = f"Green: Top-{k} accepts what the student would have said here; red: it does not."
+        sections.append(Section(f"Tokens of text {number + 1}", text, markup=Markup("").join(parts)))
+    return sections
+
+
+def report(runs: Sequence[Path], output: Path, *, limit: int = 16, k: int = 5, texts: int = 3) -> Path:
+    """Write the report of some runs; returns the page.
+
+    Args:
+        runs: Folders that `fit` printed.
+        output: Folder of the page.
+        limit: Held-out rows the students are run on; 0 leaves the students out.
+        k: Most likely tokens of the teacher that count as acceptance.
+        texts: Answers shown token by token.
+
+    Raises:
+        FileNotFoundError: If a folder holds no finished run.
+    """
+    names = {name: run for run, name in run_names(runs).items()}
+    configs = {name: read_config(run) for name, run in names.items()}
+    metrics = {name: read_metrics(run) for name, run in names.items()}
+    sections = [
+        Section("Runs", table=[summary(name, configs[name], metrics[name]) for name in names]),
+        Section(
+            "Progress",
+            "TAR: the share of tokens for which the student's likeliest one is among the teacher's five likeliest. In "
+            "training it is the acceptance of the run's own selector.",
+            plot_progress(metrics),
+        ),
+    ]
+    if limit:
+        sections += student_sections(names, configs, limit=limit, k=k, texts=texts)
+    return write_report(output, "Distillation of " + ", ".join(names), sections)
+
+
+def main(args: list[str] | None = None) -> Path:
+    """Parse the command line, write the report and say where it is."""
+    parser = ArgumentParser(prog="python -m llm_kd.report", description=__doc__, allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", type=Path, help="Folders of runs.")
+    parser.add_argument("--output", type=Path, default=Path("runs/report"), help="Folder of the page.")
+    parser.add_argument("--limit", type=int, default=16, help="Held-out rows the students are run on; 0 for none.")
+    parser.add_argument("--k", type=int, default=5, help="Most likely tokens of the teacher that count as accepted.")
+    parser.add_argument("--texts", type=int, default=3, help="Answers shown token by token.")
+    settings = parser.parse_args(args)
+    page = report(settings.runs, settings.output, limit=settings.limit, k=settings.k, texts=settings.texts)
+    Console().print(f"written to {page}", soft_wrap=True, highlight=False)
+    return page
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,262 @@
+"""``python -m vision_kd.report RUN...``: what runs did and why, as one self-contained HTML page.
+
+From the logs: validation metric and k, GSNR beside the momenta, norms and cosines of the gradient components. From the
+students of classifiers: correlation of logits beside the teacher's, calibration, change per class, loss landscapes.
+Several runs are laid over each other; give them in the order in which they should be compared, the reference first.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from torch import Tensor
+from tqdm import tqdm
+
+from kd_common.report import Section, Series, read_config, read_metrics, run_names, write_report
+from vision_kd.data import ImageDataModule
+from vision_kd.diagnosis import calibration_error, class_accuracy, class_correlation, collect_logits
+from vision_kd.fit import VisionCLI, build
+from vision_kd.landscape import filter_direction, loss_surface
+from vision_kd.models import Classifier, load_classifier
+from vision_kd.module import DistillationModule
+from vision_kd.run_figures import (
+    plot_class_changes,
+    plot_component_gradients,
+    plot_correlations,
+    plot_landscapes,
+    plot_progress,
+    plot_reliability,
+    plot_signal_to_noise,
+)
+from vision_kd.teacher import teacher_cache_path
+
+
+@dataclass
+class Run:
+    """A finished run.
+
+    Args:
+        folder: What `fit` printed.
+        name: Name in the report.
+        metrics: Everything it logged.
+        cli: Its model and data, built anew.
+    """
+
+    folder: Path
+    name: str
+    metrics: dict[str, Series]
+    cli: VisionCLI
+
+    @classmethod
+    def open(cls, folder: Path, name: str) -> "Run":
+        """Read a run and rebuild its model and data; nothing is trained or written.
+
+        Raises:
+            FileNotFoundError: If the folder holds no run, or one that logged nothing.
+        """
+        read_config(folder)
+        metrics = read_metrics(folder)
+        settings = [f"--config={folder / 'config.yaml'}", "--trainer.fast_dev_run=1", "--trainer.accelerator=cpu"]
+        return cls(folder, name, metrics, build([*settings, "--baseline=null", "--ckpt_path=null"]))
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the student is a classifier, whose logits can be compared."""
+        return isinstance(self.cli.model, DistillationModule)
+
+    def student(self) -> Classifier:
+        """The student of the last epoch."""
+        return load_classifier(self.folder / "student_last.pt")
+
+    def teacher(self) -> Classifier | None:
+        """The teacher, if its weights are at hand: a file, a library's, or in the cache; None otherwise."""
+        spec = self.cli.model.teacher_spec
+        if spec is None:
+            return None
+        if spec.checkpoint is not None or spec.pretrained:
+            return DistillationModule.build(spec.model, **DistillationModule.facts(self.cli.datamodule))
+        data = json.loads(json.dumps(self.cli.config["data"].as_dict(), default=str))
+        path = teacher_cache_path(spec, data)
+        return load_classifier(path) if path.is_file() else None
+
+    def summary(self) -> dict[str, str]:
+        """Line of the first table."""
+        model = self.cli.model
+        _, values = self.metrics[f"val/{model.metric}"]
+        header = model.metrics[model.metric]
+        return {
+            "run": self.name,
+            "method": type(model.method).__name__,
+            "policy": type(model.policy).__name__,
+            "mask": "none" if model.topk is None else f"dynamic, k_opt {model.topk.k_opt:g}",
+            "student": model.student_spec.name,
+            "teacher": model.teacher_spec.name if model.needs_teacher and model.teacher_spec else "none",
+            f"last {header} %": f"{100 * values[-1]:.2f}",
+            f"best {header} %": f"{100 * values.max():.2f}",
+            "seed": str(self.cli.config["seed_everything"]),
+        }
+
+
+def log_sections(runs: Sequence[Run]) -> list[Section]:
+    """What the logs show."""
+    model = runs[0].cli.model
+    metrics = {run.name: run.metrics for run in runs}
+    text = "k is the number of non-target classes that the dynamic mask lets through."
+    masked = any("train/k" in run.metrics for run in runs)
+    sections = [
+        Section("Runs", table=[run.summary() for run in runs]),
+        Section(
+            "Accuracy" if runs[0].classifies else "Average precision",
+            text if masked else "",
+            plot_progress(metrics, model.metric, model.metrics[model.metric]),
+        ),
+    ]
+    figure = plot_signal_to_noise(metrics, {run.name: run.cli.model.momenta for run in runs})
+    if figure is not None:
+        sections.append(
+            Section(
+                "Gradient signal-to-noise",
+                "Squared norm of the mean gradient over its variance, over the updates measured in an epoch. DeepKD "
+                "gives components with a higher ratio a larger momentum. The dashed line is what noise without any "
+                "signal reads with as many samples.",
+                figure,
+            )
+        )
+    for run in runs:
+        gradients = plot_component_gradients(run.metrics)
+        if gradients is not None:
+            sections.append(Section(f"Gradient components of {run.name}", figure=gradients))
+    return sections
+
+
+def student_sections(runs: Sequence[Run], *, resolution: int, extent: float, samples: int) -> list[Section]:
+    """What the students of classifiers show on the validation data of the first run."""
+    data = runs[0].cli.datamodule
+    data.prepare_data()
+    data.setup("validate")
+    networks: dict[str, Classifier] = {run.name: run.student() for run in runs}
+    taught = next((run for run in runs if run.cli.model.needs_teacher), None)
+    teacher = None if taught is None else taught.teacher()
+    everyone = networks if teacher is None else {"teacher": teacher, **networks}
+    logits = {name: collect_logits(net, data.val_dataloader(), "cpu") for name, net in everyone.items()}
+    sections = [*_comparisons(logits, data, list(networks), missing_teacher=taught is not None and teacher is None)]
+    if resolution:
+        sections.append(_landscapes(networks, data, resolution=resolution, extent=extent, samples=samples))
+    return sections
+
+
+def _comparisons(
+    logits: Mapping[str, tuple[Tensor, Tensor]], data: ImageDataModule, students: list[str], *, missing_teacher: bool
+) -> list[Section]:
+    errors = [
+        {
+            "network": name,
+            "top-1 %": f"{100 * float((z.argmax(-1) == y).float().mean()):.2f}",
+            "mean confidence %": f"{100 * float(z.softmax(-1).amax(-1).mean()):.2f}",
+            "calibration error %": f"{100 * calibration_error(z, y):.2f}",
+        }
+        for name, (z, y) in logits.items()
+    ]
+    correlations = {name: class_correlation(z).numpy() for name, (z, _) in logits.items()}
+    text = "Which classes a network takes for similar: the closer a student's picture is to the teacher's, the more of "
+    text += "its dark knowledge it has."
+    if missing_teacher:
+        text += " The teacher's weights are neither in a file nor in the cache, so its picture is missing."
+    sections = [
+        Section("Correlation of logits", text, plot_correlations(correlations, data.class_names)),
+        Section(
+            "Calibration",
+            "Dots above the diagonal are more accurate than confident. A dot's area is its share of the samples.",
+            plot_reliability(logits),
+            errors,
+        ),
+    ]
+    if len(students) > 1:
+        accuracy = {name: class_accuracy(*logits[name]).numpy() for name in students}
+        reference = students[0]
+        changes = {name: accuracy[name] - accuracy[reference] for name in students[1:]}
+        sections.append(Section("Change per class", figure=plot_class_changes(changes, data.class_names, reference)))
+    return sections
+
+
+def _landscapes(
+    networks: Mapping[str, Classifier], data: ImageDataModule, *, resolution: int, extent: float, samples: int
+) -> Section:
+    batches, count = [], 0
+    for views, target in data.val_dataloader():
+        batches.append((views["clean"], target))
+        count += len(target)
+        if count >= samples:
+            break
+    images, target = (torch.cat(parts)[:samples] for parts in zip(*batches, strict=True))
+    offsets = torch.linspace(-extent, extent, resolution)
+    surfaces = {}
+    for name, network in tqdm(networks.items(), desc="loss landscapes", unit="student"):
+        generator = torch.Generator().manual_seed(0)  # students of one architecture move the same way
+        directions = [filter_direction(dict(network.named_parameters()), generator) for _ in range(2)]
+        surfaces[name] = loss_surface(network, directions, offsets, images, target).numpy()
+    return Section(
+        "Loss landscapes",
+        f"Cross-entropy on {len(target)} validation images around every student (the cross), along the same two random "
+        "directions, scaled filter by filter to the student's own weights: 1 moves every filter by its own length. All "
+        "panels share one scale.",
+        plot_landscapes(surfaces, offsets.numpy()),
+    )
+
+
+def report(
+    runs: Sequence[Path], output: Path, *, resolution: int = 13, extent: float = 0.6, samples: int = 500
+) -> Path:
+    """Write the report of some runs; returns the page.
+
+    Args:
+        runs: Folders that `fit` printed, the reference first.
+        output: Folder of the page.
+        resolution: Points per direction of the loss landscapes; 0 leaves them out.
+        extent: How far they reach, in lengths of the filters.
+        samples: Validation images they are computed on.
+
+    Raises:
+        FileNotFoundError: If a folder holds no finished run.
+        ValueError: If classifiers and detectors, or runs on different data, are to be compared.
+    """
+    names = run_names(runs)
+    opened = [Run.open(run, names[run]) for run in runs]
+    kinds: dict[tuple[Any, ...], str] = {
+        (type(run.cli.model).__name__, tuple(run.cli.datamodule.class_names)): run.name for run in opened
+    }
+    if len(kinds) > 1:
+        raise ValueError(f"{' and '.join(kinds.values())} have other tasks or classes; report on them one by one")
+    sections = log_sections(opened)
+    if opened[0].classifies:
+        sections += student_sections(opened, resolution=resolution, extent=extent, samples=samples)
+    return write_report(output, "Distillation of " + ", ".join(run.name for run in opened), sections)
+
+
+def main(args: list[str] | None = None) -> Path:
+    """Parse the command line, write the report and say where it is."""
+    parser = ArgumentParser(prog="python -m vision_kd.report", description=__doc__, allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", type=Path, help="Folders of runs, the reference first.")
+    parser.add_argument("--output", type=Path, default=Path("runs/report"), help="Folder of the page.")
+    parser.add_argument("--resolution", type=int, default=13, help="Points per direction of the loss landscapes.")
+    parser.add_argument("--extent", type=float, default=0.6, help="How far they reach, in lengths of the filters.")
+    parser.add_argument("--samples", type=int, default=500, help="Validation images they are computed on.")
+    settings = parser.parse_args(args)
+    page = report(
+        settings.runs,
+        settings.output,
+        resolution=settings.resolution,
+        extent=settings.extent,
+        samples=settings.samples,
+    )
+    Console().print(f"written to {page}", soft_wrap=True, highlight=False)
+    return page
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Figures of a report: how runs went, component by component, and what their students are like."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from kd_common.report import Series
+from vision_kd.diagnosis import reliability
+from vision_kd.figures import COMPONENT_COLOURS
+
+Metrics = Mapping[str, Series]
+
+
+def _panels(
+    count: int, *, height: float = 3.0, columns: int = 2, sharex: bool = False, sharey: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """A figure of that many panels, a few side by side."""
+    columns = min(columns, count)
+    lines = -(-count // columns)
+    figure = Figure(figsize=(4.8 * columns, height * lines + 0.3), layout="constrained")
+    grid = list(figure.subplots(lines, columns, squeeze=False, sharex=sharex, sharey=sharey).flat)
+    for axes in grid[count:]:
+        axes.set_visible(False)
+    for axes in grid[:count]:
+        axes.grid(alpha=0.3)
+    return figure, grid[:count]
+
+
+def plot_progress(runs: Mapping[str, Metrics], metric: str, header: str) -> Figure:
+    """Validation metric of every run, and below it the classes that the mask lets through, over the updates."""
+    masked = {name: metrics["train/k"] for name, metrics in runs.items() if "train/k" in metrics}
+    figure, panels = _panels(2 if masked else 1, columns=1, sharex=True)
+    for name, metrics in runs.items():
+        steps, values = metrics[f"val/{metric}"]
+        (line,) = panels[0].plot(steps + 1, 100 * values, ".-", label=name)
+        if name in masked:
+            panels[1].step(masked[name][0] + 1, masked[name][1], where="post", color=line.get_color())
+    panels[0].set_ylabel(f"validation {header} (%)")
+    panels[0].legend(fontsize=8)
+    if masked:
+        panels[1].set_ylabel("k: non-target classes\nthat are distilled")
+    panels[-1].set_xlabel("updates")
+    return figure
+
+
+def plot_signal_to_noise(runs: Mapping[str, Metrics], momenta: Mapping[str, Mapping[str, float]]) -> Figure | None:
+    """Vector GSNR of every component, a panel per run; the legend gives the momentum. None if no run measured it."""
+    measured = {name: m for name, m in runs.items() if any(key.startswith("gsnr/") for key in m)}
+    if not measured:
+        return None
+    figure, panels = _panels(len(measured), sharey=True)
+    for axes, (name, metrics) in zip(panels, measured.items(), strict=True):
+        for component, colour in COMPONENT_COLOURS.items():
+            if f"gsnr/{component}" in metrics:
+                steps, values = metrics[f"gsnr/{component}"]
+                label = f"{component}, momentum {momenta[name][component]:g}"
+                axes.plot(steps + 1, values, ".-", color=colour, label=label)
+        steps, samples = metrics["gsnr_samples"]
+        axes.plot(steps + 1, 1 / samples, color="0.4", ls="--", lw=1, label="pure noise")
+        axes.set(title=name, yscale="log", xlabel="updates", ylabel="GSNR of the epoch (vector form)")
+        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+    return figure
+
+
+def plot_component_gradients(metrics: Metrics) -> Figure | None:
+    """Norms of the components' gradients and the cosines between them over the updates; None if not measured."""
+    norms = [name for name in COMPONENT_COLOURS if f"grad_norm/{name}" in metrics]
+    cosines = sorted(name for name in metrics if name.startswith("grad_cosine/"))
+    if not norms:
+        return None
+    figure, panels = _panels(2 if cosines else 1)
+    for name in norms:
+        steps, values = metrics[f"grad_norm/{name}"]
+        panels[0].plot(steps, values, color=COMPONENT_COLOURS[name], lw=1, label=name)
+    panels[0].set(xlabel="updates", ylabel="norm of the gradient", yscale="symlog")
+    panels[0].legend(fontsize=8)
+    for name in cosines:
+        steps, values = metrics[name]
+        panels[1].plot(steps, values, lw=1, label=name.removeprefix("grad_cosine/").replace("_", " and "))
+    if cosines:
+        panels[1].axhline(0, color="0.4", lw=0.8)
+        panels[1].set(xlabel="updates", ylabel="cosine between gradients", ylim=(-1.05, 1.05))
+        panels[1].legend(fontsize=8)
+    return figure
+
+
+def plot_correlations(correlations: Mapping[str, np.ndarray], classes: Sequence[str]) -> Figure:
+    """Correlation of the classes' logits, a panel per network, on one scale."""
+    figure, panels = _panels(len(correlations), columns=3, height=4.0)
+    for axes, (name, matrix) in zip(panels, correlations.items(), strict=True):
+        image = axes.imshow(matrix, vmin=-1, vmax=1, cmap="RdBu_r")
+        axes.set_title(name, fontsize=9)
+        axes.grid(visible=False)
+        if len(classes) <= 20:
+            axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=6)
+            axes.set_yticks(range(len(classes)), classes, fontsize=6)
+        else:
+            axes.set(xlabel="class", ylabel="class")
+    figure.colorbar(image, ax=panels, label="correlation of logits over the validation samples", shrink=0.8)
+    return figure
+
+
+def plot_reliability(networks: Mapping[str, tuple[Tensor, Tensor]]) -> Figure:
+    """Accuracy against confidence; the area of a dot is its share of the samples.
+
+    Args:
+        networks: Logits and labels of every network.
+    """
+    figure, (axes,) = _panels(1, height=4.2)
+    axes.plot([0, 1], [0, 1], color="0.4", ls="--", lw=1, label="perfectly calibrated")
+    for name, (logits, target) in networks.items():
+        confidence, accuracy, counts = reliability(logits, target)
+        # No lines between the dots: bins of a few samples would draw the eye.
+        axes.scatter(confidence, accuracy, s=300 * counts / len(target) + 4, alpha=0.6, label=name)
+    axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02))
+    axes.legend(fontsize=8)
+    return figure
+
+
+def plot_class_changes(changes: Mapping[str, np.ndarray], classes: Sequence[str], reference: str) -> Figure:
+    """Accuracy of each class minus that of the reference run, in points, sorted by the first run's change."""
+    order = np.argsort(-next(iter(changes.values())))
+    figure = Figure(figsize=(9.6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(changes)
+    for i, (name, change) in enumerate(changes.items()):
+        axes.bar(np.arange(len(order)) + (i - (len(changes) - 1) / 2) * width, 100 * change[order], width, label=name)
+    axes.axhline(0, color="0.3", lw=0.8)
+    axes.set(ylabel=f"accuracy minus that of {reference} (points)")
+    if len(order) <= 40:
+        axes.set_xticks(range(len(order)), [classes[i] for i in order], rotation=90, fontsize=8)
+    else:
+        axes.set(xlabel="classes, sorted")
+    axes.grid(alpha=0.3, axis="y")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def plot_landscapes(surfaces: Mapping[str, np.ndarray], offsets: np.ndarray) -> Figure:
+    """Contours of the loss around every student, with the same levels and colours for all."""
+    figure, panels = _panels(len(surfaces), columns=3, height=4.2, sharex=True, sharey=True)
+    low = min(float(surface.min()) for surface in surfaces.values())
+    high = min(float(np.percentile(surface, 90)) for surface in surfaces.values())
+    levels = np.geomspace(max(low, 1e-4), max(high, 2 * max(low, 1e-4)), 13)
+    for axes, (name, surface) in zip(panels, surfaces.items(), strict=True):
+        filled = axes.contourf(offsets, offsets, surface.T, levels, cmap="viridis", extend="both")
+        axes.plot(0, 0, "+", color="white", ms=9, mew=2)
+        axes.set(title=name, xlabel="direction 1 (filter lengths)", ylabel="direction 2")
+        axes.set_aspect("equal")
+    figure.colorbar(filled, ax=panels, label="cross-entropy", format="%.2g", shrink=0.8)
+    return figure

@@ -1,0 +1,91 @@
+"""The table of tokens against the models' own logits, and the report of real runs."""
+
+import json
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from llm_kd.data.example import Example
+from llm_kd.fit import main as fit
+from llm_kd.models import Body
+from llm_kd.report import main
+from llm_kd.token_table import token_table
+
+
+def test_every_column_by_hand(make_model):
+    """Two turns in one example: positions are counted from the start of each answer."""
+    student, teacher = (Body(make_model(seed=seed)).eval() for seed in (0, 1))
+    mask = [False, False, True, True, False, True, True, True]
+    examples = [Example(torch.randint(250, (8,)).tolist(), mask, 5), Example([1, 2, 3], [False, False, True], 2)]
+    table = token_table(student, teacher, examples, vocab_size=256, k=3)
+    assert table["example"].tolist() == [0] * 5 + [1]
+    assert table["position"].tolist() == [0, 1, 0, 1, 2, 0]
+    row = 0
+    for example in examples:
+        z, p = (
+            body.causal_lm(torch.tensor([example.input_ids])).logits[0, :, :256].double().detach()
+            for body in (student, teacher)
+        )
+        for place, answered in enumerate(example.loss_mask):
+            if not answered:
+                continue
+            mine, theirs, token = z[place - 1], p[place - 1], example.input_ids[place]
+            law, other = theirs.softmax(-1), mine.softmax(-1)
+            expected = {
+                "token": token,
+                "student_top": int(mine.argmax()),
+                "teacher_top": int(theirs.argmax()),
+                "accepted": int(mine.argmax()) in theirs.topk(3).indices.tolist(),
+                "speck": 1 - (1 - float(torch.minimum(law, other).sum())) ** 3,
+                "kl": float((law * (law.log() - other.log())).sum()),
+                "nll": float(F.cross_entropy(mine, torch.tensor(token))),
+                "teacher_nll": float(F.cross_entropy(theirs, torch.tensor(token))),
+                "teacher_entropy": float(-(law * law.log()).sum()),
+            }
+            for name, value in expected.items():
+                assert float(table[name][row]) == pytest.approx(float(value), rel=1e-4, abs=1e-5), name
+            row += 1
+    assert row == len(table["token"])
+
+
+@pytest.mark.slow
+def test_report_of_two_runs(tmp_path, save_model):
+    file = tmp_path / "rows.jsonl"
+    rows = [{"instruction": f"Say <{n}>.", "output": f"<b>{n}</b> & so on."} for n in range(8)]
+    file.write_text("".join(json.dumps(entry) + "\n" for entry in rows))
+    runs = [str(tmp_path / name) for name in ("uniform", "topk")]
+    for run, selector in zip(runs, ("none", "topk"), strict=True):
+        fit(
+            [
+                f"--run_dir={run}",
+                f"--config=selectors/{selector}",
+                f"--model.teacher.name={save_model()}",
+                "--model.student.layers=2",
+                f"--data.train={file}",
+                f"--data.val={file}",
+                "--data.responses=dataset",
+                "--data.batch_size=4",
+                "--trainer.max_epochs=1",
+                "--trainer.accelerator=cpu",
+                "--trainer.log_every_n_steps=1",
+                "--trainer.enable_progress_bar=false",
+                "--answers=0",
+            ]
+        )
+    html = main([*runs, f"--output={tmp_path / 'report'}", "--limit=4", "--texts=2"]).read_text()
+    titles = [line.partition("</h2>")[0] for line in html.split("<h2>")[1:]]
+    assert titles == [
+        "Runs",
+        "Progress",
+        "Acceptance and the teacher&#39;s entropy",
+        "Loss and acceptance by position",
+        "Tokens of text 1",
+        "Tokens of text 2",
+    ]
+    assert "<td>Uniform</td>" in html
+    assert "<td>TopK</td>" in html
+    assert "Say &lt;0&gt;." in html
+    assert html.count('<span style="background:') > 20
+    with pytest.raises(FileNotFoundError, match="is no run"):
+        main([str(tmp_path)])
