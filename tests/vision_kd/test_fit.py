@@ -280,8 +280,14 @@ def test_a_checkpoint_of_other_classes_names_both_sides(digits_args, finished):
 
 @pytest.mark.filterwarnings("ignore:.*could not find the monitored key")
 def test_a_run_without_validation_has_no_result(sgd_args):
-    with pytest.raises(RuntimeError, match=r"no epoch was validated.*trainer\.max_steps"):
-        train(sgd_args, "--trainer.max_steps=2")
+    with pytest.raises(RuntimeError, match=r"no epoch was validated.*limit_val_batches"):
+        train(sgd_args, "--trainer.limit_val_batches=0")
+
+
+def test_a_run_that_max_steps_ends_inside_an_epoch_is_validated(sgd_args):
+    cli, result = train(sgd_args, "--trainer.max_steps=2")
+    assert cli.trainer.global_step == 2
+    assert len(result.history) == 1
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty")

@@ -10,6 +10,7 @@ from PIL import Image
 from vision_kd.detection import COCO, DigitScenes
 from vision_kd.detection.coco import clipped, read_split
 from vision_kd.detection.data import ShapeSampler, scaled_size
+from vision_kd.detection.evaluation import average_precision
 from vision_kd.detection.scenes import build_scenes
 
 TRUTH = [
@@ -123,13 +124,64 @@ def test_a_few_boxes_without_area_are_left_out_with_a_warning(tools, tmp_path):
 
 
 def test_many_boxes_without_area_are_another_format(tools, tmp_path):
-    tools.write_coco(tmp_path, [*TRUTH, {"image_id": 10, "category_id": 3, "bbox": [39, 5, 0, 25]}], split="train2017")
-    with pytest.raises(ValueError, match=r"1 of 4 boxes have no area .*\[left, top, width, height\]"):
+    bad = [{"image_id": 10, "category_id": 3, "bbox": [39, 5, 0, 25]}] * 4
+    tools.write_coco(tmp_path, [*TRUTH, *bad], split="train2017")
+    with pytest.raises(ValueError, match=r"4 of 7 boxes have no area .*\[left, top, width, height\]"):
         read(tmp_path)
 
 
+def test_corners_and_shares_of_the_image_are_refused(tools, tmp_path):
+    """The two usual mistakes; both leave every box an area inside its image."""
+    corners = [{"image_id": 10, "category_id": 3, "bbox": [15, 10, 30 + n, 28]} for n in range(4)]
+    tools.write_coco(tmp_path, corners, split="train2017")
+    with pytest.raises(ValueError, match=r"4 of 4 boxes reach beyond their image .*\[left, top, width, height\]"):
+        read(tmp_path)
+    tools.write_coco(tmp_path, [{"image_id": 10, "category_id": 3, "bbox": [0.1, 0.2, 0.3, 0.4]}], split="train2017")
+    with pytest.raises(ValueError, match=r"no box reaches further than 0\.6 pixels"):
+        read(tmp_path)
+
+
+def test_what_follows_from_the_boxes_may_be_left_out(tools, tmp_path):
+    """pycocotools needs `area` and `iscrowd` to score."""
+    path = tools.write_coco(tmp_path, TRUTH[:3])
+    content = json.loads(path.read_text())
+    for annotation in content["annotations"]:
+        del annotation["area"], annotation["iscrowd"]
+    path.write_text(json.dumps(content))
+    split = read(tmp_path, "val")
+    rows = torch.tensor([[10, 4, 5, 10, 20, 0.9, 3]], dtype=torch.float64)
+    assert average_precision(split, rows, split.image_ids)["AP50"] == pytest.approx(1 / 3, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value", "message"),
+    [
+        ("annotations", "bbox", None, "entry 1 of annotations lacks bbox"),
+        ("images", "width", None, "entry 1 of images lacks width"),
+        ("annotations", "id", 0, "must be distinct and at least 1"),
+        ("annotations", "id", 1, "must be distinct and at least 1"),
+    ],
+)
+def test_incomplete_entries(tools, tmp_path, kind, key, value, message):
+    path = tools.write_coco(tmp_path, TRUTH)
+    content = json.loads(path.read_text())
+    if value is None:
+        del content[kind][1][key]
+    else:
+        content[kind][1][key] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, "val")
+
+
+def test_validation_needs_a_box_to_score_against(tools, tmp_path):
+    tools.write_coco(tmp_path, [])
+    with pytest.raises(ValueError, match="holds no box to score against"):
+        read(tmp_path, "val")
+
+
 def test_splits_must_have_the_same_categories(tools, root):
-    tools.write_coco(root, [], split="val2017", ids=(3, 7, 8))
+    tools.write_coco(root, TRUTH[:1], split="val2017", ids=(3, 7, 8))
     with pytest.raises(ValueError, match="differ in their categories: 3 c3, 7 c7, 9 c9 and 3 c3, 7 c7, 8 c8"):
         module(root).setup("fit")
 
@@ -160,8 +212,8 @@ def test_scaled_size(size, expected):
 
 def test_boxes_follow_their_pixels(tmp_path, tools):
     """A white box on black: after scaling and mirroring the box is where the white pixels are."""
-    tools.write_coco(tmp_path, [{"image_id": 10, "category_id": 3, "bbox": [10, 6, 8, 12]}] * 1, split="train2017")
-    tools.write_coco(tmp_path, [], split="val2017")
+    for split in ("train2017", "val2017"):
+        tools.write_coco(tmp_path, [{"image_id": 10, "category_id": 3, "bbox": [10, 6, 8, 12]}], split=split)
     pixels = np.zeros((30, 40, 3), np.uint8)
     pixels[6:18, 10:18] = 255
     Image.fromarray(pixels).save(tmp_path / "train2017/1.png")

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
@@ -20,7 +21,7 @@ from vision_kd.methods.mlkd import MLKD
 from vision_kd.methods.vanilla import Vanilla
 from vision_kd.models import ModelSpec, save_student
 from vision_kd.policies import SGD, DeepKD
-from vision_kd.specs import TeacherSpec
+from vision_kd.specs import DynamicTopK, TeacherSpec
 
 PAIRS = {
     "r101_r18": ("fasterrcnn_resnet101_fpn", "fasterrcnn_resnet18_fpn", 1.2),
@@ -227,8 +228,58 @@ def test_a_teacher_that_does_not_fit(tools):
 
 def test_the_mask_may_let_all_categories_and_the_background_through(tools):
     """Ten categories and the background: ten non-target classes."""
-    made = module(tools)
+    made = module(tools, topk=DynamicTopK(k_start=0.05, k_opt=0.5, phase_ends=(0.3, 0.6)))
     assert made.num_classes == 11
+    assert made._topk_schedule(100)(99) == 10
+
+
+def test_weights_of_other_categories_do_not_train(tools, tmp_path):
+    """Their outputs would silently take on other meanings."""
+    save_student(tmp_path / "d.pt", tools.detector("9876543210"), ModelSpec(tools.name, tools.args))
+    with pytest.raises(ValueError, match=r"know 10 categories, 9, 8, 7, \.\.\., and the data have 10, 0, 1, 2"):
+        DetectionModule(
+            ModelSpec(tools.name, tools.args, checkpoint=str(tmp_path / "d.pt")),
+            **FACTS,
+            method=Vanilla(),
+            policy=SGD(),
+        )
+
+
+def test_bf16_weights_are_refused(tools, scenes):
+    trainer = pl.Trainer(
+        accelerator="cpu", precision="bf16-true", max_epochs=1, logger=False, enable_checkpointing=False
+    )
+    with pytest.raises(ValueError, match="steps of 8 pixels; use bf16-mixed"):
+        trainer.fit(module(tools), datamodule=DigitScenes(train_subset=4))
+
+
+@pytest.mark.slow
+def test_a_training_checkpoint_of_a_run_with_features_is_scored(scenes, tmp_path, tools, teacher):
+    """It holds the fusion beside the student. The run ends inside its epoch, and is validated there."""
+    extra = ('--model.features={"channels": 8}', "--trainer.max_steps=2", "--trainer.max_epochs=1")
+    cli = build(arguments(tools, tmp_path, teacher, *extra))
+    history = run(cli).history
+    assert cli.trainer.global_step == 2
+    assert len(history) == 1
+    name = ["--model.name", tools.name, f"--model.args={json.dumps(tools.args)}"]
+    data = ["--data=DigitScenes", "--data.train_sizes=[64]", "--data.val_size=64", "--device=cpu"]
+    checkpoint = str(tmp_path / "run/checkpoints/last.ckpt")
+    assert evaluate(["--ckpt", checkpoint, *name, *data]).keys() >= {"AP", "AP50"}
+
+
+@pytest.mark.slow
+def test_a_finished_run_resumed_without_further_epochs(scenes, tmp_path, tools, teacher):
+    cli = build(arguments(tools, tmp_path, teacher, "--trainer.max_epochs=1"))
+    history = run(cli).history
+    again = build([f"--ckpt_path={tmp_path / 'run/checkpoints/last.ckpt'}", "--baseline=null"])
+    assert run(again).history == history
+
+
+def test_a_baseline_is_for_one_process(tools, tmp_path, teacher, monkeypatch, scenes):
+    cli = build(arguments(tools, tmp_path, teacher, "--baseline=[]"))
+    monkeypatch.setattr(type(cli.trainer), "world_size", 2)
+    with pytest.raises(ValueError, match="with several set it to null"):
+        run(cli)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from torch import nn
 from torchvision.models import get_model
 from torchvision.models.detection import FasterRCNN, FasterRCNN_ResNet50_FPN_Weights
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import FrozenBatchNorm2d
 
 from kd_common.registry import UnknownNameError
@@ -97,6 +98,37 @@ def test_a_local_copy_of_torchvisions_coco_weights_gives_torchvisions_detections
         torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-3)
 
 
+def test_a_file_with_torchvisions_91_outputs_brings_its_categories(tools, tmp_path):
+    """Any network in that layout can teach COCO's 80 categories; another number of outputs is named."""
+    network = zoo.build_network(tools.name, 91, **tools.args)
+    torch.save(network.state_dict(), tmp_path / "coco.pth")
+    spec = ModelSpec(tools.name, tools.args, checkpoint=str(tmp_path / "coco.pth"))
+    facts = FACTS | {"class_names": ["person", "toothbrush"]}
+    detector = build_detector(spec, **facts)
+    assert detector.columns(["person", "toothbrush"]) == [0, 1, 90]
+    torch.save(zoo.build_network(tools.name, 12, **tools.args).state_dict(), tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match=r"has 12 classes and does not fit .* with 3 classes"):
+        build_detector(ModelSpec(tools.name, tools.args, checkpoint=str(tmp_path / "other.pth")), **facts)
+
+
+def test_anchors_of_low_precision_maps_are_exact():
+    """bfloat16 counts in steps of 8 pixels above 1,024."""
+    network = zoo.build_network("fasterrcnn_resnet10_quarter_fpn", 3, norm="group")
+    maps = [torch.zeros(1, 8, 200 // 2**n, 340 // 2**n) for n in range(5)]
+    images = ImageList(torch.zeros(1, 3, 800, 1360), [(800, 1360)])
+    wide = network.rpn.anchor_generator(images, maps)[0]
+    low = network.rpn.anchor_generator(images, [m.bfloat16() for m in maps])[0]
+    assert low.dtype == torch.float32
+    assert float(low.max()) > 1024
+    assert torch.equal(low, wide)
+
+
+def test_group_norm_of_channels_that_16_does_not_divide():
+    detector = build_detector(ModelSpec("fasterrcnn_mobilenet_v2_fpn", {"norm": "group"}), **FACTS)
+    groups = {module.num_groups for module in detector.modules() if isinstance(module, nn.GroupNorm)}
+    assert groups == {8, 16}
+
+
 def test_backbone_weights_from_a_file(tmp_path):
     for name, published in (("fasterrcnn_resnet18_fpn", "resnet18"), ("fasterrcnn_mobilenet_v2_fpn", "mobilenet_v2")):
         classifier = get_model(published)
@@ -105,7 +137,7 @@ def test_backbone_weights_from_a_file(tmp_path):
         stem = "conv1" if "resnet" in name else "0.0"
         theirs = classifier if "resnet" in name else classifier.features
         assert torch.equal(detector.network.backbone.body.get_submodule(stem).weight, theirs.get_submodule(stem).weight)
-    with pytest.raises(CheckpointError, match="does not fit 'the backbone of fasterrcnn_resnet18_fpn'"):
+    with pytest.raises(CheckpointError, match="does not fit the backbone of fasterrcnn_resnet18_fpn"):
         build_detector(
             ModelSpec("fasterrcnn_resnet18_fpn", {"backbone_weights": str(tmp_path / "imagenet.pth")}), **FACTS
         )

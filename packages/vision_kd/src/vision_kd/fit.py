@@ -136,6 +136,8 @@ def build(args: ArgsType = None) -> VisionCLI:
 def run(cli: VisionCLI) -> Result:
     """Obtain the teacher, distil, and collect the result."""
     model, data = cli.model, cli.datamodule
+    if cli.config["baseline"] is not None and cli.trainer.world_size > 1:
+        raise ValueError("baseline trains a second time in one process; with several set it to null and run it apart")
     data_config = json.loads(json.dumps(cli.config["data"].as_dict(), default=str))
     parameters = {"student": count_parameters(model.student)}
     teacher: dict[str, Any] = {}
@@ -146,6 +148,7 @@ def run(cli: VisionCLI) -> Result:
             data,
             data_config,
             task=type(model),
+            ranks=cli.trainer.world_size,
             accelerator=cli.config["trainer"]["accelerator"],
             progress_bar=cli.config["trainer"]["enable_progress_bar"] is not False,
         )
@@ -160,7 +163,7 @@ def run(cli: VisionCLI) -> Result:
     cli.trainer.fit(model, datamodule=data, ckpt_path=cli.config["ckpt_path"], weights_only=True)
     if not model.history:
         raise RuntimeError(
-            "no epoch was validated, so there is no result: check trainer.max_steps, max_time and limit_val_batches"
+            "no epoch was validated, so there is no result: check trainer.max_time and limit_val_batches"
         )
     if cli.run_dir is not None and cli.trainer.is_global_zero:
         model.illustrate(cli.run_dir)

@@ -27,16 +27,20 @@ from vision_kd.training import ComponentTraining
 CACHE_FORMAT = 1
 
 
-def teacher_cache_path(spec: TeacherSpec, data: Mapping[str, Any]) -> Path:
+def teacher_cache_path(spec: TeacherSpec, data: Mapping[str, Any], ranks: int = 1) -> Path:
     """File of a trained teacher; its name is a hash of everything that determines the weights.
 
     Args:
         spec: The teacher.
         data: Resolved configuration of the DataModule, ``class_path`` and ``init_args`` in plain types.
+        ranks: Processes of the run; the teacher is trained on one, with the batch of them all.
     """
     # The teacher is trained with its own seed, so the student's must not lead to another teacher.
-    ignored = ("seed", "val_batch_size", "download", "num_workers")
-    settings = {key: value for key, value in data["init_args"].items() if key not in ignored}
+    ignored = ("seed", "download", "num_workers")
+    settings = {
+        key: value for key, value in data["init_args"].items() if key not in ignored and not key.startswith("val_")
+    }
+    settings["batch_size"] = settings["batch_size"] * ranks
     recipe = {"teacher": asdict(spec), "data": {**data, "init_args": settings}, "format": CACHE_FORMAT}
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()[:16]
     return cache_root() / "teachers" / f"{spec.name.replace('/', '_')}-{digest}.pt"
@@ -48,6 +52,7 @@ def obtain_teacher(
     data: Mapping[str, Any],
     *,
     task: type[ComponentTraining] = DistillationModule,
+    ranks: int = 1,
     accelerator: str = "auto",
     progress_bar: bool = True,
 ) -> tuple[NormalizedNetwork, str]:
@@ -58,6 +63,7 @@ def obtain_teacher(
         datamodule: Data it is trained on when no weights are found.
         data: Resolved configuration of that DataModule, plain types; part of the cache key.
         task: How such networks are built, loaded and trained.
+        ranks: Processes of the run, whose joint batch the teacher is trained with.
         accelerator: Lightning's name of the hardware it is trained on.
         progress_bar: Show one while training.
 
@@ -72,7 +78,7 @@ def obtain_teacher(
         teacher = task.build(spec.model, **task.facts(datamodule))
         return teacher, f"loaded from {spec.checkpoint or spec.name.split('/')[0]}"
 
-    path = teacher_cache_path(spec, data)
+    path = teacher_cache_path(spec, data, ranks)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         if path.is_file():
@@ -83,10 +89,10 @@ def obtain_teacher(
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise RuntimeError(
                 f"no weights for the teacher {spec.name}, and training it inside a multi-process launch would train "
-                "it once per process. Train and cache it first with --trainer.devices 1, or set "
-                "model.teacher.checkpoint"
+                f"it once per process. Train and cache it first with --trainer.devices 1 --data.batch_size "
+                f"{datamodule.batch_size * ranks}, or set model.teacher.checkpoint"
             )
-        teacher = train_teacher(spec, datamodule, task, accelerator, progress_bar)
+        teacher = train_teacher(spec, datamodule, task, ranks, accelerator, progress_bar)
         save_student(path, teacher, spec.model, extra={"recipe": json.loads(json.dumps(asdict(spec), default=str))})
     return teacher, f"trained for {spec.epochs} epochs, cached as {path}"
 
@@ -95,13 +101,15 @@ def train_teacher(
     spec: TeacherSpec,
     datamodule: ImageDataModule,
     task: type[ComponentTraining] = DistillationModule,
+    ranks: int = 1,
     accelerator: str = "auto",
     progress_bar: bool = True,
 ) -> NormalizedNetwork:
-    """Train a teacher on the labels alone, with SGD and a cosine schedule, on one device."""
+    """Train a teacher on the labels alone, with SGD and a cosine schedule, on one device with all ranks' batch."""
     rank_zero_info(f"No weights for the teacher {spec.name}: training it for {spec.epochs} epochs, once.")
     torch.manual_seed(spec.seed)
     data = copy.deepcopy(datamodule)
+    data.batch_size *= ranks
     data.seed, data.views = spec.seed, Vanilla.views
     module = task(
         spec.model,

@@ -269,6 +269,8 @@ class ComponentTraining(Task):
             self._log_now(values | (self._measure(gradients) if measure else {}))
             self.log("loss", sum(step.components.values()), prog_bar=True, logger=False, batch_size=samples)
         self._update(optimizer, gradients)
+        if 0 < self.trainer.max_steps <= self.global_step:
+            self.trainer.should_stop = True  # Lightning stops here by itself, but would validate at an epoch's end only
 
     def _log_now(self, values: Mapping[str, float]) -> None:
         """Write this rank's values to the loggers directly: `self.log` costs more than a small network's step."""

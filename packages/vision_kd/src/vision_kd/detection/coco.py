@@ -16,6 +16,9 @@ from torch import Tensor
 from vision_kd.data.base import missing_data
 
 MOST_BAD_BOXES = 0.01  # COCO itself has a handful in a million; more means another box format
+FEW_BAD_BOXES = 3  # a slip in a small set is no other format
+MOST_BOXES_BEYOND = 0.1  # share of boxes that may end outside their image; corners taken for sizes mostly do
+REQUIRED = {"images": ("id", "width", "height", "file_name"), "annotations": ("id", "image_id", "category_id", "bbox")}
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,27 @@ def open_annotations(path: Path) -> CocoApi:
         key for key in ("images", "annotations", "categories") if not isinstance(api.dataset.get(key), list)
     ]:
         raise ValueError(f"{path} has no list of {', '.join(missing)}: it is not in COCO's instances format")
+    complete_annotations(api, path)
     return api
+
+
+def complete_annotations(api: CocoApi, path: Path) -> None:
+    """Check the entries for what is needed, and add what follows from it: ``iscrowd`` and ``area``.
+
+    Raises:
+        ValueError: If an entry lacks a key, or the ids of annotations are not positive and distinct.
+    """
+    for kind, keys in REQUIRED.items():
+        for place, entry in enumerate(api.dataset[kind]):
+            if lacking := [key for key in keys if key not in entry]:
+                raise ValueError(f"{path}: entry {place} of {kind} lacks {', '.join(lacking)}")
+    ids = [annotation["id"] for annotation in api.dataset["annotations"]]
+    # pycocotools takes a match with id 0 for none, and returns the last of several annotations with one id.
+    if len(set(ids)) < len(ids) or min(ids, default=1) < 1:
+        raise ValueError(f"{path}: the ids of annotations must be distinct and at least 1; number them anew")
+    for annotation in api.dataset["annotations"]:
+        annotation.setdefault("iscrowd", 0)
+        annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
 
 
 def categories(api: CocoApi, path: Path) -> tuple[tuple[int, ...], tuple[str, ...]]:
@@ -107,14 +130,14 @@ def read_split(path: Path, folder: Path, *, train: bool) -> Split:
 
     Raises:
         FileNotFoundError: If the file, the folder or an image is missing.
-        ValueError: If an annotation refers to an unknown image or category, more than 1% of the boxes have no area
-            inside their image, or no image is left.
+        ValueError: If an annotation refers to an unknown image or category, the boxes are in another format (more than
+            1% without area inside their image, 10% beyond it, or all within one pixel), or no image is left.
     """
     api = open_annotations(path)
     ids, names = categories(api, path)
     label_of = {category: label for label, category in enumerate(ids, start=1)}
     kept: list[tuple[dict, list[list[float]], list[int]]] = []
-    boxes_read, bad = 0, []
+    boxes_read, bad, beyond, extent = 0, [], [], 0.0
     unknown = [a["id"] for a in api.dataset["annotations"] if a["image_id"] not in api.imgs]
     strange = [a["id"] for a in api.dataset["annotations"] if a["category_id"] not in label_of]
     for what, listed in (("images", unknown), ("categories", strange)):
@@ -126,6 +149,10 @@ def read_split(path: Path, folder: Path, *, train: bool) -> Split:
             if annotation.get("iscrowd"):
                 continue
             boxes_read += 1
+            left, top, wide, high = annotation["bbox"]
+            extent = max(extent, left + wide, top + high)
+            if left + wide > image["width"] + 2 or top + high > image["height"] + 2:
+                beyond.append(annotation["id"])
             box = clipped(annotation["bbox"], image["width"], image["height"])
             if box is None:
                 bad.append(annotation["id"])
@@ -134,11 +161,22 @@ def read_split(path: Path, folder: Path, *, train: bool) -> Split:
                 labels.append(label_of[annotation["category_id"]])
         if boxes or not train:
             kept.append((image, boxes, labels))
-    if len(bad) > MOST_BAD_BOXES * boxes_read:
+    for what, found, most in (
+        ("have no area inside their image", bad, max(FEW_BAD_BOXES, MOST_BAD_BOXES * boxes_read)),
+        ("reach beyond their image", beyond, max(FEW_BAD_BOXES, MOST_BOXES_BEYOND * boxes_read)),
+    ):
+        if len(found) > most:
+            raise ValueError(
+                f"{path}: {len(found)} of {boxes_read} boxes {what} (annotations {_first(found)}); COCO boxes are "
+                "[left, top, width, height] in pixels"
+            )
+    if boxes_read and extent <= 1:
         raise ValueError(
-            f"{path}: {len(bad)} of {boxes_read} boxes have no area inside their image (annotations {_first(bad)}); "
-            "COCO boxes are [left, top, width, height] in pixels"
+            f"{path}: no box reaches further than {extent:g} pixels; COCO boxes are [left, top, width, height] in "
+            "pixels, not in shares of the image"
         )
+    if not boxes_read and not train:
+        raise ValueError(f"{path} holds no box to score against")
     if bad and train:
         warnings.warn(
             f"{path}: {len(bad)} of {boxes_read} boxes have no area inside their image and are left out of training "

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import fastrcnn_loss
@@ -30,6 +31,16 @@ class WideRPNHead(RPNHead):
         """Objectness and box deltas of every level."""
         logits, deltas = super().forward(x)
         return [at_least_fp32(level) for level in logits], [at_least_fp32(level) for level in deltas]
+
+
+class WideAnchorGenerator(AnchorGenerator):
+    """Anchors in at least float32, whatever the precision of the maps: bfloat16 counts in steps of 8 above 1,024."""
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        """Anchors of every image, (A, 4) as x1, y1, x2, y2 in pixels."""
+        # Only sizes, precision and device of the maps are looked at.
+        wide = [m.new_empty(m.shape[-2:], dtype=torch.promote_types(m.dtype, torch.float32)) for m in feature_maps]
+        return super().forward(image_list, wide)
 
 
 class WidePredictor(FastRCNNPredictor):

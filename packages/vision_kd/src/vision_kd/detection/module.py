@@ -69,6 +69,13 @@ class DetectionModule(ComponentTraining):
     ) -> None:
         self.features = features  # before the rest: the components depend on it
         super().__init__(student, {"class_names": class_names, "mean": mean, "std": std}, **settings)
+        if self.student.class_names != tuple(class_names):
+            raise ValueError(
+                f"the weights of model.student know {len(self.student.class_names)} categories, "
+                f"{', '.join(self.student.class_names[:3])}, ..., and the data have {len(class_names)}, "
+                f"{', '.join(class_names[:3])}, ...: labels would mean other categories. Take weights trained on these "
+                "categories, or backbone_weights alone"
+            )
         if self.method.views != ("weak",):
             raise ValueError(
                 f"model.method {type(self.method).__name__} compares several views of an image, a detector has one: "
@@ -82,6 +89,17 @@ class DetectionModule(ComponentTraining):
             self.helpers.append(ReviewFusion(len(FPN_LEVELS) + 1, *widths, features.channels))
         self._columns: list[int] = []
         self._record: DetectionRecord | None = None
+        self._detected: tuple[Tensor, list[int]] | None = None
+
+    def setup(self, stage: str) -> None:
+        """Refuse what box coordinates do not survive.
+
+        Raises:
+            ValueError: For trainer.precision bf16-true.
+        """
+        super().setup(stage)
+        if self.trainer.precision == "bf16-true":
+            raise ValueError("trainer.precision bf16-true rounds box coordinates to steps of 8 pixels; use bf16-mixed")
 
     @staticmethod
     def build(spec: ModelSpec, **facts: Any) -> Detector:
@@ -169,6 +187,8 @@ class DetectionModule(ComponentTraining):
 
     def illustrate(self, folder: Path) -> None:
         """Write ``detections.json``, COCO results, and ``detections.png``, some of them beside the ground truth."""
+        if self._detected is None:  # a finished run that was resumed validates nothing
+            return
         rows, image_ids = self._detected
         write_results(folder / "detections.json", rows)
         draw_detections(folder / "detections.png", self._split, rows, image_ids[:DRAWN])

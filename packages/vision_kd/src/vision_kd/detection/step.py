@@ -63,7 +63,7 @@ def detection_step(
             theirs = teacher.features(teacher.batch(images))
     own = student.training_pass(images, targets)
     soft: dict[str, Tensor] = {}
-    if teacher is not None:
+    if teacher is not None and method.needs_teacher:
         with torch.no_grad():
             logits = teacher.classify(theirs, own.proposals, own.image_sizes)
             soft = {view: logits[:, list(columns)] for view in method.views}

@@ -1,6 +1,7 @@
 """Faster R-CNN with FPN on torchvision's backbones: building, weights, student files."""
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,14 +12,13 @@ from torch import nn
 from torchvision.models import WeightsEnum, get_model, get_model_weights
 from torchvision.models.detection import FasterRCNN, FasterRCNN_ResNet50_FPN_Weights
 from torchvision.models.detection._utils import overwrite_eps
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from kd_common.registry import Registry
-from vision_kd.detection.detector import Detector, WidePredictor, WideRPNHead
+from vision_kd.detection.detector import Detector, WideAnchorGenerator, WidePredictor, WideRPNHead
 from vision_kd.models import CheckpointError, ModelSpec
 from vision_kd.models.checkpoints import Checkpoint, load_weights, read_checkpoint
 
@@ -26,6 +26,9 @@ FPN_LEVELS = ("0", "1", "2", "3")
 FPN_CHANNELS = 256
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 GROUPS = 16
+CLASS_HEAD = "roi_heads.box_predictor.cls_score.weight"
+COCO_OUTPUTS: list[str] = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+"""Names of torchvision's 91 outputs for COCO, the background first."""
 
 Norm = Literal["frozen", "group"]
 
@@ -77,7 +80,6 @@ def _mobilenet_v2(**arguments: Any) -> nn.Module:
 
 BACKBONES: Registry[Backbone] = Registry("detector")
 BACKBONES.register("fasterrcnn_resnet10_quarter_fpn")(_narrow([1, 1, 1, 1], share=4))
-BACKBONES.register("fasterrcnn_resnet18_half_fpn")(_narrow([2, 2, 2, 2], share=2))
 BACKBONES.register("fasterrcnn_resnet18_fpn")(_resnet("resnet18", 1))
 BACKBONES.register("fasterrcnn_resnet50_fpn")(_resnet("resnet50", 4))
 BACKBONES.register("fasterrcnn_resnet101_fpn")(_resnet("resnet101", 4))
@@ -90,6 +92,11 @@ BACKBONES.register("fasterrcnn_mobilenet_v2_fpn")(
         "mobilenet_v2",
     )
 )
+
+
+def _group_norm(channels: int) -> nn.GroupNorm:
+    """At most 16 groups, fewer where the channels do not divide into them."""
+    return nn.GroupNorm(math.gcd(GROUPS, channels), channels)
 
 
 def build_network(
@@ -130,7 +137,7 @@ def build_network(
         raise ValueError(f"detector {name!r} has no settings {unknown}")
     if not 0 <= trainable_layers <= len(backbone.stages):
         raise ValueError(f"trainable_layers must lie in [0, {len(backbone.stages)}], got {trainable_layers}")
-    layers = {"frozen": FrozenBatchNorm2d, "group": partial(nn.GroupNorm, GROUPS)}
+    layers = {"frozen": FrozenBatchNorm2d, "group": _group_norm}
     if norm not in layers:
         raise ValueError(f"norm must be one of {', '.join(layers)}, got {norm!r}")
     levels = {stage[-1]: level for stage, level in zip(backbone.stages[1:], FPN_LEVELS, strict=True)}
@@ -141,7 +148,7 @@ def build_network(
     for stage in backbone.stages[: len(backbone.stages) - trainable_layers]:
         for module in stage:
             pyramid.body.get_submodule(module).requires_grad_(False)
-    anchors = AnchorGenerator(tuple((size,) for size in anchor_sizes), (ASPECT_RATIOS,) * len(anchor_sizes))
+    anchors = WideAnchorGenerator(tuple((size,) for size in anchor_sizes), (ASPECT_RATIOS,) * len(anchor_sizes))
     if len(anchor_sizes) != len(FPN_LEVELS) + 1:
         raise ValueError(
             f"anchor_sizes needs one size for each of the {len(FPN_LEVELS) + 1} levels, got {anchor_sizes}"
@@ -163,8 +170,9 @@ def build_detector(
 ) -> Detector:
     """Build a detector, load its weights and attach the normalisation and classes that belong to them.
 
-    Those of the published weights (`pretrained`: torchvision's ResNet-50 on COCO, with its 91 outputs) or of the
-    student file (`checkpoint` written by `save_student`) where there is one, else the given ones.
+    Those of the published weights (`pretrained`: torchvision's ResNet-50 on COCO, with its 91 outputs), of the student
+    file (`checkpoint` written by `save_student`) or of any other file with torchvision's 91 outputs, where there is
+    one; else the given ones.
 
     Args:
         spec: Network and weights; ``args`` as in `build_network`.
@@ -182,6 +190,10 @@ def build_detector(
     checkpoint = _read(spec.checkpoint) if spec.checkpoint is not None else None
     if checkpoint is not None and checkpoint.meta.get("format") == Detector.format:
         class_names, mean, std = (checkpoint.meta[key] for key in ("class_names", "mean", "std"))
+    elif (
+        checkpoint is not None and len(checkpoint.state.get(CLASS_HEAD, ())) == len(COCO_OUTPUTS) > len(class_names) + 1
+    ):
+        class_names = COCO_OUTPUTS[1:]
     args = dict(spec.args)
     if published is not None or checkpoint is not None:
         args.pop("backbone_weights", None)  # overwritten anyway
@@ -190,7 +202,7 @@ def build_detector(
     except TypeError as error:
         raise ValueError(f"detector {spec.name!r} rejects args {spec.args}: {error}") from error
     if checkpoint is not None:
-        load_weights(network, checkpoint, model=spec.name, num_classes=len(class_names) + 1)
+        load_weights(network, checkpoint, model=spec.name, num_classes=len(class_names) + 1, head=CLASS_HEAD)
     elif published is not None:
         network.load_state_dict(_download(published, "checkpoint (pretrained stays true)"))
     if published is not None:
@@ -233,7 +245,7 @@ def _load_backbone(body: nn.Module, backbone: Backbone, name: str, weights: str)
         for key, tensor in features.items()
         if key.partition(".")[0] in used and not key.endswith("num_batches_tracked")
     }
-    load_weights(body, checkpoint._replace(state=state), model=f"the backbone of {name}", num_classes=0)
+    load_weights(body, checkpoint._replace(state=state), model=f"the backbone of {name}")
 
 
 def _read(path: str) -> Checkpoint:

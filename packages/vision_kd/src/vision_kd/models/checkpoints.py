@@ -65,7 +65,14 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(path, _strip_wrappers(_inference_network(state)), meta if isinstance(meta, dict) else {})
 
 
-def load_weights(network: nn.Module, checkpoint: Checkpoint, *, model: str, num_classes: int) -> None:
+def load_weights(
+    network: nn.Module,
+    checkpoint: Checkpoint,
+    *,
+    model: str,
+    num_classes: int | None = None,
+    head: str | None = None,
+) -> None:
     """Copy a checkpoint's tensors into a network; names and shapes must agree exactly.
 
     Files from before batch norm counted its batches lack `num_batches_tracked`; they load with zero counts.
@@ -74,7 +81,8 @@ def load_weights(network: nn.Module, checkpoint: Checkpoint, *, model: str, num_
         network: the network, changed in place.
         checkpoint: what `read_checkpoint` returned.
         model: the network's name, for the message.
-        num_classes: classes of the data, for the message.
+        num_classes: classes of the data, for the message; None for a network without classes.
+        head: key of the weight with a row per class; None for the last matrix.
 
     Raises:
         CheckpointError: keys or shapes differ; the message gives file, model, classes and the first differences.
@@ -88,12 +96,17 @@ def load_weights(network: nn.Module, checkpoint: Checkpoint, *, model: str, num_
         if key in found and found[key].shape != expected[key].shape
     ]
     if missing or unexpected or reshaped:
-        head = next((key for key in reversed(expected) if expected[key].ndim == 2), "")
+        differences = (
+            f"missing in the file: {_first(missing)}; not in the model: {_first(unexpected)}; "
+            f"other shapes: {_first(reshaped)}"
+        )
+        if num_classes is None:
+            raise CheckpointError(f"{checkpoint.path} does not fit {model}: {differences}. Give weights of that model.")
+        head = head or next((key for key in reversed(expected) if expected[key].ndim == 2), "")
         classes = len(found[head]) if head in found else "an unknown number of"
         raise CheckpointError(
             f"{checkpoint.path} has {classes} classes and does not fit {model!r} with {num_classes} classes: "
-            f"missing in the file: {_first(missing)}; not in the model: {_first(unexpected)}; "
-            f"other shapes: {_first(reshaped)}. Give the model and the class count that the file was trained with."
+            f"{differences}. Give the model and the class count that the file was trained with."
         )
     network.load_state_dict(found)
 
@@ -127,9 +140,14 @@ def _is_state_dict(value: Any) -> bool:
 
 
 def _inference_network(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The moving average's entries of a training checkpoint that holds the student twice; else all entries."""
-    average = {key.removeprefix(EMA): tensor for key, tensor in state.items() if key.startswith(EMA)}
-    return average or state
+    """The student of a training checkpoint, its moving average where there is one; else all entries.
+
+    Beside the student such a file may hold the fusion that was trained with it, which nothing else needs.
+    """
+    for prefix in (EMA, "student."):
+        if student := {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}:
+            return student
+    return state
 
 
 def _strip_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
