@@ -8,6 +8,7 @@ from spec_decode.autotune import autotune, measure_drafts, measure_passes
 from spec_decode.decoder import SpeculativeDecoder
 from spec_decode.drafters import DrafterSpec, PromptLookup
 from spec_decode.guard import PayGuard
+from spec_decode.models import CausalLM
 
 
 @pytest.fixture
@@ -75,13 +76,32 @@ def test_a_guarded_generation_emits_the_same_tokens(tiny, drafter, monkeypatch, 
     found = decoder.generate([[1, 2, 3]], max_new_tokens=40)
     assert torch.equal(found.sequences, plain.sequences)
     passes = len(found.acceptance_lengths[0])
-    assert len(calls) == min(passes, 4 * windows)
+    assert len(calls) == min(passes, 4 * windows + 1)  # the first reads the prompt and is not counted
     assert passes > 4
     decoder.generate([[1, 2, 3]], max_new_tokens=8)
-    assert (len(calls) == 4) == (windows == 1)  # this one is skipped after a failure
+    assert (len(calls) == 5) == (windows == 1)  # this one is skipped after a failure
 
 
-def test_unmeasured_acceptance_is_refused(tiny, drafter):
-    for unmeasured in (drafter, PromptLookup()):
-        with pytest.raises(ValueError, match="needs the acceptance of"):
-            SpeculativeDecoder(tiny.target, unmeasured, tree="auto")
+def test_a_drafter_without_measured_acceptance_is_guarded(tiny, drafter):
+    """Prompt lookup is never trained; what it brings shows while decoding."""
+    for unmeasured, depth in ((drafter, 3), (PromptLookup(), 4)):
+        decoder = SpeculativeDecoder(tiny.target, unmeasured, tree="auto")
+        assert decoder.tree == (1,) * depth
+        assert decoder.guard.plain_seconds > 0
+
+
+def test_short_generations_share_a_window():
+    """A useless drafter must not run in every generation only because each of them is short."""
+    guard = PayGuard(plain_seconds=1.0, window=12)
+    for _ in range(2):
+        assert guard.begin()
+        assert all(guard.pays(1, 1.5) for _ in range(5))
+    assert guard.begin()
+    assert guard.pays(1, 1.5)
+    assert not guard.pays(1, 1.5)
+    assert not guard.begin()
+
+
+def test_a_drafter_of_another_target_is_refused(tiny, drafter):
+    with pytest.raises(ValueError, match="was built for another target"):
+        SpeculativeDecoder(CausalLM.from_transformers(tiny.make(9)), drafter)

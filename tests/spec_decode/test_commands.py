@@ -105,7 +105,7 @@ def test_benchmark_measures_and_keeps_finished_blocks(standin, drafter, tmp_path
     prompts = tmp_path / "p.jsonl"
     prompts.write_text('{"prompt": "abc abc abc"}\n{"prompt": "one"}\n')
     settings = {
-        "drafters": [drafter, "prompt_lookup", str(standin)],
+        "drafters": [drafter, "prompt_lookup@auto", str(standin)],
         "assistant": str(standin),
         "target": str(standin),
         "prompts": {"mine": str(prompts)},
@@ -115,7 +115,7 @@ def test_benchmark_measures_and_keeps_finished_blocks(standin, drafter, tmp_path
         "output": str(tmp_path / "out"),
     }
     rows = benchmark(temperatures=[0.0], **settings)
-    assert [row["drafter"] for row in rows][:4] == ["plain", drafter, "prompt_lookup", str(standin)]
+    assert [row["drafter"] for row in rows][:4] == ["plain", drafter, "prompt_lookup@auto", str(standin)]
     assert {row["drafter"] for row in rows[4:]} == {
         "transformers",
         "transformers prompt lookup",
@@ -129,9 +129,11 @@ def test_benchmark_measures_and_keeps_finished_blocks(standin, drafter, tmp_path
     assert itself["tau"] > 2  # the target drafts for itself
     for row in rows[1:4]:
         assert row["lossless"] == {"equal": 2, "of": 2, "differing": []}
-        assert row["tree"] == [1, 1]
+        assert row["tree"] == [1] * (4 if row is lookup else 2)
         assert row["share_of_cost_model"] > 0
-        assert 1 <= row["tau"] <= 3
+        assert 1 <= row["tau"] <= 5
+        assert row["speedup_over_transformers"] == row["end_to_end"] / rows[4]["end_to_end"]
+        assert set(row["seconds"]) == {"prefill", "draft", "target", "verify", "commit", "overhead"}
     assert rows[0]["speedup"] == 1
     assert rows[0]["tau"] == 1
     saved = json.loads((tmp_path / "out/results.json").read_text())

@@ -309,6 +309,22 @@ def test_pruned_tree_is_the_likely_part_of_the_whole_one(tiny, vocabulary):
     assert 1 in sizes
 
 
+def test_known_noise_counts_in_the_confidence(tiny):
+    """A level is pruned from its worst candidates on, whatever the noise has made of the drafter's own order."""
+    logits = torch.randn(64, 2, 40)
+    state = state_at(tiny.target, [[n % 40, 1] for n in range(64)], (4, 1), None, sampling=HOT)
+    whole = draft_from_levels(state, logits, None, 40)
+    pruned = draft_from_levels(replace(state, min_confidence=0.3), logits, None, 40)
+    disagree = 0
+    for row in range(64):
+        before, after = brute_force_paths(whole, row), brute_force_paths(pruned, row)
+        first = [path for path in before.values() if len(path) == 1]
+        kept = [path for path in first if path in after.values()]
+        assert kept == first[: len(kept)]
+        disagree += bool(kept) and kept[0] != (int(logits[row, 0].argmax()),)
+    assert disagree > 5
+
+
 @pytest.mark.parametrize("law", [GREEDY, HOT], ids=["greedy", "sampling"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_coupling_holds_under_pruning(tiny, plain, name, law):

@@ -125,14 +125,12 @@ def autotune(
 ) -> TreeChoice:
     """The tree with the most expected tokens per second on this machine; empty where plain decoding is faster.
 
-    Raises:
-        ValueError: If the drafter's acceptance was never measured.
+    A drafter whose acceptance was never measured, such as prompt lookup, gets a chain of up to four levels; whether
+    that pays is left to the `PayGuard`.
     """
     if not drafter.acceptance:
-        raise ValueError(
-            f"tree='auto' needs the acceptance of {type(drafter).__name__}, which its validation measures: load a "
-            "drafter that `spec_decode.fit` trained, set drafter.acceptance, or give the candidates per level"
-        )
+        plain = measure_passes(target, (1,), batch=batch, repeats=repeats)[1]
+        return TreeChoice((1,) * min(4, drafter.max_depth or 4), 1.0, 1.0, plain)
     table = drafter.acceptance[: drafter.max_depth]
     passes = measure_passes(target, sizes, batch=batch, repeats=repeats)
     width = min(4, max(map(len, table)))

@@ -20,7 +20,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from kd_common.files import write_atomically
-from kd_common.hub import EMBEDDED, load_causal_lm, load_config, load_tokenizer
+from kd_common.hub import EMBEDDED, load_causal_lm, load_config
 from kd_common.memory import peak_bytes
 from spec_decode.autotune import measure_passes
 from spec_decode.cost import speedup
@@ -28,11 +28,11 @@ from spec_decode.data.corpus import encode_prompts, stop_tokens
 from spec_decode.data.prompts import packaged_prompts, read_prompts
 from spec_decode.decoder import SpeculativeDecoder
 from spec_decode.drafters.base import tree_slots
+from spec_decode.drafters.files import CONFIG
 from spec_decode.measure import Measurement, first_divergence, measure
 from spec_decode.models import CausalLM
 from spec_decode.sampling import Sampling, Stream, gumbel_noise, row_seeds
-from spec_decode.session import find_drafter, parse_tree
-from spec_decode.target import TargetSpec
+from spec_decode.session import find_drafter, find_target, parse_tree
 
 PLAIN = "plain"
 
@@ -97,7 +97,7 @@ def transformers_peers(
     assistant: str | None = None,
     device: str = "cpu",
 ) -> dict[str, float]:
-    """Tokens per second, prefill included, of transformers' `generate`: alone, with prompt lookup, assisted."""
+    """Tokens per second from prompt to end of transformers' `generate`: alone, with prompt lookup, assisted."""
     model: Any = load_causal_lm(name, dtype).to(device)  # type: ignore[arg-type]
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -140,7 +140,7 @@ def rows_of_block(
     plain, rows = found[PLAIN], []
     for name, result in found.items():
         tree = decoders[name].tree
-        phases = {phase: seconds for phase, seconds in result.phases.items() if phase != "prefill"}
+        phases = result.phases
         model = None
         if tree and result.passes:
             drafting = result.phases["draft"] / result.passes
@@ -154,11 +154,12 @@ def rows_of_block(
                 "tree": list(tree) if isinstance(tree, tuple) else vars(tree),
                 "tokens": result.tokens,
                 "tokens_per_second": result.tokens_per_second,
+                "end_to_end": result.end_to_end,
                 "speedup": gain,
                 "tau": result.tau,
                 "acceptance": result.acceptance,
                 "pass_sizes": [list(pair) for pair in sorted(result.pass_sizes.items())],
-                "seconds": phases | {"overhead": result.seconds - sum(phases.values())},
+                "seconds": phases | {"overhead": result.seconds + phases["prefill"] - sum(phases.values())},
                 "cost_model": model,
                 "share_of_cost_model": gain / model if model else None,
                 "lossless": verdicts.get(name),
@@ -166,6 +167,15 @@ def rows_of_block(
             }
         )
     return rows
+
+
+def content_digest(folder: Path) -> str:
+    """Digest of the settings and weights in a drafter's folder; empty for a drafter without one."""
+    digest = hashlib.sha256()
+    files = sorted(p for p in folder.glob("*") if p.suffix in (".json", ".safetensors")) if folder.is_dir() else []
+    for file in files:
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest() if files else ""
 
 
 def benchmark(
@@ -188,40 +198,46 @@ def benchmark(
     """Measure drafters.
 
     Args:
-        drafters: Folders of trained drafters, or names such as ``prompt_lookup``; plain decoding is always there.
+        drafters: Folders of trained drafters, or names such as ``prompt_lookup``; plain decoding is always there. A
+            tree of its own may follow behind an ``@``, as in ``RUN/drafter_best@4,2,1``.
         target: Target by folder or name.
         prompts: JSONL files by a name for the set; the last packaged prompts by default.
         count: Prompts per set, the first ones.
         temperatures: Temperatures; 0 and 1 by default.
-        tree: ``auto``, ``chain``, widths such as ``4,2,1``, or ``dynamic:DEPTH,TOP_K,NODES``, for every drafter.
+        tree: ``auto``, ``chain``, widths such as ``4,2,1``, or ``dynamic:DEPTH,TOP_K,NODES``, for drafters without one.
         min_confidence: See `SpeculativeDecoder`; drafters without probabilities keep all their nodes.
         max_new_tokens: Tokens per prompt.
         longest_prompt: Longer prompts are left out.
         seed: Seed of the draws.
-        peers: Also run transformers' own `generate`, alone and with prompt lookup (their numbers include the prefill).
+        peers: Also run transformers' own `generate`, alone and with prompt lookup.
         assistant: A smaller model of the same tokenizer, by folder or name, for transformers' assisted generation.
         dtype: Precision of the target's weights.
         device: Where to run.
-        output: Folder for ``results.json``; finished blocks of the same settings in it are not run again.
+        output: Folder for ``results.json``; finished blocks of the same settings in it are not run again,
+            those of other settings are kept in a file of their own.
     """
-    shape, spec_temperatures = parse_tree(tree), temperatures or [0.0, 1.0]
-    model, tokenizer = TargetSpec(target, dtype).load().to(device), load_tokenizer(target)
+    spec_temperatures = temperatures or [0.0, 1.0]
+    entries = {entry: (name, parse_tree(own or tree)) for entry in drafters for name, _, own in [entry.partition("@")]}
+    trained = next((name for name, _ in entries.values() if (Path(name) / CONFIG).is_file()), "none")
+    spec, template = find_target(trained, target, dtype)
+    model, tokenizer = spec.load().to(device), spec.tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template or template
     stops = stop_tokens(tokenizer, load_config(target).eos_token_id)
     files = {n: read_prompts(Path(p)) for n, p in (prompts or {}).items()}
     texts = files or {"packaged": packaged_prompts()[::-1]}  # `fit` trains on the first ones
     sets = {n: encode_prompts(tokenizer, t[:count], longest=longest_prompt) for n, t in texts.items()}
     decoders = {PLAIN: SpeculativeDecoder(model)}
-    for name in drafters:
+    for entry, (name, shape) in entries.items():
         drafter = find_drafter(name, model)
         confidence = min_confidence if drafter is not None and drafter.confident else 0.0
-        decoders[name] = SpeculativeDecoder(model, drafter, tree=shape, min_confidence=confidence)
+        decoders[entry] = SpeculativeDecoder(model, drafter, tree=shape, min_confidence=confidence)
     largest = max(tree_slots(decoder.tree) for decoder in decoders.values())
     passes = measure_passes(model, [1, *range(8, largest + 1, 8)])
 
     settings = [
         model.fingerprint(),
         dtype,
-        drafters,
+        {entry: content_digest(Path(name)) for entry, (name, _) in entries.items()},
         tree,
         min_confidence,
         count,
@@ -236,6 +252,8 @@ def benchmark(
     path = Path(output) / "results.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     saved = json.loads(path.read_text()) if path.is_file() else {}
+    if saved and saved["key"] != key:
+        path.rename(path.with_name(f"results-{saved['key']}.json"))
     rows: list[dict[str, Any]] = saved["rows"] if saved.get("key") == key else []
     finished = {(row["set"], row["temperature"]) for row in rows}
     blocks = [(n, t) for n in sets for t in spec_temperatures if (n, t) not in finished]
@@ -266,7 +284,10 @@ def benchmark(
                     assistant=assistant,
                     device=device,
                 )
-                rows += [{**block, "drafter": peer, "tokens_per_second": speed} for peer, speed in speeds.items()]
+                for row in rows:
+                    if (row["set"], row["temperature"]) == (name, temperature):
+                        row["speedup_over_transformers"] = row["end_to_end"] / speeds["transformers"]
+                rows += [{**block, "drafter": peer, "end_to_end": speed} for peer, speed in speeds.items()]
             content = {"key": key, "environment": environment(), "pass_seconds": passes, "rows": rows}
             write_atomically(path, json.dumps(content, indent=1))
     print_table(rows, Console())
@@ -282,10 +303,24 @@ def environment() -> dict[str, Any]:
 
 def print_table(rows: Sequence[dict[str, Any]], console: Console) -> None:
     """One line per set, temperature and decoder."""
-    columns = ("set", "T", "drafter", "tokens/s", "speed-up", "tau", "acceptance", "of cost model", "MiB", "lossless")
+    columns = (
+        "set",
+        "T",
+        "drafter",
+        "tokens/s",
+        "speed-up",
+        "end to end",
+        "x transformers",
+        "tau",
+        "acceptance",
+        "of cost model",
+        "MiB",
+        "lossless",
+    )
     table = Table(
-        title="tau: tokens per target pass, accepted + 1; speed-up over plain decoding on the same runner; "
-        "MiB: drafter's weights + peak while decoding"
+        title="tokens/s behind the prefill, speed-up over plain decoding on the same runner; end to end: tokens/s with "
+        "the prefill, and over transformers' generate; tau: tokens per target pass, accepted + 1; MiB: drafter's "
+        "weights + peak while decoding"
     )
     for column in columns:
         table.add_column(column, justify="left" if column in ("set", "drafter") else "right", overflow="fold")
@@ -296,8 +331,10 @@ def print_table(rows: Sequence[dict[str, Any]], console: Console) -> None:
             row["set"],
             f"{row['temperature']:g}",
             row["drafter"],
-            f"{row['tokens_per_second']:.1f}",
+            f"{row['tokens_per_second']:.1f}" if "tokens_per_second" in row else "",
             f"{row['speedup']:.2f}x" if "speedup" in row else "",
+            f"{row['end_to_end']:.1f}",
+            f"{row['speedup_over_transformers']:.2f}x" if "speedup_over_transformers" in row else "",
             f"{row['tau']:.2f}" if "tau" in row else "",
             " ".join(f"{a:.2f}" for a in row.get("acceptance", [])),
             f"{share:.0%}" if share else "",

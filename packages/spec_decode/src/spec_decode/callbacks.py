@@ -27,6 +27,11 @@ class DrafterExport(pl.Callback):
         names = ["drafter_last"]
         if latest is max(pl_module.history, key=lambda epoch: epoch["tau"]):
             names.append("drafter_best")
-        meta = {"target": pl_module.target_spec.name, "epoch": latest["epoch"], "tau": latest["tau"]}
+        meta = {
+            "target": pl_module.target_spec.name,
+            "epoch": latest["epoch"],
+            "tau": latest["tau"],
+            "chat_template": getattr(trainer.datamodule, "chat_template", None),  # type: ignore[attr-defined]
+        }
         for name in names:
             save_drafter(pl_module.drafter, pl_module.drafter_spec, self.folder / name, meta)

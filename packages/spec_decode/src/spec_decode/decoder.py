@@ -109,7 +109,7 @@ class SpeculativeDecoder:
         rejection: Draw candidates from the drafter's law and verify by recursive rejection. The default,
             sample-and-match, emits token for token what plain decoding with the same seed emits.
         min_confidence: Leave out the nodes that the drafter takes to be reached with a smaller probability, in [0, 1):
-            the product of its laws at temperature 1 along the path. 0 keeps them all.
+            the product along the path of its laws, which know the noise. 0 keeps them all.
         tokenizer: Needed for stop strings only.
 
     Raises:
@@ -150,6 +150,8 @@ class SpeculativeDecoder:
         if drafter is None:
             return
         name = type(drafter).__name__
+        if getattr(drafter, "target", self.target) is not self.target:
+            raise ValueError(f"this {name} was built for another target; build or load it with the one it drafts for")
         if isinstance(shape, tuple) and any(w < 1 for w in shape):
             raise ValueError(f"every level of the tree needs at least one candidate, got {shape}")
         if drafter.max_depth is not None and tree_depth(shape) > drafter.max_depth:
@@ -239,6 +241,7 @@ class SpeculativeDecoder:
         pass_sizes: Counter[int] = Counter()
         guard = self.guard if batch == 1 else None  # the plain pass it compares with was measured on one row
         drafting = bool(self.drafter and self.tree) and (guard is None or guard.begin())
+        first_draft = True  # it reads the whole prompt, which is no cost of drafting on
         while not run.done:
             roots, positions = run.roots(device)
             draft: Draft = DraftTree(roots.unsqueeze(1), roots.new_full((batch, 1), -1))
@@ -279,9 +282,10 @@ class SpeculativeDecoder:
             tested[:levels] += (verified.tested & active.unsqueeze(1)).sum(0).cpu()[:depth]
             matched[:levels] += (verified.matched & active.unsqueeze(1)).sum(0).cpu()[:depth]
             clock.stop("commit")
-            if drafting and guard is not None:
+            if drafting and guard is not None and not first_draft:
                 spent = clock.seconds["draft"] + clock.seconds["target"] - spent
                 drafting = guard.pays(float(kept.sum()), spent)
+            first_draft = False
         longest = max(map(len, run.contexts))
         sequences = torch.tensor([[*row, *[pad_token] * (longest - len(row))] for row in run.contexts])
         return Generation(

@@ -26,8 +26,7 @@ class PayGuard:
     _seconds: float = field(default=0.0, init=False)
 
     def begin(self) -> bool:
-        """Whether the generation that starts now should draft."""
-        self._passes, self._tokens, self._seconds = 0, 0.0, 0.0
+        """Whether the generation that starts now should draft; short generations share a window."""
         if self._skip:
             self._skip -= 1
             return False

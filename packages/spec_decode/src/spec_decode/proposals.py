@@ -13,6 +13,9 @@ from torch import Tensor
 from spec_decode.sampling import Sampling, Stream, check_logits, gumbel_noise
 from spec_decode.tree import DraftTree, ancestor_mask, backbone_tree
 
+RANKED = 256
+"""Tokens of a level, the likeliest ones, among which candidates are sought."""
+
 
 @dataclass(frozen=True, eq=False)
 class SampledTree:
@@ -78,36 +81,73 @@ def matching_tree(
     References:
         Shared noise for draft and target: Daliri, Musco and Suresh, arXiv 2408.07978 (one candidate per level).
     """
-    check_logits(draft_logits)
-    ids = torch.arange(draft_logits.shape[-1], device=root.device) if vocabulary is None else vocabulary
-    scores = draft_logits.double()
-    if temperature > 0:
-        scores = scores + temperature * _level_noise(draft_logits, seeds, root_positions, ids, Stream.TARGET)
-    best, index = scores.topk(min(max(widths, default=1), len(ids)), dim=-1)
-    return backbone_tree(root, ids[index].masked_fill(best.isneginf(), -1), widths)
+    scores = rank_tokens(
+        draft_logits,
+        temperature=temperature,
+        seeds=seeds,
+        root_positions=root_positions,
+        vocabulary=vocabulary,
+        count=max(RANKED, *widths),
+    )
+    return scores.tree(root, widths)
 
 
-def path_probabilities(tree: DraftTree, draft_logits: Tensor, vocabulary: Tensor | None = None) -> Tensor:
-    """How likely the drafter takes each node to be reached: the product of its laws along the path.
+@dataclass(frozen=True, eq=False)
+class RankedTokens:
+    """The tokens of every level that may become candidates.
 
     Args:
-        tree: Tree whose nodes at depth i + 1 are tokens of level i.
-        draft_logits: Logits of every level, shape (B, N, C).
-        vocabulary: Target token of each of the drafter's tokens, ascending, int64 of shape (C,); None if they are the
-            same.
-
-    Returns:
-        float64 of shape (B, n): 1 at the root; what stands at absent nodes means nothing.
+        ids: Tokens, int64 of shape (B, N, c).
+        scores: What they are ranked by, float64 of the same shape.
+        log_laws: How likely the drafter takes each to be the target's draw, as logarithms; the same shape.
     """
-    above = ancestor_mask(tree.parents)
-    level = (above.sum(-1) - 2).clamp(min=0)
-    token = tree.tokens.clamp(min=0)
-    if vocabulary is not None:
-        token = torch.searchsorted(vocabulary, token).clamp(max=len(vocabulary) - 1)
-    log_laws = draft_logits.double().log_softmax(-1)
-    own = log_laws[torch.arange(len(token), device=token.device).unsqueeze(1), level, token]
-    own[:, 0] = 0
-    return torch.where(above, own.unsqueeze(1), 0).sum(-1).exp()
+
+    ids: Tensor
+    scores: Tensor
+    log_laws: Tensor
+
+    def tree(self, root: Tensor, widths: Sequence[int]) -> DraftTree:
+        """Tree of the best of them; see `matching_tree`."""
+        best, place = self.scores.topk(min(max(widths, default=1), self.ids.shape[-1]), dim=-1)
+        return backbone_tree(root, self.ids.gather(-1, place).masked_fill(best.isneginf(), -1), widths)
+
+    def path_probabilities(self, tree: DraftTree) -> Tensor:
+        """How likely the drafter takes each node of such a tree to be reached: the product of its laws along the path.
+
+        Returns:
+            float64 of shape (B, n): 1 at the root; what stands at absent nodes means nothing.
+        """
+        above = ancestor_mask(tree.parents)
+        rows = torch.arange(len(above), device=above.device).unsqueeze(1)
+        level = (above.sum(-1) - 2).clamp(min=0)
+        here = self.ids[rows, level] == tree.tokens.unsqueeze(-1)
+        own = self.log_laws[rows, level].masked_fill(~here, -torch.inf).amax(-1)
+        own[:, 0] = 0
+        return torch.where(above, own.unsqueeze(1), 0).sum(-1).exp()
+
+
+def rank_tokens(
+    draft_logits: Tensor,
+    *,
+    temperature: float,
+    seeds: Tensor,
+    root_positions: Tensor,
+    vocabulary: Tensor | None = None,
+    count: int = RANKED,
+) -> RankedTokens:
+    """Score the drafter's likeliest tokens of every level; arguments as in `matching_tree`.
+
+    Only the `count` largest logits are looked at: noise for a whole vocabulary costs as much as a small target's pass.
+    At temperature 0 the law is the drafter's. Above it the noise is known, so the law is what is left of the doubt: the
+    softmax of logits / temperature + noise among these tokens.
+    """
+    check_logits(draft_logits)
+    logits, index = draft_logits.topk(min(count, draft_logits.shape[-1]), dim=-1)
+    ids, logits = index if vocabulary is None else vocabulary[index], logits.double()
+    if temperature == 0:
+        return RankedTokens(ids, logits, logits - draft_logits.float().logsumexp(-1, keepdim=True))
+    scores = logits + temperature * _level_noise(draft_logits, seeds, root_positions, ids, Stream.TARGET)
+    return RankedTokens(ids, scores, (scores / temperature).log_softmax(-1))
 
 
 def sampled_tree(

@@ -10,7 +10,7 @@ from spec_decode.data.corpus import encode_prompts, stop_tokens
 from spec_decode.decoder import Generation, SpeculativeDecoder
 from spec_decode.drafters import DRAFTERS, Drafter, DynamicTree, TrainableDrafter, load_drafter
 from spec_decode.drafters.draft_model import PretrainedDraft
-from spec_decode.drafters.files import read_config
+from spec_decode.drafters.files import CONFIG, read_config
 from spec_decode.models import CausalLM
 from spec_decode.target import TargetSpec
 
@@ -58,6 +58,20 @@ def find_drafter(name: str, target: CausalLM) -> Drafter | None:
     return load_drafter(Path(name), target)
 
 
+def find_target(drafter: str, target: str | None, dtype: str) -> tuple[TargetSpec, str | None]:
+    """The target a drafter is for, with the feature layers and the chat template it was trained with.
+
+    Args:
+        drafter: See `find_drafter`.
+        target: Name of the target; None means the one the drafter was trained for, else the embedded model.
+        dtype: Precision of the target's weights.
+    """
+    trained = read_config(Path(drafter)) if (Path(drafter) / CONFIG).is_file() else {}
+    layers = trained.get("feature_layers")
+    spec = TargetSpec(target or trained.get("target", EMBEDDED), dtype, None if layers is None else tuple(layers))
+    return spec, trained.get("chat_template")
+
+
 @dataclass
 class Session:
     """A target, its tokenizer, and a decoder for both.
@@ -97,11 +111,9 @@ class Session:
             rejection: See `SpeculativeDecoder`.
             min_confidence: See `SpeculativeDecoder`.
         """
-        if target is None:
-            trained = drafter not in ("none", *DRAFTERS.names())
-            target = read_config(Path(drafter))["target"] if trained else EMBEDDED
-        shape, spec = parse_tree(tree), TargetSpec(target, dtype)
+        shape, (spec, template) = parse_tree(tree), find_target(drafter, target, dtype)
         model, tokenizer = spec.load().to(device), spec.tokenizer()
+        tokenizer.chat_template = tokenizer.chat_template or template
         decoder = SpeculativeDecoder(
             model,
             find_drafter(drafter, model),
@@ -110,7 +122,7 @@ class Session:
             min_confidence=min_confidence,
             tokenizer=tokenizer,
         )
-        return cls(model, tokenizer, decoder, stop_tokens(tokenizer, load_config(target).eos_token_id))
+        return cls(model, tokenizer, decoder, stop_tokens(tokenizer, load_config(spec.name).eos_token_id))
 
     def encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Tokens of a conversation that the model is to answer."""

@@ -146,7 +146,7 @@ def encode_prompts(
         )
     encoded = [ids for ids in map(encode, prompts) if 0 < len(ids) <= longest]
     if not encoded:
-        raise ValueError(f"no prompt has 1 to {longest} tokens; raise data.max_length or shorten the prompts")
+        raise ValueError(f"no prompt has 1 to {longest} tokens; allow longer ones or shorten the prompts")
     return encoded
 
 

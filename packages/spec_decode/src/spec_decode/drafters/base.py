@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from spec_decode.models import States
-from spec_decode.proposals import SampledTree, matching_tree, path_probabilities, sampled_tree
+from spec_decode.proposals import RANKED, RankedTokens, SampledTree, rank_tokens, sampled_tree
 from spec_decode.sampling import Sampling
 from spec_decode.tree import DraftTree, prune_tree
 
@@ -149,18 +149,24 @@ def draft_from_levels(state: DraftState, logits: Tensor, vocabulary: Tensor | No
             vocab_size=vocab_size,
             vocabulary=vocabulary,
         )
-    tree = matching_tree(
-        state.root,
+    ranked = rank_levels(state, logits, vocabulary)
+    tree = ranked.tree(state.root, state.tree)
+    if state.min_confidence:
+        tree = prune_tree(tree, ranked.path_probabilities(tree) >= state.min_confidence)
+    return tree
+
+
+def rank_levels(state: DraftState, logits: Tensor, vocabulary: Tensor | None) -> RankedTokens:
+    """The candidates' scores under the state's law; arguments as in `draft_from_levels`."""
+    assert isinstance(state.tree, tuple)
+    return rank_tokens(
         logits,
-        state.tree,
         temperature=state.sampling.temperature,
         seeds=state.seeds,
         root_positions=state.root_positions,
         vocabulary=vocabulary,
+        count=max(RANKED, *state.tree),
     )
-    if state.min_confidence:
-        tree = prune_tree(tree, path_probabilities(tree, logits, vocabulary) >= state.min_confidence)
-    return tree
 
 
 def last_rows(x: Tensor, counts: Tensor) -> Tensor:
@@ -188,16 +194,21 @@ def draft_along_backbone(
     """
     assert isinstance(state.tree, tuple)
     levels = [logits]
-    reached = torch.ones(len(logits), dtype=torch.float64, device=logits.device)
+    reached = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
     for level, width in enumerate(state.tree[:-1]):
-        # The tree of this level alone: its noise is a function of the position, so its backbone is the final one.
-        alone = replace(state, tree=(width,), root_positions=state.root_positions + level, min_confidence=0.0)
-        draft = draft_from_levels(alone, levels[-1].unsqueeze(1), vocabulary, vocab_size)
-        tree = draft.tree if isinstance(draft, SampledTree) else draft
-        if state.min_confidence:
-            reached = reached * path_probabilities(tree, levels[-1].unsqueeze(1), vocabulary)[:, 1]
-            if (reached < state.min_confidence).all():
+        # This level alone: its noise is a function of the position, so its backbone is the final one.
+        alone = replace(state, tree=(width,), root_positions=state.root_positions + level)
+        if state.rejection:
+            draft = draft_from_levels(alone, levels[-1].unsqueeze(1), vocabulary, vocab_size)
+            assert isinstance(draft, SampledTree)
+            best = draft.tree.tokens[:, 1].clamp(min=0)
+        else:
+            ranked = rank_levels(alone, levels[-1].unsqueeze(1), vocabulary)
+            place = ranked.scores[:, 0].argmax(-1, keepdim=True)
+            best = ranked.ids[:, 0].gather(-1, place).squeeze(1)
+            reached = reached + ranked.log_laws[:, 0].gather(-1, place).squeeze(1)
+            if (reached.exp() < state.min_confidence).all():
                 break
-        levels.append(advance(tree.tokens[:, 1].clamp(min=0)))
+        levels.append(advance(best))
     state = replace(state, tree=state.tree[: len(levels)])
     return draft_from_levels(state, torch.stack(levels, dim=1), vocabulary, vocab_size)

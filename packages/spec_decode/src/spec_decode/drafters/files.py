@@ -49,7 +49,7 @@ class DrafterSpec:
 
 
 def save_drafter(drafter: TrainableDrafter, spec: DrafterSpec, folder: Path, meta: Mapping[str, Any]) -> None:
-    """Write a drafter; each file is complete or absent, and the settings come last.
+    """Write a drafter; each file is complete or absent, the settings come last, and a full disk leaves the old one.
 
     Args:
         drafter: Trained drafter.
@@ -59,10 +59,7 @@ def save_drafter(drafter: TrainableDrafter, spec: DrafterSpec, folder: Path, met
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights, config = folder / WEIGHTS, folder / CONFIG
-    config.unlink(missing_ok=True)
     state = {name: value.detach().cpu().contiguous() for name, value in drafter.state_dict().items()}
-    save_file(state, f"{weights}.part")
-    os.replace(f"{weights}.part", weights)
     content = {
         **meta,
         "drafter": asdict(spec),
@@ -70,7 +67,14 @@ def save_drafter(drafter: TrainableDrafter, spec: DrafterSpec, folder: Path, met
         "feature_layers": list(drafter.target.feature_layers),
         "acceptance": drafter.acceptance,
     }
+    # Everything is on the disk before anything of the drafter that lies there is touched.
+    save_file(state, f"{weights}.part")
     Path(f"{config}.part").write_text(json.dumps(content, indent=2) + "\n")
+    for part in (f"{weights}.part", f"{config}.part"):
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+    config.unlink(missing_ok=True)  # a kill between the two must not leave weights beside another's settings
+    os.replace(f"{weights}.part", weights)
     os.replace(f"{config}.part", config)
 
 
