@@ -55,7 +55,8 @@ def plot_progress(runs: Mapping[str, Metrics]) -> Figure:
     for name, metrics in runs.items():
         for axes, key in zip(panels, PANELS, strict=False):
             steps, values = metrics[key]
-            axes.plot(steps + 1, (100 if key == "val/tar" else 1) * values, ".-", label=name)
+            made = np.where(steps > 0, steps + 1, 0)  # the first validation is before training
+            axes.plot(made, (100 if key == "val/tar" else 1) * values, ".-", label=name)
         steps, values = metrics["train/tar"]
         panels[3].plot(steps + 1, 100 * values, lw=1, label=name)
     for axes, label in zip(

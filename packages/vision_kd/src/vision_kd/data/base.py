@@ -13,6 +13,8 @@ from vision_kd.data.augment import Augment, identity, strong
 from vision_kd.data.loader import DeviceLoader
 
 VIEWS = ("weak", "strong")
+WORKERS = min(4, os.cpu_count() or 1)
+"""Processes that load images from files, unless a data set is told otherwise."""
 
 
 def data_root(root: str | None = None) -> Path:

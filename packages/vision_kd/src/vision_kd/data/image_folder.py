@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from vision_kd.data.augment import SEED_RANGE, ImageDraws, distort
-from vision_kd.data.base import ImageDataModule, missing_data
+from vision_kd.data.base import WORKERS, ImageDataModule, missing_data
 from vision_kd.data.loader import EpochSampler
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
@@ -144,7 +144,7 @@ class ImageFolder(ImageDataModule):
         self,
         root: str,
         image_size: int = 224,
-        num_workers: int = 4,
+        num_workers: int = WORKERS,
         batch_size: int = 64,
         val_batch_size: int = 256,
         seed: int = 0,

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as F
 
 from vision_kd.data.augment import ImageDraws
-from vision_kd.data.base import ImageDataModule, data_root
+from vision_kd.data.base import WORKERS, ImageDataModule, data_root
 from vision_kd.data.image_folder import read_rgb
 from vision_kd.data.loader import EpochSampler
 from vision_kd.detection.coco import Split, read_split
@@ -153,7 +153,7 @@ class COCO(ImageDataModule):
         val_size: int = 800,
         longest: int = 1333,
         flip: bool = True,
-        num_workers: int = 4,
+        num_workers: int = WORKERS,
         batch_size: int = 8,
         val_batch_size: int = 8,
         seed: int = 0,
