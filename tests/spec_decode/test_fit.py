@@ -9,6 +9,7 @@ from spec_decode.data.prompts import packaged_prompts
 from spec_decode.decoder import SpeculativeDecoder
 from spec_decode.drafters import load_drafter
 from spec_decode.fit import CONFIG_DIR, build, main, run
+from spec_decode.target import fast_dtype
 
 RECIPES = sorted(str(p.relative_to(CONFIG_DIR).with_suffix("")) for p in CONFIG_DIR.rglob("*.yaml"))
 
@@ -95,8 +96,18 @@ def test_every_recipe_steps_on_a_stand_in(fit_args, standin, recipe):
     result = run(cli)
     assert torch.tensor(result.last["loss"]).isfinite()
     assert cli.trainer.global_step > 0
-    assert cli.model.target.dtype == torch.bfloat16
+    chosen = cli.model.target_spec.dtype
+    assert cli.model.target.dtype == getattr(torch, fast_dtype() if chosen == "auto" else chosen)
     assert cli.model.drafter.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"), [("AVX2", "float32"), ("DEFAULT", "float32"), ("AVX512", "bfloat16")]
+)
+def test_the_fast_precision_is_the_machines(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert fast_dtype() == expected
 
 
 def build_config(args):

@@ -191,7 +191,7 @@ def benchmark(
     seed: int = 0,
     peers: bool = True,
     assistant: str | None = None,
-    dtype: str = "bfloat16",
+    dtype: str = "auto",
     device: str = "cpu",
     output: str = "runs/benchmark",
 ) -> list[dict[str, Any]]:
@@ -211,7 +211,7 @@ def benchmark(
         seed: Seed of the draws.
         peers: Also run transformers' own `generate`, alone and with prompt lookup.
         assistant: A smaller model of the same tokenizer, by folder or name, for transformers' assisted generation.
-        dtype: Precision of the target's weights.
+        dtype: Precision of the target's weights; ``auto`` is the one this machine is fastest in.
         device: Where to run.
         output: Folder for ``results.json``; finished blocks of the same settings in it are not run again,
             those of other settings are kept in a file of their own.
@@ -236,7 +236,7 @@ def benchmark(
 
     settings = [
         model.fingerprint(),
-        dtype,
+        str(model.dtype),
         {entry: content_digest(Path(name)) for entry, (name, _) in entries.items()},
         tree,
         min_confidence,
@@ -276,7 +276,7 @@ def benchmark(
             if peers:
                 speeds = transformers_peers(
                     target,
-                    dtype,
+                    str(model.dtype).removeprefix("torch."),
                     sets[name],
                     max_new_tokens=max_new_tokens,
                     temperature=temperature,

@@ -66,7 +66,7 @@ def chat(
     top_p: float = 0.95,
     seed: int = 0,
     color: bool = True,
-    dtype: str = "bfloat16",
+    dtype: str = "auto",
     device: str = "cpu",
 ) -> None:
     """Talk to a model.
@@ -81,7 +81,7 @@ def chat(
         top_p: Keep the likeliest tokens of this total probability.
         seed: Seed of the draws.
         color: Show drafted and accepted tokens in green.
-        dtype: Precision of the target's weights.
+        dtype: Precision of the target's weights; ``auto`` is the one this machine is fastest in.
         device: Where to run.
     """
     session = Session.open(drafter, target, dtype=dtype, device=device, tree=tree, min_confidence=min_confidence)

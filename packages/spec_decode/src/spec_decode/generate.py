@@ -68,7 +68,7 @@ def generate(
     stop_strings: list[str] | None = None,
     rejection: bool = False,
     color: bool = False,
-    dtype: str = "bfloat16",
+    dtype: str = "auto",
     device: str = "cpu",
 ) -> Generation:
     """Answer a prompt.
@@ -87,7 +87,7 @@ def generate(
         stop_strings: Texts that end the answer.
         rejection: Verify drawn candidates by recursive rejection instead of sample-and-match.
         color: Show drafted and accepted tokens in green.
-        dtype: Precision of the target's weights.
+        dtype: Precision of the target's weights; ``auto`` is the one this machine is fastest in.
         device: Where to run.
     """
     session = Session.open(
