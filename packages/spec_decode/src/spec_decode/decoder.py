@@ -26,6 +26,9 @@ from spec_decode.verify import Verified, count_kept, verify_matching, verify_sam
 OnTokens = Callable[[int, list[int], list[bool]], None]
 """Called with a row, its new tokens, and whether each was drafted."""
 
+OnPass = Callable[[DraftTree, Verified], None]
+"""Called with the tree of every target pass and what became of it."""
+
 PHASES = ("prefill", "draft", "target", "verify", "commit")
 
 
@@ -184,6 +187,7 @@ class SpeculativeDecoder:
         stop_strings: Sequence[str] = (),
         pad_token: int = 0,
         on_tokens: OnTokens | None = None,
+        on_pass: OnPass | None = None,
     ) -> Generation:
         """Continue every prompt until a stop token or string, `max_new_tokens` or the end of the context.
 
@@ -199,6 +203,7 @@ class SpeculativeDecoder:
             stop_strings: Texts that end a row as soon as its new text holds one; the completing token is kept.
             pad_token: Fills `sequences` behind the end of a row.
             on_tokens: Called after every pass for every row that got new tokens.
+            on_pass: Called after every pass, for pictures and statistics.
 
         Raises:
             ValueError: For an empty prompt, one that fills the context, a token outside the vocabulary, a setting out
@@ -273,6 +278,8 @@ class SpeculativeDecoder:
             active = run.remaining > 0
             verified = _verify(draft, logits, sampling, seeds, positions)
             kept = run.accept(verified.tokens, verified.accepted)
+            if on_pass is not None:
+                on_pass(tree, verified)
             clock.stop("verify")
             states, following, counts = commit(cache, passed, verified, kept)
             for row, count in enumerate(kept.tolist()):
