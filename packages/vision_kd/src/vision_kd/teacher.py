@@ -40,7 +40,8 @@ def teacher_cache_path(spec: TeacherSpec, data: Mapping[str, Any], ranks: int = 
     settings = {
         key: value for key, value in data["init_args"].items() if key not in ignored and not key.startswith("val_")
     }
-    settings["batch_size"] = settings["batch_size"] * ranks
+    if "batch_size" in settings:
+        settings["batch_size"] *= ranks
     recipe = {"teacher": asdict(spec), "data": {**data, "init_args": settings}, "format": CACHE_FORMAT}
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()[:16]
     return cache_root() / "teachers" / f"{spec.name.replace('/', '_')}-{digest}.pt"
