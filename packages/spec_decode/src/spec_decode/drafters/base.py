@@ -206,9 +206,10 @@ def draft_along_backbone(
             ranked = rank_levels(alone, levels[-1].unsqueeze(1), vocabulary)
             place = ranked.scores[:, 0].argmax(-1, keepdim=True)
             best = ranked.ids[:, 0].gather(-1, place).squeeze(1)
-            reached = reached + ranked.log_laws[:, 0].gather(-1, place).squeeze(1)
-            if (reached.exp() < state.min_confidence).all():
-                break
+            if state.min_confidence:  # which waits for the device
+                reached = reached + ranked.log_laws[:, 0].gather(-1, place).squeeze(1)
+                if (reached.exp() < state.min_confidence).all():
+                    break
         levels.append(advance(best))
     state = replace(state, tree=state.tree[: len(levels)])
     return draft_from_levels(state, torch.stack(levels, dim=1), vocabulary, vocab_size)
