@@ -33,16 +33,19 @@ def test_the_text_is_the_targets_own(tiny, tmp_path):
         assert sample.tokens[: sample.answer_start] == prompt
         expected = tiny.plain(tiny.model, prompt, Sampling(0.0), row_seeds(0, 1)[0], 8, (6,))
         assert sample.tokens[sample.answer_start :] == expected
-    assert read_corpus(path) == samples
+    assert read_corpus(path) == dict(enumerate(samples))
 
 
-@pytest.mark.parametrize("cut", [1, 40, 200])
+@pytest.mark.parametrize("cut", [1, 60, 300])
 def test_a_killed_writer_goes_on_where_it_was(tiny, tmp_path, monkeypatch, cut):
-    path, samples = write(tiny, tmp_path)
+    sampled = Writing(max_new_tokens=8, temperature=1.0, batch_size=2)
+    path, samples = write(tiny, tmp_path, writing=sampled)
+    order = [2, 0, 1, 4, 3]  # longest prompt first
     path.write_bytes(path.read_bytes()[:-cut])
     kept = read_corpus(path)
-    assert kept == samples[: len(kept)]
     assert len(kept) < 5
+    assert list(kept) == sorted(order[: len(kept)])
+    assert all(samples[i] == sample for i, sample in kept.items())
     calls, generate = [], SpeculativeDecoder.generate
 
     def counting(self, prompts, **settings):
@@ -50,10 +53,10 @@ def test_a_killed_writer_goes_on_where_it_was(tiny, tmp_path, monkeypatch, cut):
         return generate(self, prompts, **settings)
 
     monkeypatch.setattr(SpeculativeDecoder, "generate", counting)
-    assert write(tiny, tmp_path)[1] == samples
-    assert calls == PROMPTS[len(kept) :]
+    assert write(tiny, tmp_path, writing=sampled)[1] == samples
+    assert calls == [PROMPTS[i] for i in order[len(kept) // 2 * 2 :]]  # whole batches, so that draws stay numbered
     calls.clear()
-    assert write(tiny, tmp_path)[1] == samples
+    assert write(tiny, tmp_path, writing=sampled)[1] == samples
     assert calls == []
 
 
@@ -141,7 +144,8 @@ def test_a_killed_feature_writer_goes_on(tiny, texts, tmp_path, monkeypatch):
         store.read(0)
     # What was being written is garbage; it is written again.
     with (tmp_path / "f/features.bin").open("r+b") as file:
-        file.seek(int(store.starts[2]) * store.width * 2)
+        third = sorted(range(len(texts)), key=lambda i: -len(texts[i]))[2]  # longest first
+        file.seek(int(store.starts[third]) * store.width * 2)
         file.write(b"\xff" * 64)
     store.write(Dying(), batch_size=2, progress=False)
     assert calls == [2, 2, 2, 1]
@@ -178,11 +182,11 @@ def test_the_stream_shows_every_sample_equally_often_and_shares_it_out():
     for epoch in range(7):  # seven epochs of ten rows are ten passes over seven samples
         shares = []
         for rank in range(2):
-            sampler = StreamSampler(7, 10, seed=3, rank=rank, ranks=2)
+            sampler = StreamSampler([5] * 7, 2, 10, seed=3, rank=rank, ranks=2)
             sampler.set_epoch(epoch)
             shares.append(list(sampler))
             assert len(shares[-1]) == len(sampler) == 5
-        single = StreamSampler(7, 10, seed=3, rank=0, ranks=1)
+        single = StreamSampler([5] * 7, 2, 10, seed=3, rank=0, ranks=1)
         single.set_epoch(epoch)
         assert [x for pair in zip(*shares, strict=True) for x in pair] == list(single)
         epochs += list(single)
@@ -190,6 +194,15 @@ def test_the_stream_shows_every_sample_equally_often_and_shares_it_out():
     for start in range(0, 70, 7):
         assert sorted(epochs[start : start + 7]) == list(range(7))
     assert epochs[:7] != epochs[7:14]
+
+
+def test_batches_hold_samples_of_about_equal_length():
+    lengths = torch.randint(10, 500, (259,), generator=torch.Generator().manual_seed(0)).tolist()
+    order = list(StreamSampler(lengths, 4, 256, seed=0, rank=0, ranks=1))
+    batches = [[lengths[i] for i in order[at : at + 4]] for at in range(0, 256, 4)]
+    padded, shuffled = sum(4 * max(b) for b in batches), sum(4 * max(lengths[at : at + 4]) for at in range(0, 256, 4))
+    assert padded < 1.1 * sum(map(sum, batches)) < 1.2 * sum(lengths) < shuffled
+    assert [max(b) for b in batches[:8]] != sorted(max(b) for b in batches[:8])  # but not in order of length
 
 
 def test_a_datamodule_without_a_target_says_so():

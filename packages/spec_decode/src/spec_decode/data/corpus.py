@@ -1,12 +1,13 @@
 """Text that the target itself wrote: generated in batches on the step runner, resumable, cached.
 
-A corpus is a JSONL file with one line per prompt; a line is complete or absent. Its name is a digest of all that
-determines it, so that changed settings never meet old text.
+A corpus is a JSONL file with one line per prompt, longest prompt first, so that the prompts of a batch are about equally
+long and the largest batch comes first; a line is complete or absent. The file's name is a digest of all that determines
+it, so that changed settings never meet old text.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -66,13 +67,20 @@ def corpus_path(
     return folder / f"text-{hashlib.sha256(content.encode()).hexdigest()[:16]}.jsonl"
 
 
-def read_corpus(path: Path) -> list[Sample]:
-    """Complete lines of a corpus; a torn last line, as of a killed writer, is left out."""
-    if not path.is_file():
-        return []
-    content = path.read_bytes()
-    lines = content[: content.rfind(b"\n") + 1].splitlines()
-    return [Sample(**json.loads(line)) for line in lines]
+def _complete_lines(path: Path) -> list[bytes]:
+    """Lines of a file with their ends; a torn last one, as of a killed writer, is left out."""
+    content = path.read_bytes() if path.is_file() else b""
+    return content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
+
+
+def _samples(lines: Iterable[bytes]) -> dict[int, Sample]:
+    records = map(json.loads, lines)
+    return {record["prompt"]: Sample(record["tokens"], record["answer_start"]) for record in records}
+
+
+def read_corpus(path: Path) -> dict[int, Sample]:
+    """Samples by the index of their prompt, in this order."""
+    return dict(sorted(_samples(_complete_lines(path)).items()))
 
 
 def write_corpus(
@@ -84,7 +92,7 @@ def write_corpus(
     *,
     progress: bool = True,
 ) -> list[Sample]:
-    """Let the target answer the prompts that have no line yet; returns all samples.
+    """Let the target answer the prompts that have no line yet; returns all samples, in the order of the prompts.
 
     Args:
         path: File from `corpus_path`.
@@ -94,31 +102,35 @@ def write_corpus(
         stops: Tokens that end an answer.
         progress: Whether to show a progress bar.
     """
-    done = read_corpus(path)
-    if len(done) == len(prompts):
-        return done
+    lines = _complete_lines(path)
+    if len(lines) == len(prompts):
+        return list(read_corpus(path).values())
+    # Only whole batches are kept: the draws of a batch are numbered from its start.
+    lines = lines[: len(lines) // writing.batch_size * writing.batch_size]
+    done = _samples(lines)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     decoder = SpeculativeDecoder(target)
     bar = tqdm(total=len(prompts), initial=len(done), desc="target writes", unit="answer", disable=not progress)
     with path.open("r+b" if path.exists() else "wb") as file, bar:
-        file.seek(path.read_bytes().rfind(b"\n") + 1)
-        file.truncate()
+        file.truncate(file.seek(sum(map(len, lines))))
         for start in range(len(done), len(prompts), writing.batch_size):
-            batch = prompts[start : start + writing.batch_size]
+            batch = order[start : start + writing.batch_size]
             out = decoder.generate(
-                batch,
+                [prompts[i] for i in batch],
                 max_new_tokens=writing.max_new_tokens,
                 temperature=writing.temperature,
                 top_p=writing.top_p,
                 seed=writing.seed + start,
                 stop_tokens=stops,
             )
-            samples = [Sample([*prompt, *new], len(prompt)) for prompt, new in zip(batch, out.new_tokens, strict=True)]
-            file.write("".join(json.dumps(asdict(s)) + "\n" for s in samples).encode())
+            answers = zip(batch, out.new_tokens, strict=True)
+            samples = {i: Sample([*prompts[i], *new], len(prompts[i])) for i, new in answers}
+            file.write("".join(json.dumps({"prompt": i, **asdict(s)}) + "\n" for i, s in samples.items()).encode())
             file.flush()
-            done += samples
+            done |= samples
             bar.update(len(samples))
-    return done
+    return [done[i] for i in range(len(prompts))]
 
 
 def encode_prompts(

@@ -72,27 +72,40 @@ class StreamSampler(DistributedSampler):
     and the number of the pass: an epoch is a function of its number, so that a run resumes exactly at its end, and
     short epochs lose no samples. Rank r takes rows r, r + ranks, ...
 
+    Samples of a batch are about equally long, which saves padding: a permutation is sorted within pools of eight batches,
+    whose batches are then shuffled.
+
     Args:
-        count: Number of samples.
+        lengths: Length of every sample.
+        batch: Samples per batch of all ranks together.
         rows: n, a multiple of the number of ranks.
         seed: Seed of the order.
         rank: This process.
         ranks: Number of processes.
     """
 
-    def __init__(self, count: int, rows: int, *, seed: int, rank: int, ranks: int) -> None:
-        super().__init__(range(count), ranks, rank, shuffle=True, seed=seed)  # type: ignore[arg-type]
-        self.count, self.rows = count, rows
+    def __init__(self, lengths: Sequence[int], batch: int, rows: int, *, seed: int, rank: int, ranks: int) -> None:
+        super().__init__(lengths, ranks, rank, shuffle=True, seed=seed)  # type: ignore[arg-type]
+        self.lengths, self.batch, self.rows = torch.tensor(lengths), batch, rows
         self.num_samples = rows // ranks
 
+    def _permutation(self, number: int) -> Tensor:
+        """Order of the samples in one pass."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        order = torch.randperm(len(self.lengths), generator=generator)
+        pools = [pool[self.lengths[pool].argsort(stable=True)] for pool in order.split(8 * self.batch)]
+        batches = torch.cat(pools).split(self.batch)  # only the last of them can be short, and stays there
+        full = len(self.lengths) // self.batch
+        shuffled = torch.randperm(full, generator=generator).tolist()
+        return torch.cat([batches[i] for i in [*shuffled, *range(full, len(batches))]])
+
     def __iter__(self) -> Iterator[int]:
-        start, passes = self.epoch * self.rows, {}
+        start, count, passes = self.epoch * self.rows, len(self.lengths), {}
         for place in range(start + self.rank, start + self.num_samples * self.num_replicas, self.num_replicas):
-            number = place // self.count
+            number = place // count
             if number not in passes:
-                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
-                passes[number] = torch.randperm(self.count, generator=generator)
-            yield int(passes[number][place % self.count])
+                passes[number] = self._permutation(number)
+            yield int(passes[number][place % count])
 
 
 class TargetText(LightningDataModule):
@@ -212,7 +225,7 @@ class TargetText(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Read the text."""
-        self.samples = read_corpus(self._corpus)
+        self.samples = list(read_corpus(self._corpus).values())
 
     def token_counts(self) -> Tensor:
         """Occurrences of every token in the training answers, int64 of shape (V,)."""
@@ -236,13 +249,15 @@ class TargetText(LightningDataModule):
             ValueError: If they do not fill one batch per rank.
         """
         samples, (rank, ranks) = self.samples[: -self.val_prompts], self._place
-        rows = (self.epoch_rows or len(samples)) // (self.batch_size * ranks) * self.batch_size * ranks
+        batch = self.batch_size * ranks
+        rows = (self.epoch_rows or len(samples)) // batch * batch
         if not rows:
             raise ValueError(
                 f"an epoch of {self.epoch_rows or len(samples)} sequences does not fill a batch of {self.batch_size} "
                 f"on each of {ranks} processes; lower data.batch_size"
             )
-        sampler = StreamSampler(len(samples), rows, seed=self.seed, rank=rank, ranks=ranks)
+        lengths = [len(sample.tokens) for sample in samples]
+        sampler = StreamSampler(lengths, batch, rows, seed=self.seed, rank=rank, ranks=ranks)
         return self._loader(samples, 0, sampler)
 
     def val_dataloader(self) -> DataLoader:
