@@ -2,14 +2,15 @@
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from spec_decode.benchmark import benchmark, margin
+from spec_decode.benchmark import benchmark, content_digest, margin
 from spec_decode.chat import talk
 from spec_decode.decoder import SpeculativeDecoder
-from spec_decode.drafters import DrafterSpec, DynamicTree, PromptLookup, save_drafter
+from spec_decode.drafters import DrafterSpec, DynamicTree, PromptLookup, WithLookup, save_drafter
 from spec_decode.generate import GREEN, generate
 from spec_decode.measure import first_divergence
 from spec_decode.sampling import Sampling, row_seeds
@@ -32,13 +33,15 @@ def test_generate_streams_the_plain_text(standin, drafter, capsys):
     shared = {"prompt": "Hello", "max_new_tokens": 20, "dtype": "float32", "target": str(standin)}
     plain = generate(drafter="none", **shared)
     printed = capsys.readouterr().out
-    for name, tree in ((drafter, "chain"), (drafter, "2,1"), (drafter, "auto"), ("prompt_lookup", "1,1,1")):
+    trees = [(drafter, "chain"), (drafter, "2,1"), (drafter, "auto"), ("prompt_lookup", "1,1,1")]
+    for name, tree in [*trees, (f"{drafter}+lookup", "2,1")]:
         out = generate(drafter=name, tree=tree, **shared)
         assert torch.equal(out.sequences, plain.sequences)
         # All but the closing line, whose times differ.
         assert capsys.readouterr().out.rsplit("\n", 2)[0] == printed.rsplit("\n", 2)[0]
     assert "tau 1.00 (accepted + 1 per target pass)" in printed
-    generate(drafter=drafter, **(shared | {"target": None}))  # the target is the one it was trained for
+    for name in (drafter, f"{drafter}+lookup"):  # the target is the one it was trained for
+        generate(drafter=name, **(shared | {"target": None}))
 
 
 def test_drafted_tokens_can_be_coloured(standin, capsys):
@@ -91,10 +94,23 @@ def test_other_trees_are_refused(text):
 def test_drafters_on_the_command_line(tiny, tmp_path):
     assert find_drafter("none", tiny.target) is None
     assert isinstance(find_drafter("prompt_lookup", tiny.target), PromptLookup)
+    assert isinstance(find_drafter("prompt_lookup+lookup", tiny.target), WithLookup)
+    with pytest.raises(ValueError, match="no tree to add a branch to"):
+        find_drafter("none+lookup", tiny.target)
     with pytest.raises(ValueError, match="has to be trained"):
         find_drafter("fast_eagle", tiny.target)
     with pytest.raises(FileNotFoundError, match="holds no drafter"):
         find_drafter(str(tmp_path), tiny.target)
+
+
+def test_a_digest_of_a_drafters_content_tells_drafters_apart(drafter, tmp_path):
+    before = content_digest(tmp_path / "drafter")
+    assert content_digest(tmp_path / "nowhere") == content_digest(Path("prompt_lookup")) == ""
+    weights = tmp_path / "drafter/drafter.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert before != content_digest(tmp_path / "drafter")
 
 
 # --- benchmark ---
@@ -149,6 +165,9 @@ def test_benchmark_measures_and_keeps_finished_blocks(standin, drafter, tmp_path
     assert more[: len(rows)] == rows
     assert len(more) == 2 * len(rows)
     assert set(calls) == {1.0}
+    key = saved["key"]
+    benchmark(temperatures=[0.0], **(settings | {"seed": 1}))  # other settings: the old results keep their file
+    assert json.loads((tmp_path / f"out/results-{key}.json").read_text())["rows"] == more
     assert "speed-up" in capsys.readouterr().out
 
 

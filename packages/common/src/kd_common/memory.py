@@ -31,7 +31,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self, ignore: Iterable[Tensor]) -> None:
         super().__init__()
-        self.seen = {tensor.untyped_storage()._cdata for tensor in ignore}
+        self.seen = {t.untyped_storage()._cdata for t in ignore if t.layout == torch.strided}
         self.live = self.peak = 0
 
     def _freed(self, key: int, size: int) -> None:

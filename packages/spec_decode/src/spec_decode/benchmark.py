@@ -17,6 +17,7 @@ import torch
 from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from tqdm import tqdm
 
 from kd_common.files import write_atomically
@@ -32,7 +33,7 @@ from spec_decode.drafters.files import CONFIG
 from spec_decode.measure import Measurement, first_divergence, measure
 from spec_decode.models import CausalLM
 from spec_decode.sampling import Sampling, Stream, gumbel_noise, row_seeds
-from spec_decode.session import find_drafter, find_target, parse_tree
+from spec_decode.session import drafter_folder, find_drafter, find_target, parse_tree
 
 PLAIN = "plain"
 
@@ -78,12 +79,18 @@ def needed_memory(decoder: SpeculativeDecoder, prompt: Sequence[int], **settings
         **settings: Of `SpeculativeDecoder.generate`.
     """
     target = [*decoder.target.parameters(), *decoder.target.buffers()]
-    shared = {tensor.untyped_storage().data_ptr() for tensor in target}
     drafter = [] if decoder.drafter is None else decoder.drafter.weights()
-    own = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in drafter}
+    shared, own = _sizes(target), _sizes(drafter)
     peak = peak_bytes(lambda: decoder.generate([prompt], **settings), [*target, *drafter], decoder.target.device)
     drafter_bytes = sum(size for place, size in own.items() if place not in shared)
     return {"drafter_mib": drafter_bytes / 2**20, "decoding_mib": peak / 2**20}
+
+
+def _sizes(tensors: Sequence[Tensor]) -> dict[int, int]:
+    """Bytes by place; tensors that share memory count once. Packed weights have no address."""
+    plain = [t.untyped_storage() for t in tensors if t.layout == torch.strided]
+    packed = {id(t): t.numel() * t.element_size() for t in tensors if t.layout != torch.strided}
+    return {storage.data_ptr(): storage.nbytes() for storage in plain} | packed
 
 
 def transformers_peers(
@@ -198,8 +205,9 @@ def benchmark(
     """Measure drafters.
 
     Args:
-        drafters: Folders of trained drafters, or names such as ``prompt_lookup``; plain decoding is always there. A
-            tree of its own may follow behind an ``@``, as in ``RUN/drafter_best@4,2,1``.
+        drafters: Folders of trained drafters, or names such as ``prompt_lookup``; plain decoding is always there.
+            ``+lookup`` adds the branch of prompt lookup, and a tree of its own may follow behind an ``@``, as in
+            ``RUN/drafter_best+lookup@4,2,1``.
         target: Target by folder or name.
         prompts: JSONL files by a name for the set; the last packaged prompts by default.
         count: Prompts per set, the first ones.
@@ -218,7 +226,7 @@ def benchmark(
     """
     spec_temperatures = temperatures or [0.0, 1.0]
     entries = {entry: (name, parse_tree(own or tree)) for entry in drafters for name, _, own in [entry.partition("@")]}
-    trained = next((name for name, _ in entries.values() if (Path(name) / CONFIG).is_file()), "none")
+    trained = next((name for name, _ in entries.values() if (drafter_folder(name) / CONFIG).is_file()), "none")
     spec, template = find_target(trained, target, dtype)
     model, tokenizer = spec.load().to(device), spec.tokenizer()
     tokenizer.chat_template = tokenizer.chat_template or template
@@ -237,7 +245,7 @@ def benchmark(
     settings = [
         model.fingerprint(),
         str(model.dtype),
-        {entry: content_digest(Path(name)) for entry, (name, _) in entries.items()},
+        {entry: content_digest(drafter_folder(name)) for entry, (name, _) in entries.items()},
         tree,
         min_confidence,
         count,

@@ -1,7 +1,7 @@
 """Speculative decoding of a batch: draft, one target pass over the tree, verification, commit.
 
-Plain decoding is the same loop with a tree of the root alone. What is emitted does not depend on the drafter; proofs
-and tests: docs/spec_exactness.md. Shapes: B rows, n nodes, D levels.
+Plain decoding is the same loop with a tree of the root alone. Proofs and tests that the drafter does not change what is
+emitted: docs/spec_exactness.md. Shapes: B rows, n nodes, D levels.
 """
 
 import time
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from spec_decode.drafters.base import Draft, Drafter, DraftState, DynamicTree, TreeShape, tree_depth, tree_slots
 from spec_decode.guard import PayGuard
+from spec_decode.inputs import prompt_lists
 from spec_decode.models import CausalLM, KVCache, States
 from spec_decode.proposals import SampledTree
 from spec_decode.sampling import Sampling, row_seeds
@@ -147,6 +148,9 @@ class SpeculativeDecoder:
             self.tree = tree if isinstance(tree, DynamicTree) else tuple(tree)
         self.rejection, self.min_confidence = rejection, min_confidence
         self._check()
+        for model in (target, drafter):
+            if model is not None:
+                model.pack()
 
     def _check(self) -> None:
         drafter, shape = self.drafter, self.tree
@@ -211,7 +215,7 @@ class SpeculativeDecoder:
         """
         target = self.target
         sampling = Sampling(temperature, top_k, top_p)
-        prompts = _prompts(input_ids, attention_mask, target.vocab_size, target.context)
+        prompts = prompt_lists(input_ids, attention_mask, target.vocab_size, target.context)
         if max_new_tokens is not None and max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be >= 1, or None to fill the context, got {max_new_tokens}")
         batch, device = len(prompts), target.device
@@ -370,31 +374,3 @@ def commit(cache: KVCache, states: States, verified: Verified, kept: Tensor) -> 
     cache.commit(path, kept)
     beyond = torch.arange(longest, device=kept.device) >= kept.unsqueeze(1)
     return states.gather(path.clamp(min=0)), tokens.masked_fill(beyond, -1), kept
-
-
-def _prompts(
-    input_ids: Tensor | Sequence[Sequence[int]], attention_mask: Tensor | None, vocab_size: int, context: int
-) -> list[list[int]]:
-    """Prompts as lists without padding, checked."""
-    if isinstance(input_ids, Tensor):
-        if input_ids.dim() != 2:
-            raise ValueError(f"input_ids must have shape (batch, length), got {tuple(input_ids.shape)}")
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        if mask.shape != input_ids.shape:
-            raise ValueError(f"attention_mask {tuple(mask.shape)} must have the shape of input_ids {input_ids.shape}")
-        prompts = [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
-    else:
-        prompts = [list(map(int, row)) for row in input_ids]
-    if not prompts:
-        raise ValueError("input_ids holds no prompt")
-    for row, prompt in enumerate(prompts):
-        if not prompt:
-            raise ValueError(f"prompt {row} is empty; give at least one token, such as the start-of-text token")
-        if len(prompt) >= context:
-            raise ValueError(
-                f"prompt {row} has {len(prompt)} tokens, the target's context {context} leaves no room to generate; "
-                "shorten it"
-            )
-        if not all(0 <= token < vocab_size for token in prompt):
-            raise ValueError(f"prompt {row} holds tokens outside the target's vocabulary [0, {vocab_size})")
-    return prompts

@@ -11,6 +11,7 @@ from spec_decode.decoder import Generation, SpeculativeDecoder
 from spec_decode.drafters import DRAFTERS, Drafter, DynamicTree, TrainableDrafter, load_drafter
 from spec_decode.drafters.draft_model import PretrainedDraft
 from spec_decode.drafters.files import CONFIG, read_config
+from spec_decode.drafters.prompt_lookup import WithLookup
 from spec_decode.models import CausalLM
 from spec_decode.target import TargetSpec
 
@@ -35,10 +36,19 @@ def parse_tree(text: str) -> tuple[int, ...] | DynamicTree | str | None:
     raise ValueError(f"tree must be auto, chain, widths such as 4,2,1, or dynamic:DEPTH,TOP_K,NODES, got {text!r}")
 
 
+LOOKUP = "+lookup"
+
+
+def drafter_folder(name: str) -> Path:
+    """Where the files of a drafter would be, whose name may end in ``+lookup``."""
+    return Path(name.removesuffix(LOOKUP))
+
+
 def find_drafter(name: str, target: CausalLM) -> Drafter | None:
     """Drafter from a folder that `fit` wrote, by a name that needs no weights, or None for ``none``.
 
-    The folder of a language model, such as a student that `llm_kd.fit` wrote, drafts as it is.
+    The folder of a language model, such as a student that `llm_kd.fit` wrote, drafts as it is. ``NAME+lookup`` adds the
+    branch of prompt lookup to the tree of any of them.
 
     Raises:
         ValueError: For a name whose drafter must be trained, a drafter of another target, or a language model of
@@ -47,6 +57,11 @@ def find_drafter(name: str, target: CausalLM) -> Drafter | None:
     """
     if name == "none":
         return None
+    if name.endswith(LOOKUP):
+        inner = find_drafter(name.removesuffix(LOOKUP), target)
+        if inner is None:
+            raise ValueError(f"drafter {name!r}: there is no tree to add a branch to; use prompt_lookup")
+        return WithLookup(inner)
     if name in DRAFTERS.names():
         kind = DRAFTERS.get(name)
         if issubclass(kind, TrainableDrafter):
@@ -66,7 +81,8 @@ def find_target(drafter: str, target: str | None, dtype: str) -> tuple[TargetSpe
         target: Name of the target; None means the one the drafter was trained for, else the embedded model.
         dtype: Precision of the target's weights.
     """
-    trained = read_config(Path(drafter)) if (Path(drafter) / CONFIG).is_file() else {}
+    folder = drafter_folder(drafter)
+    trained = read_config(folder) if (folder / CONFIG).is_file() else {}
     layers = trained.get("feature_layers")
     spec = TargetSpec(target or trained.get("target", EMBEDDED), dtype, None if layers is None else tuple(layers))
     return spec, trained.get("chat_template")

@@ -1,8 +1,8 @@
 """Text that the target itself wrote: generated in batches on the step runner, resumable, cached.
 
-A corpus is a JSONL file with one line per prompt, longest prompt first, so that the prompts of a batch are about equally
-long and the largest batch comes first; a line is complete or absent. The file's name is a digest of all that determines
-it, so that changed settings never meet old text.
+A corpus is a JSONL file with one line per prompt; a line is complete or absent. The longest prompt comes first, so that
+the prompts of a batch are about equally long. The file's name is a digest of all that determines the text: changed
+settings never meet old text.
 """
 
 import hashlib

@@ -72,8 +72,8 @@ class StreamSampler(DistributedSampler):
     and the number of the pass: an epoch is a function of its number, so that a run resumes exactly at its end, and
     short epochs lose no samples. Rank r takes rows r, r + ranks, ...
 
-    Samples of a batch are about equally long, which saves padding: a permutation is sorted within pools of eight batches,
-    whose batches are then shuffled.
+    Samples of a batch are about equally long, which saves padding: a permutation is sorted within pools of eight
+    batches, whose batches are then shuffled.
 
     Args:
         lengths: Length of every sample.

@@ -119,6 +119,9 @@ class Drafter(ABC):
         """State of a new batch of rows that may grow to `capacity` tokens, draft nodes included."""
         return None
 
+    def pack(self) -> None:  # noqa: B027  # most drafters have nothing to prepare
+        """Hook, called when a decoder is made: prepare frozen weights for decoding; see `models.packed`."""
+
     def weights(self) -> list[Tensor]:
         """All its tensors, those of the target among them."""
         return [*self.parameters(), *self.buffers()] if isinstance(self, torch.nn.Module) else []

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from spec_decode.drafters.base import Draft, Drafter, DraftState, draft_along_backbone, last_rows
 from spec_decode.drafters.registry import DRAFTERS
@@ -86,8 +85,7 @@ class DraftModel(TrainableDrafter, Autoregressive):
         for index, layer in enumerate(self.layers):
             x = layer(x, by, this.attend(index))
         cache.lengths = cache.lengths + counts
-        head = self.frozen_head()
-        return F.linear(self.norm(last_rows(x, counts)).to(head.dtype), head)
+        return self.frozen_logits(self.norm(last_rows(x, counts)))
 
     def propose(self, state: DraftState) -> Draft:
         """Token by token."""
@@ -114,6 +112,10 @@ class PretrainedDraft(Autoregressive):
                 "one tokenizer"
             )
         self.model = model
+
+    def pack(self) -> None:
+        """See the base class."""
+        self.model.pack()
 
     def weights(self) -> list[Tensor]:
         """Those of the draft model."""

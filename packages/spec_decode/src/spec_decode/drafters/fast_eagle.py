@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from spec_decode.drafters.base import Draft, DraftState, draft_from_levels, last_rows, tree_depth
 from spec_decode.drafters.registry import DRAFTERS
-from spec_decode.drafters.trainable import TrainableDrafter, linear_in_eights, stack_levels
+from spec_decode.drafters.trainable import TrainableDrafter
 from spec_decode.models import CausalLM, DecoderLayer, KVCache, Pass, RMSNorm, States
 from spec_decode.models.layers import Attend, causal_attention
 
@@ -86,6 +86,5 @@ class FastEagle(TrainableDrafter):
         attends = [this.attend(i) for i in range(self.stem + tree_depth(state.tree))]
         levels = self._cascade(state.states.features, state.next_tokens, this.positions, attends)
         cache.lengths = cache.lengths + state.counts
-        head = self.frozen_head()
-        rows = stack_levels([last_rows(x, state.counts) for x in levels]).to(head.dtype)
-        return draft_from_levels(state, linear_in_eights(rows, head), self.vocabulary, self.target.vocab_size)
+        logits = self.frozen_logits(torch.stack([last_rows(x, state.counts) for x in levels], dim=1))
+        return draft_from_levels(state, logits, self.vocabulary, self.target.vocab_size)

@@ -89,6 +89,10 @@ class WithLookup(Drafter):
         self.max_depth, self.dynamic, self.acceptance = drafter.max_depth, drafter.dynamic, drafter.acceptance
         self.confident = drafter.confident  # the branch itself is never pruned
 
+    def pack(self) -> None:
+        """See the base class."""
+        self.drafter.pack()
+
     def weights(self) -> list[Tensor]:
         """Those of the other drafter."""
         return self.drafter.weights()

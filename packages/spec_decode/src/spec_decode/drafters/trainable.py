@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from spec_decode.drafters.base import Drafter
 from spec_decode.models import CausalLM, KVCache, States
 from spec_decode.models.layers import Rotation, rotation
+from spec_decode.models.packed import PackedLinear, pack_linears, packable
 
 
 def check_vocabulary(ids: Tensor, size: int, vocab_size: int) -> None:
@@ -63,6 +64,7 @@ class TrainableDrafter(nn.Module, Drafter):
         self.depth = self.max_depth = self.supervised = depth
         self.register_buffer("vocabulary", None if draft_vocab is None else torch.full((draft_vocab,), -1))
         self._head_rows: Tensor | None = None
+        self._packed_rows: list[PackedLinear] = []  # in a list, so that they are no submodule: they are the target's
 
     @property
     def target(self) -> CausalLM:
@@ -77,7 +79,7 @@ class TrainableDrafter(nn.Module, Drafter):
     @property
     def dtype(self) -> torch.dtype:
         """Type of the parameters."""
-        return next(self.parameters()).dtype
+        return next(t.dtype for t in (*self.parameters(), *self.buffers()) if t.is_floating_point())
 
     def use_vocabulary(self, ids: Tensor) -> None:
         """Choose the tokens the drafter can propose; once, before training.
@@ -89,7 +91,7 @@ class TrainableDrafter(nn.Module, Drafter):
             raise ValueError("this drafter proposes every token; set draft_vocab to reduce its vocabulary")
         check_vocabulary(ids, len(self.vocabulary), self.target.vocab_size)
         self.vocabulary = ids.to(self.vocabulary.device)
-        self._head_rows = None
+        self._forget_head_rows()
         self.initialize_head()
 
     def initialize_head(self) -> None:
@@ -112,7 +114,30 @@ class TrainableDrafter(nn.Module, Drafter):
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._head_rows = None  # it belongs to the vocabulary there was before
+        self._forget_head_rows()
+
+    def _forget_head_rows(self) -> None:
+        """They belong to the vocabulary there was before."""
+        self._head_rows, self._packed_rows = None, []
+
+    def pack(self) -> None:
+        """See the base class; the draft tokens' rows of the target's head are packed, too."""
+        pack_linears(self)
+        if self.vocabulary is not None and not self._packed_rows and packable(self.frozen_head()):
+            self._packed_rows = [PackedLinear(self.frozen_head())]
+
+    def weights(self) -> list[Tensor]:
+        """See the base class."""
+        return [*super().weights(), *(rows.packed for rows in self._packed_rows)]
+
+    def frozen_logits(self, x: Tensor) -> Tensor:
+        """Logits of shape (..., C) through the frozen head, for the few rows of a draft, shape (..., h)."""
+        if self._packed_rows:
+            return self._packed_rows[0](x)
+        if self.vocabulary is None and self.target.packed:
+            return self.target.logits(x)
+        head = self.frozen_head()
+        return linear_in_eights(x.to(head.dtype), head)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The target's frozen embeddings in the drafter's type; -1 is allowed."""
@@ -145,11 +170,6 @@ class TrainableDrafter(nn.Module, Drafter):
         """Logits of shape (..., C) of one level's states of shape (..., h); by default through the frozen head."""
         weight = self.frozen_head()
         return F.linear(states.to(weight.dtype), weight)
-
-
-def stack_levels(rows: list[Tensor]) -> Tensor:
-    """N states of shape (B, h) as one tensor of shape (B, N, h)."""
-    return torch.stack(rows, dim=1)
 
 
 def linear_in_eights(x: Tensor, weight: Tensor) -> Tensor:

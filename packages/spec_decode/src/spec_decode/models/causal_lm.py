@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from spec_decode.models.cache import KVCache, Pass
 from spec_decode.models.layers import Attend, DecoderLayer, LayerShape, RMSNorm, Rotation, causal_attention, rotation
+from spec_decode.models.packed import PackedLinear, pack_linears, packable
 from spec_decode.tree import DraftTree
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
@@ -92,6 +92,7 @@ class CausalLM(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(shape) for _ in range(layers))
         self.norm = RMSNorm(shape.hidden_size, shape.norm_eps)
         self.lm_head = nn.Linear(shape.hidden_size, vocab_size, bias=False)
+        self._packed_head: list[PackedLinear] = []  # in a list, so that it is no submodule: lm_head is what is saved
         self.register_buffer("frequencies", frequencies.float(), persistent=False)
 
     @classmethod
@@ -150,6 +151,11 @@ class CausalLM(nn.Module):
     def device(self) -> torch.device:
         """Where the model lives."""
         return self.lm_head.weight.device
+
+    @property
+    def packed(self) -> bool:
+        """Whether `pack` has changed anything."""
+        return bool(self._packed_head)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -220,9 +226,15 @@ class CausalLM(nn.Module):
         attends = [causal_attention(self.window if w else None) for w in self.windowed]
         return self._run(tokens, positions, attends)
 
+    def pack(self) -> None:
+        """Bring frozen bfloat16 weights on a CPU into the layout that its matrix kernels read; see `models.packed`."""
+        pack_linears(self.layers)
+        if not self._packed_head and packable(self.lm_head.weight):  # the plain one is the embedding's, too
+            self._packed_head.append(PackedLinear(self.lm_head.weight))
+
     def logits(self, final: Tensor) -> Tensor:
         """Logits of shape (..., V) at final states of shape (..., h)."""
-        return F.linear(final, self.lm_head.weight)
+        return self._packed_head[0](final) if self._packed_head else self.lm_head(final)
 
     def tree_logits(self, tree: DraftTree, cache: KVCache) -> tuple[Tensor, States]:
         """Logits of shape (B, n, V) and states at every node of a draft tree behind the committed tokens."""

@@ -1,0 +1,43 @@
+"""Prompts as a user gives them, checked before any work is done."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def prompt_lists(
+    input_ids: Tensor | Sequence[Sequence[int]], attention_mask: Tensor | None, vocab_size: int, context: int
+) -> list[list[int]]:
+    """Prompts as lists without padding.
+
+    Args:
+        input_ids: Prompts as lists of token ids, or int64 of shape (B, P).
+        attention_mask: For a tensor: 1 at the tokens that count, shape (B, P).
+        vocab_size: Tokens must lie below it.
+        context: Prompts must be shorter.
+
+    Raises:
+        ValueError: If there is none, or one is empty, too long or holds tokens outside the vocabulary.
+    """
+    if isinstance(input_ids, Tensor):
+        if input_ids.dim() != 2:
+            raise ValueError(f"input_ids must have shape (batch, length), got {tuple(input_ids.shape)}")
+        mask = input_ids.new_ones(input_ids.shape) if attention_mask is None else attention_mask
+        if mask.shape != input_ids.shape:
+            raise ValueError(f"attention_mask {tuple(mask.shape)} must have the shape of input_ids {input_ids.shape}")
+        prompts = [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
+    else:
+        prompts = [list(map(int, row)) for row in input_ids]
+    if not prompts:
+        raise ValueError("input_ids holds no prompt")
+    for row, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {row} is empty; give at least one token, such as the start-of-text token")
+        if len(prompt) >= context:
+            raise ValueError(
+                f"prompt {row} has {len(prompt)} tokens, the target's context {context} leaves no room to generate; "
+                "shorten it"
+            )
+        if not all(0 <= token < vocab_size for token in prompt):
+            raise ValueError(f"prompt {row} holds tokens outside the target's vocabulary [0, {vocab_size})")
+    return prompts

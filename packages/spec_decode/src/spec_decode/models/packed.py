@@ -1,0 +1,68 @@
+"""Frozen bfloat16 weights in the layout that the CPU's matrix kernels read.
+
+For a handful of rows, oneDNN spends about as long on bringing a plain bfloat16 weight into its blocked layout as on the
+product itself, and does so on every call. Laid out once, eight rows cost what one costs. It is what ``torch.compile``
+does when it freezes weights, without a compiler; the operators are the ones its generated code calls.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def packable(weight: Tensor) -> bool:
+    """Whether packing this weight pays: frozen, bfloat16, on a CPU whose kernels read packed weights."""
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.bfloat16
+        and not weight.requires_grad
+        and torch.backends.mkldnn.is_available()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+class PackedLinear(nn.Module):
+    """A frozen linear layer whose weight exists in packed form only; it saves the plain one.
+
+    Args:
+        weight: `packable` weight of shape (m, k).
+        bias: Shape (m,), or None.
+    """
+
+    packed: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 8)  # laid out for 8 rows
+        self.register_buffer("packed", packed, persistent=False)
+        self.register_buffer("bias", bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """A plain copy of the weight."""
+        return self.packed.to_dense()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map shape (..., k) to (..., m): x W^T + bias."""
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "PackedLinear":
+        try:
+            return super()._apply(*args, **kwargs)
+        except NotImplementedError as error:
+            raise RuntimeError("packed weights stay on the CPU; move a model before decoding with it") from error
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = self.weight
+
+
+def pack_linears(module: nn.Module) -> None:
+    """Replace the linear layers within a module whose weights are `packable`, in place."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Linear):
+            if packable(child.weight):
+                setattr(module, name, PackedLinear(child.weight, child.bias))
+        else:
+            pack_linears(child)
