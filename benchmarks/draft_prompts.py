@@ -23,7 +23,7 @@ ASK = (
 
 
 def library_functions(longest: int = 900) -> Iterator[str]:
-    """Signature and docstring of the documented public functions of the standard library, at most `longest` characters."""
+    """Signature and docstring of documented public functions of the standard library, at most `longest` characters."""
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")):
         if {"site-packages", "test", "tests", "idlelib", "lib2to3"} & set(path.parts):
             continue
@@ -49,7 +49,8 @@ def main() -> None:
     rng = random.Random(args.seed)
     code = [ASK[i % len(ASK)].format(code=c) for i, c in enumerate(dict.fromkeys(library_functions()))]
     prompts = []
-    for name, source in [("packaged", packaged_prompts()), ("code", code), *((f.name, read_prompts(f)) for f in args.add)]:
+    added = [(file.name, read_prompts(file)) for file in args.add]
+    for name, source in [("packaged", packaged_prompts()), ("code", code), *added]:
         taken = rng.sample(source, min(args.most, len(source)))
         print(f"{len(taken):5d} of {len(source):5d}  {name}")
         prompts += taken
