@@ -149,7 +149,7 @@ def rows_of_block(
         tree = decoders[name].tree
         phases = result.phases
         model = None
-        if tree and result.passes:
+        if tree and result.passes and block["batch_size"] == 1:  # T(n) was measured on one row
             drafting = result.phases["draft"] / result.passes
             verifying = sum(passes[n] * times for n, times in result.pass_sizes.items()) / result.passes
             model = speedup(result.tau, passes[1], drafting, verifying)
@@ -195,6 +195,7 @@ def benchmark(
     min_confidence: float = 0.0,
     max_new_tokens: int = 128,
     longest_prompt: int = 512,
+    batch_size: int = 1,
     seed: int = 0,
     peers: bool = True,
     assistant: str | None = None,
@@ -216,6 +217,7 @@ def benchmark(
         min_confidence: See `SpeculativeDecoder`; drafters without probabilities keep all their nodes.
         max_new_tokens: Tokens per prompt.
         longest_prompt: Longer prompts are left out.
+        batch_size: Prompts decoded at once, plainly and by every drafter; transformers' own run at 1 only.
         seed: Seed of the draws.
         peers: Also run transformers' own `generate`, alone and with prompt lookup.
         assistant: A smaller model of the same tokenizer, by folder or name, for transformers' assisted generation.
@@ -251,6 +253,7 @@ def benchmark(
         count,
         max_new_tokens,
         longest_prompt,
+        batch_size,
         seed,
         sets,
         peers,
@@ -273,15 +276,15 @@ def benchmark(
                 "seed": seed,
                 "stop_tokens": stops,
             }
-            found = measure(decoders, sets[name], **how, on_batch=bar.update)
+            found = measure(decoders, sets[name], **how, batch_size=batch_size, on_batch=bar.update)
             memory = {n: needed_memory(d, sets[name][0], **how) for n, d in decoders.items()}
             sampling = Sampling(temperature)
             verdicts = {
                 n: lossless(m, found[PLAIN], model, sets[name], sampling, seed) for n, m in found.items() if n != PLAIN
             }
-            block = {"set": name, "temperature": temperature}
+            block = {"set": name, "temperature": temperature, "batch_size": batch_size}
             rows += rows_of_block(found, decoders, passes, verdicts, memory, block)
-            if peers:
+            if peers and batch_size == 1:
                 speeds = transformers_peers(
                     target,
                     str(model.dtype).removeprefix("torch."),

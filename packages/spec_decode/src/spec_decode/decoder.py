@@ -131,6 +131,9 @@ class SpeculativeDecoder:
         tokenizer: Any = None,
     ) -> None:
         self.target, self.drafter, self.tokenizer = target, drafter, tokenizer
+        for model in (target, drafter):
+            if model is not None:
+                model.pack()
         self.tree: TreeShape
         self.guard: PayGuard | None = None
         if drafter is None:
@@ -148,9 +151,6 @@ class SpeculativeDecoder:
             self.tree = tree if isinstance(tree, DynamicTree) else tuple(tree)
         self.rejection, self.min_confidence = rejection, min_confidence
         self._check()
-        for model in (target, drafter):
-            if model is not None:
-                model.pack()
 
     def _check(self) -> None:
         drafter, shape = self.drafter, self.tree
