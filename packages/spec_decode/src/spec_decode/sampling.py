@@ -178,15 +178,18 @@ class Sampling:
             ValueError: If a row holds NaN or +inf, or nothing but -inf.
         """
         check_logits(logits)
-        logits = logits.double()
         if self.temperature == 0:
-            law = torch.full_like(logits, -torch.inf)
+            law = torch.full_like(logits, -torch.inf, dtype=torch.float64)
             return law.scatter(-1, logits.argmax(-1, keepdim=True), 0.0)
+        return self._processed(logits).log_softmax(-1)
+
+    def _processed(self, logits: Tensor) -> Tensor:
+        """Log-probabilities up to a constant per row, at a temperature > 0."""
         # The largest logit becomes 0 first: no temperature, however small, can overflow it.
-        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
+        logits = (logits.double() - logits.amax(-1, keepdim=True)) / self.temperature
         if self.top_k is not None:
             logits = keep_top_k(logits, self.top_k)
-        return keep_top_p(logits, self.top_p).log_softmax(-1)
+        return keep_top_p(logits, self.top_p)
 
     def draw(self, logits: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
         """One token per row from the processed law; plain decoding and `verify_matching` both draw here.
@@ -202,7 +205,7 @@ class Sampling:
         Raises:
             ValueError: If a row holds NaN or +inf, or nothing but -inf.
         """
+        check_logits(logits)
         if self.temperature == 0:  # the noise cannot change this draw
-            check_logits(logits)
             return logits.argmax(-1)
-        return gumbel_argmax(self.log_probs(logits), seeds, positions)
+        return gumbel_argmax(self._processed(logits), seeds, positions)  # which a constant per row does not change
