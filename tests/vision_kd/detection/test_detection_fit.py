@@ -275,6 +275,26 @@ def test_a_finished_run_resumed_without_further_epochs(scenes, tmp_path, tools, 
     assert run(again).history == history
 
 
+@pytest.mark.slow
+def test_a_resumed_run_ends_bit_for_bit_like_one_that_went_through(scenes, tmp_path, tools, teacher):
+    """With every part that has a state: momenta, warm-up, fusion, and the order of the scenes."""
+    torch.set_num_threads(1)
+    steady = "--model.lr_schedule=StepDecay", "--model.lr_schedule.milestones=[]"  # does not depend on max_epochs
+    extra = (*steady, "--model.topk=null", '--model.features={"channels": 8}', "--trainer.max_epochs")
+    whole = build(arguments(tools, tmp_path / "whole", teacher, *extra, "2"))
+    half = build(arguments(tools, tmp_path / "half", teacher, *extra, "1"))
+    history = run(whole).history
+    run(half)
+    checkpoint = f"--ckpt_path={tmp_path / 'half/run/checkpoints/last.ckpt'}"
+    resumed = build([checkpoint, "--trainer.max_epochs=2", "--baseline=null"])
+    assert [epoch["AP"] for epoch in run(resumed).history] == [epoch["AP"] for epoch in history]
+    ends = [
+        torch.load(tmp_path / f"{name}/run/student_last.pt", weights_only=True)["model"] for name in ("whole", "half")
+    ]
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
+
+
 def test_a_baseline_is_for_one_process(tools, tmp_path, teacher, monkeypatch, scenes):
     cli = build(arguments(tools, tmp_path, teacher, "--baseline=[]"))
     monkeypatch.setattr(type(cli.trainer), "world_size", 2)
