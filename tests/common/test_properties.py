@@ -228,7 +228,9 @@ def test_topk_masks_keep_exactly_k_are_nested_and_end_without_a_mask(batch, data
     assert torch.equal(topk_class_mask(moved, target, k), masks[k - 1])
     student.requires_grad_()
     for whole, part in zip(
-        decoupled_kl(student, teacher, target), decoupled_kl(student, teacher, target, class_mask=masks[-1]), strict=True
+        decoupled_kl(student, teacher, target),
+        decoupled_kl(student, teacher, target, class_mask=masks[-1]),
+        strict=True,
     ):
         assert torch.equal(whole, part)
         pair = [torch.autograd.grad(x.sum(), student, retain_graph=True)[0] for x in (whole, part)]
@@ -252,7 +254,9 @@ def test_topk_schedule_is_monotone_bounded_and_a_function_of_progress(data, clas
     longer = TopKSchedule(classes, 4 * total, k_start=first, k_opt=held, phase_ends=phase_ends)
     for step, k in zip(steps, ks, strict=True):
         assert longer(4 * step) == k
-        low, high = {"easy": (first, held), "transition": (held, held), "hard": (held, classes - 1)}[schedule.phase(step)]
+        low, high = {"easy": (first, held), "transition": (held, held), "hard": (held, classes - 1)}[
+            schedule.phase(step)
+        ]
         assert low <= k <= high
     order = ["easy", "transition", "hard"]
     phases = [order.index(schedule.phase(step)) for step in steps]
