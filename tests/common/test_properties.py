@@ -252,6 +252,7 @@ def test_topk_schedule_is_monotone_bounded_and_a_function_of_progress(data, clas
     assert ks == sorted(ks)
     assert (ks[0], ks[-1]) == (first, classes - 1)
     longer = TopKSchedule(classes, 4 * total, k_start=first, k_opt=held, phase_ends=phase_ends)
+    ranges = {"easy": (first, held), "transition": (held, held), "hard": (held, classes - 1)}
     for step, k in zip(steps, ks, strict=True):
         assert longer(4 * step) == k
         low, high = {"easy": (first, held), "transition": (held, held), "hard": (held, classes - 1)}[
