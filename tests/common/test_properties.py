@@ -255,9 +255,7 @@ def test_topk_schedule_is_monotone_bounded_and_a_function_of_progress(data, clas
     ranges = {"easy": (first, held), "transition": (held, held), "hard": (held, classes - 1)}
     for step, k in zip(steps, ks, strict=True):
         assert longer(4 * step) == k
-        low, high = {"easy": (first, held), "transition": (held, held), "hard": (held, classes - 1)}[
-            schedule.phase(step)
-        ]
+        low, high = ranges[schedule.phase(step)]
         assert low <= k <= high
     order = ["easy", "transition", "hard"]
     phases = [order.index(schedule.phase(step)) for step in steps]

@@ -1,0 +1,419 @@
+"""Seeded mistakes in the core formulas: for every one of them the named test must fail.
+
+A package's source is copied, one piece of its text is replaced, and pytest runs the named test on the copy. A mutation
+that survives means that a formula is not tested; one whose text is no longer found wants to be written anew.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+FOLDERS = {"kd_common": "common", "vision_kd": "vision_kd", "llm_kd": "llm_kd", "spec_decode": "spec_decode"}
+
+# Loaded by the child: an installed package that won over the copy would make every check void.
+GUARD = """
+import sys
+from pathlib import Path
+
+def pytest_sessionfinish(session):
+    for name in MODULES:
+        module = sys.modules.get(name)
+        if module is None or not Path(module.__file__).is_relative_to(Path(__file__).parent):
+            print(f"{name} was not imported from the copy: {module}")
+            session.exitstatus = 99
+"""
+
+
+class Mutation(NamedTuple):
+    """A mistake: in the file of a package, ``old`` becomes ``new``, and the test must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+    @property
+    def module(self):
+        return self.file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+MUTATIONS = [
+    # --- kd_common ---
+    Mutation(
+        "forward and reverse KL swapped",
+        "kd_common/functional/divergences.py",
+        "return kl_from_log_probs(log_p, log_q)",
+        "return kl_from_log_probs(log_q, log_p)",
+        "common/test_divergences.py::test_kl_matches_torch",
+    ),
+    Mutation(
+        "temperature missing in the teacher",
+        "kd_common/functional/logits.py",
+        "at_least_fp32(teacher_logits) / temperature",
+        "at_least_fp32(teacher_logits)",
+        "common/test_decoupled.py::test_matches_brute_force",
+    ),
+    Mutation(
+        "one class fewer in the top-k mask",
+        "kd_common/functional/logits.py",
+        "tied.cumsum(dim=-1) <= places_left",
+        "tied.cumsum(dim=-1) < places_left",
+        "common/test_decoupled.py::test_topk_mask_on_batches_of_any_shape",
+    ),
+    Mutation(
+        "the target takes a place in the top-k mask",
+        "kd_common/functional/decoupled.py",
+        "topk_mask(teacher_logits.masked_fill(is_target, -math.inf), k, eligible=~is_target)",
+        "topk_mask(teacher_logits, k) & ~is_target",
+        "common/test_decoupled.py::test_topk_mask_on_batches_of_any_shape",
+    ),
+    Mutation(
+        "the target survives in NCKD under a mask",
+        "kd_common/functional/decoupled.py",
+        "removed = is_target | ~class_mask",
+        "removed = ~class_mask",
+        "common/test_decoupled.py::test_target_in_the_mask_does_not_count_and_tckd_is_never_masked",
+    ),
+    Mutation(
+        "the hard phase counted from the start of training",
+        "kd_common/schedules.py",
+        "(progress - transition_end) / (full - transition_end)",
+        "progress / full",
+        "common/test_schedules.py::test_topk_schedule_phases",
+    ),
+    Mutation(
+        "GSNR without the correction of the variance",
+        "kd_common/gsnr.py",
+        "1 - moments.squares if self.unbiased else 1.0",
+        "1.0",
+        "common/test_gsnr.py::test_all_samples",
+    ),
+    Mutation(
+        "DeepKD's momenta swapped",
+        "kd_common/optim/deepkd.py",
+        """"target": base_momentum - deltas["target"],
+        "nontarget": base_momentum + deltas["nontarget"],""",
+        """"target": base_momentum + deltas["target"],
+        "nontarget": base_momentum - deltas["nontarget"],""",
+        "common/test_deepkd_presets.py",
+    ),
+    Mutation(
+        "the weight decay reads the parameters at the other end of the step",
+        "kd_common/optim/sgd.py",
+        '(b == decay_bucket) == settings["decay_last"]',
+        '(b == decay_bucket) != settings["decay_last"]',
+        "common/test_optim_sgd.py::test_straight_line_recursion",
+    ),
+    Mutation(
+        "AdamW without bias correction of the first moment",
+        "kd_common/optim/adamw.py",
+        "-lr / (1 - beta1**step)",
+        "-lr + 0 * step",
+        "common/test_optim_adamw.py",
+    ),
+    Mutation(
+        "component gradients summed over the batch",
+        "kd_common/grads.py",
+        "torch.autograd.grad(value.mean(), outputs",
+        "torch.autograd.grad(value.sum(), outputs",
+        "common/test_grads.py",
+    ),
+    Mutation(
+        "clipping by the components' own factor",
+        "kd_common/grads.py",
+        "norm = _norm(sum_gradients(list(components.values())))",
+        "norm = _norm([g for gradients in components.values() for g in gradients])",
+        "common/test_grads.py",
+    ),
+    # --- vision_kd ---
+    Mutation(
+        "T^2 missing",
+        "vision_kd/methods/base.py",
+        "return temperature**2 * tckd, temperature**2 * nckd",
+        "return tckd, nckd",
+        "vision_kd/test_methods.py::test_kd_components_add_up_to_the_classical_loss_of_every_sample",
+    ),
+    Mutation(
+        "KD without the factor 1 - p_target",
+        "vision_kd/methods/base.py",
+        "return tckd, others.sum(-1) * nckd",
+        "return tckd, nckd",
+        "vision_kd/test_methods.py::test_kd_components_add_up_to_the_classical_loss_of_every_sample",
+    ),
+    Mutation(
+        "alpha and beta of DKD swapped",
+        "vision_kd/methods/dkd.py",
+        """"target": ramp * self.alpha * tckd,
+            "nontarget": ramp * self.beta * nckd,""",
+        """"target": ramp * self.beta * tckd,
+            "nontarget": ramp * self.alpha * nckd,""",
+        "vision_kd/test_methods.py::test_components_are_those_of_the_reference",
+    ),
+    Mutation(
+        "MLKD distils what the teacher is sure of",
+        "vision_kd/methods/mlkd.py",
+        "(values <= values.quantile(0.5))",
+        "(values >= values.quantile(0.5))",
+        "vision_kd/test_methods.py::test_components_are_those_of_the_reference",
+    ),
+    Mutation(
+        "CRLD's thresholds swapped",
+        "vision_kd/methods/crld.py",
+        'self.cross_weight * confident(teacher["strong"], self.strong_threshold)',
+        'self.cross_weight * confident(teacher["strong"], self.weak_threshold)',
+        "vision_kd/test_methods.py::test_components_are_those_of_the_reference",
+    ),
+    Mutation(
+        "DOT's task momentum on the wrong side",
+        "vision_kd/policies.py",
+        '"task": momentum - self.delta, WEIGHT_DECAY',
+        '"task": momentum + self.delta, WEIGHT_DECAY',
+        "vision_kd/test_policies.py::test_two_steps_of_dot_by_hand",
+    ),
+    Mutation(
+        "classes of the detection teacher in its own order",
+        "vision_kd/detection/step.py",
+        "logits[:, list(columns)]",
+        "logits[:, : len(columns)]",
+        "vision_kd/detection/test_detection_step.py",
+    ),
+    Mutation(
+        "ReviewKD's pooled levels weigh alike",
+        "vision_kd/detection/review.py",
+        "weight /= 2",
+        "weight /= 1",
+        "vision_kd/detection/test_detection_review.py",
+    ),
+    # --- llm_kd ---
+    Mutation(
+        "the tail of a stored teacher compared with all of the student",
+        "llm_kd/head/rows.py",
+        "log_rest = rest.logsumexp(dim=-1, keepdim=True)",
+        "log_rest = z.logsumexp(dim=-1, keepdim=True)",
+        "llm_kd/test_head_truncated.py::test_tail_is_one_category",
+    ),
+    Mutation(
+        "the tail's gradient not shared among its tokens",
+        "llm_kd/head/rows.py",
+        "rest.sub_(log_rest).exp_().mul_(tail)",
+        "rest.sub_(log_rest).exp_().sign_().mul_(tail)",
+        "llm_kd/test_head_truncated.py::test_tail_is_one_category",
+    ),
+    Mutation(
+        "labels not shifted",
+        "llm_kd/data/batch.py",
+        "labels=input_ids.roll(-1, dims=1).where",
+        "labels=input_ids.where",
+        "llm_kd/data/test_batch.py::test_every_field_of_a_packed_batch",
+    ),
+    Mutation(
+        "hidden states one position late",
+        "llm_kd/data/batch.py",
+        "predict = torch.nn.functional.pad(supervised[:, 1:], (0, 1))",
+        "predict = supervised",
+        "llm_kd/data/test_batch.py::test_every_field_of_a_packed_batch",
+    ),
+    Mutation(
+        "beta of the token weights forgotten",
+        "llm_kd/selection.py",
+        "return beta + (1 - beta) * accepted",
+        "return accepted",
+        "llm_kd/test_selection.py::test_weights",
+    ),
+    Mutation(
+        "TV in place of TV^k",
+        "llm_kd/selection.py",
+        "k * torch.log1p(-overlap)",
+        "torch.log1p(-overlap)",
+        "llm_kd/test_selection.py::test_speck_probability_is_one_minus_tv_to_the_k",
+    ),
+    Mutation(
+        "top-k accepts rank k + 1",
+        "llm_kd/selection.py",
+        "return preceding < k",
+        "return preceding <= k",
+        "llm_kd/test_selection.py::test_topk_is_the_stable_rank_of_the_proposal",
+    ),
+    Mutation(
+        "normalised by the selected tokens in place of the valid ones",
+        "llm_kd/head/module.py",
+        'weights.sum() if self.normalize == "selected" else torch.full_like(loss_sum, len(weights))',
+        "weights.sum()",
+        "llm_kd/test_head.py::test_normalisation_scale_and_beta",
+    ),
+    Mutation(
+        "T in place of T^2 in the head",
+        "llm_kd/head/module.py",
+        "weights[chunk] * tau**2",
+        "weights[chunk] * tau",
+        "llm_kd/test_head.py::test_normalisation_scale_and_beta",
+    ),
+    Mutation(
+        "AdaKD softens hard tokens",
+        "llm_kd/selectors/adakd.py",
+        "torch.exp(-self.c * torch.tanh",
+        "torch.exp(self.c * torch.tanh",
+        "llm_kd/test_selectors.py::test_adakd_keeps_the_hardest_tokens_with_their_temperature",
+    ),
+    Mutation(
+        "the update normalised by one micro-batch",
+        "llm_kd/module.py",
+        "factor = self.trainer.accumulate_grad_batches * world_size()",
+        "factor = world_size()",
+        "llm_kd/test_module.py::test_accumulation_does_not_change_the_update",
+    ),
+    # --- spec_decode ---
+    Mutation(
+        "a token accepted below another parent",
+        "spec_decode/verify.py",
+        "(tree.parents[rows] == node[rows].unsqueeze(1)) & (tree.tokens[rows] == drawn.unsqueeze(1))",
+        "(tree.parents[rows] >= 0) & (tree.tokens[rows] == drawn.unsqueeze(1))",
+        "spec_decode/test_verify_exact.py::test_path_acceptance_and_tested_levels",
+    ),
+    Mutation(
+        "the next token read at the parent",
+        "spec_decode/verify.py",
+        "sampling.draw(logits[rows, nodes], seeds",
+        "sampling.draw(logits[rows, tree.parents[rows, nodes].clamp(min=0)], seeds",
+        "spec_decode/test_verify_exact.py::test_path_acceptance_and_tested_levels",
+    ),
+    Mutation(
+        "the residual law not renormalised",
+        "spec_decode/verify.py",
+        "left / mass, p)",
+        "left, p)",
+        "spec_decode/test_verify_exact.py::test_package_rejection_has_the_target_law",
+    ),
+    Mutation(
+        "rejected candidates stay in the draft law",
+        "spec_decode/verify.py",
+        "rest = q.scatter(1, x, 0.0)",
+        "rest = q",
+        "spec_decode/test_verify_exact.py::test_package_rejection_has_the_target_law",
+    ),
+    Mutation(
+        "the noise of the position before",
+        "spec_decode/verify.py",
+        "sampling.draw(logits[rows, nodes], seeds[rows], root_positions[rows] + depth + 1)",
+        "sampling.draw(logits[rows, nodes], seeds[rows], root_positions[rows] + depth)",
+        "spec_decode/test_verify_exact.py::test_matching_reproduces_plain_decoding_token_for_token",
+    ),
+    Mutation(
+        "candidates drawn with the target's noise",
+        "spec_decode/proposals.py",
+        "root_positions, ids, Stream.DRAFT)",
+        "root_positions, ids, Stream.TARGET)",
+        "spec_decode/test_verify_exact.py::test_rejection_of_one_level_end_to_end",
+    ),
+    Mutation(
+        "drafters supervised one token too early",
+        "spec_decode/losses.py",
+        "answer[:, 2 + level :].nonzero(as_tuple=True)\n    at = position + 2 + level",
+        "answer[:, 1 + level :].nonzero(as_tuple=True)\n    at = position + 1 + level",
+        "spec_decode/test_losses.py::test_level_batch_supervises_answers_within_the_sequence",
+    ),
+    Mutation(
+        "the target's law read one position late",
+        "spec_decode/module.py",
+        "before = wanted.reached[known] - 1",
+        "before = wanted.reached[known]",
+        "spec_decode/test_fit.py",
+    ),
+    Mutation(
+        "the levels' weights reversed",
+        "spec_decode/module.py",
+        "level_weights(len(losses), self.level_decay)",
+        "level_weights(len(losses), self.level_decay)[::-1]",
+        "spec_decode/test_fit.py",
+    ),
+    Mutation(
+        "teacher forcing with the token before",
+        "spec_decode/drafters/fast_eagle.py",
+        "self._cascade(states.features[:, :-1], tokens[:, 1:]",
+        "self._cascade(states.features[:, :-1], tokens[:, :-1]",
+        "spec_decode/test_drafters.py::test_drafts_are_the_best_tokens_of_the_teacher_forced_pass",
+    ),
+    Mutation(
+        "positions of tree nodes one too large",
+        "spec_decode/models/cache.py",
+        "return cls(cache, seen.sum(-1) - 1, seen",
+        "return cls(cache, seen.sum(-1), seen",
+        "spec_decode/test_models.py::test_tree_step_equals_each_path_on_its_own",
+    ),
+    Mutation(
+        "a committed node one slot too far",
+        "spec_decode/models/cache.py",
+        "start + path[rows, levels], start + levels",
+        "start + path[rows, levels], start + levels + 1",
+        "spec_decode/test_models.py::test_cache_after_commit_equals_a_fresh_prefill",
+    ),
+    Mutation(
+        "nodes see their siblings",
+        "spec_decode/tree.py",
+        "links = (links @ links).clamp(max=1.0)",
+        "links = (links @ links + links @ links.mT).clamp(max=1.0)",
+        "spec_decode/test_tree.py::test_mask_depths_paths_and_positions_match_climbing",
+    ),
+    Mutation(
+        "leaves lead on in the cost model",
+        "spec_decode/cost.py",
+        "reached *= row[0]",
+        "reached *= sum(row[:width])",
+        "spec_decode/test_cost.py::test_expected_tokens_equal_enumeration_of_outcomes",
+    ),
+    Mutation(
+        "top-p drops the token that reaches it",
+        "spec_decode/sampling.py",
+        "(probs.cumsum(-1) - probs < top_p).sum(-1, keepdim=True)",
+        "(probs.cumsum(-1) < top_p).sum(-1, keepdim=True).clamp(min=1)",
+        "spec_decode/test_sampling.py::test_top_p_equals_sorting_in_plain_python",
+    ),
+]
+
+
+def run_on_copy(folder, modules, tests):
+    """Exit code and output of pytest with the packages of a folder in front of the installed ones."""
+    (folder / "mutation_guard.py").write_text(f"MODULES = {sorted(modules)}\n{GUARD}")
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    settings = {
+        "PYTHONPATH": str(folder),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+        "HYPOTHESIS_STORAGE_DIRECTORY": str(folder / "hypothesis"),  # a mutant's failures are not to be tried again
+    }
+    options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-p", "mutation_guard"]
+    command = [sys.executable, "-m", "pytest", *options, *(f"tests/{test}" for test in tests)]
+    done = subprocess.run(command, cwd=ROOT, env=inherited | settings, capture_output=True, text=True, timeout=500)
+    return done.returncode, done.stdout + done.stderr
+
+
+def copy_of(package, folder):
+    source = ROOT / "packages" / FOLDERS[package] / "src" / package
+    shutil.copytree(source, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_a_seeded_mistake_is_noticed(mutation, tmp_path):
+    copy_of(mutation.file.partition("/")[0], tmp_path)
+    file = tmp_path / mutation.file
+    text = file.read_text()
+    assert text.count(mutation.old) == 1, f"{mutation.file} does not hold this text exactly once:\n{mutation.old}"
+    file.write_text(text.replace(mutation.old, mutation.new))
+    code, output = run_on_copy(tmp_path, [mutation.module], [mutation.test])
+    assert code == 1, output  # 0: it survived; 2 to 5: nothing was tested; 99: the copy was not
+    assert "1 failed" in output, output
+
+
+def test_without_a_mistake_the_same_tests_pass(tmp_path):
+    for package in FOLDERS:
+        copy_of(package, tmp_path)
+    code, output = run_on_copy(tmp_path, {m.module for m in MUTATIONS}, list(dict.fromkeys(m.test for m in MUTATIONS)))
+    assert code == 0, output
