@@ -4,6 +4,7 @@ A package's source is copied, one piece of its text is replaced, and pytest runs
 that survives means that a formula is not tested; one whose text is no longer found wants to be written anew.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -17,7 +18,29 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 FOLDERS = {"kd_common": "common", "vision_kd": "vision_kd", "llm_kd": "llm_kd", "spec_decode": "spec_decode"}
 
-# Loaded by the child: an installed package that won over the copy would make every check void.
+# A process that has imported what takes long, but none of the packages; pytest runs in a fork of it for every copy.
+FORKS = """
+import json, os, sys
+import lightning.pytorch, pytest, torch, transformers
+
+for line in sys.stdin:
+    job = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        log = os.open(job["log"], os.O_WRONLY | os.O_CREAT)
+        os.dup2(log, 1), os.dup2(log, 2)
+        sys.path.insert(0, job["folder"])
+        try:
+            code = int(pytest.main(job["args"]))
+        except BaseException as error:
+            print(repr(error))
+            code = 98
+        sys.stdout.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+# Loaded by that pytest: an installed package that won over the copy would make the check void.
 GUARD = """
 import sys
 from pathlib import Path
@@ -325,14 +348,14 @@ MUTATIONS = [
         "spec_decode/module.py",
         "before = wanted.reached[known] - 1",
         "before = wanted.reached[known]",
-        "spec_decode/test_fit.py",
+        "spec_decode/test_losses.py",
     ),
     Mutation(
         "the levels' weights reversed",
         "spec_decode/module.py",
         "level_weights(len(losses), self.level_decay)",
         "level_weights(len(losses), self.level_decay)[::-1]",
-        "spec_decode/test_fit.py",
+        "spec_decode/test_losses.py",
     ),
     Mutation(
         "teacher forcing with the token before",
@@ -379,20 +402,31 @@ MUTATIONS = [
 ]
 
 
-def run_on_copy(folder, modules, tests):
+@pytest.fixture(scope="module")
+def run_on_copy(tmp_path_factory):
     """Exit code and output of pytest with the packages of a folder in front of the installed ones."""
-    (folder / "mutation_guard.py").write_text(f"MODULES = {sorted(modules)}\n{GUARD}")
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     settings = {
-        "PYTHONPATH": str(folder),
         "PYTHONDONTWRITEBYTECODE": "1",
         "OMP_NUM_THREADS": "1",
-        "HYPOTHESIS_STORAGE_DIRECTORY": str(folder / "hypothesis"),  # a mutant's failures are not to be tried again
+        # A mutant's failures are not to be tried again.
+        "HYPOTHESIS_STORAGE_DIRECTORY": str(tmp_path_factory.mktemp("hypothesis")),
     }
-    options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-p", "mutation_guard"]
-    command = [sys.executable, "-m", "pytest", *options, *(f"tests/{test}" for test in tests)]
-    done = subprocess.run(command, cwd=ROOT, env=inherited | settings, capture_output=True, text=True, timeout=500)
-    return done.returncode, done.stdout + done.stderr
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    forks = subprocess.Popen([sys.executable, "-c", FORKS], cwd=ROOT, env=inherited | settings, **pipes)
+
+    def run(folder, modules, tests):
+        (folder / "mutation_guard.py").write_text(f"MODULES = {sorted(modules)}\n{GUARD}")
+        log = folder / "log"
+        options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-p", "no:nbmake", "-p", "mutation_guard"]
+        job = {"folder": str(folder), "log": str(log), "args": [*options, *(f"tests/{test}" for test in tests)]}
+        forks.stdin.write(json.dumps(job) + "\n")
+        forks.stdin.flush()
+        return int(forks.stdout.readline()), log.read_text()
+
+    with forks:
+        yield run
+        forks.stdin.close()
 
 
 def copy_of(package, folder):
@@ -401,7 +435,7 @@ def copy_of(package, folder):
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
-def test_a_seeded_mistake_is_noticed(mutation, tmp_path):
+def test_a_seeded_mistake_is_noticed(mutation, tmp_path, run_on_copy):
     copy_of(mutation.file.partition("/")[0], tmp_path)
     file = tmp_path / mutation.file
     text = file.read_text()
@@ -412,7 +446,7 @@ def test_a_seeded_mistake_is_noticed(mutation, tmp_path):
     assert "1 failed" in output, output
 
 
-def test_without_a_mistake_the_same_tests_pass(tmp_path):
+def test_without_a_mistake_the_same_tests_pass(tmp_path, run_on_copy):
     for package in FOLDERS:
         copy_of(package, tmp_path)
     code, output = run_on_copy(tmp_path, {m.module for m in MUTATIONS}, list(dict.fromkeys(m.test for m in MUTATIONS)))

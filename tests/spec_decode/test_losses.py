@@ -1,9 +1,13 @@
 """Losses and acceptance against written-out references."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from spec_decode.cost import expected_tokens
+from spec_decode.data import DraftBatch
+from spec_decode.drafters import DrafterSpec
 from spec_decode.losses import (
     AcceptanceTable,
     feature_loss,
@@ -13,6 +17,7 @@ from spec_decode.losses import (
     soft_cross_entropy,
     teacher_forced_acceptance,
 )
+from spec_decode.module import DrafterModule
 
 
 def test_soft_cross_entropy_in_float64():
@@ -120,3 +125,67 @@ def test_levels_never_reached_are_left_out():
     table.count(0, torch.tensor([[1]]), torch.tensor([2]), torch.tensor([True]))
     table.count(1, torch.tensor([[1]]), torch.tensor([1]), torch.tensor([False]))
     assert table.table() == [[0.0]]
+
+
+def training_module(tiny, name, options, **settings):
+    module = DrafterModule(SimpleNamespace(load=lambda: tiny.target), DrafterSpec(name, options), **settings)
+    if module.drafter.vocabulary is not None:
+        module.drafter.use_vocabulary(torch.arange(0, 34, 2))
+    tokens, answer = torch.randint(40, (2, 13)), torch.rand(2, 13) < 0.8
+    tokens[1, 9:], answer[1, 9:] = 0, False
+    return module, DraftBatch(tokens, answer)
+
+
+@pytest.mark.parametrize(
+    ("name", "draft_vocab"),
+    [("fast_eagle", None), ("fast_eagle", 17), ("eagle3", 17), ("medusa", None), ("draft_model", 17)],
+)
+def test_every_level_is_compared_with_the_targets_law_of_the_token_it_predicts(tiny, name, draft_vocab):
+    """Token by token: transformers' law of token t is that at t - 1, the draft's stands in row t - 2 - i."""
+    options = {"depth": 3, "draft_vocab": draft_vocab}
+    module, batch = training_module(tiny, name, options, feature_weight=0.3, chunk=5)
+    drafter = module.drafter
+    vocabulary = torch.arange(40) if draft_vocab is None else drafter.vocabulary
+    losses, counts, hits = module.level_losses(batch)
+    assert len(losses) == (1 if name == "draft_model" else 3)
+    with torch.no_grad():
+        theirs = tiny.model(batch.tokens, output_hidden_states=True)
+        levels = drafter.level_states(batch.tokens, tiny.target(batch.tokens))
+    for level, (loss, number, right) in enumerate(zip(losses, counts, hits, strict=True)):
+        expected, seen, correct = 0.0, 0, 0
+        for row in range(2):
+            for t in range(2 + level, 13):
+                if not batch.answer[row, t] or batch.tokens[row, t] not in vocabulary:
+                    continue
+                state = levels[level][row, t - 2 - level]
+                p = theirs.logits[row, t - 1, vocabulary].double().softmax(-1)
+                z = drafter.level_logits(level, state).detach().double()
+                gap = (state - theirs.hidden_states[-1][row, t - 1]).double().abs()
+                near = torch.where(gap < 1, gap**2 / 2, gap - 0.5).mean()
+                expected += float(-(p * (z - z.logsumexp(-1))).sum() + 0.3 * near)
+                seen, correct = seen + 1, correct + int(vocabulary[z.argmax()] == batch.tokens[row, t])
+        assert float(loss.detach()) == pytest.approx(expected, rel=1e-4)
+        assert (int(number), int(right)) == (seen, correct)
+        assert seen > 3
+
+
+def test_an_update_weighs_the_levels_and_is_divided_by_the_tokens_of_the_first(tiny, monkeypatch):
+    """Over two micro-batches, of whose sum Lightning makes the mean."""
+    module, first = training_module(tiny, "fast_eagle", {"depth": 3}, level_decay=0.5)
+    second = DraftBatch(first.tokens[:1].flip(1), first.answer[:1])
+    parameters = list(module.drafter.parameters())
+    total, tokens = 0.0, 0
+    for batch in (first, second):
+        losses, counts, _ = module.level_losses(batch)
+        total = total + losses[0] + losses[1] / 2 + losses[2] / 4
+        tokens += int(counts[0])
+    expected = torch.autograd.grad(total / tokens, parameters)
+
+    monkeypatch.setattr(module, "log", lambda *_, **__: None)
+    module.trainer = SimpleNamespace(log_every_n_steps=100, global_step=1, accumulate_grad_batches=2)
+    module.on_train_epoch_start()
+    for batch in (first, second):
+        (module.training_step(batch, 0) / 2).backward()
+    module.on_before_optimizer_step(None)
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
