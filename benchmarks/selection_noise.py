@@ -12,7 +12,7 @@ share of right and wrong training contexts that is accepted at the end; mean and
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from rich.console import Console
@@ -31,8 +31,8 @@ SELECTORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def parse() -> argparse.Namespace:
-    """The command line."""
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The settings: of the command line, or of the arguments given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--noise", type=float, nargs="+", default=[0.0, 0.2, 0.4], help="shares of wrong contexts")
     parser.add_argument("--rank", type=int, default=24, help="width of the student's bottleneck, at most --dim")
@@ -43,7 +43,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=0.02)
     parser.add_argument("--beta", type=float, default=0.01, help="weight of a rejected context")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def train(select: Callable[[Tensor, Tensor], Tensor], noise: float, seed: int, args: argparse.Namespace) -> list[float]:
