@@ -48,6 +48,8 @@ from vision_kd.data import Digits
 from vision_kd.fit import build, run
 from vision_kd.run_figures import plot_signal_to_noise
 
+# %matplotlib inline
+
 # %% [markdown]
 # ## 1. Signal and noise of a gradient, by hand
 #

@@ -47,6 +47,8 @@ from llm_kd.token_table import token_table
 sys.path.append("../benchmarks")
 from selection_noise import SELECTORS, parse, train
 
+# %matplotlib inline
+
 output = Path(tempfile.mkdtemp(prefix="token_selection_"))
 
 # %% [markdown]
