@@ -117,7 +117,6 @@ FIRST, COUNT = 0, 42  # tokens to draw
 part = {name: column[FIRST : FIRST + COUNT] for name, column in table.items()}
 place = torch.arange(len(part["token"]))
 fig, (top, bottom) = plt.subplots(2, 1, figsize=(12, 5.6), layout="constrained", sharex=True)
-colours = ["tab:green" if yes else "tab:red" for yes in part["accepted"]]
 top.bar(place, 100 * part["speck"], color="0.75", label=f"Spec-{K}: probability of acceptance")
 for yes, colour, word in ((True, "tab:green", "accepts"), (False, "tab:red", "rejects")):
     chosen = part["accepted"] == yes
@@ -139,12 +138,12 @@ plt.show()
 # still pass.
 
 # %%
-distance = 1 - (1 - table["speck"]).clamp(0, 1) ** (1 / K)  # 1 - TV, from 1 - TV^k
+tv = (1 - table["speck"].double()).clamp(0, 1) ** (1 / K)  # Spec-k accepts with 1 - TV^k
 accepted = table["accepted"]
 fig, ax = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
 bins = torch.linspace(0, 1, 21)
 ax.hist(
-    [1 - distance[accepted], 1 - distance[~accepted]],
+    [tv[accepted], tv[~accepted]],
     bins=bins.tolist(),
     stacked=True,
     color=["tab:green", "tab:red"],
@@ -182,7 +181,7 @@ for title, order in (
 
 # %%
 for k in (1, 2, K, 20):
-    print(f"Spec-{k} would accept {100 * (1 - distance.double() ** k).mean():.0f}% of these tokens")
+    print(f"Spec-{k} would accept {100 * (1 - tv**k).mean():.0f}% of these tokens")
 print(f"Top-{K} accepts {100 * accepted.float().mean():.0f}%")
 
 # %% [markdown]
@@ -209,6 +208,7 @@ with torch.no_grad():
     )
 p, q = teacher_logits.double().softmax(-1), student_logits.double().softmax(-1)
 torch.manual_seed(0)
+distance = total_variation(student_logits, teacher_logits)
 fig, ax = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
 rows = []
 for number, k in enumerate(KS):
@@ -228,8 +228,9 @@ for number, k in enumerate(KS):
             "their rms z": f"{z.square().mean().sqrt():.2f}" if len(z) else "",
         }
     )
-    tv = total_variation(student_logits, teacher_logits)
-    ax.errorbar(tv, 100 * literal, 200 * error, fmt="o", ms=4, color=f"C{number}", label=f"k = {k}: draws ± 2 s.e.")
+    ax.errorbar(
+        distance, 100 * literal, 200 * error, fmt="o", ms=4, color=f"C{number}", label=f"k = {k}: draws ± 2 s.e."
+    )
     ax.plot(fine, 100 * (1 - fine**k), color=f"C{number}", lw=1)
 ax.set(xlabel="total variation TV between teacher and student", ylabel="accepted (%)", xlim=(0, 1), ylim=(0, 104))
 ax.set_title("Lines: 1 − TV^k", fontsize=9)
