@@ -208,7 +208,7 @@ def benchmark(
     Args:
         drafters: Folders of trained drafters, or names such as ``prompt_lookup``; plain decoding is always there.
             ``+lookup`` adds the branch of prompt lookup, and a tree of its own may follow behind an ``@``, as in
-            ``RUN/drafter_best+lookup@4,2,1``.
+            ``"RUN/drafter_best+lookup@4,2,1"`` (a comma needs the quotes).
         target: Target by folder or name.
         prompts: JSONL files by a name for the set; the last packaged prompts by default.
         count: Prompts per set, the first ones.

