@@ -40,6 +40,7 @@ OTHER_COMMANDS = (
     "uv run mypy",
     "uv run --group docs mkdocs serve",
     "bash .ci/run",
+    "export KD_CACHE=",
 )
 SHELL = ("", "sbatch")  # fences without a language and indented blocks are commands; a job script has them among others
 LANGUAGES = {
@@ -71,6 +72,7 @@ def lines(shell):
 def program(words):
     """Module or script that a command runs with its arguments; None for other commands."""
     words = words[2:] if words[:2] == ["uv", "run"] else words[1:] if words[0] == "srun" else words
+    words = ["python", *words[1:]] if words[0] == ".venv/bin/python" else words
     if words[0] == "torchrun":
         from torch.distributed.run import get_args_parser
 
