@@ -1,6 +1,7 @@
 """Every command of README and docs: parsed by the program it names, the quick ones run; no other kind of block."""
 
 import argparse
+import io
 import itertools
 import json
 import re
@@ -13,8 +14,10 @@ from pathlib import Path
 import jsonargparse
 import pytest
 from markdown_it import MarkdownIt
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from kd_common.cli import FitCLI
+from kd_common.hub import quiet
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -103,7 +106,7 @@ def test_blocks_are_of_known_kinds(page):
     assert not unknown, f"{page.name}: commands that no test knows"
 
 
-class Parsed(Exception):
+class Parsed(Exception):  # noqa: N818  (it says that all is well)
     """The command line was read without an objection."""
 
 
@@ -160,3 +163,85 @@ def test_a_wrong_option_or_configuration_does_not_parse(monkeypatch, capsys):
         with pytest.raises(SystemExit):
             parse(name, arguments, monkeypatch)
     assert "learning_rat" in capsys.readouterr().err
+
+
+# --- README's quick starts, run one after the other on settings that last seconds ---
+
+ONE_EPOCH = ["--trainer.accelerator=cpu", "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false"]
+DIGITS = [*ONE_EPOCH, "--data.train_subset=128", "--model.teacher.name=resnet8", "--model.teacher.epochs=1"]
+SMALL = {
+    "vision_kd.fit": DIGITS,
+    "vision_kd.evaluate": [],
+    "vision_kd.compare": ["--seeds=[0]", f"--overrides={json.dumps(DIGITS)}"],
+    "vision_kd.report": ["--resolution=3", "--samples=32"],
+    "llm_kd.fit": [
+        *ONE_EPOCH,
+        "--model.teacher.name=TINY",
+        "--model.student.layers=2",
+        "--data.train=PROMPTS",
+        "--data.val=PROMPTS",
+        "--data.sampling.max_new_tokens=6",
+        "--data.batch_size=4",
+        "--answers=2",
+    ],
+    "llm_kd.generate": ["--max_new_tokens=4"],
+    "spec_decode.fit": [
+        *ONE_EPOCH,
+        "--model.target.name=TINY",
+        "--model.target.dtype=float32",
+        '--model.drafter={"name": "fast_eagle", "options": {"depth": 2}}',
+        "--data.limit=10",
+        "--data.val_prompts=2",
+        "--data.writing.max_new_tokens=12",
+        "--data.max_length=200",
+        "--data.batch_size=2",
+        "--measure_prompts=1",
+    ],
+    "spec_decode.chat": ["--dtype=float32", "--max_new_tokens=5"],
+}
+NOT_RUN = ("--config cifar100", "--config detection/")  # a download; minutes, and tests/vision_kd/detection runs it
+
+
+@pytest.fixture
+def tiny_models(tmp_path, byte_tokenizer):
+    """A random language model with a byte tokenizer, and a few prompts, where SMALL looks for them."""
+    config = LlamaConfig(
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        max_position_embeddings=2048,
+        pad_token_id=257,
+        eos_token_id=257,
+        bos_token_id=None,
+    )
+    with quiet():
+        LlamaForCausalLM(config).save_pretrained(tmp_path / "TINY")
+    byte_tokenizer.save_pretrained(tmp_path / "TINY")
+    (tmp_path / "PROMPTS").with_suffix(".jsonl").write_text(
+        "".join(json.dumps({"instruction": f"Count to {n}."}) + "\n" for n in range(2, 14))
+    )
+
+
+def filled_in(arguments):
+    """The arguments with the newest run in place of RUN, an older one for OTHER_RUN, and the small prompts."""
+    runs = sorted((file.parent for file in Path("runs").rglob("config.yaml")), key=lambda run: run.stat().st_mtime)
+    places = {"OTHER_RUN": runs[0], "RUN": runs[-1]} if runs else {}
+    for argument in arguments:
+        for name, run in places.items():
+            argument = re.sub(rf"^{name}(?=/|$)", str(run), argument)
+        yield argument.replace("=PROMPTS", "=PROMPTS.jsonl")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", ["vision_kd", "llm_kd", "spec_decode"])
+def test_quick_starts_run(package, tmp_path, monkeypatch, tiny_models):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n/exit\n"))
+    found = [program(words) for words in commands(ROOT / "README.md") if program(words)]
+    assert {name for name, _ in found} <= SMALL.keys(), "a quick start without small settings"
+    for name, arguments in found:
+        if name.startswith(package) and not shlex.join(arguments).startswith(NOT_RUN):
+            monkeypatch.setattr(sys, "argv", [name, *filled_in([*arguments, *SMALL[name]])])
+            runpy.run_path(find_spec(name).origin, run_name="__main__")
