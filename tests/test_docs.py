@@ -167,7 +167,12 @@ def test_a_wrong_option_or_configuration_does_not_parse(monkeypatch, capsys):
 
 # --- README's quick starts, run one after the other on settings that last seconds ---
 
-ONE_EPOCH = ["--trainer.accelerator=cpu", "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false"]
+ONE_EPOCH = [
+    "--trainer.accelerator=cpu",
+    "--trainer.max_epochs=1",
+    "--trainer.log_every_n_steps=1",
+    "--trainer.enable_progress_bar=false",
+]
 DIGITS = [*ONE_EPOCH, "--data.train_subset=128", "--model.teacher.name=resnet8", "--model.teacher.epochs=1"]
 SMALL = {
     "vision_kd.fit": DIGITS,
