@@ -240,6 +240,45 @@ def test_an_unknown_key_in_a_file_is_refused(build, tmp_path, capsys, text):
     assert re.search("widht|trainr", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        bytes(range(256)),
+        b"\xff\xfe\x00",
+        b"a\x00b",
+        b"",
+        b"null",
+        b"hello",
+        b"- a\n",
+        b"a:\n\t- b",
+        b"a: &a [*a]",
+        b"a: !!python/name:os.system",
+    ],
+)
+def test_a_file_that_holds_no_settings_is_refused_by_name(build, tmp_path, capsys, content):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content)
+    with pytest.raises(SystemExit, match="2"):
+        build(f"--config={path}")
+    assert re.search(rf"error: --config {path}: (not a readable YAML file|must hold settings)", capsys.readouterr().err)
+    assert not Path("runs").exists()
+
+
+def test_a_trainer_without_settings_is_refused(build, tmp_path, capsys):
+    (tmp_path / "bad.yaml").write_text("trainer: 3")
+    with pytest.raises(SystemExit, match="2"):
+        build("--config", str(tmp_path / "bad.yaml"))
+    assert "trainer: expected its settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kept", [None, "plugin"])
+def test_checkpoints_are_written_in_one_step_unless_another_way_was_chosen(build, kept):
+    plugin = "lightning.pytorch.plugins.AsyncCheckpointIO"
+    cli = build(*([] if kept is None else [f"--trainer.plugins={plugin}"]))
+    found = type(cli.trainer.strategy.checkpoint_io).__name__
+    assert found == ("AtomicCheckpointIO" if kept is None else "AsyncCheckpointIO")
+
+
 def test_print_config_prints_what_replays(build, tmp_path, capsys):
     args = ["--config", "wide", "--model.rule", "Strong", "--model.rule.power", "9", "--trainer.max_epochs", "5"]
     with pytest.raises(SystemExit, match="0"):

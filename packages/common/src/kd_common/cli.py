@@ -9,10 +9,10 @@ On top of LightningCLI it adds
   the resolved configuration.
 """
 
+import io
 import itertools
 import json
 import logging
-import pickle
 import re
 import sys
 import warnings
@@ -23,11 +23,16 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+import yaml
+from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
+
+from kd_common.files import damaged_entry, write_atomically
 
 CHECKPOINT_DIR = "checkpoints"
 
@@ -99,7 +104,8 @@ class FitCLI(LightningCLI):
             try:
                 command_line = resumed_config(command_line) + command_line
                 command_line = resolve_config_names(command_line, self.config_dir)
-            except FileNotFoundError as error:
+                check_config_files(command_line)
+            except (FileNotFoundError, ValueError) as error:
                 parser.error(str(error))
             # A setting of a class that nobody chose belongs to the default one; a later choice still wins.
             command_line = [
@@ -110,6 +116,8 @@ class FitCLI(LightningCLI):
             chosen = parser.parse_args(plain)
             missing = [f"--{key}={name}" for key, name in self.class_defaults.items() if chosen.get(key) is None]
             self.config = parser.parse_args([*command_line, *missing])
+        if not isinstance(self.config["trainer"], Mapping | Namespace):
+            parser.error(f"trainer: expected its settings, such as {{max_epochs: 3}}, got {self.config['trainer']!r}")
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer.
@@ -147,7 +155,32 @@ class FitCLI(LightningCLI):
                 ModelCheckpoint(self.run_dir / CHECKPOINT_DIR, name, enable_version_counter=False, **settings)
                 for name, settings in (files | {"last": {}}).items()
             ]
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # nobody chose another one
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        return trainer
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Checkpoints that are complete or absent, whatever interrupts the writing.
+
+    Lightning's own are written to the system's temporary folder and moved, which copies if that is another disk: a
+    kill then leaves half a checkpoint in the place of the last one, and a full disk no name to look for.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write beside the file, down to the disk, and rename; addresses such as ``s3://...`` are left to Lightning.
+
+        Raises:
+            OSError: Naming the file, whose earlier content is unchanged.
+        """
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(Path(path), content.getbuffer())
 
 
 def _sets_inside(command_line: Sequence[str], key: str) -> bool:
@@ -213,6 +246,26 @@ def resolve_config_names(args: Sequence[str], config_dir: Path) -> list[str]:
         elif arg.startswith("--config="):
             resolved[i] = "--config=" + find_config(arg.removeprefix("--config="), config_dir)
     return resolved
+
+
+def check_config_files(args: Sequence[str]) -> None:
+    """Refuse configuration files that hold no settings, by name; jsonargparse would show their content instead.
+
+    Raises:
+        ValueError: If a file is no YAML mapping.
+    """
+    flags = zip(args, [*args[1:], ""], strict=True)
+    for path in (following if arg in ("--config", "-c") else arg.partition("--config=")[2] for arg, following in flags):
+        if not path:
+            continue
+        try:
+            content = yaml.safe_load(Path(path).read_bytes())
+            json.dumps(content, default=str)  # anchors may make a mapping contain itself
+        except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"--config {path}: not a readable YAML file ({error})") from error
+        if not isinstance(content, dict):
+            found = "nothing" if content is None else type(content).__name__
+            raise ValueError(f"--config {path}: must hold settings by name, such as `trainer: {{...}}`, holds {found}")
 
 
 def find_config(name: str, config_dir: Path) -> str:
@@ -291,7 +344,7 @@ def check_same_settings(path: Path, saved: Mapping[str, Any], asked: Mapping[str
 
 
 def check_resumable(path: Path) -> dict[str, Any]:
-    """Refuse a missing, truncated or foreign checkpoint before anything is built; return its content.
+    """Refuse a missing, damaged or foreign checkpoint before anything is built; return its content.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -303,10 +356,14 @@ def check_resumable(path: Path) -> dict[str, Any]:
     # Every checkpoint of Lightning is a zip archive; its directory, at the end, is what a killed writer leaves out.
     if not zipfile.is_zipfile(path):
         raise ValueError(f"--ckpt_path {path}: not a readable checkpoint (truncated, or not written by torch.save)")
+    if damaged := damaged_entry(path):
+        raise ValueError(
+            f"--ckpt_path {path}: not a readable checkpoint (damaged: {damaged}). Resume from another one in its folder"
+        )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    # What torch's unpickler raises on damaged bytes: besides its own error whatever the opcodes run into.
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, LookupError, TypeError, ValueError) as error:
+    # What torch's unpickler raises: besides its own error whatever the opcodes run into.
+    except Exception as error:
         raise ValueError(f"--ckpt_path {path}: not a readable checkpoint ({error})") from error
     if not isinstance(checkpoint, dict) or not {"state_dict", "optimizer_states", "loops"} <= checkpoint.keys():
         raise ValueError(

@@ -22,7 +22,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from kd_common.cli import resolve_config_names
-from kd_common.files import write_atomically
+from kd_common.files import read_json, write_atomically
 
 Row = dict[str, Any]
 RunOne = Callable[[str, int, Sequence[str], int], Row]
@@ -57,13 +57,13 @@ def run_matrix(
         One row per run, in the order of the variants and seeds.
 
     Raises:
-        ValueError: If ``results.json`` holds a run with other settings.
+        ValueError: If ``results.json`` is damaged, or holds a run with other settings.
         ExceptionGroup: Of the runs that failed, after the others are saved; with one job at a time the first failure
             ends the comparison.
     """
     output.mkdir(parents=True, exist_ok=True)
     results = output / "results.json"
-    done = json.loads(results.read_text())["runs"] if results.is_file() else []
+    done = _finished(results) if results.is_file() else []
     finished = {(row["variant"], row["seed"]): row["args"] for row in done}
     threads = max(1, torch.get_num_threads() // jobs)  # OMP_NUM_THREADS stays the upper limit
     pending = []
@@ -89,6 +89,17 @@ def run_matrix(
     names = list(variants)
     done.sort(key=lambda row: (names.index(row["variant"]) if row["variant"] in names else len(names), row["seed"]))
     return done
+
+
+def _finished(results: Path) -> list[Row]:
+    """Rows of an earlier comparison."""
+    remedy = "choose another output folder, or delete that file to run everything again"
+    rows = read_json(results, remedy).get("runs")
+    if not isinstance(rows, list) or not all(
+        isinstance(r, dict) and {"variant", "seed", "args"} <= r.keys() for r in rows
+    ):
+        raise ValueError(f"{results} is damaged: it holds no list of runs; {remedy}")
+    return rows
 
 
 def compare_command(

@@ -1,7 +1,16 @@
-"""Where what is made once is kept, and how files are written."""
+"""Where what is made once is kept, and how files are written and read so that damage is noticed."""
 
+import json
 import os
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+CHECKSUM = "crc32"
+"""Entry of a checksummed line; see :func:`checksummed_line`."""
 
 
 def cache_root() -> Path:
@@ -9,7 +18,49 @@ def cache_root() -> Path:
     return Path(os.environ.get("KD_CACHE") or "~/.cache/kd").expanduser()
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
+@contextmanager
+def naming(path: Path, advice: str) -> Iterator[None]:
+    """Let errors of the disk name the file: what the system says of a failed write does not.
+
+    Args:
+        path: the file that is written inside.
+        advice: what its state is and what to do, for the message.
+
+    Raises:
+        OSError: as raised inside, with the file's name and the advice.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, f"{error.strerror}; {advice}", str(path)) from error
+
+
+def write_aside(path: Path, content: str | bytes | memoryview, partial: Path) -> None:
+    """Write what is to become a file beside it, down to the disk.
+
+    Args:
+        path: the file, for the message.
+        content: bytes, or text that is written as UTF-8.
+        partial: where to write.
+
+    Raises:
+        OSError: it cannot be written; nothing is left behind. The message names the file.
+    """
+    try:
+        with naming(path, "not written, and what was there before is unchanged"), partial.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        # What stands in the way may be no file.
+        if partial.is_file() or partial.is_symlink():
+            partial.unlink()
+        raise
+
+
+def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
     """Replace a file in one step, so that an interruption, a full disk or a power cut leaves the old one.
 
     Args:
@@ -17,15 +68,73 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         content: bytes, or text that is written as UTF-8.
 
     Raises:
-        OSError: it cannot be written; nothing is left behind.
+        OSError: it cannot be written; nothing is left behind. The message names the file.
     """
     partial = path.with_name(f"{path.name}.tmp")
+    write_aside(path, content, partial)
     try:
-        with partial.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
         partial.replace(path)
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        path: the file.
+        remedy: what to do about a damaged one, for the message.
+
+    Raises:
+        ValueError: it is not one JSON object in UTF-8; the message names the file and the remedy.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:  # broken JSON or UTF-8
+        raise ValueError(f"{path} is damaged, no JSON ({error}); {remedy}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it holds {type(content).__name__}, no JSON object; {remedy}")
+    return content
+
+
+def checksummed_line(record: dict[str, Any]) -> bytes:
+    """A record as a line of JSON that carries the checksum of the rest."""
+    return json.dumps({**record, CHECKSUM: _checksum(record)}).encode() + b"\n"
+
+
+def read_checksummed_line(line: bytes) -> dict[str, Any]:
+    """The record of a line that :func:`checksummed_line` wrote; one without a checksum, of an older file, passes.
+
+    Raises:
+        ValueError: it is no JSON object, or its checksum is wrong.
+    """
+    try:
+        record = json.loads(line)
+    except RecursionError as error:
+        raise ValueError(f"no JSON object ({error})") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"no JSON object, but {type(record).__name__}")
+    if CHECKSUM in record and record.pop(CHECKSUM) != _checksum(record):
+        raise ValueError("its checksum is wrong")
+    return record
+
+
+def _checksum(record: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(record).encode())
+
+
+def damaged_entry(path: Path) -> str | None:
+    """Name of the first damaged entry of a zip archive, such as a file of ``torch.save``; None if all are whole.
+
+    ``torch.load`` does not compare the checksums that these archives carry.
+
+    Raises:
+        OSError: the archive cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip()
+    # Damage to the directory at the archive's end, or to an entry's header, arrives as almost anything.
+    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError, zlib.error) as error:
+        return f"its directory ({error})"

@@ -87,11 +87,18 @@ def read_config(run: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If the folder holds no run.
+        ValueError: If its configuration is damaged.
     """
     file = run / "config.yaml"
     if not file.is_file():
         raise FileNotFoundError(f"{run} is no run: it holds no config.yaml. Give the folder that `fit` printed")
-    return yaml.safe_load(file.read_text())
+    try:
+        config = yaml.safe_load(file.read_bytes())
+    except (yaml.YAMLError, ValueError) as error:  # yaml reads dates and numbers, too
+        raise ValueError(f"{file} is damaged, no YAML ({error}); leave this run out") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} is damaged: it holds {type(config).__name__}, no settings; leave this run out")
+    return config
 
 
 def read_metrics(run: Path) -> dict[str, Series]:
@@ -99,6 +106,7 @@ def read_metrics(run: Path) -> dict[str, Series]:
 
     Raises:
         FileNotFoundError: If it has logged nothing.
+        ValueError: If a file is damaged.
     """
     earlier = sorted(run.glob("metrics_*.csv"), key=lambda file: int(file.stem.partition("_")[2]))
     files = [*earlier, *run.glob("metrics.csv")]
@@ -106,11 +114,18 @@ def read_metrics(run: Path) -> dict[str, Series]:
         raise FileNotFoundError(f"{run} holds no metrics.csv; was the run made with another trainer.logger?")
     found: dict[str, dict[int, float]] = {}
     for file in files:
-        with file.open(newline="") as lines:
-            for row in csv.DictReader(lines):
-                for name, value in row.items():
-                    if name not in ("step", "epoch") and value:
-                        found.setdefault(name, {})[int(row["step"])] = float(value)
+        try:
+            with file.open(newline="") as lines:
+                rows = csv.DictReader(lines)
+                if rows.fieldnames is not None and "step" not in rows.fieldnames:
+                    raise ValueError("it has no column step")
+                for row in rows:
+                    for name, value in row.items():
+                        if name not in ("step", "epoch") and value:
+                            found.setdefault(name, {})[int(row["step"])] = float(value)
+        except (ValueError, KeyError, TypeError, csv.Error) as error:
+            cause = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{file} is damaged ({cause}); remove what is broken, or leave this run out") from error
     return {
         name: (np.array(sorted(values)), np.array([values[step] for step in sorted(values)]))
         for name, values in found.items()
