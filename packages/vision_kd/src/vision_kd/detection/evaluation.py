@@ -12,6 +12,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from kd_common.distributed import gather_rows
+from kd_common.files import write_atomically
 from vision_kd.detection.coco import Split
 from vision_kd.detection.data import COCO
 from vision_kd.detection.detector import Detector
@@ -122,4 +123,4 @@ def write_results(path: Path, rows: Tensor) -> None:
         {"image_id": int(image), "category_id": int(category), "bbox": [round(x, 2) for x in box], "score": score}
         for image, *box, score, category in rows.tolist()
     ]
-    path.write_text(json.dumps(results))
+    write_atomically(path, json.dumps(results))

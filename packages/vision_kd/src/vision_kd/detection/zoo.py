@@ -222,8 +222,11 @@ def load_detector(path: str | Path) -> Detector:
             f"{path} does not describe a detector (format {meta.get('format')!r}, expected {Detector.format!r}): name "
             "the network with build_detector(ModelSpec(name, checkpoint=...), ...)"
         )
+    names = ("class_names", "mean", "std")
+    if missing := [key for key in ("name", "args", *names) if key not in meta]:
+        raise CheckpointError(f"{path} does not describe its detector: it lacks {', '.join(missing)}; write it again")
     spec = ModelSpec(meta["name"], meta["args"], checkpoint=str(path))
-    return build_detector(spec, **{key: meta[key] for key in ("class_names", "mean", "std")}).eval()
+    return build_detector(spec, **{key: meta[key] for key in names}).eval()
 
 
 def _load_backbone(body: nn.Module, backbone: Backbone, name: str, weights: str) -> None:

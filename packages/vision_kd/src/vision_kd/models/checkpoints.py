@@ -2,6 +2,7 @@
 
 import argparse
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from kd_common.files import damaged_entry
 
 STUDENT_FORMAT = "vision_kd.student/1"
 """Marks the "meta" entry of the files that `save_student` writes."""
@@ -116,9 +119,13 @@ def _read(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        if zipfile.is_zipfile(path) and (damaged := damaged_entry(path)):
+            raise CheckpointError(f"{path} cannot be read: damaged ({damaged}). Fetch or write it again")
         # The reference training scripts of the CIFAR bundle store their options beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is refused: it is damaged, or holds Python objects other than tensors and plain values, "

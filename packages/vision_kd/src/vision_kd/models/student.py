@@ -1,13 +1,14 @@
 """Student files: weights with a description that rebuilds their classifier; and exported programs."""
 
 import copy
-import os
+import io
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kd_common.files import write_atomically
 from vision_kd.models.checkpoints import STUDENT_FORMAT, CheckpointError, read_checkpoint
 from vision_kd.models.classifier import Classifier, ModelSpec, build_classifier
 from vision_kd.models.normalized import NormalizedNetwork
@@ -28,6 +29,7 @@ def save_student(
 
     Raises:
         TypeError: a value could not be read back without running code, or takes the name of one of our entries.
+        OSError: it cannot be written; the message names the file.
     """
     meta = dict(format=student.format, name=spec.name, args=spec.args, **student.facts(), **(extra or {}))
     for key, value in meta.items():
@@ -40,12 +42,9 @@ def save_student(
     }
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        torch.save({"model": state, "meta": meta}, partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    content = io.BytesIO()
+    torch.save({"model": state, "meta": meta}, content)
+    write_atomically(path, content.getbuffer())
 
 
 def _is_plain(value: Any) -> bool:
@@ -71,8 +70,11 @@ def load_classifier(path: str | Path) -> Classifier:
             f"{path} does not describe its network (format {meta.get('format')!r}, expected {STUDENT_FORMAT!r}): "
             "name the network with build_classifier(ModelSpec(name, checkpoint=...), ...)"
         )
+    names = ("num_classes", "in_channels", "mean", "std")
+    if missing := [key for key in ("name", "args", *names) if key not in meta]:
+        raise CheckpointError(f"{path} does not describe its network: it lacks {', '.join(missing)}; write it again")
     spec = ModelSpec(meta["name"], meta["args"], checkpoint=str(path))
-    facts = {key: meta[key] for key in ("num_classes", "in_channels", "mean", "std")}
+    facts = {key: meta[key] for key in names}
     return build_classifier(spec, **facts).eval()
 
 
