@@ -178,7 +178,7 @@ def test_lines_are_readable(write, files):
     write()
     (path,) = files()
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    assert {tuple(record) for record in records} == {("prompt", "tokens", "text")}
+    assert {tuple(record) for record in records} == {("prompt", "tokens", "text", "crc32")}
     assert sorted(record["prompt"] for record in records) == list(range(len(PROMPTS)))
 
 

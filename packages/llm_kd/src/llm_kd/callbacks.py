@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import lightning.pytorch as pl
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from kd_common.hub import quiet
@@ -50,10 +51,17 @@ def export_student(module: DistillationModule, folder: Path) -> None:
         body = build_student(module.student_spec, module.teacher_spec.name)
         body.causal_lm.generation_config = stops
         body.load_state_dict(whole)
-    partial = folder.with_name(f"{folder.name}.partial")
+    partial, old = (folder.with_name(f"{folder.name}.{state}") for state in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)
-    with quiet():
-        body.merged().save_pretrained(partial)
-    module.tokenizer.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        with quiet():
+            body.merged().save_pretrained(partial)
+        module.tokenizer.save_pretrained(partial)
+    except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"{folder} cannot be written ({error}); what was there before is unchanged") from error
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)  # deleting in place could be interrupted half-way
     partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

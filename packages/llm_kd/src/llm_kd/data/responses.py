@@ -13,7 +13,7 @@ from filelock import FileLock
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from kd_common.files import cache_root
+from kd_common.files import cache_root, checksummed_line, naming, read_checksummed_line
 from llm_kd.fingerprint import tensors_fingerprint
 from llm_kd.generation import Sampling, generate
 
@@ -85,6 +85,7 @@ def write_responses(
             done = _resume(partial, order, batch_size)
             settings: dict[str, Any] = {"eos_ids": eos_ids, "pad_id": pad_id, "vocab_size": len(tokenizer)}
             with (
+                naming(partial, "the responses before are complete; start again to go on from there"),
                 partial.open("ab") as file,
                 tqdm(total=len(order), initial=done, desc="teacher's responses", disable=not progress_bar) as bar,
             ):
@@ -136,7 +137,7 @@ def responses_path(
 
 def _line(number: int, tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> bytes:
     text = tokenizer.decode(tokens, skip_special_tokens=True)
-    return json.dumps({"prompt": number, "tokens": tokens, "text": text}).encode() + b"\n"
+    return checksummed_line({"prompt": number, "tokens": tokens, "text": text})
 
 
 def _resume(partial: Path, order: Sequence[int], batch_size: int) -> int:
@@ -158,7 +159,7 @@ def _read(content: bytes, order: Sequence[int], path: Path) -> dict[int, Respons
     found = {}
     for number, line in enumerate(content.splitlines(), 1):
         try:
-            record = json.loads(line)
+            record = read_checksummed_line(line)
             expected, response = order[number - 1], Response(record["tokens"], record["text"])
             if record["prompt"] != expected:
                 raise ValueError(f"answers prompt {record['prompt']} where {expected} belongs")

@@ -111,10 +111,11 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
                 yield f"line {number}", _parsed(line)
     elif path.suffix == ".parquet":
         try:
-            table = pyarrow.parquet.read_table(path)
-        except (pyarrow.ArrowException, OSError) as error:  # a damaged page is an OSError
+            records = pyarrow.parquet.read_table(path).to_pylist()
+        # A damaged page is an OSError, damaged text within a page a ValueError.
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise RowsError(f"{path}: not a readable Parquet file ({error})") from error
-        for number, record in enumerate(table.to_pylist(), 1):
+        for number, record in enumerate(records, 1):
             yield f"row {number}", record
     else:
         raise RowsError(f"{path}: data files end in .jsonl (one JSON object a line) or .parquet")
@@ -125,7 +126,7 @@ def _parsed(line: bytes) -> Any:
         return _MalformedError("is empty")
     try:
         return json.loads(line)
-    except ValueError as error:  # broken JSON or UTF-8
+    except (ValueError, RecursionError) as error:  # broken JSON or UTF-8
         return _MalformedError(f"is not JSON: {error}")
 
 

@@ -106,7 +106,7 @@ class Manifest:
             found = content["format"]
             header = CacheHeader(**{field.name: content[field.name] for field in fields(CacheHeader)})
             manifest = cls(header, tuple(Shard(**shard) for shard in content["shards"]), content["complete"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             cause = f"{type(error).__name__}: {error}"
             raise CacheError(f"{path} is damaged ({cause}); delete the folder and cache the teacher again") from error
         if found != FORMAT:
