@@ -1,6 +1,7 @@
 """The target's text and its stored features: what they hold, and what a kill or a full disk does."""
 
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -158,6 +159,36 @@ def test_a_full_disk_is_refused_before_anything_is_written(tiny, texts, tmp_path
     with pytest.raises(OSError, match=r"needs 0\.00 GB more .* set data.features to online"):
         store.write(tiny.target, progress=False)
     assert not (tmp_path / "f").exists()
+
+
+def test_stores_and_texts_of_earlier_versions_are_read(tiny, texts, tmp_path):
+    """Neither carries checksums; complete texts may stand in another order."""
+    store = FeatureStore(tmp_path / "f", texts, 32)
+    store.write(tiny.target, progress=False)
+    expected = [store.read(n) for n in range(5)]
+    (tmp_path / "f/progress.json").write_text('{"done": 5}')
+    old = FeatureStore(tmp_path / "f", texts, 32)
+    assert all(torch.equal(old.read(n), expected[n]) for n in range(5))
+
+    path, samples = write(tiny, tmp_path)
+    lines = [json.dumps({"prompt": n, **vars(sample)}) + "\n" for n, sample in enumerate(samples)]
+    path.write_text("".join(lines))
+    assert write(tiny, tmp_path)[1] == samples
+    path.write_text("".join([*lines[:-1], lines[0]]))
+    with pytest.raises(ValueError, match=rf"{path} is damaged: it does not answer the prompts.*delete it"):
+        write(tiny, tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 100, None])
+def test_a_store_that_lost_its_states_is_refused_and_not_filled_with_zeros(tiny, texts, tmp_path, size):
+    store = FeatureStore(tmp_path / "f", texts, 32)
+    store.write(tiny.target, batch_size=2, progress=False)
+    progress, data = tmp_path / "f/progress.json", tmp_path / "f/features.bin"
+    content = json.loads(progress.read_text())
+    progress.write_text(json.dumps({"done": 2, "checksums": content["checksums"][:2]}))
+    data.unlink() if size is None else os.truncate(data, size)
+    with pytest.raises(ValueError, match=rf"{data} is damaged: {size or 0} bytes instead of {store.size}; delete"):
+        store.write(tiny.target, progress=False)
 
 
 # --- batches ---

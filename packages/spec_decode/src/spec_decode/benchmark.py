@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
-from kd_common.files import write_atomically
+from kd_common.files import read_json, write_atomically
 from kd_common.hub import EMBEDDED, load_causal_lm, load_config
 from kd_common.memory import peak_bytes
 from spec_decode.autotune import measure_passes
@@ -176,6 +176,21 @@ def rows_of_block(
     return rows
 
 
+def read_results(path: Path) -> dict[str, Any]:
+    """What an earlier benchmark wrote.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    remedy = "choose another output folder, or delete that file to measure again"
+    content = read_json(path, remedy)
+    if not isinstance(content.get("key"), str) or not isinstance(content.get("rows"), list):
+        raise ValueError(f"{path} is damaged: it holds no key and rows; {remedy}")
+    if not all(isinstance(row, dict) and {"set", "temperature"} <= row.keys() for row in content["rows"]):
+        raise ValueError(f"{path} is damaged: a row is of no set and temperature; {remedy}")
+    return content
+
+
 def content_digest(folder: Path) -> str:
     """Digest of the settings and weights in a drafter's folder; empty for a drafter without one."""
     digest = hashlib.sha256()
@@ -262,7 +277,7 @@ def benchmark(
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     path = Path(output) / "results.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    saved = json.loads(path.read_text()) if path.is_file() else {}
+    saved = read_results(path) if path.is_file() else {}
     if saved and saved["key"] != key:
         path.rename(path.with_name(f"results-{saved['key']}.json"))
     rows: list[dict[str, Any]] = saved["rows"] if saved.get("key") == key else []

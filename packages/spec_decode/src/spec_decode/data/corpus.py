@@ -12,8 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from tqdm import tqdm
 
+from kd_common.files import checksummed_line, naming, read_checksummed_line
 from spec_decode.decoder import SpeculativeDecoder
 from spec_decode.models import CausalLM
 from spec_decode.sampling import Sampling
@@ -73,14 +75,27 @@ def _complete_lines(path: Path) -> list[bytes]:
     return content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
 
 
-def _samples(lines: Iterable[bytes]) -> dict[int, Sample]:
-    records = map(json.loads, lines)
-    return {record["prompt"]: Sample(record["tokens"], record["answer_start"]) for record in records}
+def _samples(lines: Iterable[bytes], path: Path) -> dict[int, Sample]:
+    samples = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = read_checksummed_line(line)
+            tokens, start = record["tokens"], record["answer_start"]
+            if not isinstance(tokens, list) or not isinstance(start, int):
+                raise ValueError(f"tokens {tokens!r:.50}, answer_start {start!r:.50}")
+            samples[record["prompt"]] = Sample(tokens, start)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: damaged ({error}); delete it to write the text again") from error
+    return samples
 
 
 def read_corpus(path: Path) -> dict[int, Sample]:
-    """Samples by the index of their prompt, in this order."""
-    return dict(sorted(_samples(_complete_lines(path)).items()))
+    """Samples by the index of their prompt, in this order.
+
+    Raises:
+        ValueError: If a line is damaged.
+    """
+    return dict(sorted(_samples(_complete_lines(path), path).items()))
 
 
 def write_corpus(
@@ -101,18 +116,31 @@ def write_corpus(
         writing: How to write.
         stops: Tokens that end an answer.
         progress: Whether to show a progress bar.
+
+    Raises:
+        ValueError: If a line is damaged.
+        OSError: If it cannot be written; what is complete stays and is continued.
     """
     lines = _complete_lines(path)
-    if len(lines) == len(prompts):
-        return list(read_corpus(path).values())
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    done = _samples(lines, path)
+    # Complete files of an earlier version stand in another order.
+    whole = len(lines) == len(prompts)
+    fits = sorted(done) == sorted(order) if whole else list(done) == order[: len(lines)]
+    if not fits or any(s.tokens[: s.answer_start] != list(prompts[i]) for i, s in done.items()):
+        raise ValueError(
+            f"{path} is damaged: it does not answer the prompts in order; delete it to write the text again"
+        )
+    if whole:
+        return [done[i] for i in range(len(prompts))]
     # Only whole batches are kept: the draws of a batch are numbered from its start.
     lines = lines[: len(lines) // writing.batch_size * writing.batch_size]
-    done = _samples(lines)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    done = _samples(lines, path)
     path.parent.mkdir(parents=True, exist_ok=True)
     decoder = SpeculativeDecoder(target)
     bar = tqdm(total=len(prompts), initial=len(done), desc="target writes", unit="answer", disable=not progress)
-    with path.open("r+b" if path.exists() else "wb") as file, bar:
+    advice = "the answers before are complete; start again to go on from there"
+    with naming(path, advice), path.open("r+b" if path.exists() else "wb") as file, bar:
         file.truncate(file.seek(sum(map(len, lines))))
         for start in range(len(done), len(prompts), writing.batch_size):
             batch = order[start : start + writing.batch_size]
@@ -126,7 +154,7 @@ def write_corpus(
             )
             answers = zip(batch, out.new_tokens, strict=True)
             samples = {i: Sample([*prompts[i], *new], len(prompts[i])) for i, new in answers}
-            file.write("".join(json.dumps({"prompt": i, **asdict(s)}) + "\n" for i, s in samples.items()).encode())
+            file.write(b"".join(checksummed_line({"prompt": i, **asdict(s)}) for i, s in samples.items()))
             file.flush()
             done |= samples
             bar.update(len(samples))
@@ -145,7 +173,7 @@ def encode_prompts(
         chat_template: Jinja template for a model that comes without one.
 
     Raises:
-        ValueError: If no prompt is left.
+        ValueError: If no prompt is left, or the template fails.
     """
     template = chat_template or tokenizer.chat_template
     encode: Callable[[str], list[int]] = lambda text: tokenizer(text)["input_ids"]  # noqa: E731
@@ -156,7 +184,11 @@ def encode_prompts(
             add_generation_prompt=True,
             return_dict=False,
         )
-    encoded = [ids for ids in map(encode, prompts) if 0 < len(ids) <= longest]
+    try:
+        encoded = [ids for ids in map(encode, prompts) if 0 < len(ids) <= longest]
+    except TemplateError as error:
+        where = "data.chat_template" if chat_template else f"the chat template of {tokenizer.name_or_path}"
+        raise ValueError(f"{where} fails on a prompt ({type(error).__name__}: {error}); give another one") from error
     if not encoded:
         raise ValueError(f"no prompt has 1 to {longest} tokens; allow longer ones or shorten the prompts")
     return encoded

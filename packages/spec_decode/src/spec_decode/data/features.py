@@ -2,11 +2,13 @@
 
 A token takes 4 h numbers: the low, middle and high features and the final state. The file is written sequence by
 sequence, longest first, which saves padding; `progress.json`, replaced in one step, says how many are complete, so that
-a killed writer goes on where it was.
+a killed writer goes on where it was, and holds their checksums, which the first read of a sequence compares.
 """
 
 import json
+import os
 import shutil
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from kd_common.files import write_atomically
+from kd_common.files import naming, read_json, write_atomically
 from spec_decode.models import CausalLM, States
 
 DATA, PROGRESS = "features.bin", "progress.json"
@@ -34,7 +36,9 @@ class FeatureStore:
     def __init__(self, folder: Path, sequences: Sequence[Sequence[int]], hidden_size: int) -> None:
         self.folder, self.sequences, self.width = folder, sequences, 4 * hidden_size
         self.starts = np.concatenate([[0], np.cumsum([len(s) for s in sequences])])
+        self.order = np.argsort(-np.diff(self.starts), kind="stable")  # of writing
         self._map: np.memmap | None = None
+        self._unchecked: dict[int, int] = {}
 
     @property
     def size(self) -> int:
@@ -43,9 +47,30 @@ class FeatureStore:
 
     @property
     def done(self) -> int:
-        """Number of sequences written so far."""
-        path = self.folder / PROGRESS
-        return json.loads(path.read_text())["done"] if path.is_file() else 0
+        """Number of sequences written so far.
+
+        Raises:
+            ValueError: If the store is damaged.
+        """
+        return self._progress()[0]
+
+    def _progress(self) -> tuple[int, list[int | None]]:
+        """How many sequences are complete, and their checksums in the order of writing."""
+        path, data = self.folder / PROGRESS, self.folder / DATA
+        if not path.is_file():
+            return 0, []
+        remedy = f"delete {self.folder} to compute the features again"
+        content = read_json(path, remedy)
+        done = content.get("done")
+        if type(done) is not int or not 0 <= done <= len(self.sequences):
+            raise ValueError(f"{path} is damaged: done is {done!r}, of {len(self.sequences)} sequences; {remedy}")
+        checksums = content.get("checksums", [None] * done)  # stores of earlier versions carry none
+        if not isinstance(checksums, list) or len(checksums) != done:
+            raise ValueError(f"{path} is damaged: it has no checksum for each of {done} sequences; {remedy}")
+        found = data.stat().st_size if data.is_file() else 0
+        if done and found != self.size:
+            raise ValueError(f"{data} is damaged: {found} bytes instead of {self.size}; {remedy}")
+        return done, checksums
 
     def check_disk(self) -> None:
         """Refuse a file that does not fit.
@@ -69,21 +94,22 @@ class FeatureStore:
 
         Raises:
             OSError: If the disk is too small.
+            ValueError: If the store is damaged.
         """
-        done, device = self.done, target.device
+        (done, checksums), device = self._progress(), target.device
         if done == len(self.sequences):
             return
         self.check_disk()
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / DATA
-        with path.open("ab") as file:
-            file.truncate(self.size)
-        order = np.argsort(-np.diff(self.starts), kind="stable")
-        stored = np.memmap(path, np.int16, "r+", shape=(int(self.starts[-1]), self.width))
+        path.touch()
         bar = tqdm(total=len(self.sequences), initial=done, desc="target reads", unit="text", disable=not progress)
-        with bar:
+        # Written, not mapped: a disk that fills up under a map kills the process.
+        advice = "the sequences before are complete; free some space and start again to go on from there"
+        with bar, naming(path, advice), path.open("r+b") as file:
+            file.truncate(self.size)
             for start in range(done, len(self.sequences), batch_size):
-                places = order[start : start + batch_size]
+                places = self.order[start : start + batch_size]
                 batch = [self.sequences[place] for place in places]
                 tokens = torch.zeros(len(batch), max(map(len, batch)), dtype=torch.int64, device=device)
                 for row, sequence in enumerate(batch):
@@ -92,9 +118,14 @@ class FeatureStore:
                 both = torch.cat([states.features, states.final], dim=-1).to(torch.bfloat16).view(torch.int16).cpu()
                 for row, place in enumerate(places):
                     first, end = self.starts[place : place + 2]
-                    stored[first:end] = both[row, : end - first].numpy()
-                stored.flush()  # before the progress: what it counts is on the disk
-                write_atomically(self.folder / PROGRESS, json.dumps({"done": start + len(batch)}))
+                    content = both[row, : end - first].numpy().tobytes()
+                    file.seek(int(first) * self.width * _BYTES)
+                    file.write(content)
+                    checksums.append(zlib.crc32(content))
+                file.flush()
+                os.fsync(file.fileno())  # before the progress: what it counts is on the disk
+                progress_now = {"done": start + len(batch), "checksums": checksums}
+                write_atomically(self.folder / PROGRESS, json.dumps(progress_now))
                 bar.update(len(batch))
 
     def read(self, sequence: int) -> Tensor:
@@ -102,13 +133,25 @@ class FeatureStore:
 
         Raises:
             RuntimeError: If it has not been written.
+            ValueError: If it is damaged.
         """
         if self._map is None:
-            if self.done < len(self.sequences):
-                raise RuntimeError(f"the feature cache {self.folder} is not complete: {self.done} sequences; write it")
+            done, checksums = self._progress()
+            if done < len(self.sequences):
+                raise RuntimeError(f"the feature cache {self.folder} is not complete: {done} sequences; write it")
+            pairs = zip(self.order.tolist(), checksums, strict=True)
+            self._unchecked = {place: checksum for place, checksum in pairs if checksum is not None}
             self._map = np.memmap(self.folder / DATA, np.int16, "r", shape=(int(self.starts[-1]), self.width))
-        rows = self._map[self.starts[sequence] : self.starts[sequence + 1]]
-        return torch.from_numpy(np.array(rows)).view(torch.bfloat16)
+        rows = np.array(self._map[self.starts[sequence] : self.starts[sequence + 1]])
+        expected = self._unchecked.get(sequence)
+        if expected is not None:
+            if zlib.crc32(rows.data) != expected:
+                raise ValueError(
+                    f"{self.folder / DATA} is damaged: the checksum of sequence {sequence} is wrong; delete "
+                    f"{self.folder} to compute the features again"
+                )
+            del self._unchecked[sequence]
+        return torch.from_numpy(rows).view(torch.bfloat16)
 
 
 def split_states(both: Tensor) -> States:

@@ -27,12 +27,12 @@ def read_prompts(path: Path) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"data.prompts {path}: no such file; leave it out for the packaged prompts")
     prompts = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if not line.strip():
             continue
         try:
             prompts.append(_prompt(json.loads(line)))
-        except (ValueError, KeyError, IndexError, TypeError, StopIteration) as error:
+        except (ValueError, KeyError, IndexError, TypeError, StopIteration, RecursionError) as error:
             raise ValueError(
                 f"data.prompts {path}, line {number}: needs prompt, turns, instruction, question or messages"
             ) from error
