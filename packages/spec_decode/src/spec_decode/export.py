@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 from jsonargparse import auto_cli
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from kd_common.files import write_atomically
 from kd_common.hub import DTYPES, load_config
-from spec_decode.drafters.files import WEIGHTS, read_config
+from spec_decode.drafters.files import read_config, read_weights
 from spec_decode.models.causal_lm import default_feature_layers
 
 _NAMES = {"fuse": "fc", "layer": "midlayer", "norm": "norm", "head": "lm_head"}
@@ -65,9 +65,9 @@ def export(drafter: str, output: str, dtype: str = "bfloat16") -> None:
         ValueError: For another kind of drafter, or one that reads other layers than EAGLE-3 does.
     """
     found = read_config(Path(drafter))
-    if found["drafter"]["name"] != "eagle3":
+    if (kind := found["drafter"].get("name")) != "eagle3":
         raise ValueError(
-            f"{drafter} is a {found['drafter']['name']} drafter; only eagle3 has a layout that other programs read. "
+            f"{drafter} is a {kind} drafter; only eagle3 has a layout that other programs read. "
             "Load this one with spec_decode.drafters.load_drafter"
         )
     if dtype not in DTYPES:
@@ -80,8 +80,8 @@ def export(drafter: str, output: str, dtype: str = "bfloat16") -> None:
         )
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = eagle3_layout(load_file(str(Path(drafter) / WEIGHTS)), config.vocab_size, DTYPES[dtype])
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    weights = eagle3_layout(read_weights(Path(drafter), found), config.vocab_size, DTYPES[dtype])
+    write_atomically(folder / "model.safetensors", save(weights, {"format": "pt"}))
     rope = dict(config.rope_parameters)
     settings = {
         **{name: value for name in _SHARED if (value := getattr(config, name, None)) is not None},

@@ -3,20 +3,27 @@
 import inspect
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
+from kd_common.files import read_json, write_aside
 from kd_common.registry import suggest
 from spec_decode.drafters.registry import DRAFTERS
 from spec_decode.drafters.trainable import TrainableDrafter, check_vocabulary
 from spec_decode.models import CausalLM
 
 WEIGHTS, CONFIG = "drafter.safetensors", "drafter.json"
+ENTRIES = {"drafter": dict, "target_fingerprint": str, "feature_layers": list, "acceptance": list | None}
+"""What a drafter's JSON file holds at least."""
+
+REMEDY = "copy the folder again, or train the drafter again"
 
 
 @dataclass(frozen=True)
@@ -56,23 +63,29 @@ def save_drafter(drafter: TrainableDrafter, spec: DrafterSpec, folder: Path, met
         spec: What it was built from.
         folder: Folder to write to.
         meta: Further facts for the JSON file, such as the target's name and measurements.
+
+    Raises:
+        OSError: If it cannot be written; the message names the file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights, config = folder / WEIGHTS, folder / CONFIG
     state = {name: value.detach().cpu().contiguous() for name, value in drafter.state_dict().items()}
+    packed = save(state)
     content = {
         **meta,
         "drafter": asdict(spec),
         "target_fingerprint": drafter.target.fingerprint(),
         "feature_layers": list(drafter.target.feature_layers),
         "acceptance": drafter.acceptance,
+        "weights_crc32": zlib.crc32(packed),
     }
     # Everything is on the disk before anything of the drafter that lies there is touched.
-    save_file(state, f"{weights}.part")
-    Path(f"{config}.part").write_text(json.dumps(content, indent=2) + "\n")
-    for part in (f"{weights}.part", f"{config}.part"):
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
+    write_aside(weights, packed, Path(f"{weights}.part"))
+    try:
+        write_aside(config, json.dumps(content, indent=2) + "\n", Path(f"{config}.part"))
+    except OSError:
+        Path(f"{weights}.part").unlink()
+        raise
     config.unlink(missing_ok=True)  # a kill between the two must not leave weights beside another's settings
     os.replace(f"{weights}.part", weights)
     os.replace(f"{config}.part", config)
@@ -83,10 +96,40 @@ def read_config(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If the folder holds no complete drafter.
+        ValueError: If it is damaged.
     """
-    if not (folder / CONFIG).is_file():
+    path = folder / CONFIG
+    if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no drafter ({CONFIG} is missing; it is written last)")
-    return json.loads((folder / CONFIG).read_text())
+    content = read_json(path, REMEDY)
+    for name, kind in ENTRIES.items():
+        if name not in content or not isinstance(content[name], kind):
+            raise ValueError(f"{path} is damaged: {name} is {content.get(name)!r}; {REMEDY}")
+    return content
+
+
+def read_weights(folder: Path, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights of a saved drafter.
+
+    Args:
+        folder: Its folder.
+        config: What `read_config` returned.
+
+    Raises:
+        FileNotFoundError: If there are none.
+        ValueError: If they are damaged.
+    """
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; {REMEDY}")
+    content = path.read_bytes()
+    # Drafters of earlier versions carry no checksum.
+    if zlib.crc32(content) != config.get("weights_crc32", zlib.crc32(content)):
+        raise ValueError(f"{path} is damaged, or not the file that its {CONFIG} was written with; {REMEDY}")
+    try:
+        return load(content)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} is damaged ({error}); {REMEDY}") from error
 
 
 def load_drafter(folder: Path, target: CausalLM) -> TrainableDrafter:
@@ -102,9 +145,12 @@ def load_drafter(folder: Path, target: CausalLM) -> TrainableDrafter:
             f"the drafter in {folder} was trained for another target ({config.get('target', 'unnamed')}, fingerprint "
             f"{config['target_fingerprint']}); this one has fingerprint {found}. Load that target or train a drafter"
         )
-    drafter = DrafterSpec(**config["drafter"]).build(target)
     try:
-        drafter.load_state_dict(load_file(str(folder / WEIGHTS)))
+        drafter = DrafterSpec(**config["drafter"]).build(target)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{folder / CONFIG} does not describe a drafter: {error}; {REMEDY}") from error
+    try:
+        drafter.load_state_dict(read_weights(folder, config))
     except RuntimeError as error:
         raise ValueError(f"{folder / WEIGHTS} does not fit its {CONFIG}: {error}") from error
     if drafter.vocabulary is not None:
