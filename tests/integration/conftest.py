@@ -1,14 +1,24 @@
-"""Processes that tests start: a function in two of them, as a cluster's launcher would, and a run that is killed."""
+"""Processes that tests start: a function in two of them, as a cluster's launcher would, and a run that is killed.
 
+And what the tests of faults share: tiny models, states compared bit for bit, a process that dies at a chosen moment, a
+disk without room, files that would run code.
+"""
+
+import faulthandler
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import time
+import traceback
+from contextlib import contextmanager
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
+import torch
 
 WORKER = """
 import importlib, sys
@@ -95,3 +105,154 @@ def run_ranks():
         assert codes == [0, 0], "\n".join((folder / f"output{rank}").read_text()[-4000:] for rank in range(2))
 
     return run
+
+
+@pytest.fixture(scope="session")
+def target(tmp_path_factory, byte_tokenizer):
+    """A tiny target with a tokenizer, saved."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("standin")
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer.save_pretrained(folder)
+    return folder
+
+
+DEADLINE = 900  # seconds a forked process may take
+TIMES = ("seconds", "tokens_per_second")
+
+
+@pytest.fixture(scope="session")
+def assert_equal():
+    """Compare every tensor and number of two nested states, bit for bit; but for the time that something took."""
+
+    def compare(found, expected, where=""):
+        assert type(found) is type(expected), where
+        if isinstance(expected, dict):
+            assert list(found) == list(expected), where
+            for key in expected:
+                if key not in TIMES:
+                    compare(found[key], expected[key], f"{where}.{key}")
+        elif isinstance(expected, list | tuple):
+            assert len(found) == len(expected), where
+            for i, pair in enumerate(zip(found, expected, strict=True)):
+                compare(*pair, f"{where}[{i}]")
+        elif isinstance(expected, torch.Tensor):
+            assert torch.equal(found, expected), where
+        else:
+            assert found == expected, where
+
+    return compare
+
+
+WRITES = os.O_WRONLY | os.O_RDWR
+
+
+class Moments:
+    """Audit hook that counts what a process does to the files below some folders, and its training steps.
+
+    Args:
+        folders: The folders.
+        last: Number of the moment, from 0, right before which the process kills itself; None to count only.
+    """
+
+    def __init__(self, folders, last=None):
+        self.folders, self.last, self.seen = tuple(map(str, folders)), last, []
+
+    def __call__(self, event, args):
+        if event in ("os.rename", "os.remove", "os.truncate", "kd.step") or (event == "open" and args[2] & WRITES):
+            name = args[0]
+        else:
+            return
+        if event == "kd.step" or (isinstance(name, str | Path) and str(name).startswith(self.folders)):
+            self.seen.append(f"{event} {name}")
+            if len(self.seen) - 1 == self.last:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Step(pl.Callback):
+    """Makes a moment of every batch."""
+
+    def on_train_batch_end(self, *_):
+        sys.audit("kd.step", "")
+
+
+@pytest.fixture(scope="session")
+def step_moments():
+    """Callback to append to a trainer, so that :func:`die` can kill between two of its steps."""
+    return Step()
+
+
+@pytest.fixture(scope="session")
+def die():
+    """Run a function in a forked process that may be killed; returns its moments, or None if it was.
+
+    A process dies right before its moment ``at`` (it opens a file to write, renames, removes, truncates, or has made a
+    step), or once a file has grown to ``size`` bytes: in the middle of a write.
+    """
+
+    def run(function, log, folders, *, at=None, size=None):
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                os.close(read)
+                with log.open("w") as output:
+                    os.dup2(output.fileno(), 1)
+                    os.dup2(output.fileno(), 2)
+                torch.set_num_threads(1)
+                faulthandler.dump_traceback_later(DEADLINE, exit=True)
+                moments = Moments(folders, at)
+                sys.addaudithook(moments)
+                if size is not None:
+                    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+                    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+                function()
+                with os.fdopen(write, "w") as pipe:
+                    pipe.write("\n".join(moments.seen))
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+                sys.stderr.flush()
+            finally:
+                os._exit(code)
+        os.close(write)
+        with os.fdopen(read) as pipe:
+            seen = pipe.read()
+        _, status = os.waitpid(child, 0)
+        if os.WIFSIGNALED(status):
+            assert os.WTERMSIG(status) == (signal.SIGXFSZ if size is not None else signal.SIGKILL), log.read_text()
+            return None
+        assert os.WEXITSTATUS(status) == 0, log.read_text()
+        return seen.splitlines()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def full_disk():
+    """Context in which no file can grow beyond some bytes: the kernel refuses the write, as on a disk without room."""
+
+    @contextmanager
+    def limit(size):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limit

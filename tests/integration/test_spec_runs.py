@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from spec_decode.fit import build, run
 
@@ -36,26 +35,6 @@ def arguments(folder, standin, batch=2, *extra):
 def plain(history):
     """Without the times."""
     return [{key: value for key, value in epoch.items() if key != "seconds"} for epoch in history]
-
-
-@pytest.fixture(scope="module")
-def target(tmp_path_factory, byte_tokenizer):
-    """A tiny target with a tokenizer, saved."""
-    folder = tmp_path_factory.mktemp("standin")
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=258,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        initializer_range=0.3,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    byte_tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty")

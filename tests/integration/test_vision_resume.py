@@ -28,27 +28,9 @@ def arguments(run_dir, extra):
     ]
 
 
-def assert_equal(found, expected, where=""):
-    """Every tensor and number of two nested states, bit for bit; but for the time an epoch took."""
-    assert type(found) is type(expected), where
-    if isinstance(expected, dict):
-        assert list(found) == list(expected), where
-        for key in expected:
-            if key != "seconds":
-                assert_equal(found[key], expected[key], f"{where}.{key}")
-    elif isinstance(expected, list | tuple):
-        assert len(found) == len(expected), where
-        for i, pair in enumerate(zip(found, expected, strict=True)):
-            assert_equal(*pair, f"{where}[{i}]")
-    elif isinstance(expected, torch.Tensor):
-        assert torch.equal(found, expected), where
-    else:
-        assert found == expected, where
-
-
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty")
 @pytest.mark.parametrize("extra", [PLAIN, FULL], ids=["plain", "ema, accumulation, DKD"])
-def test_killed_and_resumed_equals_uninterrupted(tmp_path, extra, kill_inside_epoch):
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, extra, kill_inside_epoch, assert_equal):
     torch.set_num_threads(1)
     whole = build(arguments(tmp_path / "whole", extra))
     expected = run(whole)  # also leaves the teacher in the cache

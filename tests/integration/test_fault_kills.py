@@ -1,0 +1,202 @@
+"""Runs and writers killed at many moments, drawn from a seed, and started again: the end is the undisturbed one.
+
+The kill comes right before a file is opened, renamed or removed, between two steps of the optimizer, or in the
+middle of a write. Whatever is found afterwards under its final name must be whole.
+"""
+
+import json
+import random
+import shutil
+from importlib import import_module
+
+import pytest
+import torch
+
+from kd_common.cli import check_resumable
+from kd_common.hub import load_causal_lm, load_tokenizer
+from llm_kd.cache_teacher import main as cache_teacher
+from llm_kd.teacher import TeacherCache
+from llm_kd.teacher.cache import CacheError
+from spec_decode.drafters.files import CONFIG, read_config, read_weights
+from vision_kd.detection.coco import open_annotations
+from vision_kd.detection.scenes import build_scenes
+from vision_kd.models import load_classifier
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1800),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty"),
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning"),
+]
+SHARED = [
+    "--seed_everything=5",
+    "--trainer.accelerator=cpu",
+    "--trainer.max_epochs=3",
+    "--trainer.log_every_n_steps=1",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+]
+
+
+def vision(folder, target):
+    return [
+        "--data.batch_size=32",
+        "--data.train_subset=96",
+        "--model.student.name=resnet8",
+        "--model.teacher.name=resnet8",
+        "--model.teacher.epochs=1",
+        "--model.gsnr_every=2",
+    ]
+
+
+def language(folder, target):
+    for split, numbers in (("train", range(12)), ("val", range(12, 16))):
+        lines = [json.dumps({"instruction": f"Count to {n}."}) + "\n" for n in numbers]
+        (folder / f"{split}.jsonl").write_text("".join(lines))
+    return [
+        f"--model.teacher.name={target}",
+        "--model.student.layers=2",
+        f"--data.train={folder / 'train.jsonl'}",
+        f"--data.val={folder / 'val.jsonl'}",
+        "--data.sampling.max_new_tokens=4",
+        "--data.batch_size=4",
+        "--answers=0",
+    ]
+
+
+def drafting(folder, target):
+    return [
+        "--trainer.precision=32-true",
+        f"--model.target.name={target}",
+        "--model.target.dtype=float32",
+        '--model.drafter={"name": "fast_eagle", "options": {"depth": 2, "draft_vocab": 90}}',
+        "--data.limit=8",
+        "--data.val_prompts=2",
+        "--data.writing.max_new_tokens=6",
+        "--data.writing.batch_size=3",
+        "--data.max_length=200",
+        "--data.batch_size=2",
+        "--measure_prompts=0",
+    ]
+
+
+def check_whole(folder):
+    """Read everything that a run keeps under its final name; returns what was found."""
+    found = []
+    for path in folder.rglob("*.ckpt"):
+        check_resumable(path)
+        found.append(path.name)
+    for path in folder.rglob("*.pt"):
+        load_classifier(path)
+        found.append(path.name)
+    for student in ("student_best", "student_last"):
+        if (folder / student).is_dir():
+            load_causal_lm(str(folder / student))
+            load_tokenizer(str(folder / student))
+            found.append(student)
+    for path in folder.rglob(CONFIG):
+        read_weights(path.parent, read_config(path.parent))
+        found.append(path.parent.name)
+    return found
+
+
+def outcome(folder):
+    """What a run leaves: its state for resuming, without paths, and its models."""
+    checkpoint = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+    state = {key: checkpoint[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "history", "epoch")}
+    models = {}
+    for path in sorted([*folder.rglob("*.pt"), *folder.rglob("*.safetensors")]):
+        name = str(path.relative_to(folder))
+        models[name] = torch.load(path, weights_only=True)["model"] if path.suffix == ".pt" else path.read_bytes()
+    return state | {"models": models}
+
+
+def moments_to_die(seen, draws, count=4):
+    """Some moments, at least one of them a step and at least one the renaming that puts a file in its place."""
+    kinds = ("kd.step", "os.rename", "open")
+    chosen = [draws.choice([i for i, moment in enumerate(seen) if moment.startswith(kind)]) for kind in kinds]
+    return chosen + [draws.randrange(len(seen)) for _ in range(count - len(chosen))]
+
+
+@pytest.mark.parametrize(
+    ("package", "settings", "seed"), [("vision_kd", vision, 1), ("llm_kd", language, 2), ("spec_decode", drafting, 3)]
+)
+def test_a_run_killed_at_any_moment_ends_as_if_undisturbed(
+    package, settings, seed, tmp_path, target, die, step_moments, assert_equal, monkeypatch
+):
+    """Each of them begins without caches, so that teacher, responses, text and features are written, too."""
+    fit, extra, draws = import_module(f"{package}.fit"), settings(tmp_path, target), random.Random(seed)
+
+    def attempt(name, **death):
+        folder, cache = tmp_path / name / "run", tmp_path / name / "cache"
+        monkeypatch.setenv("KD_CACHE", str(cache))
+        last = folder / "checkpoints/last.ckpt"
+        resume = [f"--ckpt_path={last}"] if last.is_file() else []
+
+        def train():
+            cli = fit.build([f"--run_dir={folder}", *SHARED, *extra, *resume])
+            cli.trainer.callbacks.append(step_moments)
+            fit.run(cli)
+
+        return die(train, tmp_path / "log", [folder, cache], **death)
+
+    seen = attempt("whole")
+    expected = outcome(tmp_path / "whole/run")
+    largest = max(path.stat().st_size for path in (tmp_path / "whole").rglob("*") if path.is_file())
+    deaths = [{"at": at} for at in moments_to_die(seen, draws)] + [{"size": draws.randrange(200, largest)}]
+    for number, death in enumerate(deaths):
+        name = f"killed{number}"
+        assert attempt(name, **death) is None, death
+        check_whole(tmp_path / name)
+        attempt(name)
+        assert_equal(outcome(tmp_path / name / "run"), expected, f"{death}")
+        check_whole(tmp_path / name)
+        shutil.rmtree(tmp_path / name)
+
+
+def test_a_teacher_cache_killed_at_any_moment_is_continued(tmp_path, target, die, monkeypatch):
+    """The command, which also writes the responses; test_teacher_cache.py tests the writer alone."""
+    data = [argument for argument in language(tmp_path, target) if argument.startswith("--data.")]
+    command = [f"--teacher.name={target}", "--size=8", *data]
+    draws = random.Random(4)
+
+    def attempt(name, **death):
+        monkeypatch.setenv("KD_CACHE", str(tmp_path / name / "responses"))
+        folder = tmp_path / name / "cache"
+        return die(
+            lambda: cache_teacher([f"--folder={folder}", *command]), tmp_path / "log", [tmp_path / name], **death
+        )
+
+    def content(name):
+        cache = TeacherCache(tmp_path / name / "cache")
+        stored = cache.read(sorted(cache.keys()))
+        return cache.complete, [stored.counts, *(t.tolist() for t in (stored.tokens, stored.distribution.log_probs))]
+
+    seen = attempt("whole")
+    for number, death in enumerate([*({"at": at} for at in draws.sample(range(len(seen)), 4)), {"size": 3000}]):
+        name = f"killed{number}"
+        assert attempt(name, **death) is None, death
+        if (tmp_path / name / "cache/manifest.json").is_file():
+            assert not TeacherCache(tmp_path / name / "cache").complete
+        else:
+            with pytest.raises(CacheError, match="is no teacher cache"):
+                TeacherCache(tmp_path / name / "cache")
+        attempt(name)
+        assert content(name) == content("whole")
+    responses = {path.read_bytes() for path in tmp_path.glob("*/responses/responses/*.jsonl")}
+    assert len(responses) == 1 or len({tuple(sorted(r.splitlines())) for r in responses}) == 2  # training, validation
+
+
+def test_scenes_killed_while_they_are_built_appear_whole_or_not_at_all(tmp_path, die):
+    draws = random.Random(5)
+    for number in range(3):
+        folder = tmp_path / f"scenes{number}"
+        assert (
+            die(lambda folder=folder: build_scenes(folder), tmp_path / "log", [tmp_path], at=draws.randrange(60))
+            is None
+        )
+        assert not folder.exists()
+    build_scenes(folder)
+    assert len(list((folder / "train").iterdir())) == len(
+        open_annotations(folder / "annotations/instances_train.json").imgs
+    )
