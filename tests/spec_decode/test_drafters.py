@@ -387,6 +387,19 @@ def test_lookup_has_no_confidence(tiny, plain):
     assert decode(tiny.target, both, GREEDY, tree=(2, 1), min_confidence=0.1).new_tokens == plain[GREEDY]
 
 
+def test_a_looked_up_branch_fills_the_slots_of_a_pass(tiny):
+    """Passes are padded to 8 nodes anyway, so that the branch may be longer than the drafter's tree is deep."""
+    cycle, sizes = [3, 8, 5, 9, 2, 6, 7, 4, 1, 12, 11], []
+    decoder = SpeculativeDecoder(tiny.target, WithLookup(make(tiny.target, "fast_eagle")), tree=(1, 1))
+    decoder.generate(
+        [cycle * 3 + cycle[:4]],
+        max_new_tokens=12,
+        on_pass=lambda tree, _: sizes.append((tree.tokens.shape[1], int(tree.present.sum()))),
+    )
+    assert {size for size, _ in sizes} == {8}
+    assert max(present for _, present in sizes) == 8
+
+
 # --- initialisation, vocabulary, files ---
 
 

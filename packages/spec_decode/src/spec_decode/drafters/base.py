@@ -55,12 +55,14 @@ def tree_nodes(shape: TreeShape) -> int:
     return 1 + (shape.nodes if isinstance(shape, DynamicTree) else sum(shape))
 
 
-def tree_slots(shape: TreeShape) -> int:
-    """Cache slots behind the committed tokens that drafting or verifying such a tree may write to.
+def verified_slots(shape: TreeShape) -> int:
+    """Largest number of nodes in a pass: a multiple of 8 with room for a branch of the tree's depth beside the tree."""
+    return -(-(tree_nodes(shape) + tree_depth(shape)) // 8) * 8
 
-    Trees are padded to a multiple of 8 nodes, and lookup may add a branch of the tree's depth.
-    """
-    slots = -(-(tree_nodes(shape) + tree_depth(shape)) // 8) * 8
+
+def tree_slots(shape: TreeShape) -> int:
+    """Cache slots behind the committed tokens that drafting or verifying such a tree may write to."""
+    slots = verified_slots(shape)
     return max(slots, shape.depth * shape.top_k) if isinstance(shape, DynamicTree) else slots
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from spec_decode.drafters.base import Draft, Drafter, DraftState, tree_depth
+from spec_decode.drafters.base import Draft, Drafter, DraftState, tree_depth, verified_slots
 from spec_decode.drafters.registry import DRAFTERS
 from spec_decode.proposals import SampledTree
 from spec_decode.tree import DraftTree, merge_branches
@@ -63,15 +63,15 @@ class PromptLookup(Drafter):
         """One index per row."""
         return [NgramIndex(self.longest) for _ in range(batch)]
 
-    def branches(self, state: DraftState) -> list[list[list[int]]]:
-        """The branch of every row, empty where nothing matches; `state.memory` holds the indexes."""
-        depth = tree_depth(state.tree)
-        return [[index.continuation(list(c), depth)] for index, c in zip(state.memory, state.contexts, strict=True)]
+    def branches(self, state: DraftState, count: int) -> list[list[list[int]]]:
+        """Branch of every row, at most `count` tokens, none where nothing matches; `state.memory` holds the indexes."""
+        return [[index.continuation(list(c), count)] for index, c in zip(state.memory, state.contexts, strict=True)]
 
     def propose(self, state: DraftState) -> Draft:
         """Chain of at most as many tokens as the tree has levels."""
         root = state.root.unsqueeze(1)
-        return merge_branches(DraftTree(root, root.new_full(root.shape, -1)), self.branches(state), 1 << 30)
+        branches = self.branches(state, tree_depth(state.tree))
+        return merge_branches(DraftTree(root, root.new_full(root.shape, -1)), branches, 1 << 30)
 
 
 class WithLookup(Drafter):
@@ -102,9 +102,9 @@ class WithLookup(Drafter):
         return self.drafter.new_memory(batch, capacity), self.lookup.new_memory(batch, capacity)
 
     def propose(self, state: DraftState) -> Draft:
-        """The drafter's tree; branches fill the absent and further nodes up to twice the depth beyond it."""
+        """The drafter's tree, and a branch as long as the slots allow that a pass is padded to anyway."""
         inner, indexes = state.memory
         draft = self.drafter.propose(replace(state, memory=inner))
         assert not isinstance(draft, SampledTree)
-        branches = self.lookup.branches(replace(state, memory=indexes))
-        return merge_branches(draft, branches, draft.tokens.shape[1] + tree_depth(state.tree))
+        slots = verified_slots(state.tree)
+        return merge_branches(draft, self.lookup.branches(replace(state, memory=indexes), slots - 1), slots)
