@@ -14,6 +14,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTSIDE = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "benchmarks/README.md": "benchmarks.md"}
+OUTSIDE |= {f"notebooks/{file.name}": f"notebooks/{file.stem}.md" for file in sorted(ROOT.glob("notebooks/*.py"))}
 LINK = re.compile(r"(?P<text>!?\[[^\]]*\])\((?P<path>[^)#\s]*)(?P<anchor>#[^)\s]*)?\)")
 
 
@@ -24,6 +25,15 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+def notebook(percent: str) -> str:
+    """Markdown of a notebook in jupytext's percent format, without outputs."""
+    cells = re.split(r"^# %%(.*)\n", percent, flags=re.M)[1:]
+    return "\n\n".join(
+        re.sub(r"^# ?", "", text, flags=re.M) if "[markdown]" in kind else f"```python\n{text.strip()}\n```"
+        for kind, text in zip(cells[::2], cells[1::2], strict=True)
+    )
+
+
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Point every link at its place on the site.
 
@@ -31,6 +41,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         FileNotFoundError: If a link leads to a file that does not exist in the repository.
     """
     assert page.file.abs_src_path is not None
+    if page.file.abs_src_path.endswith(".py"):
+        markdown = notebook(markdown)
     source, here = Path(page.file.abs_src_path), Path(page.file.src_uri).parent
 
     def fit(link: re.Match[str]) -> str:
