@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from tqdm import tqdm
 
 WORKER = """
 import importlib, sys
@@ -213,6 +215,7 @@ def die():
                     os.dup2(output.fileno(), 1)
                     os.dup2(output.fileno(), 2)
                 torch.set_num_threads(1)
+                tqdm.set_lock(threading.RLock())  # its own is shared by forks, and dies with whoever holds it
                 faulthandler.dump_traceback_later(DEADLINE, exit=True)
                 moments = Moments(folders, at)
                 sys.addaudithook(moments)

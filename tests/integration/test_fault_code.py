@@ -140,7 +140,9 @@ def copied(target, folder):
 
 MODELS = {
     "model": lambda folder: load_causal_lm(str(folder)),
-    "student": lambda folder: evaluate_language([f"--student={folder}", "--data.val=prompts/val", "--device=cpu"]),
+    "student": lambda folder: evaluate_language(
+        [f"--student={folder}", f"--data.val={folder.parent / 'val.jsonl'}", "--device=cpu"]
+    ),
     "drafter": lambda folder: find_drafter(str(folder), CausalLM.from_transformers(load_causal_lm(str(folder) + "-"))),
 }
 
@@ -152,7 +154,8 @@ def test_a_model_with_pickled_weights(loader, kind, arm, tmp_path, target):
     copied(target, tmp_path / "model-")
     (folder / "model.safetensors").unlink()
     arm(folder / "pytorch_model.bin", kind)
-    with pytest.raises(ModelFilesError, match=rf"{folder} cannot be loaded.*safetensors"):
+    (tmp_path / "val.jsonl").write_text('{"instruction": "Count to 3.", "output": "1 2 3"}\n')
+    with pytest.raises(ModelFilesError, match=rf"(?s){folder} cannot be loaded.*safetensors"):
         MODELS[loader](folder)
 
 

@@ -127,7 +127,7 @@ def model_file(name):
 
         def load():
             model, tokenizer = load_causal_lm(str(tmp_path)), load_tokenizer(str(tmp_path))
-            tokens = encode_prompts(tokenizer, ["Hi you"], longest=99)
+            tokens = encode_prompts(tokenizer, ["Hi you"], longest=10**6)
             configs = load_config(str(tmp_path)).to_dict(), model.generation_config.to_dict()
             return model.state_dict(), configs, tokens, tokenizer.eos_token_id
 

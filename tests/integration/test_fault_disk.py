@@ -177,6 +177,7 @@ def test_what_is_continued_ends_as_if_there_had_been_room(writer, tmp_path, targ
     assert found[0] == found[1] or writer is teacher_cache  # its shards are cut elsewhere; its content was read
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty")
 def test_a_run_stops_with_the_name_of_its_checkpoint(tmp_path, full_disk):
     """Through Lightning: the last checkpoint stays readable, and the training that failed says which file it was."""
 

@@ -18,7 +18,11 @@ from vision_kd.data.base import missing_data
 MOST_BAD_BOXES = 0.01  # COCO itself has a handful in a million; more means another box format
 FEW_BAD_BOXES = 3  # a slip in a small set is no other format
 MOST_BOXES_BEYOND = 0.1  # share of boxes that may end outside their image; corners taken for sizes mostly do
-REQUIRED = {"images": ("id", "width", "height", "file_name"), "annotations": ("id", "image_id", "category_id", "bbox")}
+REQUIRED = {
+    "images": ("id", "width", "height", "file_name"),
+    "annotations": ("id", "image_id", "category_id", "bbox"),
+    "categories": ("id", "name"),
+}
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ def open_annotations(path: Path) -> CocoApi:
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             api = CocoApi(str(path))
-    except (json.JSONDecodeError, UnicodeDecodeError, AssertionError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, AssertionError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not a COCO annotation file ({type(error).__name__}: {error})") from error
     if missing := [
         key for key in ("images", "annotations", "categories") if not isinstance(api.dataset.get(key), list)
