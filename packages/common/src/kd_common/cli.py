@@ -254,7 +254,7 @@ def check_config_files(args: Sequence[str]) -> None:
     Raises:
         ValueError: If a file is no YAML mapping.
     """
-    flags = zip(args, [*args[1:], ""], strict=True)
+    flags = itertools.pairwise([*args, ""])
     for path in (following if arg in ("--config", "-c") else arg.partition("--config=")[2] for arg, following in flags):
         if not path:
             continue
