@@ -270,7 +270,7 @@ def fit_args(tmp_path, standin):
         f"--model.target.name={standin}",
         "--model.target.dtype=float32",
         '--model.drafter={"name": "fast_eagle", "options": {"depth": 3}}',
-        "--model.learning_rate=0.01",
+        "--model.learning_rate=0.002",
         "--data.limit=10",
         "--data.val_prompts=2",
         "--data.writing.max_new_tokens=12",

@@ -416,11 +416,10 @@ def test_interrupted_save_keeps_the_old_file(tmp_path, trained, monkeypatch):
     save_student(path, classifier, ModelSpec("resnet8"))
     before = path.read_bytes()
 
-    def full_disk(content, target):
-        Path(target).write_bytes(b"half")
+    def full_disk(descriptor):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("torch.save", full_disk)
+    monkeypatch.setattr("os.fsync", full_disk)
     with pytest.raises(OSError, match="no space left"):
         save_student(path, classifier, ModelSpec("resnet8"))
     assert path.read_bytes() == before
