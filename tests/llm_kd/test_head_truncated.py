@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from llm_kd.head import HiddenSignal, KDHead, LMHead, signal, truncate
+from llm_kd.head.metrics import token_metrics
 from llm_kd.head.rows import TAIL_FLOOR, truncated_loss
 from llm_kd.objectives import OBJECTIVES
 from llm_kd.selection import TruncatedDistribution
 from llm_kd.selectors import SELECTORS
+from llm_kd.teacher.records import RecordLayout
 
 F64 = torch.float64
 N, H, V = 19, 6, 23
@@ -282,3 +284,31 @@ def test_truncate_works_in_chunks_and_leaves_padding_out(softcap, monkeypatch):
         truncate(case.online, 5, 24)
     with pytest.raises(ValueError, match=r"size must lie in \[1, 20\]"):
         truncate(case.online, 21, 20)
+
+
+def rounded(logits, dtype="float16"):
+    """All tokens of a teacher as a cache gives them back."""
+    layout = RecordLayout(logits.shape[-1], logits.shape[-1], dtype)
+    tokens = torch.zeros(len(logits), dtype=torch.int64)
+    return layout.unpack(layout.pack(tokens, TruncatedDistribution.from_logits(logits, logits.shape[-1])))[1]
+
+
+def test_ranks_survive_rounding_where_all_tokens_are_stored():
+    logits = torch.zeros(1, V)
+    logits[0, 5], logits[0, 2] = 3.0001, 3.0  # equal in float16, where the lower id would rank first
+    stored, student = rounded(logits), 4 * torch.eye(V)[[5]]
+    assert (stored.log_probs[0, 0] == stored.log_probs[0, 1]).item()
+    for teacher in (HiddenSignal(logits, LMHead(torch.eye(V))), stored):
+        head = build("fkl", "topk", selector_args={"k": 1})
+        assert head(student, LMHead(torch.eye(V)), teacher).accepted.item() == 1
+        sums = token_metrics(student, LMHead(torch.eye(V)), teacher, torch.tensor([5]), V, k=1)
+        assert sums["accepted"] == sums["agreement"] == 1
+
+
+def test_a_stored_teachers_likelihood_is_summed_in_float32():
+    logits, labels = torch.randn(400, V), torch.randint(V, (400,))
+    stored = rounded(logits)
+    sums = token_metrics(torch.randn(400, V), LMHead(torch.eye(V)), stored, labels, V, k=5)
+    assert sums["teacher_nll"].dtype == torch.float32
+    expected = -stored.dense_log_probs().double().log_softmax(-1).gather(-1, labels[:, None]).sum()
+    assert sums["teacher_nll"].item() == pytest.approx(expected.item(), rel=1e-5)

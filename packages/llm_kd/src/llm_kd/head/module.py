@@ -143,7 +143,10 @@ class KDHead(nn.Module):
         gradients = Gradients(student, inputs) if torch.is_grad_enabled() else None
         teacher_rows = self._rows_of(teacher, vocab_size, student.dtype)
         with torch.no_grad(), torch.autocast(student_hidden.device.type, enabled=False):
-            row_loss, weights, accepted = self._walk(student, teacher_rows, gradients)
+            ranked = teacher_rows
+            if isinstance(teacher, TruncatedDistribution) and not self.selector.whole_teacher:
+                ranked = teacher.__getitem__  # with its ranks, which rounding to the stored precision cannot blur
+            row_loss, weights, accepted = self._walk(student, teacher_rows, ranked, gradients)
             loss_sum = row_loss.sum()
             denominator = weights.sum() if self.normalize == "selected" else torch.full_like(loss_sum, len(weights))
         if gradients is not None:
@@ -220,9 +223,9 @@ class KDHead(nn.Module):
         return lambda rows: teacher[rows].dense_log_probs().to(dtype)
 
     def _walk(
-        self, student: Projection, teacher: TeacherRows, gradients: Gradients | None
+        self, student: Projection, teacher: TeacherRows, ranked: TeacherRows, gradients: Gradients | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Losses, weights and acceptance of all N rows; adds to the gradients."""
+        """Losses, weights and acceptance of all N rows, scored by ``ranked``; adds to the gradients."""
         rows = torch.arange(len(student.hidden), device=student.hidden.device)
         row_loss, weights, accepted, temperature = rows.new_zeros((4, len(rows)), dtype=student.dtype)
         size = self.chunk_size or rows_per_chunk(student, BYTES_PER_LOGIT)
@@ -236,12 +239,12 @@ class KDHead(nn.Module):
 
         if not self.selector.per_row:
             # The weights need the scores of all rows first. Rows that get a weight are projected a second time.
-            score = torch.cat([self._score(student.logits(part), teacher(part)) for part in rows.split(size)])
+            score = torch.cat([self._score(student.logits(part), ranked(part)) for part in rows.split(size)])
             rows = rows[select(rows, score)]
         for chunk in rows.split(size):
             z, z_teacher = student.logits(chunk), teacher(chunk)
             if self.selector.per_row:
-                kept = select(chunk, self._score(z, z_teacher))
+                kept = select(chunk, self._score(z, z_teacher if ranked is teacher else ranked(chunk)))
                 if len(kept) < len(chunk):
                     chunk, z, z_teacher = chunk[kept], z[kept], z_teacher[kept]
             tau = self.loss_temperature * temperature[chunk]
