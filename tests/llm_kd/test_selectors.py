@@ -85,6 +85,13 @@ def test_speck_accepts_with_its_probability():
     assert set(chosen.weights.tolist()) == {0.1, 1.0}
 
 
+def test_speck_does_not_reject_what_is_not_a_number():
+    student, teacher = pair(rows=3)
+    student[1] = math.nan
+    weights = apply(SELECTORS.get("speck")(beta=0.0, seed=0), student, teacher).weights
+    assert weights[1] == 1  # with weight 0 the row would be skipped, and no loss would show that the model is broken
+
+
 def test_speck_noise_is_new_per_batch_and_resumes():
     selector = SELECTORS.get("speck")(seed=5)
     first, second = selector.draw(50, CPU), selector.draw(50, CPU)

@@ -52,7 +52,7 @@ class SpecK(SpecKExpected):
         """
         if noise is None:
             raise ValueError("Spec-k is random: pass the numbers of draw(), or use speck_expected")
-        accepted = (noise < score).to(score.dtype)
+        accepted = (~(noise >= score)).to(score.dtype)  # NaN is accepted, so that the loss shows it
         return Selection(token_weights(accepted, self.beta), accepted)
 
     def get_extra_state(self) -> dict[str, int]:
