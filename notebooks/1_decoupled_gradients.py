@@ -155,7 +155,7 @@ ax.set(xscale="log", yscale="log", xlabel="batch size B (samples)", ylabel="GSNR
 ax.set_xticks(sizes, sizes)
 ax.minorticks_off()
 ax.grid(alpha=0.3)
-ax.legend(fontsize=8)
+ax.legend(fontsize=8, loc="upper left")
 plt.show()
 worst = max(abs(measured[b].vector(n) / (b * closed[n] + 1 / BATCHES) - 1) for b in sizes for n in closed)
 print(f"largest relative gap between measurement and closed form: {worst:.1%}")
@@ -209,7 +209,7 @@ left.plot(MOMENTA, [responses[m]["steady"][settled].mean() / SIGNAL for m in MOM
 left.plot(MOMENTA, [responses[m]["noisy"][settled].std() / NOISE for m in MOMENTA], "o", color="tab:blue")
 left.set(xlabel="momentum m (no unit)", ylabel="multiplied by (no unit)", yscale="log")
 left.set_title("Lines: closed form. Dots: DecoupledSGD", fontsize=9)
-left.legend(fontsize=8)
+left.legend(fontsize=8, loc="upper left")
 for m in (0.825, 0.9, 0.975):
     v = (1 - m) * responses[m]["both"][TURN - 60 :]
     time = torch.arange(TURN - 60, UPDATES)
@@ -293,7 +293,7 @@ both = [*left.lines, *twin.lines]
 left.legend(both, [line.get_label() for line in both], fontsize=8, loc="lower right")
 right.plot(steps / 10, loss, color="tab:green", label="fresh student")
 right.set(xlabel="share of the run (%)", ylabel="masked NCKD (nats)")
-right.legend(fontsize=8)
+right.legend(fontsize=8, loc="upper left")
 for ax in (left, right):
     ax.grid(alpha=0.3)
 plt.show()
@@ -367,7 +367,7 @@ ax.set_yticks([3, 5, 10, 20, 50], [3, 5, 10, 20, 50])
 ax.minorticks_off()
 ax.set_title("One line per seed", fontsize=9)
 ax.grid(alpha=0.3)
-ax.legend(fontsize=8)
+ax.legend(fontsize=8, loc="upper right")
 plt.show()
 
 

@@ -283,7 +283,7 @@ for name in SELECTORS:
 ax.set(xlabel="contexts in which the teacher is wrong (%)", ylabel="KL from the truth to the student (nats)")
 ax.set_title(f"Mean ± standard deviation over {len(SEEDS)} seeds", fontsize=9)
 ax.grid(alpha=0.3)
-ax.legend(title="selection", fontsize=8)
+ax.legend(title="selection", fontsize=8, loc="upper left")
 plt.show()
 
 # %%

@@ -73,11 +73,16 @@ PROMPT = "Name three fruits and say what colour they are."
 
 drafter = PretrainedDraft(target, CausalLM.from_transformers(depth_prune(load_causal_lm(EMBEDDED), LAYERS)))
 prompt = session.encode([{"role": "user", "content": PROMPT}])
-passes = Passes(3)
+passes = Passes(100)
 out = SpeculativeDecoder(target, drafter, tree=TREE).generate([prompt], max_new_tokens=12, on_pass=passes)
 print(repr(tokenizer.decode(out.new_tokens[0])))
 print(f"{len(out.acceptance_lengths[0])} target passes, {out.tau:.2f} tokens per pass")
-plot_trees(passes.kept, tokenizer)
+
+# The three passes that accepted most, in their order; most passes accept less.
+per_pass = [int(verified.accepted) for _, verified in passes.kept]
+print(f"accepted in each pass: {per_pass}")
+shown = sorted(sorted(range(len(per_pass)), key=lambda number: -per_pass[number])[:3])
+plot_trees([passes.kept[number] for number in shown], tokenizer)
 
 # %% [markdown]
 # Green: what the target accepted. The token in each title is the target's own, so that even a pass in which all
@@ -90,9 +95,9 @@ plot_trees(passes.kept, tokenizer)
 # before, and to nothing else; so the logits at a node are those of its own branch.
 
 # %%
-pick = max(range(len(passes.kept)), key=lambda number: int(passes.kept[number][1].accepted))
+pick = per_pass.index(max(per_pass))
 tree, verified = passes.kept[pick]
-print(f"pass {pick + 1}, with {int(verified.accepted)} accepted tokens")
+print(f"pass {pick + 1}, with {per_pass[pick]} accepted tokens")
 names = [repr(tokenizer.decode([t])) if t >= 0 else "(absent)" for t in tree.tokens[0].tolist()]
 fig, ax = plt.subplots(figsize=(5.2, 4.6), layout="constrained")
 ax.imshow(ancestor_mask(tree.parents)[0], cmap="Greens", vmin=0, vmax=1.4)
@@ -209,7 +214,7 @@ for ax, group, first in zip(panels, groups, (0, 3), strict=True):
     ax.axhline(0, color="0.3", lw=0.8)
     ax.set(xlabel="token", ylabel="share minus p (points)", xticks=range(len(P)))
     ax.set_title("Error bars: 2 standard errors", fontsize=9)
-    ax.legend(fontsize=8)
+    ax.legend(fontsize=8, loc="upper right")
     ax.grid(alpha=0.3, axis="y")
 plt.show()
 
@@ -326,7 +331,7 @@ right.plot(
 right.set(xlabel="levels of the chain", ylabel="acceptance per level (%)", ylim=(0, 105), xticks=levels)
 for ax in (left, right):
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=8)
+    ax.legend(fontsize=8, loc="lower right")
 plt.show()
 print(f"T(1) {1000 * plain:.0f} ms, T(8) {1000 * passes_seconds[8]:.0f} ms, draft {1e6 * draft_seconds[3]:.0f} µs")
 print(f"a pass of 8 nodes costs {passes_seconds[8] / plain:.2f} plain passes: τ must exceed that")
