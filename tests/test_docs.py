@@ -240,6 +240,7 @@ def filled_in(arguments):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # a resumed run has a folder of its own
 @pytest.mark.parametrize("package", ["vision_kd", "llm_kd", "spec_decode"])
 def test_quick_starts_run(package, tmp_path, monkeypatch, tiny_models):
     monkeypatch.chdir(tmp_path)
