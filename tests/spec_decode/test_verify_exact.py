@@ -335,7 +335,7 @@ def test_path_acceptance_and_tested_levels():
             [1, 2, 3, 7, 7, 7],  # all three levels, bonus 7
             [4, 0, 0, 0, 8, 0],  # the leaf below the root
             [1, 5, 0, 0, 0, 6],  # the leaf of level 2
-            [0, 1, 1, 1, 1, 1],  # nothing
+            [5, 1, 1, 1, 1, 1],  # nothing: the node that holds 5 is another node's child
             [1, 2, 0, 0, 0, 0],  # two levels
         ]
     )
@@ -343,9 +343,9 @@ def test_path_acceptance_and_tested_levels():
     zeros = torch.zeros(5, dtype=torch.int64)
     verified = verify_matching(tree, logits, GREEDY, seeds=zeros, root_positions=zeros)
     assert verified.accepted.tolist() == [3, 1, 2, 0, 2]
-    assert verified.bonus.tolist() == [7, 8, 6, 0, 0]
+    assert verified.bonus.tolist() == [7, 8, 6, 5, 0]
     assert verified.path.tolist() == [[0, 1, 2, 3], [0, 4, -1, -1], [0, 1, 5, -1], [0, -1, -1, -1], [0, 1, 2, -1]]
-    assert verified.tokens.tolist() == [[1, 2, 3, 7], [4, 8, -1, -1], [1, 5, 6, -1], [0, -1, -1, -1], [1, 2, 0, -1]]
+    assert verified.tokens.tolist() == [[1, 2, 3, 7], [4, 8, -1, -1], [1, 5, 6, -1], [5, -1, -1, -1], [1, 2, 0, -1]]
     assert verified.tested.int().tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 0, 0], [1, 1, 1]]
     assert verified.matched.int().tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0], [0, 0, 0], [1, 1, 0]]
 

@@ -72,12 +72,12 @@ class StreamSampler(DistributedSampler):
     and the number of the pass: an epoch is a function of its number, so that a run resumes exactly at its end, and
     short epochs lose no samples. Rank r takes rows r, r + ranks, ...
 
-    Samples of a batch are about equally long, which saves padding: a permutation is sorted within pools of eight
-    batches, whose batches are then shuffled.
+    Samples of an update are about equally long, which saves padding: a permutation is sorted within pools of eight
+    updates, which are then shuffled. So the updates do not depend on how their samples are shared out.
 
     Args:
         lengths: Length of every sample.
-        batch: Samples per batch of all ranks together.
+        batch: Samples per update: of all ranks and accumulated batches together.
         rows: n, a multiple of the number of ranks.
         seed: Seed of the order.
         rank: This process.
@@ -257,7 +257,8 @@ class TargetText(LightningDataModule):
                 f"on each of {ranks} processes; lower data.batch_size"
             )
         lengths = [len(sample.tokens) for sample in samples]
-        sampler = StreamSampler(lengths, batch, rows, seed=self.seed, rank=rank, ranks=ranks)
+        update = batch * (self.trainer.accumulate_grad_batches if self.trainer else 1)
+        sampler = StreamSampler(lengths, update, rows, seed=self.seed, rank=rank, ranks=ranks)
         return self._loader(samples, 0, sampler)
 
     def val_dataloader(self) -> DataLoader:
