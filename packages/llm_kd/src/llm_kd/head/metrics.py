@@ -41,23 +41,20 @@ def token_metrics(
     for chunk in chunks:
         z, target = student.logits(chunk), labels[chunk]
         values = {"nll": F.cross_entropy(z, target, reduction="sum")}
-        stored = None if isinstance(teacher, HiddenSignal) else teacher[chunk]
-        z_teacher = None
-        if live is not None:
-            z_teacher = live.logits(chunk)
-        elif stored is not None and stored.size == vocab_size:
-            z_teacher = stored.dense_log_probs().to(z.dtype)  # sums in float16 would keep three digits
+        if isinstance(teacher, HiddenSignal):
+            z_teacher = live.logits(chunk)  # type: ignore[union-attr]  # it is there with this kind of teacher
+            best, accepted = z_teacher.argmax(dim=-1), topk_accept(z, z_teacher, k)
+        else:
+            stored = teacher[chunk]
+            whole = stored.size == vocab_size
+            z_teacher = stored.dense_log_probs().to(z.dtype) if whole else None  # sums in float16 keep three digits
+            # The stored order is the rank: rounding made equal what was not.
+            best, accepted = stored.indices[:, 0], topk_accept(z, stored, min(k, stored.size))
         if z_teacher is None:
             values["kl"] = truncated_loss(ForwardKL(), z, stored, with_gradient=False)[0].sum()
         else:
             values["kl"] = forward_kl(z, z_teacher).sum()
             values["teacher_nll"] = F.cross_entropy(z_teacher, target, reduction="sum")
-        if stored is not None:  # the stored order is the rank: rounding made equal what was not
-            best = stored.indices[:, 0]
-            accepted = topk_accept(z, stored, min(k, stored.size))
-        else:
-            best = z_teacher.argmax(dim=-1)
-            accepted = topk_accept(z, z_teacher, k)
         values["accepted"] = accepted.sum().to(z.dtype)
         values["agreement"] = (z.argmax(dim=-1) == best).sum().to(z.dtype)
         sums = {name: sums.get(name, 0) + value for name, value in values.items()}
