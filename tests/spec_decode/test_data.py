@@ -169,6 +169,12 @@ def test_stores_and_texts_of_earlier_versions_are_read(tiny, texts, tmp_path):
     (tmp_path / "f/progress.json").write_text('{"done": 5}')
     old = FeatureStore(tmp_path / "f", texts, 32)
     assert all(torch.equal(old.read(n), expected[n]) for n in range(5))
+    # An unfinished one holds other sequences than this version would take for written.
+    (tmp_path / "f/progress.json").write_text('{"done": 2}')
+    with pytest.raises(
+        ValueError, match=r"progress.json is of an earlier version, which wrote in another order; delete"
+    ):
+        FeatureStore(tmp_path / "f", texts, 32).write(tiny.target, progress=False)
 
     path, samples = write(tiny, tmp_path)
     lines = [json.dumps({"prompt": n, **vars(sample)}) + "\n" for n, sample in enumerate(samples)]

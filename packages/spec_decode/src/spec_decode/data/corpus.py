@@ -135,7 +135,7 @@ def write_corpus(
         return [done[i] for i in range(len(prompts))]
     # Only whole batches are kept: the draws of a batch are numbered from its start.
     lines = lines[: len(lines) // writing.batch_size * writing.batch_size]
-    done = _samples(lines, path)
+    done = {i: done[i] for i in order[: len(lines)]}
     path.parent.mkdir(parents=True, exist_ok=True)
     decoder = SpeculativeDecoder(target)
     bar = tqdm(total=len(prompts), initial=len(done), desc="target writes", unit="answer", disable=not progress)

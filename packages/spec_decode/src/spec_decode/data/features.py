@@ -64,7 +64,9 @@ class FeatureStore:
         done = content.get("done")
         if type(done) is not int or not 0 <= done <= len(self.sequences):
             raise ValueError(f"{path} is damaged: done is {done!r}, of {len(self.sequences)} sequences; {remedy}")
-        checksums = content.get("checksums", [None] * done)  # stores of earlier versions carry none
+        if "checksums" not in content and done < len(self.sequences):
+            raise ValueError(f"{path} is of an earlier version, which wrote in another order; {remedy}")
+        checksums = content.get("checksums", [None] * done)  # complete stores of earlier versions are read
         if not isinstance(checksums, list) or len(checksums) != done:
             raise ValueError(f"{path} is damaged: it has no checksum for each of {done} sequences; {remedy}")
         found = data.stat().st_size if data.is_file() else 0
