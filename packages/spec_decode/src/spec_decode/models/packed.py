@@ -1,8 +1,8 @@
 """Frozen bfloat16 weights in the layout that the CPU's matrix kernels read.
 
-For a handful of rows, oneDNN spends about as long on bringing a plain bfloat16 weight into its blocked layout as on the
-product itself, and does so on every call. Laid out once, eight rows cost what one costs. It is what ``torch.compile``
-does when it freezes weights, without a compiler; the operators are the ones its generated code calls.
+For a handful of rows, bringing a plain bfloat16 weight into oneDNN's blocked layout is a large part of the product, on
+every call; ``benchmarks/target_pass.py`` measures it. Laying weights out once is what ``torch.compile`` does when it
+freezes them, without a compiler; the operators are the ones its generated code calls.
 """
 
 from typing import Any
