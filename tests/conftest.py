@@ -46,6 +46,33 @@ def byte_tokenizer():
 
 
 @pytest.fixture(scope="session")
+def save_llama(byte_tokenizer):
+    """Save a tiny random Llama with the byte tokenizer in a folder; keywords are further settings of LlamaConfig."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from kd_common.hub import quiet
+
+    def save(folder, **settings):
+        torch.manual_seed(3)
+        config = LlamaConfig(
+            vocab_size=258,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=2048,
+            initializer_range=0.3,
+            **settings,
+        )
+        with quiet():
+            LlamaForCausalLM(config).save_pretrained(folder)
+        byte_tokenizer.save_pretrained(folder)
+
+    return save
+
+
+@pytest.fixture(scope="session")
 def _converted_models(tmp_path_factory):
     return tmp_path_factory.mktemp("models")
 

@@ -14,10 +14,8 @@ from pathlib import Path
 import jsonargparse
 import pytest
 from markdown_it import MarkdownIt
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from kd_common.cli import FitCLI
-from kd_common.hub import quiet
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -208,22 +206,9 @@ NOT_RUN = ("--config cifar100", "--config detection/")  # a download; minutes, a
 
 
 @pytest.fixture
-def tiny_models(tmp_path, byte_tokenizer):
+def tiny_models(tmp_path, save_llama):
     """A random language model with a byte tokenizer, and a few prompts, where SMALL looks for them."""
-    config = LlamaConfig(
-        vocab_size=258,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        max_position_embeddings=2048,
-        pad_token_id=257,
-        eos_token_id=257,
-        bos_token_id=None,
-    )
-    with quiet():
-        LlamaForCausalLM(config).save_pretrained(tmp_path / "TINY")
-    byte_tokenizer.save_pretrained(tmp_path / "TINY")
+    save_llama(tmp_path / "TINY", pad_token_id=257, eos_token_id=257, bos_token_id=None)
     (tmp_path / "PROMPTS").with_suffix(".jsonl").write_text(
         "".join(json.dumps({"instruction": f"Count to {n}."}) + "\n" for n in range(2, 14))
     )

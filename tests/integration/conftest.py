@@ -110,24 +110,10 @@ def run_ranks():
 
 
 @pytest.fixture(scope="session")
-def target(tmp_path_factory, byte_tokenizer):
+def target(tmp_path_factory, save_llama):
     """A tiny target with a tokenizer, saved."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     folder = tmp_path_factory.mktemp("standin")
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=258,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        initializer_range=0.3,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    byte_tokenizer.save_pretrained(folder)
+    save_llama(folder)
     return folder
 
 

@@ -165,6 +165,14 @@ def test_benchmark_measures_and_keeps_finished_blocks(standin, drafter, tmp_path
     assert more[: len(rows)] == rows
     assert len(more) == 2 * len(rows)
     assert set(calls) == {1.0}
+    together = benchmark(temperatures=[0.0], **(settings | {"batch_size": 2, "output": str(tmp_path / "both")}))
+    assert [row["drafter"] for row in together] == [row["drafter"] for row in rows[:4]]  # transformers' own run alone
+    for row, alone in zip(together, rows, strict=False):
+        assert (row["batch_size"], alone["batch_size"]) == (2, 1)
+        if not row["drafter"].endswith("@auto"):  # which watches single rows only
+            assert row["tau"] == alone["tau"]  # counted per row, so that sharing passes does not change it
+        assert row["cost_model"] is None
+        assert sum(count for _, count in row["pass_sizes"]) < sum(count for _, count in alone["pass_sizes"])
     key = saved["key"]
     benchmark(temperatures=[0.0], **(settings | {"seed": 1}))  # other settings: the old results keep their file
     assert json.loads((tmp_path / f"out/results-{key}.json").read_text())["rows"] == more
