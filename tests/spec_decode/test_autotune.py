@@ -1,5 +1,9 @@
 """`tree="auto"`: real measurements, and the choice follows them."""
 
+import itertools
+import random
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -46,40 +50,61 @@ def test_a_useless_drafter_is_never_called(tiny, drafter, monkeypatch):
     assert torch.equal(decoder.generate([[1, 2, 3]], max_new_tokens=8).sequences, plain.sequences)
 
 
-def test_a_guard_stops_what_does_not_pay_and_tries_more_and_more_rarely():
-    guard = PayGuard(plain_seconds=1.0, window=3)
-    drafted = []
-    for _ in range(20):
-        drafted.append(guard.begin())
-        if drafted[-1]:
-            assert guard.pays(1, 1.5)
-            assert guard.pays(3, 1.5)
-            assert not guard.pays(1, 2.5)  # five tokens in 5.5 seconds
-    assert [n for n, found in enumerate(drafted) if found] == [0, 2, 6, 14]
-    while not guard.begin():
-        pass
-    assert all(guard.pays(2, 1.5) for _ in range(6))
-    assert guard.failures == 0
-    assert guard.begin()
+def decode(guard: PayGuard, generations: int, length: int, cost: float, taus: Iterator[float]) -> tuple[float, int]:
+    """Seconds of generations of so many tokens, a plain pass taking 1, and how many passes were drafted."""
+    seconds, passes = 0.0, 0
+    for _ in range(generations):
+        drafting, tokens = guard.begin(), 0.0
+        while tokens < length:
+            if drafting:
+                tau = next(taus)
+                drafting = guard.pays(tau, cost)
+                tokens, seconds, passes = tokens + tau, seconds + cost, passes + 1
+            else:
+                guard.plain()
+                tokens, seconds = tokens + 1, seconds + 1
+    return seconds, passes
 
 
-@pytest.mark.parametrize(("plain_seconds", "windows"), [(0.0, 1), (1e9, 99)])
-def test_a_guarded_generation_emits_the_same_tokens(tiny, drafter, monkeypatch, plain_seconds, windows):
+@pytest.mark.parametrize("cost", [1.01, 1.2, 3.0, 50.0])
+def test_drafting_that_never_pays_costs_little(cost):
+    seconds, passes = decode(PayGuard(plain_seconds=1.0), 200, 100, cost, itertools.repeat(1.0))
+    assert passes >= 1
+    assert seconds <= 1.01 * 200 * 100 + 2 * (8 + cost)  # the share, the first filling, and the last pass of a try
+
+
+def test_drafting_that_pays_goes_on_whatever_single_passes_do():
+    rng = random.Random(0)
+    taus = iter(lambda: rng.choice([1.0, 1.0, 1.0, 3.0]), None)  # 1.5 tokens on average
+    guard = PayGuard(plain_seconds=2.0 / 1.2)
+    _, passes = decode(guard, 50, 100, 2.0, taus)
+    assert passes > 0.9 * 50 * 100 / 1.5
+
+
+def test_drafting_is_tried_again():
+    guard = PayGuard(plain_seconds=1.0)
+    decode(guard, 10, 100, 2.0, itertools.repeat(1.0))
+    _, passes = decode(guard, 20, 100, 1.2, itertools.repeat(2.0))
+    assert passes > 500
+
+
+@pytest.mark.parametrize(("plain_seconds", "stopped"), [(1e-9, True), (1e9, False)])
+def test_a_guarded_generation_emits_the_same_tokens(tiny, drafter, monkeypatch, plain_seconds, stopped):
     drafter.acceptance = [[0.9, 0.0], [0.9, 0.0], [0.9, 0.0]]
     monkeypatch.setattr(module, "measure_passes", lambda *a, **k: {1: 1.0, 8: 1.0})
     monkeypatch.setattr(module, "measure_drafts", lambda *a, **k: [0.0, 0.0, 0.0])
     decoder = SpeculativeDecoder(tiny.target, drafter, tree="auto")
-    decoder.guard = PayGuard(plain_seconds, window=4)
+    decoder.guard = PayGuard(plain_seconds)
     calls, propose = [], drafter.propose
     monkeypatch.setattr(drafter, "propose", lambda state: calls.append(1) or propose(state))
     plain = SpeculativeDecoder(tiny.target).generate([[1, 2, 3]], max_new_tokens=40)
     found = decoder.generate([[1, 2, 3]], max_new_tokens=40)
     assert torch.equal(found.sequences, plain.sequences)
     passes = len(found.acceptance_lengths[0])
-    assert len(calls) == min(passes, 4 * windows + 1)  # the first reads the prompt and is not counted
-    assert passes > 4
+    assert len(calls) == (2 if stopped else passes)  # the first reads the prompt and is not counted
+    assert passes > 2
     decoder.generate([[1, 2, 3]], max_new_tokens=8)
-    assert (len(calls) == 5) == (windows == 1)  # this one is skipped after a failure
+    assert (len(calls) == 2) == stopped  # this one does not draft at all
 
 
 def test_a_drafter_without_measured_acceptance_is_guarded(tiny, drafter):
@@ -90,16 +115,11 @@ def test_a_drafter_without_measured_acceptance_is_guarded(tiny, drafter):
         assert decoder.guard.plain_seconds > 0
 
 
-def test_short_generations_share_a_window():
+def test_short_generations_share_an_account():
     """A useless drafter must not run in every generation only because each of them is short."""
-    guard = PayGuard(plain_seconds=1.0, window=12)
-    for _ in range(2):
-        assert guard.begin()
-        assert all(guard.pays(1, 1.5) for _ in range(5))
-    assert guard.begin()
-    assert guard.pays(1, 1.5)
-    assert not guard.pays(1, 1.5)
-    assert not guard.begin()
+    seconds, passes = decode(PayGuard(plain_seconds=1.0), 1000, 5, 1.5, itertools.repeat(1.0))
+    assert 16 <= passes <= 16 + 0.02 * 5000
+    assert seconds <= 1.01 * 5000 + 2 * (8 + 1.5)
 
 
 def test_a_drafter_of_another_target_is_refused(tiny, drafter):

@@ -293,7 +293,9 @@ class SpeculativeDecoder:
             tested[:levels] += (verified.tested & active.unsqueeze(1)).sum(0).cpu()[:depth]
             matched[:levels] += (verified.matched & active.unsqueeze(1)).sum(0).cpu()[:depth]
             clock.stop("commit")
-            if drafting and guard is not None and not first_draft:
+            if guard is not None and not drafting:
+                guard.plain()
+            elif guard is not None and not first_draft:
                 spent = clock.seconds["draft"] + clock.seconds["target"] - spent
                 drafting = guard.pays(float(kept.sum()), spent)
             first_draft = False

@@ -5,45 +5,46 @@ from dataclasses import dataclass, field
 
 @dataclass
 class PayGuard:
-    """Compares the passes of a generation with plain decoding, window by window, and remembers how it went.
+    """Keeps an account of the seconds that drafting has saved, and lets it draft while the account is not empty.
 
     `tree="auto"` chooses by the acceptance on validation text and by times measured beforehand; other text, or a
-    machine that has changed its speed, can make drafting slower than plain decoding. After a window that did not pay
-    the rest of the generation is decoded plainly. So are the next 1, 3, 7, ... generations, more with every failure in
-    a row, so that the windows lost to a drafter that never pays become a vanishing share.
+    machine that has changed its speed, can make drafting slower than plain decoding. The account starts full. A drafted
+    pass adds what it saved, or takes what it lost; when nothing is left, the rest of the generation is decoded plainly.
+    Plain passes pay in a small share of their time, and drafting is tried again when the account is half full. So
+    drafting costs at most the first filling and that share, while a drafter that pays is rarely stopped by bad luck:
+    with a mean gain m and a standard deviation s per pass about exp(-2 m `most` / s^2) of the times.
 
     Args:
         plain_seconds: Seconds of a target pass of plain decoding, which yields one token per row.
-        window: Passes per decision, >= 1.
+        most: What the account holds at most, in plain passes, > 0.
+        share: Share of the time of plain passes that is paid in, in (0, 1).
     """
 
     plain_seconds: float
-    window: int = 12
-    failures: int = field(default=0, init=False)
-    _skip: int = field(default=0, init=False)
-    _passes: int = field(default=0, init=False)
-    _tokens: float = field(default=0.0, init=False)
-    _seconds: float = field(default=0.0, init=False)
+    most: float = 8.0
+    share: float = 0.01
+    _saved: float = field(init=False)
+    _stopped: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        self._saved = self.most
 
     def begin(self) -> bool:
-        """Whether the generation that starts now should draft; short generations share a window."""
-        if self._skip:
-            self._skip -= 1
-            return False
-        return True
+        """Whether the generation that starts now should draft."""
+        self._stopped = self._stopped and self._saved < self.most / 2
+        return not self._stopped
 
     def pays(self, tokens: float, seconds: float) -> bool:
-        """Count one pass; whether to go on drafting.
+        """Count a drafted pass; whether to go on drafting.
 
         Args:
             tokens: Tokens that the pass yielded per row.
             seconds: Seconds of its draft and its target pass.
         """
-        self._passes, self._tokens, self._seconds = self._passes + 1, self._tokens + tokens, self._seconds + seconds
-        if self._passes < self.window:
-            return True
-        paid = self._tokens * self.plain_seconds >= self._seconds
-        self._passes, self._tokens, self._seconds = 0, 0.0, 0.0
-        self.failures = 0 if paid else self.failures + 1
-        self._skip = 0 if paid else 2**self.failures - 1
-        return paid
+        self._saved = min(self._saved + tokens - seconds / self.plain_seconds, self.most)
+        self._stopped = self._saved <= 0
+        return not self._stopped
+
+    def plain(self) -> None:
+        """Count a plain pass."""
+        self._saved = min(self._saved + self.share, self.most)
