@@ -7,7 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from filelock import FileLock, Timeout
 
+from spec_decode.data import datamodule
 from spec_decode.data import features as features_module
 from spec_decode.data.corpus import Writing, corpus_path, encode_prompts, read_corpus, stop_tokens, write_corpus
 from spec_decode.data.datamodule import Sequences, StreamSampler, TargetText, collate
@@ -240,6 +242,24 @@ def test_batches_hold_samples_of_about_equal_length():
     padded, shuffled = sum(4 * max(b) for b in batches), sum(4 * max(lengths[at : at + 4]) for at in range(0, 256, 4))
     assert padded < 1.1 * sum(map(sum, batches)) < 1.2 * sum(lengths) < shuffled
     assert [max(b) for b in batches[:8]] != sorted(max(b) for b in batches[:8])  # but not in order of length
+
+
+def test_machines_that_share_a_cache_write_one_after_the_other(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("KD_CACHE", str(tmp_path))
+    data = TargetText(limit=20, val_prompts=2, writing=WRITING, max_length=64)
+    monkeypatch.setattr(data, "encoded", PROMPTS)
+    monkeypatch.setattr(data, "_target", [tiny.target])
+
+    def locked(path, *args, **kwargs):
+        with pytest.raises(Timeout), FileLock(f"{path}.lock", timeout=0):
+            pass
+        return write_corpus(path, *args, **kwargs)
+
+    monkeypatch.setattr(datamodule, "write_corpus", locked)
+    data.progress = False
+    data.prepare_data()
+    assert [s.tokens[: s.answer_start] for s in data.samples] == PROMPTS
+    assert data._store().done == len(PROMPTS)
 
 
 def test_a_datamodule_without_a_target_says_so():

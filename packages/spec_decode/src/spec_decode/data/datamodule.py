@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from filelock import FileLock
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -207,21 +208,24 @@ class TargetText(LightningDataModule):
         return FeatureStore(folder, [s.tokens for s in self.samples], self.target.shape.hidden_size)
 
     def prepare_data(self) -> None:
-        """Write what is missing of text and features; one process does it.
+        """Write what is missing of text and features; one process does it, of several machines one after the other.
 
         Raises:
             OSError: If the disk is too small for the features.
         """
         if self.trainer is not None:
             self.target.to(self.trainer.strategy.root_device)
-        self.samples = write_corpus(
-            self._corpus, self.target, self.encoded, self.writing, self.stops, progress=self.progress
-        )
-        if self.features == "cached":
-            store = self._store()
-            if store.done < len(self.samples):
-                rank_zero_info(f"Feature cache: {store.size / 1e9:.2f} GB in {store.folder}")
-            store.write(self.target, progress=self.progress)
+        path = self._corpus
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            self.samples = write_corpus(
+                path, self.target, self.encoded, self.writing, self.stops, progress=self.progress
+            )
+            if self.features == "cached":
+                store = self._store()
+                if store.done < len(self.samples):
+                    rank_zero_info(f"Feature cache: {store.size / 1e9:.2f} GB in {store.folder}")
+                store.write(self.target, progress=self.progress)
 
     def setup(self, stage: str | None = None) -> None:
         """Read the text."""
