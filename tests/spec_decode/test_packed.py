@@ -10,7 +10,7 @@ from spec_decode.decoder import SpeculativeDecoder
 from spec_decode.drafters import DrafterSpec
 from spec_decode.drafters.files import for_inference
 from spec_decode.models import CausalLM
-from spec_decode.models.packed import PackedLinear, pack_linears, packable
+from spec_decode.models.packed import FusedLinear, PackedLinear, pack_linears, packable
 
 needs_bfloat16 = pytest.mark.skipif(
     not packable(torch.zeros(1, 1, dtype=torch.bfloat16)), reason="this CPU has no kernels for packed bfloat16 weights"
@@ -56,6 +56,7 @@ def test_a_packed_target_is_the_same_target():
     packed.pack()
     packed.pack()  # again changes nothing
     assert packed.packed
+    assert isinstance(packed.layers[0].self_attn.qkv_proj, FusedLinear)
     assert not plain.packed
     assert packed.fingerprint() == plain.fingerprint()
     assert packed.state_dict().keys() == plain.state_dict().keys()

@@ -114,13 +114,17 @@ class Pass:
         slot = torch.arange(self._visible, device=device)
         mask = (slot < lengths.unsqueeze(1)).unsqueeze(1).repeat(1, size, 1)
         mask.scatter_(2, reachable.unsqueeze(1).expand(batch, size, -1), seen.expand(batch, -1, -1))
-        self._mask = mask.unsqueeze(1).repeat(1, 1, groups, 1)
-        self._window_mask = self._mask
+        self._mask = self._window_mask = self._additive(mask, groups)
         if window is not None and window < end:
             assert first == 0, "positions of the nodes of earlier passes are not kept"
             key_positions = slot.repeat(batch, 1).scatter(1, self._slots, self.positions)
             recent = self.positions.unsqueeze(2) - key_positions.unsqueeze(1) < window
-            self._window_mask = (mask & recent).unsqueeze(1).repeat(1, 1, groups, 1)
+            self._window_mask = self._additive(mask & recent, groups)
+
+    def _additive(self, mask: Tensor, groups: int) -> Tensor:
+        """Mask for `grouped_attention`; a boolean one would be converted anew in every layer."""
+        bias = torch.zeros(mask.shape, dtype=self.cache.keys.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+        return bias.unsqueeze(1).repeat(1, 1, groups, 1)
 
     @classmethod
     def run(cls, cache: KVCache, size: int, **settings: Any) -> "Pass":

@@ -91,7 +91,7 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         q: Queries of shape (B, n, H, d).
         k: Keys of shape (B, K, S, d).
         v: Values of shape (B, K, S, d).
-        mask: Boolean of shape (B, 1, (H / K) * n, S), n varying fastest, True where a query sees a key.
+        mask: Shape (B, 1, (H / K) * n, S), n varying fastest: 0 where a query sees a key, -inf elsewhere, in q's type.
 
     Returns:
         Contexts of shape (B, n, H * d).
@@ -134,6 +134,8 @@ class Attention(nn.Module):
         in_features: Width of the input; None means the hidden size.
     """
 
+    qkv_proj: nn.Module | None
+
     def __init__(self, shape: LayerShape, in_features: int | None = None) -> None:
         super().__init__()
         width = in_features or shape.hidden_size
@@ -144,11 +146,19 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(shape.heads * shape.head_dim, shape.hidden_size, bias=shape.out_bias)
         self.q_norm = RMSNorm(shape.head_dim, shape.norm_eps) if shape.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(shape.head_dim, shape.norm_eps) if shape.qk_norm else nn.Identity()
+        self.heads = (shape.heads, shape.kv_heads, shape.kv_heads)
+        self.register_module("qkv_proj", None)
+        self.fuses = {} if shape.qk_norm else {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
 
     def forward(self, x: Tensor, by: Rotation, attend: Attend) -> Tensor:
         """Attention output of shape (B, n, h) for inputs of shape (B, n, in_features)."""
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        return self.o_proj(attend(rotate(self.q_norm(q), by), rotate(self.k_norm(k), by), v))
+        if self.qkv_proj is None:
+            q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+            q, k = rotate(self.q_norm(q), by), rotate(self.k_norm(k), by)
+        else:  # for the few rows of a step, fewer operations are faster ones
+            both, v = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).split((sum(self.heads[:2]), self.heads[2]), 2)
+            q, k = rotate(both, by).split(self.heads[:2], 2)
+        return self.o_proj(attend(q, k, v))
 
 
 class GatedMLP(nn.Module):

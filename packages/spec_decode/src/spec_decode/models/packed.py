@@ -31,6 +31,7 @@ class PackedLinear(nn.Module):
     """
 
     packed: Tensor
+    bias: Tensor | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -58,8 +59,39 @@ class PackedLinear(nn.Module):
         destination[prefix + "weight"] = self.weight
 
 
+class FusedLinear(PackedLinear):
+    """Packed linear layers of the same input as one product; it saves them under the names they had.
+
+    Args:
+        layers: Layers by the name they have in the module that this one becomes part of; all have a bias or none has.
+    """
+
+    def __init__(self, layers: dict[str, nn.Linear]) -> None:
+        weights: list[Tensor] = [layer.weight for layer in layers.values()]
+        biases: list[Tensor] = [layer.bias for layer in layers.values() if layer.bias is not None]
+        super().__init__(torch.cat(weights), torch.cat(biases) if biases else None)
+        self.sizes = {name: layer.out_features for name, layer in layers.items()}
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        module = prefix[: prefix[:-1].rfind(".") + 1]
+        for kind, rows in (("weight", self.weight), ("bias", self.bias)):
+            if rows is not None:
+                for name, part in zip(self.sizes, rows.split(list(self.sizes.values())), strict=True):
+                    destination[f"{module}{name}.{kind}"] = part
+
+
 def pack_linears(module: nn.Module) -> None:
-    """Replace the linear layers within a module whose weights are `packable`, in place."""
+    """Replace the linear layers within a module whose weights are `packable`, in place.
+
+    Those that a module's attribute `fuses` lists by the name of their union become one `FusedLinear` of that name.
+    """
+    for union, names in getattr(module, "fuses", {}).items():
+        children = dict(module.named_children())
+        layers = {name: child for name in names if isinstance(child := children.get(name), nn.Linear)}
+        if len(layers) == len(names) and all(packable(layer.weight) for layer in layers.values()):
+            setattr(module, union, FusedLinear(layers))
+            for name in names:
+                delattr(module, name)
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
             if packable(child.weight):
