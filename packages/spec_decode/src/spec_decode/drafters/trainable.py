@@ -6,6 +6,7 @@ Level i (from 0) at row p predicts token p + 2 + i.
 """
 
 from abc import abstractmethod
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +80,7 @@ class TrainableDrafter(nn.Module, Drafter):
     @property
     def dtype(self) -> torch.dtype:
         """Type of the parameters."""
-        return next(t.dtype for t in (*self.parameters(), *self.buffers()) if t.is_floating_point())
+        return next(t.dtype for t in chain(self.parameters(), self.buffers()) if t.is_floating_point())
 
     def use_vocabulary(self, ids: Tensor) -> None:
         """Choose the tokens the drafter can propose; once, before training.
