@@ -147,7 +147,42 @@ def test_standardised_logits_ignore_a_rows_shift_and_scale(batch, scale, shift):
     torch.testing.assert_close(moved[spread], plain[spread], rtol=1e-6, atol=1e-6)
 
 
+offsets = st.sampled_from([-2e4, 300.0, 2e4])
+
+
+@divergences
+@props
+@given(batch=batches([torch.float32]), temperature=st.sampled_from([1.0, 3.0, 4.0]), offset=offsets)
+def test_an_offset_of_all_logits_costs_no_digits(function, batch, temperature, offset):
+    """On the same rounded logits: what float32 loses in adding the offset is not the function's."""
+    assert_as_in_float64(partial(function, temperature=temperature), batch[0] + offset, batch[1] - offset)
+
+
+def assert_as_in_float64(function, student, teacher):
+    """Up to the rounding of log-ratios as large as the range of a row."""
+    largest = max(float((z.detach().amax(-1) - z.detach().amin(-1)).max()) for z in (student, teacher))
+    found, expected = function(student, teacher), function(student.double(), teacher.double())
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-6 + 5e-7 * largest)
+
+
 # --- decoupled losses ---
+
+
+@pytest.mark.parametrize("part", [0, 1], ids=["tckd", "nckd"])
+@props
+@given(batch=batches([torch.float32], min_classes=2), temperature=st.sampled_from([1.0, 3.0, 4.0]), offset=offsets)
+def test_an_offset_costs_the_decoupled_parts_and_their_gradients_no_digits(part, batch, temperature, offset):
+    student, teacher, target = batch
+
+    def value(s, t):
+        return decoupled_kl(s, t, target, temperature=temperature)[part]
+
+    def gradient(s, t):
+        return torch.autograd.grad(value(s, t).sum(), s)[0]
+
+    pair = (student + offset).requires_grad_(), teacher - offset
+    assert_as_in_float64(value, *pair)
+    assert_as_in_float64(gradient, *pair)
 
 
 @props

@@ -52,9 +52,12 @@ def truncated_loss(
         Divergences of shape (n,), and their gradient with respect to z, shape (n, V), or None.
     """
     indices = teacher.indices.long()
-    rest = z.scatter(-1, indices, -math.inf)
+    z_stored = z.gather(-1, indices)
+    # Relative to a logit of the row: a logsumexp of numbers near 2e4 would be wrong by 1e-3 in float32.
+    shift = z_stored.amax(dim=-1, keepdim=True)
+    rest = (z - shift).scatter_(-1, indices, -math.inf)
     log_rest = rest.logsumexp(dim=-1, keepdim=True)
-    log_q = torch.cat([z.gather(-1, indices), log_rest], dim=-1).log_softmax(dim=-1)
+    log_q = torch.cat([z_stored - shift, log_rest], dim=-1).log_softmax(dim=-1)
     log_tail = teacher.tail_mass.to(z.dtype).clamp(min=TAIL_FLOOR).log()
     log_p = torch.cat([teacher.log_probs.to(z.dtype), log_tail[:, None]], dim=-1).log_softmax(dim=-1)
     if not with_gradient:
