@@ -5,6 +5,7 @@ disk without room, files that would run code.
 """
 
 import faulthandler
+import json
 import os
 import resource
 import signal
@@ -115,6 +116,82 @@ def target(tmp_path_factory, save_llama):
     folder = tmp_path_factory.mktemp("standin")
     save_llama(folder)
     return folder
+
+
+TINY = [
+    "--seed_everything=5",
+    "--trainer.accelerator=cpu",
+    "--trainer.max_epochs=3",
+    "--trainer.log_every_n_steps=1",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+]
+
+
+def vision(folder, target):
+    return [
+        "--data.batch_size=32",
+        "--data.train_subset=96",
+        "--model.student.name=resnet8",
+        "--model.teacher.name=resnet8",
+        "--model.teacher.epochs=1",
+        "--model.gsnr_every=2",
+    ]
+
+
+def language(folder, target):
+    for split, numbers in (("train", range(12)), ("val", range(12, 16))):
+        lines = [json.dumps({"instruction": f"Count to {n}."}) + "\n" for n in numbers]
+        (folder / f"{split}.jsonl").write_text("".join(lines))
+    return [
+        f"--model.teacher.name={target}",
+        "--model.student.layers=2",
+        f"--data.train={folder / 'train.jsonl'}",
+        f"--data.val={folder / 'val.jsonl'}",
+        "--data.sampling.max_new_tokens=4",
+        "--data.batch_size=4",
+        "--answers=0",
+    ]
+
+
+def drafting(folder, target):
+    return [
+        "--trainer.precision=32-true",
+        f"--model.target.name={target}",
+        "--model.target.dtype=float32",
+        '--model.drafter={"name": "fast_eagle", "options": {"depth": 2, "draft_vocab": 90}}',
+        "--data.limit=8",
+        "--data.val_prompts=2",
+        "--data.writing.max_new_tokens=6",
+        "--data.writing.batch_size=3",
+        "--data.max_length=200",
+        "--data.batch_size=2",
+        "--measure_prompts=0",
+    ]
+
+
+@pytest.fixture(scope="session")
+def tiny_run(target):
+    """Arguments of the smallest run of a package; its data land in a folder."""
+    settings = {"vision_kd": vision, "llm_kd": language, "spec_decode": drafting}
+    return lambda package, folder: [*TINY, *settings[package](folder, target)]
+
+
+@pytest.fixture(scope="session")
+def outcome():
+    """What a run leaves: its state for resuming, without paths, and its models."""
+
+    def read(folder):
+        checkpoint = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+        kept = ("state_dict", "optimizer_states", "lr_schedulers", "history", "epoch")
+        state = {key: checkpoint[key] for key in kept}
+        models = {}
+        for path in sorted([*folder.rglob("*.pt"), *folder.rglob("*.safetensors")]):
+            name = str(path.relative_to(folder))
+            models[name] = torch.load(path, weights_only=True)["model"] if path.suffix == ".pt" else path.read_bytes()
+        return state | {"models": models}
+
+    return read
 
 
 DEADLINE = 900  # seconds a forked process may take

@@ -4,13 +4,11 @@ The kill comes right before a file is opened, renamed or removed, between two st
 middle of a write. Whatever is found afterwards under its final name must be whole.
 """
 
-import json
 import random
 import shutil
 from importlib import import_module
 
 import pytest
-import torch
 
 from kd_common.cli import check_resumable
 from kd_common.hub import load_causal_lm, load_tokenizer
@@ -28,56 +26,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty"),
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning"),
 ]
-SHARED = [
-    "--seed_everything=5",
-    "--trainer.accelerator=cpu",
-    "--trainer.max_epochs=3",
-    "--trainer.log_every_n_steps=1",
-    "--trainer.enable_progress_bar=false",
-    "--trainer.enable_model_summary=false",
-]
-
-
-def vision(folder, target):
-    return [
-        "--data.batch_size=32",
-        "--data.train_subset=96",
-        "--model.student.name=resnet8",
-        "--model.teacher.name=resnet8",
-        "--model.teacher.epochs=1",
-        "--model.gsnr_every=2",
-    ]
-
-
-def language(folder, target):
-    for split, numbers in (("train", range(12)), ("val", range(12, 16))):
-        lines = [json.dumps({"instruction": f"Count to {n}."}) + "\n" for n in numbers]
-        (folder / f"{split}.jsonl").write_text("".join(lines))
-    return [
-        f"--model.teacher.name={target}",
-        "--model.student.layers=2",
-        f"--data.train={folder / 'train.jsonl'}",
-        f"--data.val={folder / 'val.jsonl'}",
-        "--data.sampling.max_new_tokens=4",
-        "--data.batch_size=4",
-        "--answers=0",
-    ]
-
-
-def drafting(folder, target):
-    return [
-        "--trainer.precision=32-true",
-        f"--model.target.name={target}",
-        "--model.target.dtype=float32",
-        '--model.drafter={"name": "fast_eagle", "options": {"depth": 2, "draft_vocab": 90}}',
-        "--data.limit=8",
-        "--data.val_prompts=2",
-        "--data.writing.max_new_tokens=6",
-        "--data.writing.batch_size=3",
-        "--data.max_length=200",
-        "--data.batch_size=2",
-        "--measure_prompts=0",
-    ]
 
 
 def check_whole(folder):
@@ -100,17 +48,6 @@ def check_whole(folder):
     return found
 
 
-def outcome(folder):
-    """What a run leaves: its state for resuming, without paths, and its models."""
-    checkpoint = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
-    state = {key: checkpoint[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "history", "epoch")}
-    models = {}
-    for path in sorted([*folder.rglob("*.pt"), *folder.rglob("*.safetensors")]):
-        name = str(path.relative_to(folder))
-        models[name] = torch.load(path, weights_only=True)["model"] if path.suffix == ".pt" else path.read_bytes()
-    return state | {"models": models}
-
-
 def moments_to_die(seen, draws, count=4):
     """Some moments, at least one of them a step and at least one the renaming that puts a file in its place."""
     kinds = ("kd.step", "os.rename", "open")
@@ -118,14 +55,12 @@ def moments_to_die(seen, draws, count=4):
     return chosen + [draws.randrange(len(seen)) for _ in range(count - len(chosen))]
 
 
-@pytest.mark.parametrize(
-    ("package", "settings", "seed"), [("vision_kd", vision, 1), ("llm_kd", language, 2), ("spec_decode", drafting, 3)]
-)
+@pytest.mark.parametrize(("package", "seed"), [("vision_kd", 1), ("llm_kd", 2), ("spec_decode", 3)])
 def test_a_run_killed_at_any_moment_ends_as_if_undisturbed(
-    package, settings, seed, tmp_path, target, die, step_moments, assert_equal, monkeypatch
+    package, seed, tmp_path, tiny_run, outcome, die, step_moments, assert_equal, monkeypatch
 ):
     """Each of them begins without caches, so that teacher, responses, text and features are written, too."""
-    fit, extra, draws = import_module(f"{package}.fit"), settings(tmp_path, target), random.Random(seed)
+    fit, settings, draws = import_module(f"{package}.fit"), tiny_run(package, tmp_path), random.Random(seed)
 
     def attempt(name, **death):
         folder, cache = tmp_path / name / "run", tmp_path / name / "cache"
@@ -134,7 +69,7 @@ def test_a_run_killed_at_any_moment_ends_as_if_undisturbed(
         resume = [f"--ckpt_path={last}"] if last.is_file() else []
 
         def train():
-            cli = fit.build([f"--run_dir={folder}", *SHARED, *extra, *resume])
+            cli = fit.build([f"--run_dir={folder}", *settings, *resume])
             cli.trainer.callbacks.append(step_moments)
             fit.run(cli)
 
@@ -154,9 +89,9 @@ def test_a_run_killed_at_any_moment_ends_as_if_undisturbed(
         shutil.rmtree(tmp_path / name)
 
 
-def test_a_teacher_cache_killed_at_any_moment_is_continued(tmp_path, target, die, monkeypatch):
+def test_a_teacher_cache_killed_at_any_moment_is_continued(tmp_path, target, tiny_run, die, monkeypatch):
     """The command, which also writes the responses; test_teacher_cache.py tests the writer alone."""
-    data = [argument for argument in language(tmp_path, target) if argument.startswith("--data.")]
+    data = [argument for argument in tiny_run("llm_kd", tmp_path) if argument.startswith("--data.")]
     command = [f"--teacher.name={target}", "--size=8", *data]
     draws = random.Random(4)
 
