@@ -143,6 +143,7 @@ def test_a_killed_feature_writer_goes_on(tiny, texts, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         store.write(Dying(), batch_size=2, progress=False)
     assert store.done == 2
+    begun = (tmp_path / "f/progress.jsonl").read_bytes()
     with pytest.raises(RuntimeError, match="not complete: 2 sequences"):
         store.read(0)
     # What was being written is garbage; it is written again.
@@ -150,9 +151,16 @@ def test_a_killed_feature_writer_goes_on(tiny, texts, tmp_path, monkeypatch):
         third = sorted(range(len(texts)), key=lambda i: -len(texts[i]))[2]  # longest first
         file.seek(int(store.starts[third]) * store.width * 2)
         file.write(b"\xff" * 64)
+    with (tmp_path / "f/progress.jsonl").open("ab") as file:
+        file.write(b'{"checksums": [12')
     store.write(Dying(), batch_size=2, progress=False)
     assert calls == [2, 2, 2, 1]
     assert (tmp_path / "f/features.bin").read_bytes() == (tmp_path / "whole/features.bin").read_bytes()
+    # Lines are appended: writing all of them again after every batch would take a time that grows with the square.
+    progress = (tmp_path / "f/progress.jsonl").read_bytes()
+    assert progress == (tmp_path / "whole/progress.jsonl").read_bytes()
+    assert progress.startswith(begun)
+    assert progress.count(b"\n") == 3
 
 
 def test_a_full_disk_is_refused_before_anything_is_written(tiny, texts, tmp_path, monkeypatch):
@@ -168,14 +176,13 @@ def test_stores_and_texts_of_earlier_versions_are_read(tiny, texts, tmp_path):
     store = FeatureStore(tmp_path / "f", texts, 32)
     store.write(tiny.target, progress=False)
     expected = [store.read(n) for n in range(5)]
+    (tmp_path / "f/progress.jsonl").unlink()
     (tmp_path / "f/progress.json").write_text('{"done": 5}')
     old = FeatureStore(tmp_path / "f", texts, 32)
     assert all(torch.equal(old.read(n), expected[n]) for n in range(5))
     # An unfinished one holds other sequences than this version would take for written.
     (tmp_path / "f/progress.json").write_text('{"done": 2}')
-    with pytest.raises(
-        ValueError, match=r"progress.json is of an earlier version, which wrote in another order; delete"
-    ):
+    with pytest.raises(ValueError, match=r"progress.json is of an earlier version and not complete, .*; delete"):
         FeatureStore(tmp_path / "f", texts, 32).write(tiny.target, progress=False)
 
     path, samples = write(tiny, tmp_path)
@@ -191,9 +198,8 @@ def test_stores_and_texts_of_earlier_versions_are_read(tiny, texts, tmp_path):
 def test_a_store_that_lost_its_states_is_refused_and_not_filled_with_zeros(tiny, texts, tmp_path, size):
     store = FeatureStore(tmp_path / "f", texts, 32)
     store.write(tiny.target, batch_size=2, progress=False)
-    progress, data = tmp_path / "f/progress.json", tmp_path / "f/features.bin"
-    content = json.loads(progress.read_text())
-    progress.write_text(json.dumps({"done": 2, "checksums": content["checksums"][:2]}))
+    progress, data = tmp_path / "f/progress.jsonl", tmp_path / "f/features.bin"
+    progress.write_bytes(progress.read_bytes().splitlines(keepends=True)[0])
     data.unlink() if size is None else os.truncate(data, size)
     with pytest.raises(ValueError, match=rf"{data} is damaged: {size or 0} bytes instead of {store.size}; delete"):
         store.write(tiny.target, progress=False)

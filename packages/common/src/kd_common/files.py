@@ -98,6 +98,12 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     return content
 
 
+def complete_lines(path: Path) -> list[bytes]:
+    """Lines of a file with their ends; none without a file. A torn last one, as of a killed writer, is left out."""
+    content = path.read_bytes() if path.is_file() else b""
+    return content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
+
+
 def checksummed_line(record: dict[str, Any]) -> bytes:
     """A record as a line of JSON that carries the checksum of the rest."""
     return json.dumps({**record, CHECKSUM: _checksum(record)}).encode() + b"\n"

@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import TemplateError
 from tqdm import tqdm
 
-from kd_common.files import checksummed_line, naming, read_checksummed_line
+from kd_common.files import checksummed_line, complete_lines, naming, read_checksummed_line
 from spec_decode.decoder import SpeculativeDecoder
 from spec_decode.models import CausalLM
 from spec_decode.sampling import Sampling
@@ -69,12 +69,6 @@ def corpus_path(
     return folder / f"text-{hashlib.sha256(content.encode()).hexdigest()[:16]}.jsonl"
 
 
-def _complete_lines(path: Path) -> list[bytes]:
-    """Lines of a file with their ends; a torn last one, as of a killed writer, is left out."""
-    content = path.read_bytes() if path.is_file() else b""
-    return content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
-
-
 def _samples(lines: Iterable[bytes], path: Path) -> dict[int, Sample]:
     samples = {}
     for number, line in enumerate(lines, start=1):
@@ -95,7 +89,7 @@ def read_corpus(path: Path) -> dict[int, Sample]:
     Raises:
         ValueError: If a line is damaged.
     """
-    return dict(sorted(_samples(_complete_lines(path), path).items()))
+    return dict(sorted(_samples(complete_lines(path), path).items()))
 
 
 def write_corpus(
@@ -121,7 +115,7 @@ def write_corpus(
         ValueError: If a line is damaged.
         OSError: If it cannot be written; what is complete stays and is continued.
     """
-    lines = _complete_lines(path)
+    lines = complete_lines(path)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     done = _samples(lines, path)
     # Complete files of an earlier version stand in another order.

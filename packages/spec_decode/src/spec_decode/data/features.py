@@ -1,26 +1,27 @@
 """The target's states of a whole corpus in one memory-mapped file of bfloat16 numbers.
 
 A token takes 4 h numbers: the low, middle and high features and the final state. The file is written sequence by
-sequence, longest first, which saves padding; `progress.json`, replaced in one step, says how many are complete, so that
-a killed writer goes on where it was, and holds their checksums, which the first read of a sequence compares.
+sequence, longest first, which saves padding. Every batch that is on the disk is followed by a line of `progress.jsonl`,
+so that a killed writer goes on where it was. It holds the checksums, which the first read of a sequence compares.
 """
 
-import json
 import os
 import shutil
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from kd_common.files import naming, read_json, write_atomically
+from kd_common.files import checksummed_line, complete_lines, naming, read_checksummed_line, read_json
 from spec_decode.models import CausalLM, States
 
-DATA, PROGRESS = "features.bin", "progress.json"
+DATA, PROGRESS = "features.bin", "progress.jsonl"
+EARLIER_PROGRESS = "progress.json"
 _BYTES = 2
 
 
@@ -52,27 +53,37 @@ class FeatureStore:
         Raises:
             ValueError: If the store is damaged.
         """
-        return self._progress()[0]
+        return len(self._checksums())
 
-    def _progress(self) -> tuple[int, list[int | None]]:
-        """How many sequences are complete, and their checksums in the order of writing."""
+    def _checksums(self) -> list[int | None]:
+        """Checksums of the sequences that are complete, in the order of writing; None for stores without any."""
         path, data = self.folder / PROGRESS, self.folder / DATA
-        if not path.is_file():
-            return 0, []
         remedy = f"delete {self.folder} to compute the features again"
-        content = read_json(path, remedy)
-        done = content.get("done")
-        if type(done) is not int or not 0 <= done <= len(self.sequences):
-            raise ValueError(f"{path} is damaged: done is {done!r}, of {len(self.sequences)} sequences; {remedy}")
-        if "checksums" not in content and done < len(self.sequences):
-            raise ValueError(f"{path} is of an earlier version, which wrote in another order; {remedy}")
-        checksums = content.get("checksums", [None] * done)  # complete stores of earlier versions are read
-        if not isinstance(checksums, list) or len(checksums) != done:
-            raise ValueError(f"{path} is damaged: it has no checksum for each of {done} sequences; {remedy}")
+        lines, checksums = complete_lines(path), []
+        for number, line in enumerate(lines, start=1):
+            try:
+                checksums += read_checksummed_line(line)["checksums"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}, line {number}: damaged ({error}); {remedy}") from error
+        if not lines and (self.folder / EARLIER_PROGRESS).is_file():
+            checksums = self._earlier_checksums(remedy)
+        if len(checksums) > len(self.sequences):
+            raise ValueError(
+                f"{path} is damaged: {len(checksums)} checksums of {len(self.sequences)} sequences; {remedy}"
+            )
         found = data.stat().st_size if data.is_file() else 0
-        if done and found != self.size:
+        if checksums and found != self.size:
             raise ValueError(f"{data} is damaged: {found} bytes instead of {self.size}; {remedy}")
-        return done, checksums
+        return checksums
+
+    def _earlier_checksums(self, remedy: str) -> list[int | None]:
+        """Checksums of a complete store of an earlier version, which replaced one file with all of them."""
+        path, count = self.folder / EARLIER_PROGRESS, len(self.sequences)
+        content = read_json(path, remedy)
+        checksums = content.get("checksums", [None] * count)
+        if content.get("done") != count or not isinstance(checksums, list) or len(checksums) != count:
+            raise ValueError(f"{path} is of an earlier version and not complete, or damaged; {remedy}")
+        return checksums
 
     def check_disk(self) -> None:
         """Refuse a file that does not fit.
@@ -98,18 +109,20 @@ class FeatureStore:
             OSError: If the disk is too small.
             ValueError: If the store is damaged.
         """
-        (done, checksums), device = self._progress(), target.device
+        done, device = self.done, target.device
         if done == len(self.sequences):
             return
         self.check_disk()
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / DATA
+        path, progress_path = self.folder / DATA, self.folder / PROGRESS
         path.touch()
+        progress_path.touch()
         bar = tqdm(total=len(self.sequences), initial=done, desc="target reads", unit="text", disable=not progress)
         # Written, not mapped: a disk that fills up under a map kills the process.
         advice = "the sequences before are complete; free some space and start again to go on from there"
-        with bar, naming(path, advice), path.open("r+b") as file:
+        with bar, naming(path, advice), path.open("r+b") as file, progress_path.open("r+b") as lines:
             file.truncate(self.size)
+            lines.truncate(lines.seek(sum(map(len, complete_lines(progress_path)))))
             for start in range(done, len(self.sequences), batch_size):
                 places = self.order[start : start + batch_size]
                 batch = [self.sequences[place] for place in places]
@@ -118,16 +131,16 @@ class FeatureStore:
                     tokens[row, : len(sequence)] = torch.tensor(sequence, device=device)
                 states = target(tokens)
                 both = torch.cat([states.features, states.final], dim=-1).to(torch.bfloat16).view(torch.int16).cpu()
+                checksums = []
                 for row, place in enumerate(places):
                     first, end = self.starts[place : place + 2]
                     content = both[row, : end - first].numpy().tobytes()
                     file.seek(int(first) * self.width * _BYTES)
                     file.write(content)
                     checksums.append(zlib.crc32(content))
-                file.flush()
-                os.fsync(file.fileno())  # before the progress: what it counts is on the disk
-                progress_now = {"done": start + len(batch), "checksums": checksums}
-                write_atomically(self.folder / PROGRESS, json.dumps(progress_now))
+                _to_disk(file)  # before the line: what it counts is on the disk
+                lines.write(checksummed_line({"checksums": checksums}))
+                _to_disk(lines)
                 bar.update(len(batch))
 
     def read(self, sequence: int) -> Tensor:
@@ -138,9 +151,11 @@ class FeatureStore:
             ValueError: If it is damaged.
         """
         if self._map is None:
-            done, checksums = self._progress()
-            if done < len(self.sequences):
-                raise RuntimeError(f"the feature cache {self.folder} is not complete: {done} sequences; write it")
+            checksums = self._checksums()
+            if len(checksums) < len(self.sequences):
+                raise RuntimeError(
+                    f"the feature cache {self.folder} is not complete: {len(checksums)} sequences; write it"
+                )
             pairs = zip(self.order.tolist(), checksums, strict=True)
             self._unchecked = {place: checksum for place, checksum in pairs if checksum is not None}
             self._map = np.memmap(self.folder / DATA, np.int16, "r", shape=(int(self.starts[-1]), self.width))
@@ -154,6 +169,11 @@ class FeatureStore:
                 )
             del self._unchecked[sequence]
         return torch.from_numpy(rows).view(torch.bfloat16)
+
+
+def _to_disk(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def split_states(both: Tensor) -> States:
