@@ -4,11 +4,14 @@ import copy
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from kd_common.hub import ModelNotFoundError, load_tokenizer
 from llm_kd.models import Body, LoRASpec, StudentSpec, TeacherSpec, build_student, depth_prune, load_teacher
 from llm_kd.models.prune import decoder_layers, evenly_spaced
-from llm_kd.models.vocabulary import shared_vocabulary
+from llm_kd.models.vocabulary import shared_vocabulary, vocabulary_size
 
 ARCHITECTURES = ["llama", "qwen2", "mistral", "gemma2", "gpt2"]
 TOKENS = torch.randint(0, 258, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -141,8 +144,17 @@ def test_padded_vocabularies_share_the_tokenizers_size(save_model, make_model):
     tokenizer = load_tokenizer(save_model())
     wide, narrow = make_model(vocab=320).config, make_model(vocab=264).config
     assert shared_vocabulary(tokenizer, tokenizer, wide, narrow) == 258
-    with pytest.raises(ValueError, match="the student has 200 rows for 258 tokens"):
+    with pytest.raises(ValueError, match="the student has 200 rows, but its tokenizer has ids up to 257"):
         shared_vocabulary(tokenizer, tokenizer, wide, make_model(vocab=200, pad_token_id=0, eos_token_id=0).config)
+
+
+def test_a_vocabulary_with_holes_reaches_to_its_largest_id():
+    """Its last token ends a turn; counting tokens would leave it out of the head."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({"a": 0, "b": 1, "<end>": 9})), eos_token="<end>"
+    )
+    assert len(tokenizer) == 3
+    assert vocabulary_size(tokenizer) == tokenizer.eos_token_id + 1 == 10
 
 
 def test_different_tokenizers_are_named(save_model):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 from lightning import LightningModule, Trainer
+from tokenizers import Tokenizer
 
 from llm_kd.data import TextDataModule, read_rows
 from llm_kd.data import module as module_file
@@ -67,6 +68,18 @@ def test_the_tokenizers_numbers(data, text):
     assert made.pad_id == ids("<pad>")
     made.encoder.tokenizer.pad_token = None
     assert made.pad_id == ids("<|im_end|>")
+
+
+def test_a_vocabulary_with_holes_keeps_its_last_token(data, monkeypatch, text):
+    content = json.loads(text.tokenizer().backend_tokenizer.to_str())
+    for token in (token for token in content["added_tokens"] if token["content"] == "<|im_end|>"):
+        content["model"]["vocab"][token["content"]] = token["id"] = 999
+    holed = text.tokenizer()
+    holed._tokenizer = Tokenizer.from_str(json.dumps(content))
+    monkeypatch.setattr(module_file, "load_tokenizer", lambda name: holed)
+    made = data()
+    assert made.eos_ids == (999,)
+    assert made.vocab_size == 1000 > len(holed)
 
 
 def test_answers_of_the_teacher(data, write, teacher):

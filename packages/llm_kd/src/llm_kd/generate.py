@@ -14,6 +14,7 @@ from transformers import TextStreamer
 from kd_common.hub import load_causal_lm, load_tokenizer
 from llm_kd.data import Encoder, Message, Row
 from llm_kd.generation import Sampling, generate
+from llm_kd.models import vocabulary_size
 
 
 def parser() -> ArgumentParser:
@@ -54,7 +55,7 @@ def main(args: list[str] | None = None) -> str:
         pad_id=tokenizer.pad_token_id,
         seed=settings.seed,
         batch_size=1,
-        vocab_size=len(tokenizer),
+        vocab_size=vocabulary_size(tokenizer),
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
     )
     return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()

@@ -16,6 +16,7 @@ from llm_kd.data.loader import TextLoader
 from llm_kd.data.responses import write_responses
 from llm_kd.data.rows import Row, read_rows
 from llm_kd.generation import Sampling
+from llm_kd.models import vocabulary_size
 
 SPLITS = ("train", "val")
 # Greedy: drawn at temperature 1, the answers of a small teacher are often nonsense.
@@ -136,8 +137,8 @@ class TextDataModule(LightningDataModule):
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens of the tokenizer; what the models' heads have beyond it is padding."""
-        return len(self.encoder.tokenizer)
+        """Rows of the models' heads that the tokenizer needs; see :func:`llm_kd.models.vocabulary_size`."""
+        return vocabulary_size(self.encoder.tokenizer)
 
     @property
     def eos_ids(self) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from kd_common.files import cache_root, checksummed_line, naming, read_checksummed_line
 from llm_kd.fingerprint import tensors_fingerprint
 from llm_kd.generation import Sampling, generate
+from llm_kd.models import vocabulary_size
 
 CACHE_FORMAT = 1
 CONFIG_WITHOUT_EFFECT = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
@@ -76,14 +77,15 @@ def write_responses(
         ResponsesError: If the cached file is damaged.
         ValueError: If a prompt is empty, or too long for the positions of the model.
     """
-    path = responses_path(model, prompts, sampling, eos_ids=eos_ids, vocab_size=len(tokenizer), seed=seed)
+    vocab_size = vocabulary_size(tokenizer)
+    path = responses_path(model, prompts, sampling, eos_ids=eos_ids, vocab_size=vocab_size, seed=seed)
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]), reverse=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         if not path.is_file():
             partial = path.with_suffix(".partial")
             done = _resume(partial, order, batch_size)
-            settings: dict[str, Any] = {"eos_ids": eos_ids, "pad_id": pad_id, "vocab_size": len(tokenizer)}
+            settings: dict[str, Any] = {"eos_ids": eos_ids, "pad_id": pad_id, "vocab_size": vocab_size}
             with (
                 naming(partial, "the responses before are complete; start again to go on from there"),
                 partial.open("ab") as file,

@@ -167,7 +167,7 @@ class KDHead(nn.Module):
         if self.vocab_size not in (None, vocab_size):
             raise ValueError(
                 f"the stored teacher has a vocabulary of {vocab_size} tokens, the head vocab_size={self.vocab_size}; "
-                "store the teacher again with the tokenizer's length"
+                "store the teacher again with the tokenizer's size"
             )
         self.selector.check_truncated(size, vocab_size)
         if size == vocab_size:
@@ -203,7 +203,7 @@ class KDHead(nn.Module):
         if self.vocab_size is None and rows != teacher_rows:
             raise ValueError(
                 f"the student's head has {rows} rows, the teacher's {teacher_rows}; if both models share a tokenizer "
-                "and the rest is padding, set vocab_size to the tokenizer's length"
+                "and the rest is padding, set vocab_size to the tokenizer's largest id + 1"
             )
         if self.vocab_size is not None and self.vocab_size > min(rows, teacher_rows):
             raise ValueError(

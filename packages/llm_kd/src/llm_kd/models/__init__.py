@@ -3,7 +3,7 @@
 from llm_kd.models.body import Body, build_student, load_teacher
 from llm_kd.models.prune import depth_prune
 from llm_kd.models.specs import LoRASpec, StudentSpec, TeacherSpec
-from llm_kd.models.vocabulary import shared_vocabulary
+from llm_kd.models.vocabulary import shared_vocabulary, vocabulary_size
 
 __all__ = [
     "Body",
@@ -14,4 +14,5 @@ __all__ = [
     "depth_prune",
     "load_teacher",
     "shared_vocabulary",
+    "vocabulary_size",
 ]

@@ -5,6 +5,15 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Number of rows of a model's head that its tokenizer needs: the largest token id + 1; rows beyond are padding.
+
+    Not the number of tokens, ``len(tokenizer)``: ids may have holes (tokens removed, or added behind a reserved block),
+    and the last tokens, often those that end a turn, would then be taken for padding.
+    """
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def shared_vocabulary(
     teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, teacher_config: Any, student_config: Any
 ) -> int:
@@ -27,8 +36,8 @@ def shared_vocabulary(
             f"teacher and student must share a tokenizer, but {len(differing)} tokens differ: {shown}. Choose a "
             "teacher and a student of one family"
         )
-    size = max(ours.values()) + 1
+    size = vocabulary_size(student)
     for role, config in (("teacher", teacher_config), ("student", student_config)):
         if config.vocab_size < size:
-            raise ValueError(f"the {role} has {config.vocab_size} rows for {size} tokens of its tokenizer")
+            raise ValueError(f"the {role} has {config.vocab_size} rows, but its tokenizer has ids up to {size - 1}")
     return size
