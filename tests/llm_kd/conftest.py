@@ -23,7 +23,7 @@ def tiny_model(architecture="llama", *, layers=3, hidden=32, vocab=258, seed=0, 
     torch.manual_seed(seed)
     shared = {"vocab_size": vocab, "pad_token_id": 257, "eos_token_id": 257, "bos_token_id": None, **settings}
     if architecture == "gpt2":
-        config = GPT2Config(n_embd=hidden, n_layer=layers, n_head=2, n_positions=512, **shared)
+        config = GPT2Config(n_embd=hidden, n_layer=layers, n_head=2, **{"n_positions": 512, **shared})
         return GPT2LMHeadModel(config).eval()
     classes = {
         "llama": (LlamaConfig, LlamaForCausalLM),
@@ -40,8 +40,7 @@ def tiny_model(architecture="llama", *, layers=3, hidden=32, vocab=258, seed=0, 
         num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
-        max_position_embeddings=512,
-        **shared,
+        **{"max_position_embeddings": 512, **shared},
     )
     return model_class(config).eval()
 

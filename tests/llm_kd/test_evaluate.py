@@ -252,6 +252,19 @@ def test_prompts_beyond_the_models_positions_are_left_out(student, tmp_path):
     assert (found.prompts, found.left_out) == (["y"], 1)
 
 
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_rows_beyond_the_models_positions_are_refused(arguments, save_model, tmp_path, role):
+    folders = {
+        "teacher": save_model("t", max_position_embeddings=1024),
+        "student": save_model("s", max_position_embeddings=1024),
+    }
+    folders[role] = save_model("short")
+    data = write(tmp_path / "long.jsonl", {"instruction": "a", "output": 520 * "b"})
+    flags = [flag for name, folder in folders.items() for flag in (f"--{name}", folder)]
+    with pytest.raises(ValueError, match=f"val: .* exceed the {role}'s 512 positions; set data.max_length to 512"):
+        main(arguments(*flags, "--data.val", data, "--data.max_length", "1024"))
+
+
 def test_output_and_every_setting(arguments, teacher, speaker, tmp_path, capsys):
     output = tmp_path / "new" / "result.json"
     found = main(arguments("--teacher", teacher, "--output", str(output)))

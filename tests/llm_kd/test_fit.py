@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from kd_common.hub import load_causal_lm, load_tokenizer
+from llm_kd import fit
 from llm_kd.cache_teacher import main as cache_teacher_main
 from llm_kd.fit import build, main, run
 from llm_kd.summary import print_summary
@@ -228,6 +229,29 @@ def test_prompts_alone_are_enough_on_policy(arguments):
 def test_rollouts_that_could_outgrow_the_positions_are_refused(arguments):
     with pytest.raises(ValueError, match="exceed the student's 512 positions"):
         run(build(arguments("--config=rollouts/on_policy", "--model.rollout.sampling.max_new_tokens=500")))
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_conversations_beyond_the_positions_are_refused(arguments, tmp_path, save_model, monkeypatch, role, split):
+    """Learned positions would end in an index error, rotary ones would go on; the teacher is not loaded for it."""
+    monkeypatch.setattr(fit, "load_teacher", lambda spec: pytest.fail("loaded"))
+    short = {"instruction": "Say a.", "output": "a"}
+    rows = {name: [short, {**short, "output": 520 * "a"} if name == split else short] for name in ("train", "val")}
+    files = [f"--data.{name}={write_jsonl(tmp_path / f'{name}_long.jsonl', found)}" for name, found in rows.items()]
+    room = {"teacher": 1024, "student": 1024, role: 512}
+    names = {name: save_model(f"{name}s", n_positions=count, architecture="gpt2") for name, count in room.items()}
+    models = [f"--model.{name}.name={folder}" for name, folder in names.items()]
+    command = arguments("--data.responses=dataset", "--data.max_length=1024", "--model.student.layers=all", *files)
+    cli = build([*command, *models])
+    with pytest.raises(ValueError, match=rf"{split}: .* exceed the {role}'s 512 positions; set data.max_length to 512"):
+        run(cli)
+
+
+def test_what_the_teacher_may_write_counts_before_it_writes(arguments, monkeypatch):
+    monkeypatch.setattr(fit, "load_teacher", lambda spec: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match=r"train: conversations of up to .* exceed the student's 512 positions"):
+        run(build(arguments("--data.max_length=2048", "--data.sampling.max_new_tokens=500")))
 
 
 @pytest.mark.filterwarnings("ignore:.*ModelCheckpoint.*could not find the monitored key")  # no validation, no best

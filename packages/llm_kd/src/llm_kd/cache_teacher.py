@@ -10,10 +10,12 @@ import torch
 from jsonargparse import ArgumentParser
 from tqdm.auto import tqdm
 
-from llm_kd.data import TextDataModule, TokenBatch
+from kd_common.hub import load_config
+from llm_kd.data import SPLITS, TextDataModule, TokenBatch
 from llm_kd.data.loader import TextLoader
 from llm_kd.head import truncate
 from llm_kd.models import TeacherSpec, load_teacher
+from llm_kd.positions import check_conversations
 from llm_kd.teacher import (
     CacheHeader,
     CacheWriter,
@@ -119,6 +121,7 @@ def main(args: list[str] | None = None) -> TeacherCache:
     """Write the cache for the training and validation examples, and say how to use it."""
     settings = parser().parse_args(args)
     data = parser().instantiate_classes(settings).data
+    check_conversations({"teacher": load_config(settings.teacher.name)}, data, SPLITS)
     body = load_teacher(settings.teacher)
     body.to(settings.device)
     data.write_responses(body.model)

@@ -30,6 +30,7 @@ from llm_kd.harness import load_harness, run_harness
 from llm_kd.head import HiddenSignal
 from llm_kd.head.metrics import token_metrics
 from llm_kd.models import Body, TeacherSpec, load_teacher, shared_vocabulary
+from llm_kd.positions import check_conversations
 
 SEEDS = [10, 20, 30, 40, 50]
 """Seeds of the MiniLLM protocol, one set of answers each."""
@@ -140,11 +141,11 @@ def load(name: str, dtype: str, settings: Namespace) -> Body:
 
 def evaluate(settings: Namespace, sampling: Sampling) -> dict[str, Any]:
     """All that a parsed command line asks for; see :func:`main`."""
-    names = (settings.teacher or settings.student, settings.student)
-    vocab_size = shared_vocabulary(*map(load_tokenizer, names), *map(load_config, names))
+    names = {"teacher": settings.teacher or settings.student, "student": settings.student}
+    configs = {role: load_config(name) for role, name in names.items()}
+    vocab_size = shared_vocabulary(*map(load_tokenizer, names.values()), *configs.values())
     data: TextDataModule = parser().instantiate_classes(settings).data
-    if data.responses == "dataset":
-        data.setup("validate")  # what is wrong with the data shows before models are loaded
+    check_conversations(configs, data, ("val",))  # what is wrong with the data shows before models are loaded
     student = load(settings.student, settings.dtype, settings)
     teacher_dtype = settings.teacher_dtype or settings.dtype
     teacher = None if settings.teacher is None else load(settings.teacher, teacher_dtype, settings)

@@ -17,12 +17,14 @@ import llm_kd.rollout
 import llm_kd.selectors
 import llm_kd.strategies  # noqa: F401  (makes class names and the strategy known to the command line)
 from kd_common.cli import FitCLI, fixed_seed
+from kd_common.hub import load_config
 from kd_common.memory import peak_memory_gib
 from llm_kd.answers import Answers, answer_prompts
 from llm_kd.callbacks import StudentExport
-from llm_kd.data import TextDataModule
+from llm_kd.data import SPLITS, TextDataModule
 from llm_kd.models import Body, TeacherSpec, load_teacher
 from llm_kd.module import DistillationModule
+from llm_kd.positions import check_conversations, check_positions
 from llm_kd.summary import print_summary
 from llm_kd.teacher import CachedTeacher, CacheError, OnlineTeacher, TeacherCache, weights_fingerprint
 
@@ -134,9 +136,8 @@ def run(cli: LanguageCLI) -> Result:
         )
     data.prompts_only = not model.rollout.reads_answers
     parameters = {"student": count_parameters(model.distiller.student)}
+    check_lengths(model, data)
     body = prepare_teacher(model, data, trainer.strategy.root_device)
-    if model.rollout.generates:
-        check_positions(model, data)
     if body is not None:
         parameters["teacher"] = count_parameters(body)
     answers: dict[str, Answers] = {}
@@ -160,21 +161,22 @@ def run(cli: LanguageCLI) -> Result:
     return Result(before, model.history, answers, parameters, peak_memory_gib(), cli.run_dir)
 
 
-def check_positions(model: DistillationModule, data: TextDataModule) -> None:
-    """Refuse rollouts that would outgrow the student's positions in the middle of a run.
+def check_lengths(model: DistillationModule, data: TextDataModule) -> None:
+    """Refuse what would outgrow the positions of student or teacher, before the teacher is loaded.
 
     Raises:
-        ValueError: If the longest training prompt leaves too few for a response.
+        FileNotFoundError, RowsError, EncodingError: From the data.
+        ValueError: If a conversation is too long, or a prompt leaves too few positions for a response.
     """
-    data.setup("fit")
-    longest = max(example.prompt_length for example in data.splits["train"].examples)
-    written = model.rollout.sampling.max_new_tokens
-    positions = getattr(model.distiller.student.causal_lm.config, "max_position_embeddings", None)
-    if positions is not None and longest + written > positions:
-        raise ValueError(
-            f"a training prompt of {longest} tokens and a response of up to model.rollout.sampling.max_new_tokens "
-            f"{written} exceed the student's {positions} positions; lower that, or data.max_length"
-        )
+    spec = model.teacher_spec
+    configs = {"student": model.distiller.student.causal_lm.config}
+    if spec.cache is None or data.responses == "teacher":
+        configs["teacher"] = load_config(spec.name)
+    check_conversations(configs, data, SPLITS)
+    if model.rollout.generates:
+        written = model.rollout.sampling.max_new_tokens
+        what = f"training prompts with responses of model.rollout.sampling.max_new_tokens {written}"
+        check_positions(configs, data.longest_prompt("train") + written, what, "lower that, or data.max_length")
 
 
 def prepare_teacher(model: DistillationModule, data: TextDataModule, device: torch.device) -> Body | None:

@@ -1,7 +1,6 @@
 """Batched generation that leaves model and random state as it found them."""
 
 import math
-import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
+
+from llm_kd.positions import positions
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,7 @@ def generate(
 
 def room_for_prompt(model: Any, sampling: Sampling) -> int:
     """Largest number of tokens of a prompt that leaves the model positions for its longest response."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return (sys.maxsize if positions is None else positions) - sampling.max_new_tokens
+    return positions(model.config) - sampling.max_new_tokens
 
 
 def _check_lengths(model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:

@@ -179,8 +179,7 @@ class TextDataModule(LightningDataModule):
             if split == "train" and self.prompts_only:
                 continue
             rows = self.rows(split)
-            room = self.max_length - self.sampling.max_new_tokens
-            kept = self._prompts(rows, room)
+            kept = self._prompts(rows, self._teachers_room)
             if own := sum(row.answered for row in rows):
                 rank_zero_info(
                     f"{split}: {own:,} rows have answers of their own, which stay references; the loss falls on the "
@@ -206,7 +205,7 @@ class TextDataModule(LightningDataModule):
                     f"{split}: {cut:,} of the teacher's {len(written):,} responses end at data.sampling.max_new_tokens "
                     f"{self.sampling.max_new_tokens}, without a closing token"
                 )
-            self._keep(split, rows, examples, room)
+            self._keep(split, rows, examples, self._teachers_room)
 
     def setup(self, stage: str | None = None) -> None:
         """Read and encode the splits, once.
@@ -216,21 +215,31 @@ class TextDataModule(LightningDataModule):
             ValueError: If the teacher is to write the responses and has not done so, or if no example is left.
         """
         for split in SPLITS if stage in (None, "fit") else ("val",):
-            if split in self.splits:
-                continue
-            prompts_only = self.prompts_only and split == "train"
-            if self.responses == "teacher" and not prompts_only:
+            if self._awaits_answers(split):
                 raise ValueError(
                     "the teacher has not answered the prompts yet: call write_responses(teacher) before training, "
                     "or set responses to dataset if the files hold answers"
                 )
-            rows = self.rows(split)
-            if prompts_only:
-                prompts = self._prompts(rows, self.max_length)
-                self._keep(split, rows, [answered(prompt, [], "") for _, prompt in prompts], self.max_length)
-            else:
-                examples = [self.encoder.example(row, self.max_length, self.truncate) for row in rows]
-                self._keep(split, rows, [example for example in examples if example is not None], self.max_length)
+            self._read(split)
+
+    def longest(self, split: str) -> int:
+        """Tokens of the longest conversation of ``train`` or ``val``; with the longest answer that a teacher may write.
+
+        Raises:
+            FileNotFoundError, RowsError, EncodingError, ValueError: From the data.
+        """
+        if self._awaits_answers(split):
+            return self.longest_prompt(split) + self.sampling.max_new_tokens
+        self._read(split)
+        return max(len(example.input_ids) for example in self.splits[split].examples)
+
+    def longest_prompt(self, split: str) -> int:
+        """Tokens of the longest prompt of ``train`` or ``val``, whether or not the teacher has answered; see `longest`."""
+        if self._awaits_answers(split):
+            prompts = self._prompts(self.rows(split), self._teachers_room)
+            return max((len(prompt) for _, prompt in prompts), default=0)
+        self._read(split)
+        return max(example.prompt_length for example in self.splits[split].examples)
 
     def train_dataloader(self) -> TextLoader:
         """Batches of this rank's share, in a new order every epoch."""
@@ -257,6 +266,28 @@ class TextDataModule(LightningDataModule):
             rank=self.trainer.global_rank if self.trainer else 0,
             world_size=self.trainer.world_size if self.trainer else 1,
         )
+
+    @property
+    def _teachers_room(self) -> int:
+        """Most tokens of a prompt that the teacher answers."""
+        return self.max_length - self.sampling.max_new_tokens
+
+    def _awaits_answers(self, split: str) -> bool:
+        """Whether the teacher is to answer a split's prompts and has not."""
+        prompts_only = self.prompts_only and split == "train"
+        return self.responses == "teacher" and not prompts_only and split not in self.splits
+
+    def _read(self, split: str) -> None:
+        """Encode a split that needs no teacher, once."""
+        if split in self.splits:
+            return
+        rows = self.rows(split)
+        if self.prompts_only and split == "train":
+            prompts = self._prompts(rows, self.max_length)
+            self._keep(split, rows, [answered(prompt, [], "") for _, prompt in prompts], self.max_length)
+        else:
+            examples = [self.encoder.example(row, self.max_length, self.truncate) for row in rows]
+            self._keep(split, rows, [example for example in examples if example is not None], self.max_length)
 
     def _prompts(self, rows: Sequence[Row], room: int) -> list[tuple[Row, list[int]]]:
         """Those rows whose prompt has at most ``room`` tokens, with these."""

@@ -1,0 +1,49 @@
+"""Whether models have positions for what they are to read, asked before anything is computed."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llm_kd.data import TextDataModule
+
+
+def positions(config: Any) -> int:
+    """Largest number of tokens of a sequence that a model has positions for, by its configuration."""
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return sys.maxsize if found is None else found
+
+
+def check_positions(configs: Mapping[str, Any], tokens: int, what: str, remedy: str) -> None:
+    """Refuse sequences beyond a model's positions: learned ones end in an index error, others go on, silently worse.
+
+    Args:
+        configs: Configurations of the models that read the sequences, by what to call these.
+        tokens: Length of the longest sequence.
+        what: What the sequences are, for the message.
+        remedy: What to do, for the message.
+
+    Raises:
+        ValueError: If a model has too few.
+    """
+    for name, config in configs.items():
+        if tokens > (room := positions(config)):
+            raise ValueError(f"{what} of up to {tokens} tokens exceed the {name}'s {room} positions; {remedy}")
+
+
+def check_conversations(configs: Mapping[str, Any], data: "TextDataModule", splits: Sequence[str]) -> None:
+    """Refuse data with conversations beyond the positions of the models that read them.
+
+    Args:
+        configs: Configurations of the models, by what to call these.
+        data: The data; the teacher need not have answered yet.
+        splits: Which of ``train`` and ``val`` are read.
+
+    Raises:
+        FileNotFoundError, RowsError, EncodingError: From the data.
+        ValueError: If a model has too few.
+    """
+    fewest = min(map(positions, configs.values()))
+    remedy = f"set data.max_length to {fewest} or less, so that longer ones are left out and counted"
+    for split in splits:
+        check_positions(configs, data.longest(split), f"{split}: conversations", remedy)
