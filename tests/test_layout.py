@@ -69,3 +69,9 @@ def test_every_constraint_is_name_and_version():
     assert lines
     bad = [ln for ln in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!+_-]+", ln)]
     assert not bad, bad
+
+
+def test_every_command_ends_with_a_message_where_its_user_can_mend_the_cause():
+    commands = [text for package in PACKAGES for file in sources(package) if "__main__" in (text := file.read_text())]
+    assert len(commands) == 16
+    assert all('if __name__ == "__main__":\n    run_command(' in text for text in commands)

@@ -1,6 +1,47 @@
-"""Errors that every training system raises, and what their messages say."""
+"""Errors that every training system raises, what their messages say, and how a command ends with one."""
 
+import os
+import sys
+import traceback
+from collections.abc import Callable
 from typing import Any
+
+from kd_common.registry import UnknownNameError
+
+REFUSALS = (ValueError, OSError, ModuleNotFoundError, UnknownNameError)
+"""What settings, data and files of a user are refused with: the message says what is wrong and what to do."""
+
+TRACEBACK = "KD_TRACEBACK"
+"""Environment variable: set, a command shows where an error was raised, whatever it is."""
+
+TRAINING_LOOP = "lightning.pytorch.loops.fit_loop"
+
+
+def run_command(command: Callable[[], Any]) -> None:
+    """Run what a command line asks for; a refusal ends it as a mistyped option does, with one message and code 2.
+
+    Everything else keeps its traceback, and so does any error raised while a model trains, where what it says is no
+    longer about what the user gave.
+
+    Args:
+        command: Parses ``sys.argv`` and does the work.
+
+    Raises:
+        SystemExit: With code 2, after the message of a refusal on the standard error.
+    """
+    try:
+        command()
+    except REFUSALS as error:
+        if os.environ.get(TRACEBACK) or in_training(error):
+            raise
+        print(f"error: {error}\n({TRACEBACK}=1 in the environment shows where)", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def in_training(error: BaseException) -> bool:
+    """Whether an error was raised inside Lightning's training loop, validation between its epochs included."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__") == TRAINING_LOOP for frame, _ in frames)
 
 
 class NonFiniteLossError(RuntimeError):

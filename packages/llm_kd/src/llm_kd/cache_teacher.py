@@ -10,6 +10,7 @@ import torch
 from jsonargparse import ArgumentParser
 from tqdm.auto import tqdm
 
+from kd_common.errors import run_command
 from kd_common.hub import load_config
 from llm_kd.data import SPLITS, TextDataModule, TokenBatch
 from llm_kd.data.loader import TextLoader
@@ -143,4 +144,4 @@ def main(args: list[str] | None = None) -> TeacherCache:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -19,6 +19,7 @@ import matplotlib
 import torch
 
 from kd_common.compare import Row, by_variant, compare_command, mean_and_spread, write_table
+from kd_common.errors import run_command
 from llm_kd.fit import CONFIG_DIR, build, run
 
 matplotlib.use("Agg")
@@ -107,4 +108,4 @@ def main(args: list[str] | None = None) -> list[Row]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

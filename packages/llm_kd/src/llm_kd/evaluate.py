@@ -20,6 +20,7 @@ from rich.table import Table
 from tqdm.auto import tqdm
 
 from kd_common.compare import mean_and_spread
+from kd_common.errors import run_command
 from kd_common.files import write_atomically
 from kd_common.hub import load_config, load_tokenizer
 from llm_kd.answers import Answers, answer_prompts
@@ -256,4 +257,4 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -17,6 +17,7 @@ import llm_kd.rollout
 import llm_kd.selectors
 import llm_kd.strategies  # noqa: F401  (makes class names and the strategy known to the command line)
 from kd_common.cli import FitCLI, fixed_seed
+from kd_common.errors import run_command
 from kd_common.hub import load_config
 from kd_common.memory import peak_memory_gib
 from llm_kd.answers import Answers, answer_prompts
@@ -234,4 +235,4 @@ def main(args: ArgsType = None) -> Result:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

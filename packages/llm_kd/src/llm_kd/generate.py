@@ -11,6 +11,7 @@ import torch
 from jsonargparse import ArgumentParser
 from transformers import TextStreamer
 
+from kd_common.errors import run_command
 from kd_common.hub import load_causal_lm, load_tokenizer
 from llm_kd.data import Encoder, Message, Row
 from llm_kd.generation import Sampling, generate
@@ -62,4 +63,4 @@ def main(args: list[str] | None = None) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from torch import Tensor
 
+from kd_common.errors import run_command
 from kd_common.hub import load_causal_lm, load_config, load_tokenizer
 from kd_common.report import Section, Series, read_config, read_metrics, run_names, write_report
 from llm_kd.data import TextDataModule
@@ -215,4 +216,4 @@ def main(args: list[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -20,6 +20,7 @@ from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
+from kd_common.errors import run_command
 from kd_common.files import read_json, write_atomically
 from kd_common.hub import EMBEDDED, load_causal_lm, load_config
 from kd_common.memory import peak_bytes
@@ -371,4 +372,4 @@ def print_table(rows: Sequence[dict[str, Any]], console: Console) -> None:
 
 
 if __name__ == "__main__":
-    auto_cli(benchmark, as_positional=False)
+    run_command(lambda: auto_cli(benchmark, as_positional=False))

@@ -12,6 +12,7 @@ from jsonargparse import auto_cli
 from safetensors.torch import save
 from torch import Tensor
 
+from kd_common.errors import run_command
 from kd_common.files import write_atomically
 from kd_common.hub import DTYPES, load_config
 from spec_decode.drafters.files import read_config, read_weights
@@ -99,4 +100,4 @@ def export(drafter: str, output: str, dtype: str = "bfloat16") -> None:
 
 
 if __name__ == "__main__":
-    auto_cli(export, as_positional=False)
+    run_command(lambda: auto_cli(export, as_positional=False))

@@ -12,6 +12,7 @@ from typing import Any
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 
 from kd_common.cli import FitCLI, fixed_seed
+from kd_common.errors import run_command
 from kd_common.hub import load_config
 from spec_decode.callbacks import DrafterExport
 from spec_decode.data import TargetText
@@ -156,4 +157,4 @@ def main(args: ArgsType = None) -> Result:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

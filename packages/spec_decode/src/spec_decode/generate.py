@@ -9,6 +9,7 @@ from typing import TextIO
 
 from jsonargparse import auto_cli
 
+from kd_common.errors import run_command
 from spec_decode.decoder import Generation
 from spec_decode.session import Session, TextStream
 
@@ -116,4 +117,4 @@ def generate(
 
 
 if __name__ == "__main__":
-    auto_cli(generate, as_positional=False)
+    run_command(lambda: auto_cli(generate, as_positional=False))

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 
+from kd_common.errors import run_command
 from kd_common.report import Section, Series, read_config, read_metrics, run_names, write_report
 from spec_decode.data.prompts import packaged_prompts, read_prompts
 from spec_decode.decoder import PHASES, SpeculativeDecoder
@@ -249,4 +250,4 @@ def main(args: list[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from kd_common.compare import Row, by_variant, compare_command, mean_and_spread, write_table
+from kd_common.errors import run_command
 from vision_kd.figures import plot_accuracy, plot_gsnr
 from vision_kd.fit import CONFIG_DIR, build, run
 
@@ -95,4 +96,4 @@ def main(args: list[str] | None = None) -> list[Row]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -15,6 +15,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
+from kd_common.errors import run_command
 from vision_kd.data import ImageDataModule
 from vision_kd.detection.data import COCO
 from vision_kd.detection.detector import Detector
@@ -142,4 +143,4 @@ def main(args: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

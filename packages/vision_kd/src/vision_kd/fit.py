@@ -20,6 +20,7 @@ import vision_kd.methods
 import vision_kd.module
 import vision_kd.policies  # noqa: F401  (makes the class names known to the command line)
 from kd_common.cli import FitCLI, fixed_seed
+from kd_common.errors import run_command
 from vision_kd.callbacks import StudentExport
 from vision_kd.data import ImageDataModule
 from vision_kd.guards import check_trainer
@@ -213,4 +214,4 @@ def main(args: ArgsType = None) -> Result:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

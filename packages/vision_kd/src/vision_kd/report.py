@@ -17,6 +17,7 @@ from rich.console import Console
 from torch import Tensor
 from tqdm import tqdm
 
+from kd_common.errors import run_command
 from kd_common.report import Section, Series, read_config, read_metrics, run_names, write_report
 from vision_kd.data import ImageDataModule
 from vision_kd.diagnosis import calibration_error, class_accuracy, class_correlation, collect_logits
@@ -259,4 +260,4 @@ def main(args: list[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
