@@ -1,8 +1,10 @@
 """Models by name: local folders, errors that say what to do, and the embedded model."""
 
 import json
+import shutil
 import time
 
+import huggingface_hub
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -31,6 +33,30 @@ def test_a_local_folder_loads_quietly_in_the_asked_precision(folder, dtype, capf
     assert not model.training
     assert capfd.readouterr() == ("", "")
     assert hub.load_config(str(folder)).num_hidden_layers == 2
+
+
+def test_a_model_is_known_by_what_its_folder_holds(folder, tmp_path, monkeypatch):
+    source = hub.model_source(str(folder))
+    monkeypatch.chdir(tmp_path)
+    assert hub.model_source("./tiny/") == source
+    shutil.copytree(folder, tmp_path / "copy")
+    config = tmp_path / "copy/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"transformers_version": "9"}))
+    assert hub.model_source("copy") == source
+    weights = tmp_path / "copy/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert hub.model_source("copy") != source
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_model_of_the_hub_is_known_by_name_and_revision(folder, tmp_path, monkeypatch):
+    revision = 20 * "a1"
+    cached = tmp_path / "models--owner--model"
+    shutil.copytree(folder, cached / "snapshots" / revision)
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text(revision)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert hub.model_source("owner/model") == f"owner/model at revision {revision}"
 
 
 def test_unknown_precision(folder):

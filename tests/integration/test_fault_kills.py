@@ -92,7 +92,7 @@ def test_a_run_killed_at_any_moment_ends_as_if_undisturbed(
 def test_a_teacher_cache_killed_at_any_moment_is_continued(tmp_path, target, tiny_run, die, monkeypatch):
     """The command, which also writes the responses; test_teacher_cache.py tests the writer alone."""
     data = [argument for argument in tiny_run("llm_kd", tmp_path) if argument.startswith("--data.")]
-    command = [f"--teacher.name={target}", "--size=8", *data]
+    command = [f"--model.teacher.name={target}", "--size=8", *data]
     draws = random.Random(4)
 
     def attempt(name, **death):

@@ -169,10 +169,8 @@ def test_the_responses_are_written_once(arguments, tmp_path, monkeypatch):
 
 
 def cached(arguments, folder, *extra):
-    """The command line that stores the teacher of a run, with the run's data settings."""
-    data = [argument for argument in arguments() if argument.startswith("--data.")]
-    teacher = next(argument for argument in arguments() if argument.startswith("--model.teacher.name="))
-    return [f"--folder={folder}", teacher.replace("model.", ""), *data, *extra]
+    """The command line that stores the teacher of a run: the run's own, and where to."""
+    return [f"--folder={folder}", *arguments(), *extra]
 
 
 def test_training_from_a_whole_stored_teacher_equals_training_online(arguments, tmp_path):
@@ -200,9 +198,60 @@ def test_training_from_a_truncated_teacher_follows_a_lower_bound(arguments, tmp_
 
 
 def test_a_cache_of_another_teacher_is_refused(arguments, tmp_path, save_model):
-    cache_teacher_main(cached(arguments, tmp_path / "cache", "--size=8", f"--teacher.name={save_model('b', seed=1)}"))
+    cache_teacher_main(
+        cached(arguments, tmp_path / "cache", "--size=8", f"--model.teacher.name={save_model('b', seed=1)}")
+    )
     with pytest.raises(CacheError, match="holds another teacher or vocabulary"):
         run(build(arguments(f"--model.teacher.cache={tmp_path / 'cache'}")))
+
+
+@pytest.fixture
+def answered(arguments, tmp_path):
+    """Settings of a run on a data set's answers, and a cache for them."""
+    rows = [{"instruction": text, "output": text[::-1]} for text in PROMPTS]
+    files = [f"--data.{split}={write_jsonl(tmp_path / f'{split}_answers.jsonl', rows)}" for split in ("train", "val")]
+    settings = ["--data.responses=dataset", "--trainer.max_epochs=1", "--answers=0", *files]
+    data = [argument for argument in settings if argument.startswith("--data.")]
+    cache_teacher_main(cached(arguments, tmp_path / "cache", "--size=8", *data))
+    return [*settings, f"--model.teacher.cache={tmp_path / 'cache'}"]
+
+
+def test_a_recipe_gives_cache_and_run_the_same_data(tmp_path, save_model):
+    """Its length limit is not the default one; the long answer would be missing from the cache."""
+    teacher = save_model("long", max_position_embeddings=1024)
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"instruction": "Say a.", "output": n * "a"} for n in (3, 700)])
+    recipe = ["--config=pairs/own", f"--model.teacher.name={teacher}", f"--data.train={rows}", f"--data.val={rows}"]
+    cache = cache_teacher_main([f"--folder={tmp_path / 'cache'}", "--size=8", *recipe])
+    data = build([*recipe, f"--run_dir={tmp_path / 'run'}", "--trainer.accelerator=cpu"]).datamodule
+    data.setup("fit")
+    assert sorted(cache.keys()) == sorted(example.key for example in data.splits["train"].examples)
+    assert len(cache) == 2
+
+
+def test_a_stored_teacher_is_known_by_its_files_and_not_loaded(arguments, answered, tmp_path, monkeypatch):
+    """Its path spelled otherwise is the same teacher, other weights or another precision in that place are not."""
+    monkeypatch.setattr(fit, "load_teacher", lambda spec: pytest.fail("loaded"))
+    monkeypatch.chdir(tmp_path)
+    spelled = ["--model.teacher.name=./teacher/"]
+    assert run(build(arguments(*answered, *spelled))).last["kl"] > 0
+    with pytest.raises(CacheError, match=r"in float32.*is SHA-256 .* in bfloat16"):
+        run(build(arguments(*answered, "--model.teacher.dtype=bfloat16")))
+    weights = tmp_path / "teacher/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(CacheError, match=r"holds another teacher: it was written by .*teacher "):
+        run(build(arguments(*answered)))
+
+
+def test_a_cache_of_an_earlier_version_is_compared_by_the_loaded_weights(arguments, answered, tmp_path, save_model):
+    manifest = tmp_path / "cache/manifest.json"
+    content = json.loads(manifest.read_text())
+    assert content.pop("source").startswith("SHA-256")
+    manifest.write_text(json.dumps(content))
+    assert run(build(arguments(*answered))).last["kl"] > 0
+    with pytest.raises(CacheError, match="holds another teacher or vocabulary"):
+        run(build(arguments(*answered, f"--model.teacher.name={save_model('other', seed=1, vocab=272)}")))
 
 
 def test_dataset_answers(arguments, tmp_path):

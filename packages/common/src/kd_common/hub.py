@@ -4,8 +4,10 @@ Needs the extra ``kd-common[hub]``.
 """
 
 import copy
+import hashlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import shutil
 import socket
@@ -19,7 +21,7 @@ from urllib.request import getproxies
 
 import torch
 from filelock import FileLock
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.constants import ENDPOINT
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -34,6 +36,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 """Files of settings in a model's folder; transformers goes on without some of them when they are damaged."""
+
+CONFIG_WITHOUT_EFFECT = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
+"""Entries of a model's configuration that change neither its logits nor, beyond the weights, their precision."""
+
+REMEDY = "fetch or save the model again"
 
 T = TypeVar("T")
 
@@ -80,6 +87,27 @@ def load_config(name: str) -> Any:
     return _load(AutoConfig.from_pretrained, name)
 
 
+def model_source(name: str) -> str:
+    """What tells a model from others without loading its weights; see :func:`load_causal_lm` for the names and errors.
+
+    A folder is known by its content, however its path is spelled: a SHA-256 over configuration and weight files, which
+    takes about a second per gigabyte. The Hub's models are known by name and revision, the embedded one by its version.
+    """
+    if name == EMBEDDED:
+        return embedded_folder().name
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        load_config(name)  # brings at least this file to the local cache, whose folders are named after revisions
+        return f"{name} at revision {Path(str(try_to_load_from_cache(name, SETTINGS[0]))).parent.name}"
+    config = read_json(folder / SETTINGS[0], REMEDY)
+    told = {key: value for key, value in config.items() if key not in CONFIG_WITHOUT_EFFECT}
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+    for path in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return f"SHA-256 {digest.hexdigest()}"
+
+
 def _load(load: Callable[..., T], name: str, **settings: Any) -> T:
     folder = embedded_folder() if name == EMBEDDED else Path(name).expanduser()
     if not folder.is_dir():
@@ -95,7 +123,7 @@ def _load(load: Callable[..., T], name: str, **settings: Any) -> T:
     for path in (folder / name for name in SETTINGS):
         if path.is_file():
             try:
-                read_json(path, "fetch or save the model again")
+                read_json(path, REMEDY)
             except ValueError as error:
                 raise ModelFilesError(str(error)) from error
     with quiet():

@@ -1,19 +1,22 @@
 """``python -m llm_kd.cache_teacher --folder F``: store a teacher's distributions, so that training need not run it.
 
-Train from it with the same data settings and ``--model.teacher.cache F``.
+The rest of the command line is that of ``llm_kd.fit``, configurations included; train with the same and
+``--model.teacher.cache F``.
 """
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from jsonargparse import ArgumentParser
+from jsonargparse import Namespace
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from tqdm.auto import tqdm
 
 from kd_common.errors import run_command
 from kd_common.hub import load_config
-from llm_kd.data import SPLITS, TextDataModule, TokenBatch
+from llm_kd.data import SPLITS, TokenBatch
 from llm_kd.data.loader import TextLoader
+from llm_kd.fit import LanguageCLI, build
 from llm_kd.head import truncate
 from llm_kd.models import TeacherSpec, load_teacher
 from llm_kd.positions import check_conversations
@@ -38,6 +41,7 @@ def cache_teacher(
     vocab_size: int,
     teacher: str,
     tokenizer: str,
+    source: str | None = None,
     dtype: str = "float16",
     device: torch.device | str = "cpu",
     shard_bytes: int = 2**26,
@@ -53,6 +57,8 @@ def cache_teacher(
         vocab_size: Number V of tokens of the tokenizer.
         teacher: The teacher's name, for people.
         tokenizer: Fingerprint of the vocabulary, :func:`llm_kd.teacher.vocabulary_fingerprint`.
+        source: What the teacher was loaded from, :meth:`llm_kd.models.TeacherSpec.source`: training on a data set's
+            answers then knows the teacher without loading it.
         dtype: Precision of the stored log-probabilities: float16, bfloat16 or float32.
         device: Where the teacher runs.
         shard_bytes: Size of a shard; a kill loses at most one.
@@ -71,7 +77,7 @@ def cache_teacher(
     weights = weights_fingerprint(body)
     header = CacheHeader(teacher, weights, tokenizer, vocab_size, size, dtype)
     online = OnlineTeacher(body).to(device)
-    with CacheWriter(folder, header, shard_bytes=shard_bytes) as writer:
+    with CacheWriter(folder, header, source=source, shard_bytes=shard_bytes) as writer:
         missing: dict[str, int] = {}
         for batch in batches:
             missing.update((k, n) for k, n in zip(batch.keys, supervised_counts(batch), strict=True) if k not in writer)
@@ -105,41 +111,49 @@ def _add(writer: CacheWriter, teacher: OnlineTeacher, batch: TokenBatch, device:
     return len(tokens)
 
 
-def parser() -> ArgumentParser:
-    """Command line of this module; ``data`` takes what ``llm_kd.fit`` takes."""
-    parser = ArgumentParser(prog="python -m llm_kd.cache_teacher", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--folder", type=str, required=True, help="Where to write; an interrupted cache is continued.")
-    parser.add_argument("--size", type=int, default=64, help="Tokens stored per position, K.")
-    parser.add_argument("--dtype", type=str, default="float16", help="float16, bfloat16 or float32.")
-    parser.add_argument("--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu", help="Device.")
-    parser.add_argument("--teacher", type=TeacherSpec, default=TeacherSpec(), help="The teacher.")
-    parser.add_class_arguments(TextDataModule, "data")
-    parser.link_arguments("teacher.name", "data.tokenizer")
-    return parser
+class CacheCLI(LanguageCLI):
+    """The command line of ``llm_kd.fit``, so that the two agree on the data; of the run, the data alone are built."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add where and how to store."""
+        super().add_arguments_to_parser(parser)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        parser.add_argument("--folder", type=str, required=True, help="Where to write; continued if interrupted.")
+        parser.add_argument("--size", type=int, default=64, help="Tokens stored per position, K.")
+        parser.add_argument("--dtype", type=str, default="float16", help="float16, bfloat16 or float32, as stored.")
+        parser.add_argument("--device", type=str, default=device, help="Where the teacher runs.")
+
+    def instantiate_classes(self) -> None:
+        """Build the data."""
+        self.datamodule = self.parser.instantiate_classes(Namespace(data=self.config["data"]))["data"]
 
 
-def main(args: list[str] | None = None) -> TeacherCache:
+def main(args: ArgsType = None) -> TeacherCache:
     """Write the cache for the training and validation examples, and say how to use it."""
-    settings = parser().parse_args(args)
-    data = parser().instantiate_classes(settings).data
-    check_conversations({"teacher": load_config(settings.teacher.name)}, data, SPLITS)
-    body = load_teacher(settings.teacher)
-    body.to(settings.device)
+    cli = build(args, CacheCLI)
+    settings, data = cli.config, cli.datamodule
+    spec = TeacherSpec(**settings["model"]["init_args"]["teacher"])
+    check_conversations({"teacher": load_config(spec.name)}, data, SPLITS)
+    body = load_teacher(spec)
+    body.to(settings["device"])
     data.write_responses(body.model)
     data.setup()
     examples = [example for split in data.splits.values() for example in split.examples]
     cache = cache_teacher(
         body,
         TextLoader(examples, data.val_batch_size, pad_id=data.pad_id, shuffle=False),
-        settings.folder,
-        size=settings.size,
+        settings["folder"],
+        size=settings["size"],
         vocab_size=data.vocab_size,
-        teacher=settings.teacher.name,
+        teacher=spec.name,
         tokenizer=vocabulary_fingerprint(data.encoder.tokenizer.get_vocab()),
-        dtype=settings.dtype,
-        device=settings.device,
+        source=spec.source(),
+        dtype=settings["dtype"],
+        device=settings["device"],
     )
-    print(f"{len(cache):,} examples, {cache.num_tokens:,} tokens; use it with --model.teacher.cache {settings.folder}")
+    print(
+        f"{len(cache):,} examples, {cache.num_tokens:,} tokens; use it with --model.teacher.cache {settings['folder']}"
+    )
     return cache
 
 

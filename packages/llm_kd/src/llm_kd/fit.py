@@ -27,7 +27,7 @@ from llm_kd.models import Body, TeacherSpec, load_teacher
 from llm_kd.module import DistillationModule
 from llm_kd.positions import check_conversations, check_positions
 from llm_kd.summary import print_summary
-from llm_kd.teacher import CachedTeacher, CacheError, OnlineTeacher, TeacherCache, weights_fingerprint
+from llm_kd.teacher import CachedTeacher, OnlineTeacher, TeacherCache, weights_fingerprint
 
 CONFIG_DIR = Path(str(files("llm_kd") / "configs"))
 
@@ -106,13 +106,14 @@ class Result:
         return min(self.history, key=lambda epoch: epoch["kl"])
 
 
-def build(args: ArgsType = None) -> LanguageCLI:
+def build(args: ArgsType = None, cli_class: type[LanguageCLI] = LanguageCLI) -> LanguageCLI:
     """Parse the configuration and instantiate model, data and trainer; runs nothing.
 
     Args:
         args: Command line as a list, configuration as a dict, or None for ``sys.argv``.
+        cli_class: Of what is built; :mod:`llm_kd.cache_teacher` parses the same and builds less.
     """
-    return LanguageCLI(
+    return cli_class(
         DistillationModule,
         TextDataModule,
         config_dir=CONFIG_DIR,
@@ -195,21 +196,21 @@ def prepare_teacher(model: DistillationModule, data: TextDataModule, device: tor
         CacheError: If the stored teacher is damaged or another one.
     """
     spec: TeacherSpec = model.teacher_spec
-    body = load_teacher(spec) if spec.cache is None or data.responses == "teacher" else None
+    cache = None if spec.cache is None else TeacherCache(spec.cache)
+    # Whose cache of an earlier version it is only the weights themselves tell.
+    needed = cache is None or cache.source is None or data.responses == "teacher"
+    body = load_teacher(spec) if needed else None
     if body is not None and data.responses == "teacher":
         body.to(device)
         data.write_responses(body.model)
-    if spec.cache is None:
+    if cache is None:
         assert body is not None
         model.attach_teacher(OnlineTeacher(body))
         return body
-    cache = TeacherCache(spec.cache)
-    if body is not None:
+    if body is None:
+        cache.check_source(spec.source())
+    else:
         cache.check(weights=weights_fingerprint(body))
-    elif cache.header.teacher != spec.name:  # without the weights, the name is all there is to compare
-        raise CacheError(
-            f"model.teacher.cache {spec.cache} was written by {cache.header.teacher}, model.teacher.name is {spec.name}"
-        )
     model.attach_teacher(CachedTeacher(cache))
     return None
 

@@ -234,7 +234,7 @@ class TextDataModule(LightningDataModule):
         return max(len(example.input_ids) for example in self.splits[split].examples)
 
     def longest_prompt(self, split: str) -> int:
-        """Tokens of the longest prompt of ``train`` or ``val``, whether or not the teacher has answered; see `longest`."""
+        """Tokens of the longest prompt of ``train`` or ``val``; see :meth:`longest`."""
         if self._awaits_answers(split):
             prompts = self._prompts(self.rows(split), self._teachers_room)
             return max((len(prompt) for _, prompt in prompts), default=0)

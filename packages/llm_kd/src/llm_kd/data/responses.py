@@ -14,13 +14,12 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from kd_common.files import cache_root, checksummed_line, naming, read_checksummed_line
+from kd_common.hub import CONFIG_WITHOUT_EFFECT
 from llm_kd.fingerprint import tensors_fingerprint
 from llm_kd.generation import Sampling, generate
 from llm_kd.models import vocabulary_size
 
 CACHE_FORMAT = 1
-CONFIG_WITHOUT_EFFECT = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
-"""Entries of a model's configuration that change neither its logits nor, beyond the weights, their precision."""
 
 
 class ResponsesError(ValueError):

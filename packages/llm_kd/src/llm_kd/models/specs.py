@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from kd_common.hub import EMBEDDED
+from kd_common.hub import EMBEDDED, model_source
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,10 @@ class TeacherSpec:
 
     def __post_init__(self) -> None:
         _check_attention("teacher", self.attention)
+
+    def source(self) -> str:
+        """What tells its weights from others without loading them; :func:`kd_common.hub.model_source` and precision."""
+        return f"{model_source(self.name)} in {self.dtype}"
 
 
 @dataclass(frozen=True)

@@ -74,11 +74,20 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class Manifest:
-    """Content of ``manifest.json``; ``complete`` is False while examples are still to be written."""
+    """Content of ``manifest.json``.
+
+    Attributes:
+        header: What the cache holds.
+        shards: Its files.
+        complete: False while examples are still to be written.
+        source: What the teacher was loaded from, :meth:`llm_kd.models.TeacherSpec.source`, by which it is known without
+            being loaded; None in caches of earlier versions.
+    """
 
     header: CacheHeader
     shards: tuple[Shard, ...] = ()
     complete: bool = False
+    source: str | None = None
 
     def dumps(self) -> str:
         """As JSON, with a few derived numbers for people."""
@@ -88,7 +97,8 @@ class Manifest:
             "tokens": sum(shard.tokens for shard in self.shards),
         }
         shards = [shard._asdict() for shard in self.shards]
-        content = {"format": FORMAT, **asdict(self.header), **derived, "complete": self.complete, "shards": shards}
+        state = {"complete": self.complete, "source": self.source}
+        content = {"format": FORMAT, **asdict(self.header), **derived, **state, "shards": shards}
         return json.dumps(content, indent=1) + "\n"
 
     @classmethod
@@ -105,7 +115,8 @@ class Manifest:
             content = json.loads(path.read_text())
             found = content["format"]
             header = CacheHeader(**{field.name: content[field.name] for field in fields(CacheHeader)})
-            manifest = cls(header, tuple(Shard(**shard) for shard in content["shards"]), content["complete"])
+            shards = tuple(Shard(**shard) for shard in content["shards"])
+            manifest = cls(header, shards, content["complete"], content.get("source"))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             cause = f"{type(error).__name__}: {error}"
             raise CacheError(f"{path} is damaged ({cause}); delete the folder and cache the teacher again") from error
@@ -148,7 +159,8 @@ class TeacherCache:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         manifest = Manifest.load(self.folder)
-        self.header, self.shards, self.complete = manifest.header, manifest.shards, manifest.complete
+        self.header, self.shards = manifest.header, manifest.shards
+        self.complete, self.source = manifest.complete, manifest.source
         self.layout = self.header.layout
         self._records: list[Any] = []
         self._entries: dict[bytes, _Entry] = {}
@@ -188,6 +200,21 @@ class TeacherCache:
             raise CacheError(
                 f"{self.folder} holds another teacher or vocabulary ({self.header.teacher}; {'; '.join(differences)}); "
                 "choose another folder, or cache this teacher"
+            )
+
+    def check_source(self, source: str) -> None:
+        """Compare the teacher with the one that is to be distilled, without loading it.
+
+        Args:
+            source: What that one would be loaded from, :meth:`llm_kd.models.TeacherSpec.source`.
+
+        Raises:
+            CacheError: If it is another one.
+        """
+        if source != self.source:
+            raise CacheError(
+                f"{self.folder} holds another teacher: it was written by {self.header.teacher} ({self.source}), the "
+                f"one named is {source}. Name that one with its dtype, or cache this one in another folder"
             )
 
     def read(self, keys: Sequence[str]) -> Stored:

@@ -38,6 +38,7 @@ class CacheWriter:
     Args:
         folder: The cache's folder; made if need be.
         header: What the cache holds.
+        source: What the teacher was loaded from; see :class:`llm_kd.teacher.cache.Manifest`.
         shard_bytes: Size at which a shard is written; about three times as much memory is used.
 
     Raises:
@@ -46,13 +47,15 @@ class CacheWriter:
         DiskFullError: When the disk is full.
     """
 
-    def __init__(self, folder: str | Path, header: CacheHeader, *, shard_bytes: int = 2**26) -> None:
+    def __init__(
+        self, folder: str | Path, header: CacheHeader, *, source: str | None = None, shard_bytes: int = 2**26
+    ) -> None:
         if shard_bytes < 1:
             raise ValueError(f"shard_bytes must be at least 1, got {shard_bytes}")
         self.folder = Path(folder)
         self.layout = header.layout
         self.shard_bytes = shard_bytes
-        self._manifest = Manifest(header)
+        self._manifest = Manifest(header, source=source)
         self._stored: set[str] = set()
         self._pending: dict[str, Tensor] = {}
         self._lock = FileLock(self.folder / ".lock")
@@ -144,7 +147,7 @@ class CacheWriter:
                 "another folder, or delete it"
             )
         self._stored = set(existing.keys())
-        self._manifest = Manifest(existing.header, existing.shards)
+        self._manifest = Manifest(existing.header, existing.shards, source=self._manifest.source or existing.source)
 
     def _flush(self) -> None:
         """Write the pending examples as a shard."""
