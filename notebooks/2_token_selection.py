@@ -39,8 +39,8 @@ from kd_common.compare import mean_and_spread, write_table
 from kd_common.functional import total_variation
 from kd_common.hub import EMBEDDED, load_tokenizer
 from llm_kd.data.example import Example
+from llm_kd.figures import mark_tokens
 from llm_kd.models import Body, TeacherSpec, depth_prune, load_teacher
-from llm_kd.report import mark_tokens
 from llm_kd.selection import speck_accept_probability
 from llm_kd.token_table import token_table
 

@@ -44,10 +44,10 @@ from spec_decode.cost import best_tree, expected_tokens, speedup
 from spec_decode.decoder import SpeculativeDecoder
 from spec_decode.drafters import PromptLookup
 from spec_decode.drafters.draft_model import PretrainedDraft
+from spec_decode.figures import Passes, plot_time, plot_trees
 from spec_decode.measure import first_divergence, measure
 from spec_decode.models import CausalLM
 from spec_decode.proposals import SampledTree, sampled_tree
-from spec_decode.report import Passes, plot_time, plot_trees
 from spec_decode.sampling import Sampling, row_seeds
 from spec_decode.session import Session
 from spec_decode.tree import ancestor_mask, backbone_tree

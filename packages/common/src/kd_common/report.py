@@ -17,12 +17,16 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from kd_common.files import write_atomically
 
 Series = tuple[np.ndarray, np.ndarray]
 """Updates and the values logged at them."""
+
+MARKERS = "osD^vPX"
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,21 @@ def _rendered(figure: Figure, kind: str) -> bytes:
     with rc_context({"svg.hashsalt": "kd"}):  # the same figure gives the same bytes
         figure.savefig(buffer, format=kind, dpi=130, metadata={"Date": None} if kind == "svg" else None)
     return buffer.getvalue()
+
+
+def curve_style(number: int) -> dict[str, Any]:
+    """How the curve of that number, from 0, is drawn: colour, and markers that tell it apart in a grey print."""
+    marker = MARKERS[number % len(MARKERS)]
+    return {"color": f"C{number}", "marker": marker, "markersize": 4, "markevery": 0.08, "linewidth": 1.2}
+
+
+def log_scale(axes: Axes) -> None:
+    """A logarithmic y axis, for curves already drawn, whose ticks read 0.2, not 2 × 10⁻¹; zeros are left out."""
+    axes.set_yscale("log", nonpositive="mask")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 5 * low else range(1, 10)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def read_config(run: Path) -> dict[str, Any]:

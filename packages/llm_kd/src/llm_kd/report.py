@@ -8,23 +8,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jsonargparse import ArgumentParser
 from markupsafe import Markup, escape
-from matplotlib.figure import Figure
 from rich.console import Console
-from torch import Tensor
 
 from kd_common.errors import run_command
 from kd_common.hub import load_causal_lm, load_config, load_tokenizer
-from kd_common.report import Section, Series, read_config, read_metrics, run_names, write_report
+from kd_common.report import Section, read_config, read_metrics, run_names, write_report
 from llm_kd.data import TextDataModule
+from llm_kd.figures import Metrics, mark_tokens, plot_entropy, plot_positions, plot_progress
 from llm_kd.models import Body, shared_vocabulary
 from llm_kd.token_table import token_table
-
-Metrics = Mapping[str, Series]
-ACCEPTED, REJECTED = "#d7f0d0", "#f8d0cc"
-PANELS = {"val/kl": "KL to the teacher (nats)", "val/nll": "negative log-likelihood (nats)", "val/tar": "TAR (%)"}
 
 
 def class_name(settings: Any, default: str) -> str:
@@ -47,73 +41,6 @@ def summary(name: str, config: Mapping[str, Any], metrics: Metrics) -> dict[str,
         },
         "TAR %, start → last": " → ".join(f"{100 * metrics['val/tar'][1][i]:.1f}" for i in (0, -1)),
     }
-
-
-def plot_progress(runs: Mapping[str, Metrics]) -> Figure:
-    """Held-out KL, NLL and acceptance, and the acceptance in training, over the updates."""
-    figure = Figure(figsize=(9.6, 6.2), layout="constrained")
-    panels = list(figure.subplots(2, 2).flat)
-    for name, metrics in runs.items():
-        for axes, key in zip(panels, PANELS, strict=False):
-            steps, values = metrics[key]
-            made = np.where(steps > 0, steps + 1, 0)  # the first validation is before training
-            axes.plot(made, (100 if key == "val/tar" else 1) * values, ".-", label=name)
-        steps, values = metrics["train/tar"]
-        panels[3].plot(steps + 1, 100 * values, lw=1, label=name)
-    for axes, label in zip(
-        panels, [f"held-out {label}" for label in PANELS.values()] + ["accepted in training (%)"], strict=True
-    ):
-        axes.set(xlabel="updates", ylabel=label)
-        axes.grid(alpha=0.3)
-    panels[0].legend(fontsize=7)
-    return figure
-
-
-def plot_positions(tables: Mapping[str, Mapping[str, Tensor]]) -> Figure:
-    """KL and acceptance by the position in the answer, in bins that hold equally many tokens, a curve per run."""
-    return _by(tables, "position", "position in the answer (tokens)", bins=12)
-
-
-def plot_entropy(tables: Mapping[str, Mapping[str, Tensor]]) -> Figure:
-    """KL and acceptance by the teacher's entropy, in bins that hold equally many tokens, a curve per run."""
-    return _by(tables, "teacher_entropy", "entropy of the teacher (nats)", bins=12)
-
-
-def _by(tables: Mapping[str, Mapping[str, Tensor]], key: str, label: str, bins: int) -> Figure:
-    figure = Figure(figsize=(9.6, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for name, table in tables.items():
-        parts = np.array_split(np.argsort(table[key].numpy(), kind="stable"), bins)
-        parts = [part for part in parts if len(part)]
-        x, kl, top_k, spec_k = (
-            [float(table[column].double().numpy()[part].mean()) for part in parts]
-            for column in (key, "kl", "accepted", "speck")
-        )
-        left.plot(x, kl, ".-", label=name)
-        (line,) = right.plot(x, [100 * value for value in top_k], ".-", label=f"{name}, Top-k")
-        right.plot(x, [100 * v for v in spec_k], ".--", color=line.get_color(), label=f"{name}, Spec-k expected")
-    left.set(xlabel=label, ylabel="KL to the teacher (nats)")
-    right.set(xlabel=label, ylabel="accepted (%)", ylim=(0, 100))
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
-    return figure
-
-
-def mark_tokens(table: Mapping[str, Tensor], tokenizer: Any, number: int) -> Markup:
-    """One example's answer with accepted tokens on green and rejected ones on red; the pointer shows the details."""
-    spans = []
-    for row in (table["example"] == number).nonzero().squeeze(1).tolist():
-        text, mine, theirs = (
-            tokenizer.decode([int(table[column][row])]) for column in ("token", "student_top", "teacher_top")
-        )
-        details = (
-            f"student: {mine!r}, teacher: {theirs!r}, KL {float(table['kl'][row]):.2f}, teacher's entropy "
-            f"{float(table['teacher_entropy'][row]):.2f}, Spec-k accepts with {float(table['speck'][row]):.0%}"
-        )
-        colour = ACCEPTED if table["accepted"][row] else REJECTED
-        spans.append(Markup('<span style="background:{}" title="{}">{}</span>').format(colour, details, text))
-    return Markup("").join(spans)
 
 
 def held_out(settings: Mapping[str, Any], tokenizer: str, limit: int) -> TextDataModule:
@@ -166,7 +93,10 @@ def student_sections(
         parts = [Markup("<p><b>Prompt</b></p>") + escape(prompt.strip())]
         for name, table in tables.items():
             parts.append(Markup("<p><b>{}</b></p>").format(name) + mark_tokens(table, tokenizer, number))
-        text = f"Green: Top-{k} accepts what the student would have said here; red: it does not."
+        text = (
+            f"Green: Top-{k} accepts what the student would have said here; red, in a dashed box: it does not. The "
+            "thicker the line below a token, the larger the teacher's entropy."
+        )
         sections.append(Section(f"Tokens of text {number + 1}", text, markup=Markup("").join(parts)))
     return sections
 

@@ -5,132 +5,19 @@ per level, where the time goes, and draft trees with their accepted paths. Sever
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jsonargparse import ArgumentParser
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 
 from kd_common.errors import run_command
-from kd_common.report import Section, Series, read_config, read_metrics, run_names, write_report
+from kd_common.report import Section, read_config, read_metrics, run_names, write_report
 from spec_decode.data.prompts import packaged_prompts, read_prompts
-from spec_decode.decoder import PHASES, SpeculativeDecoder
+from spec_decode.decoder import SpeculativeDecoder
+from spec_decode.figures import Passes, plot_acceptance, plot_time, plot_training, plot_trees
 from spec_decode.measure import Measurement, measure
 from spec_decode.session import Session
-from spec_decode.tree import DraftTree, depths
-from spec_decode.verify import Verified
-
-ACCEPTED, DRAFTED = "tab:green", "0.6"
-DECODING = [phase for phase in PHASES if phase != "prefill"]
-
-
-@dataclass
-class Passes:
-    """The first target passes of a generation of one row, for pictures.
-
-    Args:
-        most: Passes to keep.
-    """
-
-    most: int
-    kept: list[tuple[DraftTree, Verified]] = field(default_factory=list)
-
-    def __call__(self, tree: DraftTree, verified: Verified) -> None:
-        """Keep a pass that verified a draft."""
-        if len(self.kept) < self.most and tree.tokens.shape[1] > 1:
-            self.kept.append((tree, verified))
-
-
-def plot_training(runs: Mapping[str, Mapping[str, Series]]) -> Figure:
-    """Acceptance per level on validation text, and the loss of the first level in training, over the updates."""
-    figure = Figure(figsize=(9.6, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for number, (name, metrics) in enumerate(runs.items()):
-        levels = sorted(key for key in metrics if key.startswith("val/acceptance_"))
-        for level, key in enumerate(levels, start=1):
-            steps, values = metrics[key]
-            shade = 1 - 0.75 * (level - 1) / max(len(levels) - 1, 1)
-            label = f"{name}, level {level}" if level in (1, len(levels)) else None
-            left.plot(steps + 1, 100 * values, ".-", color=f"C{number}", alpha=shade, label=label)
-        if "train/loss_1" in metrics:
-            steps, values = metrics["train/loss_1"]
-            right.plot(steps + 1, values, lw=1, color=f"C{number}", label=name)
-    left.set(xlabel="updates", ylabel="accepted, given all levels above (%)")
-    right.set(xlabel="updates", ylabel="cross-entropy of the first level (nats)")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=7)
-    return figure
-
-
-def plot_acceptance(measured: Mapping[str, Measurement]) -> Figure:
-    """Acceptance of every level while decoding."""
-    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
-    axes = figure.subplots()
-    for name, found in measured.items():
-        if found.acceptance:
-            axes.plot(range(1, len(found.acceptance) + 1), [100 * a for a in found.acceptance], "o-", label=name)
-    axes.set(xlabel="level", ylabel="accepted, given all levels above (%)", ylim=(0, 100))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    return figure
-
-
-def plot_time(measured: Mapping[str, Measurement]) -> Figure:
-    """Milliseconds per emitted token by phase."""
-    figure = Figure(figsize=(7.2, 0.5 * len(measured) + 1.5), layout="constrained")
-    axes = figure.subplots()
-    left = np.zeros(len(measured))
-    for phase in [*DECODING, "overhead"]:
-        widths = np.array([milliseconds(found)[phase] for found in measured.values()])
-        axes.barh(list(measured), widths, left=left, label=phase)
-        left += widths
-    axes.invert_yaxis()
-    axes.set_xlabel("milliseconds per token, prefill left out")
-    axes.grid(alpha=0.3, axis="x")
-    axes.legend(fontsize=8, ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    return figure
-
-
-def milliseconds(found: Measurement) -> dict[str, float]:
-    """Time per emitted token of every phase, and of what lies between them."""
-    phases = {phase: found.phases[phase] for phase in DECODING}
-    phases["overhead"] = found.seconds - sum(phases.values())
-    return {phase: 1000 * seconds / max(found.tokens, 1) for phase, seconds in phases.items()}
-
-
-def plot_trees(passes: Sequence[tuple[DraftTree, Verified]], tokenizer: Any) -> Figure:
-    """Draft trees of consecutive passes: tokens, edges, and the accepted path in green; the bonus token below."""
-    figure = Figure(figsize=(9.6, 2.3 * len(passes) + 0.4), layout="constrained")
-    for axes, (tree, verified) in zip(figure.subplots(len(passes), 1, squeeze=False)[:, 0], passes, strict=True):
-        tokens, parents = tree.tokens[0].tolist(), tree.parents[0].tolist()
-        depth, accepted = depths(tree.parents)[0].tolist(), set(verified.path[0].tolist())
-        seen: dict[int, int] = {}
-        place: dict[int, tuple[float, float]] = {}
-        for node, token in enumerate(tokens):
-            if token < 0:
-                continue
-            place[node] = (depth[node], -seen.get(depth[node], 0))
-            seen[depth[node]] = seen.get(depth[node], 0) + 1
-            colour = ACCEPTED if node in accepted else DRAFTED
-            if node:
-                (x0, y0), (x1, y1) = place[parents[node]], place[node]
-                axes.plot([x0, x1], [y0, y1], color=colour, lw=1.5, zorder=1)
-            box = {"boxstyle": "round", "facecolor": "white", "edgecolor": colour, "linewidth": 1.2}
-            axes.text(
-                *place[node], repr(tokenizer.decode([token]))[1:-1], ha="center", va="center", fontsize=7, bbox=box
-            )
-        bonus = repr(tokenizer.decode([int(verified.bonus[0])]))[1:-1]
-        axes.set_title(f"{int(verified.accepted[0])} accepted, then the target's own “{bonus}”", fontsize=8, loc="left")
-        axes.set(xlim=(-0.5, max(depth) + 0.5), ylim=(-max(seen.values()) + 0.4, 0.6))
-        axes.axis("off")
-    return figure
 
 
 def decode(

@@ -9,15 +9,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from kd_common.report import curve_style, log_scale
+
 Row = Mapping[str, Any]
 
 # A component looks the same in every panel and figure.
-COMPONENT_COLOURS = {
-    "task": "tab:blue",
-    "target": "tab:orange",
-    "nontarget": "tab:green",
-    "relation": "tab:red",
-    "feature": "tab:purple",
+COMPONENT_STYLES = {
+    name: curve_style(number) for number, name in enumerate(("task", "target", "nontarget", "relation", "feature"))
 }
 
 
@@ -81,18 +79,16 @@ def plot_gsnr(rows: Sequence[Row], path: Path) -> None:
     for axes in grid.flat[len(measured) :]:
         axes.set_visible(False)
     for axes, (variant, histories) in zip(grid.flat, measured.items(), strict=False):
-        for name, colour in COMPONENT_COLOURS.items():
+        for name, style in COMPONENT_STYLES.items():
             epochs, mean, spread = curve(histories, f"gsnr/{name}")
             if np.isfinite(mean).any():
-                (handles[name],) = axes.plot(epochs, mean, color=colour)
-                axes.fill_between(epochs, mean - spread, mean + spread, color=colour, alpha=0.15, lw=0)
+                (handles[name],) = axes.plot(epochs, mean, **style)
+                axes.fill_between(epochs, mean - spread, mean + spread, color=style["color"], alpha=0.15, lw=0)
         epochs, samples, _ = curve(histories, "gsnr_samples")
         if np.isfinite(samples).any():
             (handles["pure noise"],) = axes.plot(epochs, 1 / samples, color="0.4", ls="--", lw=1)
         axes.set_title(variant, fontsize=9)
-        axes.set_yscale("log")
-        for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            which("{x:g}")
+        log_scale(axes)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.tick_params(axis="y", which="both", labelsize=7)
         axes.grid(alpha=0.3, which="both", lw=0.4)

@@ -128,10 +128,15 @@ def log_sections(runs: Sequence[Run]) -> list[Section]:
                 figure,
             )
         )
-    for run in runs:
-        gradients = plot_component_gradients(run.metrics)
-        if gradients is not None:
-            sections.append(Section(f"Gradient components of {run.name}", figure=gradients))
+    gradients = plot_component_gradients(metrics)
+    if gradients is not None:
+        sections.append(
+            Section(
+                "Gradient components",
+                "Every component's gradient by itself, before any momentum. Below a cosine of 0 they pull apart.",
+                gradients,
+            )
+        )
     return sections
 
 
@@ -181,7 +186,13 @@ def _comparisons(
         accuracy = {name: class_accuracy(*logits[name]).numpy() for name in students}
         reference = students[0]
         changes = {name: accuracy[name] - accuracy[reference] for name in students[1:]}
-        sections.append(Section("Change per class", figure=plot_class_changes(changes, data.class_names, reference)))
+        sections.append(
+            Section(
+                "Change per class",
+                "Accuracy on the validation samples of every class, beside the first run's.",
+                plot_class_changes(changes, data.class_names, reference),
+            )
+        )
     return sections
 
 
