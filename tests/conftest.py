@@ -83,3 +83,21 @@ def _private_cache(tmp_path_factory, monkeypatch, _converted_models):
     cache = tmp_path_factory.mktemp("kd_cache")
     (cache / "models").symlink_to(_converted_models)
     monkeypatch.setenv("KD_CACHE", str(cache))
+
+
+@pytest.fixture
+def assert_live():
+    """Check that a run's TensorBoard file holds every value its report reads, and these figures besides."""
+
+    def check(folder, figures):
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        from kd_common.report import read_metrics
+
+        board = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+        for name, (steps, values) in read_metrics(folder).items():
+            events = {event.step: event.value for event in board.Scalars(name)}
+            assert events == pytest.approx(dict(zip(steps.tolist(), values.tolist(), strict=True)), rel=1e-5), name
+        assert set(board.Tags()["images"]) == {f"figures/{figure}" for figure in figures}
+
+    return check

@@ -1,6 +1,7 @@
 """The table of tokens against the models' own logits, and the report of real runs."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def test_every_column_by_hand(make_model):
 
 
 @pytest.mark.slow
-def test_report_of_two_runs(tmp_path, save_model):
+def test_report_of_two_runs(tmp_path, save_model, assert_live):
     file = tmp_path / "rows.jsonl"
     rows = [{"instruction": f"Say <{n}>.", "output": f"<b>{n}</b> & so on."} for n in range(8)]
     file.write_text("".join(json.dumps(entry) + "\n" for entry in rows))
@@ -71,8 +72,10 @@ def test_report_of_two_runs(tmp_path, save_model):
                 "--trainer.log_every_n_steps=1",
                 "--trainer.enable_progress_bar=false",
                 "--answers=0",
+                "--trainer.callbacks+=llm_kd.callbacks.TokenFigures",
             ]
         )
+        assert_live(Path(run), ["entropy", "position", "tokens"])
     html = main([*runs, f"--output={tmp_path / 'report'}", "--limit=4", "--texts=2"]).read_text()
     titles = [line.partition("</h2>")[0] for line in html.split("<h2>")[1:]]
     assert titles == [

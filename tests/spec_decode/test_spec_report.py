@@ -1,13 +1,20 @@
 """The report of real runs: every section is there, the pictures hold the drafted tokens, targets are not mixed."""
 
+import io
+from types import SimpleNamespace
+
 import pytest
+import torch
 import yaml
 
 from spec_decode.decoder import SpeculativeDecoder
 from spec_decode.drafters import PromptLookup
+from spec_decode.figures import Passes, milliseconds, plot_trees
 from spec_decode.fit import build, run
 from spec_decode.measure import Measurement
-from spec_decode.report import Passes, main, milliseconds, plot_trees
+from spec_decode.report import main
+from spec_decode.tree import DraftTree
+from spec_decode.verify import Verified
 
 
 def test_passes_are_kept_with_their_trees(tiny, byte_tokenizer):
@@ -22,6 +29,14 @@ def test_passes_are_kept_with_their_trees(tiny, byte_tokenizer):
     assert len(plot_trees(passes.kept, byte_tokenizer).axes) == 2
 
 
+def test_tokens_in_a_tree_are_no_formulas():
+    tree = DraftTree(torch.tensor([[0, 1, 2]]), torch.tensor([[-1, 0, 0]]))
+    path, tokens = torch.tensor([[0, 1]]), torch.tensor([[1, 2]])
+    verified = Verified(path, tokens, accepted=torch.tensor([1]), tested=torch.tensor([[True]]))
+    tokenizer = SimpleNamespace(decode=lambda ids: r"$\no$")
+    plot_trees([(tree, verified)], tokenizer).savefig(io.BytesIO())
+
+
 def test_time_per_token_adds_up():
     found = Measurement(tokens=10, seconds=2.0)
     found.phases |= {"prefill": 5.0, "draft": 0.5, "target": 1.0, "verify": 0.1, "commit": 0.1}
@@ -31,9 +46,10 @@ def test_time_per_token_adds_up():
 
 
 @pytest.mark.slow
-def test_report_of_a_run(tmp_path, fit_args, capsys):
-    run(build(fit_args))
+def test_report_of_a_run(tmp_path, fit_args, capsys, assert_live):
+    run(build([*fit_args, "--trainer.callbacks+=spec_decode.callbacks.DraftFigures", "--trainer.callbacks.tree=[2,1]"]))
     folder = tmp_path / "run"
+    assert_live(folder, ["acceptance", "draft trees", "time"])
     page = main([str(folder), f"--output={tmp_path / 'report'}", "--count=2", "--max_new_tokens=12", "--tree=2,1"])
     assert f"written to {page}" in capsys.readouterr().out
     titles = [line.partition("</h2>")[0] for line in page.read_text().split("<h2>")[1:]]

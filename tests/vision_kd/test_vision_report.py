@@ -18,10 +18,12 @@ ARGUMENTS = [
 
 
 @pytest.mark.slow
-def test_report_of_two_runs(tmp_path, capsys):
+def test_report_of_two_runs(tmp_path, capsys, assert_live):
     alone, deepkd = tmp_path / "alone", tmp_path / "deepkd"
     fit([*ARGUMENTS, "--config=methods/vanilla", "--model.policy=SGD", "--model.topk=null", f"--run_dir={alone}"])
-    fit([*ARGUMENTS, f"--run_dir={deepkd}"])
+    fit([*ARGUMENTS, f"--run_dir={deepkd}", "--trainer.callbacks+=vision_kd.callbacks.StudentFigures"])
+    assert_live(alone, [])
+    assert_live(deepkd, ["calibration", "correlation"])
     capsys.readouterr()
     page = main([str(alone), str(deepkd), f"--output={tmp_path / 'report'}", "--resolution=3", "--samples=64"])
     assert f"written to {page}" in capsys.readouterr().out
@@ -30,8 +32,7 @@ def test_report_of_two_runs(tmp_path, capsys):
         "Runs",
         "Accuracy",
         "Gradient signal-to-noise",
-        "Gradient components of alone",
-        "Gradient components of deepkd",
+        "Gradient components",
         "Correlation of logits",
         "Calibration",
         "Change per class",

@@ -1,15 +1,22 @@
-"""Keep the student as a folder that plain transformers loads."""
+"""Keep the student as a folder that plain transformers loads, and show where the teacher accepts its tokens."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import lightning.pytorch as pl
+from matplotlib.figure import Figure
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from kd_common.hub import quiet
-from llm_kd.models import build_student
+from kd_common.live import LiveFigures
+from llm_kd.figures import plot_entropy, plot_positions, plot_tokens
+from llm_kd.models import Body, build_student
 from llm_kd.module import DistillationModule
+from llm_kd.teacher import OnlineTeacher
+from llm_kd.token_table import token_table
 
 
 class StudentExport(pl.Callback):
@@ -65,3 +72,33 @@ def export_student(module: DistillationModule, folder: Path) -> None:
         folder.rename(old)  # deleting in place could be interrupted half-way
     partial.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+class TokenFigures(LiveFigures):
+    """Accepted and rejected tokens, KL and acceptance by position and by the teacher's entropy, in TensorBoard.
+
+    On the first held-out answers; nothing is drawn where the teacher is a cache, or the models are sharded.
+
+    Args:
+        examples: Answers that the models are run on; the first is shown token by token.
+        k: Most likely tokens of the teacher that count as accepted.
+    """
+
+    def __init__(self, examples: int = 4, k: int = 5) -> None:
+        self.examples = examples
+        self.k = k
+
+    def figures(self, module: DistillationModule) -> Mapping[str, Figure]:
+        """Run student and teacher on the answers."""
+        teacher = module.teacher
+        if module.sharded or not isinstance(teacher, OnlineTeacher):
+            return {}
+        data = module.trainer.datamodule.splits["val"]  # type: ignore[attr-defined]
+        examples = [example for example in data.examples if example.num_supervised][: self.examples]
+        student = module.distiller.student
+        table = token_table(student, cast(Body, teacher.body), examples, vocab_size=module.vocab_size, k=self.k)
+        return {
+            "tokens": plot_tokens(table, module.tokenizer, 0),
+            "position": plot_positions({"student": table}),
+            "entropy": plot_entropy({"student": table}),
+        }

@@ -1,10 +1,17 @@
-"""Keep the drafter in its own format while it is trained."""
+"""Keep the drafter in its own format while it is trained, and show what it drafts."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import lightning.pytorch as pl
+from matplotlib.figure import Figure
 
+from kd_common.live import LiveFigures
+from spec_decode.decoder import SpeculativeDecoder
 from spec_decode.drafters import save_drafter
+from spec_decode.drafters.files import for_inference
+from spec_decode.figures import Passes, plot_acceptance, plot_time, plot_trees
+from spec_decode.measure import Measurement
 from spec_decode.module import DrafterModule
 
 
@@ -35,3 +42,28 @@ class DrafterExport(pl.Callback):
         }
         for name in names:
             save_drafter(pl_module.drafter, pl_module.drafter_spec, self.folder / name, meta)
+
+
+class DraftFigures(LiveFigures):
+    """Draft trees, acceptance per level and time per phase on the first held-out prompt, in TensorBoard.
+
+    Args:
+        tree: Candidates per level.
+        max_new_tokens: Tokens that are decoded, greedily.
+        passes: Draft trees that are shown.
+    """
+
+    def __init__(self, tree: tuple[int, ...] = (3, 2), max_new_tokens: int = 16, passes: int = 4) -> None:
+        self.tree = tree
+        self.max_new_tokens = max_new_tokens
+        self.passes = passes
+
+    def figures(self, module: DrafterModule) -> Mapping[str, Figure]:
+        """Decode with the drafter as it is."""
+        prompt = module.trainer.datamodule.held_out[:1]  # type: ignore[attr-defined]
+        decoder = SpeculativeDecoder(module.target, for_inference(module.drafter, module.drafter_spec), tree=self.tree)
+        seen, measured = Passes(self.passes), Measurement()
+        measured.add(decoder.generate(prompt, max_new_tokens=self.max_new_tokens, on_pass=seen))
+        found = {"drafter": measured}
+        drawn = {"acceptance": plot_acceptance(found), "time": plot_time(found)}
+        return drawn | ({"draft trees": plot_trees(seen.kept, module.target_spec.tokenizer())} if seen.kept else {})

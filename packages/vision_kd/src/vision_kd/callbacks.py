@@ -6,8 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from matplotlib.figure import Figure
 
+from kd_common.live import LiveFigures
+from vision_kd.diagnosis import class_correlation, collect_logits
 from vision_kd.models import save_student
+from vision_kd.module import DistillationModule
+from vision_kd.run_figures import plot_correlations, plot_reliability
 from vision_kd.training import ComponentTraining
 
 
@@ -48,3 +53,32 @@ class StudentExport(pl.Callback):
             names.append("student_best.pt")
         for name in names:
             save_student(self.folder / name, pl_module.inference_model, pl_module.student_spec, extra=extra)
+
+
+class StudentFigures(LiveFigures):
+    """Calibration and correlation of the logits of a classifier beside its teacher's, in TensorBoard.
+
+    Args:
+        samples: Validation images they are computed on.
+    """
+
+    def __init__(self, samples: int = 512) -> None:
+        self.samples = samples
+
+    def figures(self, module: DistillationModule) -> Mapping[str, Figure]:
+        """Run student and teacher on the images; a detector has no such logits and gives no figures."""
+        if not isinstance(module, DistillationModule):
+            return {}
+        data: Any = module.trainer.datamodule  # type: ignore[attr-defined]
+        networks = {"student": module.inference_model}
+        if module.teacher is not None:
+            networks = {"teacher": module.teacher, **networks}
+        logits = {
+            name: collect_logits(network, data.val_dataloader(), module.device, limit=self.samples)
+            for name, network in networks.items()
+        }
+        correlations = {name: class_correlation(z).numpy() for name, (z, _) in logits.items()}
+        return {
+            "calibration": plot_reliability(logits),
+            "correlation": plot_correlations(correlations, data.class_names),
+        }
