@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from kd_common.compare import Row, by_variant, compare_command, mean_and_spread, write_table
+from kd_common.errors import run_command
 from spec_decode.autotune import measure_drafts, measure_passes
 from spec_decode.drafters.files import for_inference
 from spec_decode.fit import CONFIG_DIR, build, run
@@ -93,4 +94,4 @@ def main(args: list[str] | None = None) -> list[Row]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
