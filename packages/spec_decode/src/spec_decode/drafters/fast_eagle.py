@@ -45,7 +45,7 @@ class FastEagle(TrainableDrafter):
         depth: int = 7,
         stem: int = 0,
         draft_vocab: int | None = None,
-        from_target: bool = False,
+        from_target: bool = True,
         input_norm: bool = True,
     ) -> None:
         super().__init__(target, depth, draft_vocab)
