@@ -1,11 +1,12 @@
 """Files are replaced in one step or not at all."""
 
+import contextlib
 import errno
 from pathlib import Path
 
 import pytest
 
-from kd_common.files import write_atomically
+from kd_common.files import beside, finish_replacing, replace_folder, replacing_stopped, write_atomically
 
 
 @pytest.mark.parametrize(("content", "stored"), [("naïve\n", "naïve\n".encode()), (b"\x00\xff", b"\x00\xff")])
@@ -15,6 +16,30 @@ def test_replaces_the_file(tmp_path, content, stored):
     write_atomically(path, content)
     assert path.read_bytes() == stored
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_replacing_a_folder_stopped_anywhere_is_finished(tmp_path, monkeypatch, kept):
+    """Killed before the first rename, between the two, and never."""
+    folder = tmp_path / "model"
+    for path, content in ((folder, "old"), (beside(folder)[0], "new")):
+        path.mkdir()
+        (path / "weights").write_text(content)
+    rename, done = Path.rename, []
+
+    def killed(self, target):
+        if len(done) == kept:
+            raise KeyboardInterrupt
+        done.append(target)
+        return rename(self, target)
+
+    with monkeypatch.context() as patched, contextlib.suppress(KeyboardInterrupt):
+        patched.setattr(Path, "rename", killed)
+        replace_folder(folder)
+    assert replacing_stopped(folder) == (kept == 1)
+    finish_replacing(folder)
+    assert (folder / "weights").read_text() == ("new" if kept else "old")
+    assert not beside(folder)[1].exists()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the kernel's always full device")

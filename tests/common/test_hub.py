@@ -70,6 +70,13 @@ def test_what_is_neither_a_folder_nor_a_hub_name(name):
         hub.load_tokenizer(name)
 
 
+def test_a_folder_that_was_being_replaced_is_found_again(folder):
+    shutil.copytree(folder, folder.with_name("tiny.partial"))
+    folder.rename(folder.with_name("tiny.old"))
+    with pytest.raises(hub.ModelNotFoundError, match=r"tiny.partial holds the new model, complete, .* rename one of"):
+        hub.load_causal_lm(str(folder))
+
+
 @pytest.mark.usefixtures("offline")
 def test_a_hub_name_without_network_fails_at_once_with_a_remedy():
     start = time.perf_counter()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import yaml
 from kd_common.hub import load_causal_lm, load_tokenizer
 from llm_kd import fit
 from llm_kd.cache_teacher import main as cache_teacher_main
+from llm_kd.callbacks import StudentExport
 from llm_kd.fit import build, main, run
 from llm_kd.summary import print_summary
 from llm_kd.teacher import CacheError
@@ -329,6 +331,15 @@ def test_only_the_students_that_exist_are_announced(arguments, tmp_path, capsys)
     shutil.rmtree(tmp_path / "run/student_best")  # as in a resumed run whose best epoch came before
     print_summary(result, cli.model)
     assert "run/student_{last}," in capsys.readouterr().out
+
+
+def test_a_student_that_a_kill_caught_between_two_names_is_put_in_place(tmp_path):
+    for state in ("old", "partial"):
+        (tmp_path / f"student_best.{state}").mkdir()
+    (tmp_path / "student_best.partial/model.safetensors").write_text("complete")
+    StudentExport(tmp_path).on_fit_start(SimpleNamespace(is_global_zero=True), None)
+    assert [path.name for path in tmp_path.iterdir()] == ["student_best"]
+    assert (tmp_path / "student_best/model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(

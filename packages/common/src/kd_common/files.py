@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -77,6 +78,39 @@ def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+def beside(folder: Path) -> tuple[Path, Path]:
+    """Where the successor of a folder is written, and where the folder lies while that takes its place."""
+    partial, old = (folder.with_name(f"{folder.name}.{state}") for state in ("partial", "old"))
+    return partial, old
+
+
+def replace_folder(folder: Path) -> None:
+    """Put the complete folder at `beside` in the place of one, which need not exist.
+
+    Folders cannot be exchanged in one step: :func:`replacing_stopped` knows the moment in between,
+    :func:`finish_replacing` ends it.
+    """
+    partial, old = beside(folder)
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)  # deleting in place could be interrupted half-way
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def replacing_stopped(folder: Path) -> bool:
+    """Whether a kill left a folder's successor, which is complete, and its predecessor, but none in its place."""
+    return not folder.exists() and all(other.is_dir() for other in beside(folder))
+
+
+def finish_replacing(folder: Path) -> None:
+    """End what a killed program left in `replace_folder`; does nothing else."""
+    if replacing_stopped(folder):
+        partial, old = beside(folder)
+        partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:

