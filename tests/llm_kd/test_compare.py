@@ -9,7 +9,16 @@ from llm_kd.compare import main, plot_acceptance, summarise
 
 def row(variant, seed, kls):
     history = [
-        {"step": 5 * i + 5, "kl": kl, "nll": 2 * kl, "agreement": 0.5, "tar": 0.4, "train_tar": 0.1 * i, "seconds": 3.0}
+        {
+            "step": 5 * i + 5,
+            "kl": kl,
+            "nll": 2 * kl,
+            "agreement": 0.5,
+            "tar": 0.4,
+            "train_tar": 0.1 * i,
+            "seconds": 3.0,
+            "teacher_nll": 1.0,
+        }
         for i, kl in enumerate(kls)
     ]
     return {"variant": variant, "seed": seed, "before": {"tar": 0.1}, "history": history, "rouge_l": {"after": 20.0}}
@@ -23,6 +32,14 @@ def test_last_and_best_apart():
     assert line["accepted in training %, first → last"] == "0.0 → 20.0"
     assert line["TAR %, last"] == "40.0 ± 0.0"
     assert line["s"] == "9"
+
+
+def test_the_kl_of_a_truncated_teacher_is_marked_as_a_lower_bound():
+    stored = row("A", 0, [3.0, 1.0])
+    for epoch in stored["history"]:
+        del epoch["teacher_nll"]
+    (line,) = summarise([stored])
+    assert (line["KL, last"], line["KL, best"], line["NLL, last"]) == ("≥ 1.000", "≥ 1.000", "2.000")
 
 
 def test_plot(tmp_path):

@@ -77,6 +77,7 @@ def test_a_run_leaves_what_it_promises(arguments, tmp_path, capsys):
     }
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     printed = capsys.readouterr().out
+    assert "held-out responses of the teacher" in printed
     for expected in ("NLL", "TAR", "ROUGE-L", "student before", "teacher", "peak memory", "answer, after"):
         assert expected in printed
     columns = (run_dir / "metrics.csv").read_text().splitlines()[0].split(",")
@@ -185,11 +186,15 @@ def test_training_from_a_whole_stored_teacher_equals_training_online(arguments, 
     assert "teacher" not in results[1].parameters
 
 
-def test_training_from_a_truncated_teacher_follows_a_lower_bound(arguments, tmp_path):
+def test_training_from_a_truncated_teacher_follows_a_lower_bound(arguments, tmp_path, capsys):
     cache_teacher_main(cached(arguments, tmp_path / "cache", "--size=8"))
     settings = arguments(f"--model.teacher.cache={tmp_path / 'cache'}", "--trainer.max_epochs=1", run_dir="two")
-    result = run(build(settings))
-    whole = run(build(arguments("--trainer.max_epochs=1")))
+    result = main(settings)
+    printed = capsys.readouterr().out
+    assert f"≥ {result.last['kl']:.3f}" in printed
+    assert "a lower bound: model.teacher.cache holds" in printed
+    whole = main(arguments("--trainer.max_epochs=1"))
+    assert "≥" not in capsys.readouterr().out
     assert 0 < result.before["kl"] < whole.before["kl"]
     assert result.before["nll"] == pytest.approx(whole.before["nll"], rel=1e-5)
     assert "teacher_nll" not in result.last
@@ -326,10 +331,10 @@ def test_a_setting_of_the_default_class_needs_no_class(arguments):
 def test_only_the_students_that_exist_are_announced(arguments, tmp_path, capsys):
     cli = build(arguments())
     result = run(cli)
-    print_summary(result, cli.model)
+    print_summary(result, cli.model, cli.datamodule)
     assert "run/student_{last,best}" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "run/student_best")  # as in a resumed run whose best epoch came before
-    print_summary(result, cli.model)
+    print_summary(result, cli.model, cli.datamodule)
     assert "run/student_{last}," in capsys.readouterr().out
 
 

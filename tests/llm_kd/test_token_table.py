@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 from llm_kd.data.example import Example
 from llm_kd.fit import main as fit
 from llm_kd.models import Body
-from llm_kd.report import main
+from llm_kd.report import main, summary
 from llm_kd.token_table import token_table
 
 
@@ -92,3 +93,11 @@ def test_report_of_two_runs(tmp_path, save_model, assert_live):
     assert html.count('<span style="background:') > 20
     with pytest.raises(FileNotFoundError, match="is no run"):
         main([str(tmp_path)])
+
+
+def test_the_kl_of_a_truncated_teacher_is_marked_in_the_report():
+    config = {"model": {"init_args": {"objective": None, "selector": None, "rollout": None}}}
+    metrics = dict.fromkeys(("val/kl", "val/nll", "val/tar"), (np.array([0, 4]), np.array([3.0, 1.0])))
+    whole = metrics | {"val/teacher_nll": metrics["val/nll"]}
+    assert summary("a", config, metrics)["KL, start → last"] == "≥ 3.000 → 1.000"
+    assert summary("a", config, whole)["KL, start → last"] == "3.000 → 1.000"

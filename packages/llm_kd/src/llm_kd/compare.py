@@ -21,6 +21,7 @@ import torch
 from kd_common.compare import Row, by_variant, compare_command, mean_and_spread, write_table
 from kd_common.errors import run_command
 from llm_kd.fit import CONFIG_DIR, build, run
+from llm_kd.summary import is_whole
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -65,14 +66,15 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, str]]:
     for variant, runs in by_variant(rows).items():
         last = [run["history"][-1] for run in runs]
         best = [min(epoch["kl"] for epoch in run["history"]) for run in runs]
+        bound = "" if all(map(is_whole, last)) else "≥ "  # a stored teacher that lacks tokens
         seconds = [sum(epoch["seconds"] for epoch in run["history"]) for run in runs]
         lines.append(
             {
                 "variant": variant,
                 "seeds": str(len(runs)),
                 "NLL, last": mean_and_spread([epoch["nll"] for epoch in last], 3),
-                "KL, last": mean_and_spread([epoch["kl"] for epoch in last], 3),
-                "KL, best": mean_and_spread(best, 3),
+                "KL, last": bound + mean_and_spread([epoch["kl"] for epoch in last], 3),
+                "KL, best": bound + mean_and_spread(best, 3),
                 "agreement %": mean_and_spread([100 * epoch["agreement"] for epoch in last], 1),
                 "ROUGE-L": mean_and_spread([run["rouge_l"]["after"] for run in runs if run["rouge_l"]], 1),
                 "TAR %, last": mean_and_spread([100 * epoch["tar"] for epoch in last], 1),

@@ -231,7 +231,7 @@ def main(args: ArgsType = None) -> Result:
     cli = build(args)
     result = run(cli)
     if cli.trainer.is_global_zero:
-        print_summary(result, cli.model)
+        print_summary(result, cli.model, cli.datamodule)
     return result
 
 

@@ -29,6 +29,7 @@ def class_name(settings: Any, default: str) -> str:
 def summary(name: str, config: Mapping[str, Any], metrics: Metrics) -> dict[str, str]:
     """Line of the first table."""
     model = config["model"]["init_args"]
+    bound = "" if "val/teacher_nll" in metrics else "≥ "  # a stored teacher that lacks tokens
     return {
         "run": name,
         "objective": class_name(model["objective"], "ForwardKL"),
@@ -36,8 +37,8 @@ def summary(name: str, config: Mapping[str, Any], metrics: Metrics) -> dict[str,
         "rollout": class_name(model["rollout"], "OffPolicy"),
         "updates": f"{metrics['val/kl'][0][-1] + 1:.0f}",
         **{
-            f"{label}, start → last": " → ".join(f"{metrics[key][1][i]:.3f}" for i in (0, -1))
-            for label, key in (("KL", "val/kl"), ("NLL", "val/nll"))
+            f"{label}, start → last": mark + " → ".join(f"{metrics[key][1][i]:.3f}" for i in (0, -1))
+            for label, key, mark in (("KL", "val/kl", bound), ("NLL", "val/nll", ""))
         },
         "TAR %, start → last": " → ".join(f"{100 * metrics['val/tar'][1][i]:.1f}" for i in (0, -1)),
     }

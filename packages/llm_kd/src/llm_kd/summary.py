@@ -1,29 +1,38 @@
 """The table at the end of a run."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from llm_kd.data import TextDataModule
 from llm_kd.module import DistillationModule
 
 if TYPE_CHECKING:
     from llm_kd.fit import Result
 
+BOUNDED = "a lower bound: model.teacher.cache holds the teacher's most likely tokens and the mass of all others"
+"""Why the KL is marked, for people."""
 
-def print_summary(result: "Result", model: DistillationModule, console: Console | None = None) -> None:
+
+def print_summary(
+    result: "Result", model: DistillationModule, data: TextDataModule, console: Console | None = None
+) -> None:
     """Print what a run achieved: distances to teacher and text, sample answers, costs and where its files lie.
 
     Args:
         result: The run's result.
         model: The trained module, for the names of objective, selector and rollout.
+        data: Its data, for whose responses are measured.
         console: Where to print; standard output by default.
     """
     console = console or Console()
     head = model.distiller.head
     title = f"{type(head.objective).__name__} on {type(head.selector).__name__} tokens, {type(model.rollout).__name__}"
-    table = Table(title=f"{title}: held-out responses")
+    whose = "teacher" if data.responses == "teacher" else "data set"
+    table = Table(title=f"{title}: held-out responses of the {whose}")
     for column in ("", "NLL", "KL", "agreement", "TAR", "ROUGE-L", "parameters"):
         table.add_column(column, justify="left" if not column else "right")
     best = result.best
@@ -32,7 +41,7 @@ def print_summary(result: "Result", model: DistillationModule, console: Console 
         f"student, last (epoch {result.last['epoch'] + 1:.0f})": (result.last, "after"),
         f"student, best (epoch {best['epoch'] + 1:.0f})": (best, ""),
     }
-    if "teacher_nll" in result.last:
+    if is_whole(result.last):
         table.add_row(
             "teacher",
             f"{result.last['teacher_nll']:.3f}",
@@ -40,14 +49,14 @@ def print_summary(result: "Result", model: DistillationModule, console: Console 
             "100%",
             "",
             rouge(result, "teacher"),
-            f"{result.parameters.get('teacher', 0):,}",
+            f"{result.parameters['teacher']:,}" if "teacher" in result.parameters else "",  # a stored one is not loaded
         )
     for name, (values, when) in rows.items():
         parameters = f"{result.parameters['student']:,}" if when == "before" else ""
         table.add_row(
             name,
             f"{values['nll']:.3f}",
-            f"{values['kl']:.3f}",
+            kl(values),
             f"{values['agreement']:.1%}",
             f"{values['tar']:.1%}",
             rouge(result, when),
@@ -55,15 +64,18 @@ def print_summary(result: "Result", model: DistillationModule, console: Console 
         )
     console.print(table)
     first, last = result.history[0], result.last
-    lines = {
+    lines = {} if is_whole(last) else {"KL": BOUNDED}
+    lines |= {
         "TAR": "held-out tokens at which the student's first choice is among the teacher's 5",
+        "best": "by the KL on these very responses, so optimistic",
         "accepted in training": f"{first['train_tar']:.1%} in the first epoch, {last['train_tar']:.1%} in the last",
         "supervised tokens per second": f"{last['tokens_per_second']:.0f}",
         "peak memory": f"{result.peak_memory_gib:.2f} GiB",
     }
     if result.answers:
+        lines["ROUGE-L"] = f"of greedy answers to {len(result.answers['before'].prompts)} held-out prompts, in per cent"
         lines["prompt"] = one_line(result.answers["before"].prompts[0])
-        lines |= {f"answer, {when}": one_line(found.responses[0]) for when, found in result.answers.items()}
+        lines |= {f"answer, {when}": one_line(given.responses[0]) for when, given in result.answers.items()}
     if result.run_dir is not None:
         # A resumed run has no best student of its own where the best epoch came before it.
         found = ",".join(which for which in ("last", "best") if (result.run_dir / f"student_{which}").is_dir())
@@ -73,6 +85,16 @@ def print_summary(result: "Result", model: DistillationModule, console: Console 
         lines["configuration"] = str(result.run_dir / "config.yaml")
     for name, value in lines.items():
         console.print(f"{name:<{max(map(len, lines))}}  {escape(value)}", soft_wrap=True, highlight=False)
+
+
+def is_whole(values: Mapping[str, float]) -> bool:
+    """Whether validation means were measured against the teacher's whole distribution: only that gives its NLL."""
+    return "teacher_nll" in values
+
+
+def kl(values: Mapping[str, float]) -> str:
+    """The KL to the teacher among validation means, marked where a truncated teacher bounds it only from below."""
+    return f"{'' if is_whole(values) else '≥ '}{values['kl']:.3f}"
 
 
 def rouge(result: "Result", when: str) -> str:
