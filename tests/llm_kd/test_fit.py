@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from kd_common.hub import load_causal_lm, load_tokenizer
-from llm_kd import fit
+from llm_kd import answers, fit
 from llm_kd.cache_teacher import main as cache_teacher_main
 from llm_kd.callbacks import StudentExport
 from llm_kd.fit import build, main, run
@@ -326,6 +326,19 @@ def test_a_setting_of_the_default_class_needs_no_class(arguments):
     cli = build(arguments("--config=selectors/speck", "--model.selector.k=3", "--model.lr_schedule.warmup_epochs=1"))
     assert (type(cli.model.distiller.head.selector).__name__, cli.model.distiller.head.selector.k) == ("SpecK", 3)
     assert cli.model.lr_schedule.warmup_epochs == 1
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shown"), [([257], "(no text, only '<|im_end|>')"), ([198, 198], r"(no text, only '\n\n')")]
+)
+def test_an_answer_without_text_is_described(arguments, monkeypatch, capsys, tokenizer, tokens, shown):
+    """One that ends at once, and white space without an end."""
+    monkeypatch.setattr(answers, "generate", lambda model, prompts, *args, **kwargs: [tokens for _ in prompts])
+    assert not tokenizer.decode(tokens, skip_special_tokens=True).strip()
+    main(arguments("--trainer.max_epochs=1"))
+    printed = capsys.readouterr().out
+    assert f"answer, before                {shown}" in printed
+    assert f"answer, after                 {shown}" in printed
 
 
 def test_only_the_students_that_exist_are_announced(arguments, tmp_path, capsys):

@@ -71,6 +71,12 @@ def test_the_end_of_the_turn_ends_the_answer(save_model, make_model, tokenizer, 
     assert capsys.readouterr().out == "\n"
 
 
+def test_an_answer_without_text_is_described(folder, monkeypatch, capsys):
+    monkeypatch.setattr("llm_kd.generate.generate", lambda *args, **kwargs: [[EOS]])
+    assert main(["--model", folder, "--prompt", PROMPT, "--device", "cpu"]) == ""
+    assert capsys.readouterr() == ("", "(no text, only '<|im_end|>')\n")
+
+
 def test_without_a_chat_template_the_instruction_layout_is_used(save_model, tokenizer):
     folder = save_model("plain")
     plain = AutoTokenizer.from_pretrained(folder)

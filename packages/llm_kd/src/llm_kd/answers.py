@@ -27,6 +27,16 @@ class Question:
     references: list[str] = field(default_factory=list)
 
 
+def visible(response: str, written: str) -> str:
+    """A response for people; one without text is described, for it may be a mere end or white space without one.
+
+    Args:
+        response: The text.
+        written: What was written, special tokens and white space included.
+    """
+    return response or f"(no text, only {written!r})"
+
+
 @dataclass(frozen=True)
 class Answers:
     """A model's answers to the validation prompts; all lists run parallel.
@@ -36,6 +46,7 @@ class Answers:
         responses: What the model answered.
         references: One or more reference answers of every prompt.
         scores: ROUGE-L of every answer in per cent.
+        written: The responses as they were written, special tokens and white space included.
         left_out: Number of prompts that were too long to be asked.
     """
 
@@ -43,6 +54,7 @@ class Answers:
     responses: list[str]
     references: list[list[str]]
     scores: list[float]
+    written: list[str]
     left_out: int = 0
 
     @property
@@ -133,4 +145,5 @@ def answer_prompts(
     responses = [str(tokenizer.decode(tokens, skip_special_tokens=True)).strip() for tokens in written]
     references = [question.references for question in asked]
     prompts = [question.text for question in asked]
-    return Answers(prompts, responses, references, rouge_l(responses, references), left_out)
+    as_written = [str(tokenizer.decode(tokens)) for tokens in written]
+    return Answers(prompts, responses, references, rouge_l(responses, references), as_written, left_out)

@@ -13,6 +13,7 @@ from transformers import TextStreamer
 
 from kd_common.errors import run_command
 from kd_common.hub import load_causal_lm, load_tokenizer
+from llm_kd.answers import visible
 from llm_kd.data import Encoder, Message, Row
 from llm_kd.generation import Sampling, generate
 from llm_kd.models import vocabulary_size
@@ -35,6 +36,8 @@ def parser() -> ArgumentParser:
 
 def main(args: list[str] | None = None) -> str:
     """Print the answer as it is written, and return it without the white space around it.
+
+    An answer without text is described on the standard error.
 
     Raises:
         ModelNotFoundError: If there is no such model.
@@ -59,7 +62,10 @@ def main(args: list[str] | None = None) -> str:
         vocab_size=vocabulary_size(tokenizer),
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
     )
-    return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+    text = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+    if not text:
+        print(visible(text, str(tokenizer.decode(tokens))), file=sys.stderr)
+    return text
 
 
 if __name__ == "__main__":

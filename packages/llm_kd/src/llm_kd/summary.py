@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from llm_kd.answers import visible
 from llm_kd.data import TextDataModule
 from llm_kd.module import DistillationModule
 
@@ -75,7 +76,8 @@ def print_summary(
     if result.answers:
         lines["ROUGE-L"] = f"of greedy answers to {len(result.answers['before'].prompts)} held-out prompts, in per cent"
         lines["prompt"] = one_line(result.answers["before"].prompts[0])
-        lines |= {f"answer, {when}": one_line(given.responses[0]) for when, given in result.answers.items()}
+        for when, given in result.answers.items():
+            lines[f"answer, {when}"] = one_line(visible(given.responses[0], given.written[0]))
     if result.run_dir is not None:
         # A resumed run has no best student of its own where the best epoch came before it.
         found = ",".join(which for which in ("last", "best") if (result.run_dir / f"student_{which}").is_dir())
