@@ -14,9 +14,7 @@ from spec_decode.models.layers import Attend, causal_attention
 
 @DRAFTERS.register("fast_eagle")
 class FastEagle(TrainableDrafter):
-    """Cascade: x_p = join(fuse(features_p), embedding of token p + 1); h_i = layer_i(h_{i-1}); head(norm_i(h_i)).
-
-    Features and embedding are normalised before they are joined, and level i is read behind a norm of its own.
+    """x_p = join(fuse(features_p), embedding of token p + 1); h_i = layer_i(h_{i-1}); level i = head(norm_i(h_i)).
 
     Every layer has parameters and a key-value cache of its own, over committed positions only: a draft is one pass over
     what was committed since the last one, and nothing speculative ever enters a cache. The head is the target's.
@@ -26,10 +24,7 @@ class FastEagle(TrainableDrafter):
         depth: Levels N, one layer each.
         stem: Layers before the first level, which predict nothing themselves (beyond the paper; 0 is the paper's).
         draft_vocab: Tokens it can propose; None means all.
-        from_target: Start the layers from the target's last ones rather than at random; the levels' norms always start
-            from the target's last one.
-        input_norm: Normalise features and embedding before they are joined, as EAGLE-3 does; the paper says nothing. A
-            target's features can be a hundred times as large as its embeddings, and hide them.
+        from_target: Start the layers and norms from the target's last ones rather than at random.
 
     Raises:
         ValueError: If depth, stem or draft_vocab is out of range.
@@ -46,7 +41,6 @@ class FastEagle(TrainableDrafter):
         stem: int = 0,
         draft_vocab: int | None = None,
         from_target: bool = True,
-        input_norm: bool = True,
     ) -> None:
         super().__init__(target, depth, draft_vocab)
         if stem < 0:
@@ -55,21 +49,17 @@ class FastEagle(TrainableDrafter):
         self.stem = stem
         self.fuse = nn.Linear(3 * shape.hidden_size, shape.hidden_size, bias=False)
         self.join = nn.Linear(2 * shape.hidden_size, shape.hidden_size, bias=False)
-        self.feature_norm, self.token_norm = (
-            RMSNorm(shape.hidden_size, shape.norm_eps) if input_norm else nn.Identity() for _ in range(2)
-        )
         self.layers = nn.ModuleList(DecoderLayer(shape) for _ in range(stem + depth))
         self.norms = nn.ModuleList(RMSNorm(shape.hidden_size, shape.norm_eps) for _ in range(depth))
         if from_target:
             for own, theirs in zip(reversed(self.layers), reversed(target.layers), strict=False):
                 own.load_state_dict(theirs.state_dict())
-        for norm in self.norms:
-            norm.load_state_dict(target.norm.state_dict())
+            for norm in self.norms:
+                norm.load_state_dict(target.norm.state_dict())
 
     def _cascade(self, features: Tensor, next_tokens: Tensor, positions: Tensor, attends: list[Attend]) -> list[Tensor]:
         """Normalised output of the level layers among the first `len(attends)` layers, each of shape (B, m, h)."""
-        features = self.feature_norm(self.fuse(features.to(self.dtype)))
-        x = self.join(torch.cat([features, self.token_norm(self.embed(next_tokens))], dim=-1))
+        x = self.join(torch.cat([self.fuse(features.to(self.dtype)), self.embed(next_tokens)], dim=-1))
         by = self.rotation(positions)
         levels = []
         for index, attend in enumerate(attends):
