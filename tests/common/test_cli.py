@@ -3,6 +3,7 @@
 import inspect
 import pickle
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -21,6 +22,7 @@ from kd_common.cli import (
     reserve_run_dir,
     resolve_config_names,
 )
+from kd_common.messages import CommandParser, check_device
 
 
 class Rule:
@@ -52,6 +54,13 @@ class Strong(Rule):
         self.rate, self.decay, self.power = rate, decay, power
 
 
+@dataclass
+class Narrow:
+    """Settings that belong together."""
+
+    width: int = 1
+
+
 class Toy(pl.LightningModule):
     """A linear model.
 
@@ -59,9 +68,16 @@ class Toy(pl.LightningModule):
         width: Number of inputs.
         rule: A rule; None means ``Mild()``.
         tags: Some names.
+        narrow: Settings of something else.
     """
 
-    def __init__(self, width: int = 2, rule: Rule | None = None, tags: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        width: int = 2,
+        rule: Rule | None = None,
+        tags: tuple[str, ...] = (),
+        narrow: Narrow | None = None,
+    ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.width, self.rule, self.tags = width, rule or Mild(), tags
@@ -214,21 +230,78 @@ def test_names_are_resolved_without_touching_other_arguments(configs):
 
 
 @pytest.mark.parametrize(
-    ("args", "named"),
+    ("args", "message"),
     [
-        (["--trainer.max_epoch", "2"], "max_epoch"),
-        (["--nonsense", "2"], "nonsense"),
-        (["--model.widht", "2"], "widht"),
-        (["--ckpt", "x"], "ckpt"),
-        (["--model.width", "two"], "width"),
-        (["--model.rule", "Stronk"], "Stronk"),
-        (["--model.rule", "Mild", "--model.rule.power", "2"], "power"),
+        (["--trainer.pluginss", "2"], "Unrecognized arguments: --trainer.pluginss 2; did you mean plugins?"),
+        (["--modell.width", "2"], "Unrecognized arguments: --modell.width 2; did you mean --model?"),
+        (["--nonsense", "2"], "Unrecognized arguments: --nonsense 2"),
+        (["--model.widht", "2"], f"--model.widht: {__name__}.Toy has no setting 'widht'; did you mean width?"),
+        (
+            ["--model.narrow.witdh", "2"],
+            f"--model.narrow.witdh: {__name__}.Narrow has no setting 'witdh'; did you mean width?",
+        ),
+        (["--ckpt", "x"], "Unrecognized arguments: --ckpt x; did you mean --ckpt_path?"),
+        (["--model.width", "two"], "--model.width: Expected a int. Got value: two"),
+        (["--trainer.max_epochs", "two"], "--trainer.max_epochs two: Expected a int"),
+        (
+            ["--model.rule", "Stronk"],
+            "--model.rule Stronk: no such Rule; did you mean Strong? (known: Mild, Rule, Strong)",
+        ),
+        (
+            ["--model.rule", "Mild", "--model.rule.power", "2"],
+            f"--model.rule.power: {__name__}.Mild has no setting 'power'",
+        ),
     ],
 )
-def test_unknown_keys_abbreviations_and_wrong_types_are_refused(build, capsys, args, named):
+def test_unknown_keys_abbreviations_and_wrong_types_are_refused_in_one_line(build, capsys, args, message):
     with pytest.raises(SystemExit, match="2"):
         build(*args)
-    assert named in capsys.readouterr().err
+    tip, error = capsys.readouterr().err.strip().splitlines()
+    assert tip.startswith("tip: ")
+    assert error == f"error: {message}"
+
+
+def test_missing_options_are_named_by_their_flags(capsys):
+    parser = CommandParser(prog="python -m x")
+    parser.add_argument("--ckpt", type=str, required=True)
+    parser.add_argument("runs", type=str)
+    for args, message in (["a"], "--ckpt is required"), (["--ckpt=x"], "runs is required"):
+        with pytest.raises(SystemExit, match="2"):
+            parser.parse_args(args)
+        assert (
+            capsys.readouterr().err
+            == f"tip: For details of accepted options run: python -m x --help\nerror: {message}\n"
+        )
+
+
+def test_a_setting_that_must_not_be_null_is_named(build):
+    with pytest.raises(
+        ValueError, match=r"^model\.width must not be null; give a value, or leave it out for the default$"
+    ):
+        build("--model.width", "null")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_where_there_is_none_is_refused_before_a_run_dir_is_made(build):
+    with pytest.raises(
+        ValueError, match=r"--trainer\.accelerator gpu: PyTorch .* finds no GPU here; set it to auto or cpu"
+    ):
+        build("--trainer.accelerator", "gpu")
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu"])
+def test_a_device_that_is_not_there_is_named(device):
+    with pytest.raises(ValueError, match=f"--device {device} cannot be used here; set it to cpu, or check the driver"):
+        check_device(device)
+    check_device("cpu")
+
+
+@pytest.mark.parametrize("where", ["file", "file/run"])
+def test_a_run_dir_that_cannot_be_made_is_named(build, where):
+    Path("file").touch()
+    with pytest.raises(OSError, match=f"--run_dir cannot be made .*'{where}'"):
+        build("--run_dir", where)
 
 
 @pytest.mark.parametrize("text", ["model: {class_path: MODULE.Toy, init_args: {widht: 3}}", "trainr: {max_epochs: 2}"])
@@ -389,6 +462,58 @@ def test_the_checkpoint_monitors_what_the_package_says(build):
 def test_fast_dev_run_reserves_no_folder(build):
     assert build("--trainer.fast_dev_run", "true").run_dir is None
     assert not Path("runs").exists()
+
+
+# ---------------------------------------------------------------- stopping
+
+
+class Raise(pl.Callback):
+    def __init__(self, error, epoch):
+        self.error, self.epoch = error, epoch
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.current_epoch == self.epoch:
+            raise self.error
+
+
+FULL = RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried ...")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (KeyboardInterrupt(), "Interrupted in"),
+        (FULL, "Too little memory (lower data.batch_size, "),
+        (MemoryError(), "Too little memory (lower data.batch_size, "),
+        (torch.OutOfMemoryError("CUDA out of memory"), "Too little memory (lower data.batch_size, "),
+        (RuntimeError("something else"), None),
+    ],
+)
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_run_that_stops_says_what_is_kept(build, caplog, error, reason, epoch):
+    cli = build()
+    cli.trainer.callbacks.append(Raise(error, epoch))
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"), pytest.raises((SystemExit, type(error))):
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    said = [message for message in caplog.messages if "Last checkpoint" in message]
+    if reason is None:
+        assert not said
+        return
+    [message] = said
+    last = cli.run_dir.resolve() / "checkpoints/last.ckpt"
+    kept = f"{last}; go on from there with --ckpt_path {last}." if epoch else "none written yet; start again."
+    assert message.startswith(reason)
+    assert message.endswith(f" in epoch {epoch}. Last checkpoint: {kept}")
+    assert last.is_file() == bool(epoch)
+
+
+def test_a_run_dir_of_an_earlier_run_is_announced(build, last_checkpoint, caplog):
+    run_dir = ["--run_dir", str(last_checkpoint.parents[1])]
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        build(*run_dir, "--ckpt_path", str(last_checkpoint))
+        assert "earlier run" not in caplog.text
+        build(*run_dir)
+    assert "holds an earlier run, whose checkpoints and models this one replaces" in caplog.text
 
 
 # ---------------------------------------------------------------- resuming

@@ -30,11 +30,17 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins import TorchCheckpointIO
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from kd_common.farewell import Farewell
 from kd_common.files import damaged_entry, write_atomically
+from kd_common.messages import CommandParser, check_accelerator, null_settings
 
 CHECKPOINT_DIR = "checkpoints"
+
+
+class FitParser(CommandParser, LightningArgumentParser):
+    """Lightning's parser with short errors."""
 
 
 class FitCLI(LightningCLI):
@@ -76,6 +82,7 @@ class FitCLI(LightningCLI):
             auto_configure_optimizers=False,
             run=False,
             args=args,
+            parser_class=FitParser,
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={
@@ -127,10 +134,14 @@ class FitCLI(LightningCLI):
         """
         path = Path(self.config["ckpt_path"]) if self.config["ckpt_path"] else None
         saved = check_resumable(path) if path else {}
+        check_accelerator(self.config["trainer"]["accelerator"])
         try:
             super().instantiate_classes()
-        except ValueError as error:
-            raise ValueError(constructor_message(str(error))) from error.__cause__
+        except (ValueError, TypeError) as error:
+            message = constructor_message(str(error))
+            if "NoneType" in message and (nulls := null_settings(self.config)):
+                message = f"{', '.join(nulls)} must not be null; give a value, or leave it out for the default"
+            raise ValueError(message) from error.__cause__
         if path:
             check_same_settings(path, saved.get("hyper_parameters", {}), self.model.hparams)
 
@@ -140,6 +151,8 @@ class FitCLI(LightningCLI):
         if trainer_config.get("fast_dev_run"):
             return super().instantiate_trainer(**kwargs)
         self.run_dir = reserve_run_dir(self.config_init["run_dir"], self.config_init["name"])
+        if not self.config_init["ckpt_path"] and (self.run_dir / "config.yaml").is_file():
+            rank_zero_info(f"{self.run_dir} holds an earlier run, whose checkpoints and models this one replaces.")
         if trainer_config.get("default_root_dir") is None:
             kwargs["default_root_dir"] = str(self.run_dir)
         if trainer_config.get("logger") in (None, True):
@@ -147,10 +160,11 @@ class FitCLI(LightningCLI):
             keep_earlier_metrics(self.run_dir)
             kwargs["logger"] = [TensorBoardLogger(**where), CSVLogger(**where)]
         if trainer_config.get("enable_checkpointing") is not False:
+            self.trainer_defaults["callbacks"] = [Farewell()]
             # Not `save_last`: Lightning 2.6 then writes last.ckpt only when the best one changes. The last comes
             # second, so that it knows this epoch's best.
             files: dict[str, dict[str, Any]] = {"best": self.checkpoint} if self.checkpoint else {}
-            self.trainer_defaults["callbacks"] = [
+            self.trainer_defaults["callbacks"] += [
                 # No version counter: a second run in this folder must not leave the first one's last.ckpt.
                 ModelCheckpoint(self.run_dir / CHECKPOINT_DIR, name, enable_version_counter=False, **settings)
                 for name, settings in (files | {"last": {}}).items()
@@ -288,7 +302,10 @@ def reserve_run_dir(run_dir: str | None, name: str) -> Path:
     if run_dir is not None:
         path = Path(run_dir)
         if main:
-            path.mkdir(parents=True, exist_ok=True)
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise OSError(error.errno, f"--run_dir cannot be made ({error.strerror})", run_dir) from error
         return path
     for number in itertools.count():
         path = Path("runs") / name / f"run_{number}"

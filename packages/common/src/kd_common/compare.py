@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 from kd_common.cli import resolve_config_names
 from kd_common.files import read_json, write_atomically
+from kd_common.messages import CommandParser
 
 Row = dict[str, Any]
 RunOne = Callable[[str, int, Sequence[str], int], Row]
@@ -123,7 +123,7 @@ def compare_command(
         config_dir: Where packaged comparisons are found by name.
         args: Command line; None for ``sys.argv``.
     """
-    parser = ArgumentParser(prog=f"python -m {package}.compare", description=description, allow_abbrev=False)
+    parser = CommandParser(prog=f"python -m {package}.compare", description=description, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="Comparison file; packaged ones are found by name.")
     parser.add_function_arguments(run_matrix, as_positional=False, skip={"run_one", "headline"})
     settings = parser.parse_args(resolve_config_names(sys.argv[1:] if args is None else args, config_dir))

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from kd_common.errors import run_command
 from kd_common.hub import load_config
+from kd_common.messages import check_device
 from llm_kd.data import SPLITS, TokenBatch
 from llm_kd.data.loader import TextLoader
 from llm_kd.fit import LanguageCLI, build
@@ -132,6 +133,7 @@ def main(args: ArgsType = None) -> TeacherCache:
     """Write the cache for the training and validation examples, and say how to use it."""
     cli = build(args, CacheCLI)
     settings, data = cli.config, cli.datamodule
+    check_device(settings["device"])
     spec = TeacherSpec(**settings["model"]["init_args"]["teacher"])
     check_conversations({"teacher": load_config(spec.name)}, data, SPLITS)
     body = load_teacher(spec)

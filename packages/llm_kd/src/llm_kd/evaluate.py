@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -23,6 +23,7 @@ from kd_common.compare import mean_and_spread
 from kd_common.errors import run_command
 from kd_common.files import write_atomically
 from kd_common.hub import load_config, load_tokenizer
+from kd_common.messages import CommandParser, check_device
 from llm_kd.answers import Answers, answer_prompts
 from llm_kd.data import TextDataModule
 from llm_kd.distiller import token_metric_means
@@ -78,9 +79,9 @@ def token_means(
     return {name: means[name] for name in names}
 
 
-def parser() -> ArgumentParser:
+def parser() -> CommandParser:
     """Command line of this module."""
-    parser = ArgumentParser(prog="python -m llm_kd.evaluate", description=__doc__, allow_abbrev=False)
+    parser = CommandParser(prog="python -m llm_kd.evaluate", description=__doc__, allow_abbrev=False)
     parser.add_argument("--student", type=str, required=True, help="Saved student, or any other folder or name.")
     parser.add_argument("--teacher", type=str | None, default=None, help="Teacher to compare it with.")
     parser.add_argument("--k", type=int, default=5, help="Most likely tokens of the teacher, for the acceptance rate.")
@@ -222,6 +223,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         ValueError: For settings that cannot be used.
     """
     settings = parser().parse_args(args)
+    check_device(settings.device)
     sampling = check(settings)
     output = None if settings.output is None else Path(settings.output)
     if output is not None:

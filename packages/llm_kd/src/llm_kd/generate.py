@@ -8,20 +8,20 @@ import dataclasses
 import sys
 
 import torch
-from jsonargparse import ArgumentParser
 from transformers import TextStreamer
 
 from kd_common.errors import run_command
 from kd_common.hub import load_causal_lm, load_tokenizer
+from kd_common.messages import CommandParser, check_device
 from llm_kd.answers import visible
 from llm_kd.data import Encoder, Message, Row
 from llm_kd.generation import Sampling, generate
 from llm_kd.models import vocabulary_size
 
 
-def parser() -> ArgumentParser:
+def parser() -> CommandParser:
     """Command line of this module."""
-    parser = ArgumentParser(prog="python -m llm_kd.generate", description=__doc__, allow_abbrev=False)
+    parser = CommandParser(prog="python -m llm_kd.generate", description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", type=str, required=True, help="Saved student, or any other folder or name.")
     parser.add_argument("--prompt", type=str, required=True, help="What to answer; - reads it from standard input.")
     parser.add_argument("--system", type=str | None, default=None, help="System turn before the prompt.")
@@ -44,6 +44,7 @@ def main(args: list[str] | None = None) -> str:
         ValueError: If the prompt is empty or too long, or a setting is out of its range.
     """
     settings = parser().parse_args(args)
+    check_device(settings.device)
     prompt = (sys.stdin.read() if settings.prompt == "-" else settings.prompt).strip()
     if not prompt:
         raise ValueError("the prompt is empty; give --prompt TEXT, or --prompt - and the text on standard input")

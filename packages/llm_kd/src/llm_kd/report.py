@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
 from markupsafe import Markup, escape
 from rich.console import Console
 
 from kd_common.errors import run_command
 from kd_common.hub import load_causal_lm, load_config, load_tokenizer
+from kd_common.messages import CommandParser
 from kd_common.report import Section, read_config, read_metrics, run_names, write_report
 from llm_kd.data import TextDataModule
 from llm_kd.figures import Metrics, mark_tokens, plot_entropy, plot_positions, plot_progress
@@ -46,7 +46,7 @@ def summary(name: str, config: Mapping[str, Any], metrics: Metrics) -> dict[str,
 
 def held_out(settings: Mapping[str, Any], tokenizer: str, limit: int) -> TextDataModule:
     """The data of a run's configuration, at most ``limit`` held-out rows."""
-    parser = ArgumentParser()
+    parser = CommandParser()
     parser.add_class_arguments(TextDataModule, "data")
     kept = {name: value for name, value in settings.items() if value is not None}
     return parser.instantiate_classes(
@@ -134,7 +134,7 @@ def report(runs: Sequence[Path], output: Path, *, limit: int = 16, k: int = 5, t
 
 def main(args: list[str] | None = None) -> Path:
     """Parse the command line, write the report and say where it is."""
-    parser = ArgumentParser(prog="python -m llm_kd.report", description=__doc__, allow_abbrev=False)
+    parser = CommandParser(prog="python -m llm_kd.report", description=__doc__, allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=Path, help="Folders of runs.")
     parser.add_argument("--output", type=Path, default=Path("runs/report"), help="Folder of the page.")
     parser.add_argument("--limit", type=int, default=16, help="Held-out rows the students are run on; 0 for none.")

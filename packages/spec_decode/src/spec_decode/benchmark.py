@@ -24,6 +24,7 @@ from kd_common.errors import run_command
 from kd_common.files import read_json, write_atomically
 from kd_common.hub import EMBEDDED, load_causal_lm, load_config
 from kd_common.memory import peak_bytes
+from kd_common.messages import CommandParser, check_device
 from spec_decode.autotune import measure_passes
 from spec_decode.cost import speedup
 from spec_decode.data.corpus import encode_prompts, stop_tokens
@@ -242,6 +243,7 @@ def benchmark(
         output: Folder for ``results.json``; finished blocks of the same settings in it are not run again,
             those of other settings are kept in a file of their own.
     """
+    check_device(device)
     spec_temperatures = temperatures or [0.0, 1.0]
     entries = {entry: (name, parse_tree(own or tree)) for entry in drafters for name, _, own in [entry.partition("@")]}
     trained = next((name for name, _ in entries.values() if (drafter_folder(name) / CONFIG).is_file()), "none")
@@ -372,4 +374,4 @@ def print_table(rows: Sequence[dict[str, Any]], console: Console) -> None:
 
 
 if __name__ == "__main__":
-    run_command(lambda: auto_cli(benchmark, as_positional=False))
+    run_command(lambda: auto_cli(benchmark, as_positional=False, parser_class=CommandParser))

@@ -7,6 +7,7 @@ from typing import TextIO
 from jsonargparse import auto_cli
 
 from kd_common.errors import run_command
+from kd_common.messages import CommandParser
 from spec_decode.generate import answer
 from spec_decode.session import Session
 
@@ -97,4 +98,4 @@ def chat(
 
 
 if __name__ == "__main__":
-    run_command(lambda: auto_cli(chat, as_positional=False))
+    run_command(lambda: auto_cli(chat, as_positional=False, parser_class=CommandParser))

@@ -15,6 +15,7 @@ from torch import Tensor
 from kd_common.errors import run_command
 from kd_common.files import write_atomically
 from kd_common.hub import DTYPES, load_config
+from kd_common.messages import CommandParser
 from spec_decode.drafters.files import read_config, read_weights
 from spec_decode.models.causal_lm import default_feature_layers
 
@@ -100,4 +101,4 @@ def export(drafter: str, output: str, dtype: str = "bfloat16") -> None:
 
 
 if __name__ == "__main__":
-    run_command(lambda: auto_cli(export, as_positional=False))
+    run_command(lambda: auto_cli(export, as_positional=False, parser_class=CommandParser))

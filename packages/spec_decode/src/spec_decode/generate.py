@@ -10,6 +10,7 @@ from typing import TextIO
 from jsonargparse import auto_cli
 
 from kd_common.errors import run_command
+from kd_common.messages import CommandParser
 from spec_decode.decoder import Generation
 from spec_decode.session import Session, TextStream
 
@@ -117,4 +118,4 @@ def generate(
 
 
 if __name__ == "__main__":
-    run_command(lambda: auto_cli(generate, as_positional=False))
+    run_command(lambda: auto_cli(generate, as_positional=False, parser_class=CommandParser))

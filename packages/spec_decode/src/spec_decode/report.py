@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from kd_common.errors import run_command
+from kd_common.messages import CommandParser
 from kd_common.report import Section, read_config, read_metrics, run_names, write_report
 from spec_decode.data.prompts import packaged_prompts, read_prompts
 from spec_decode.decoder import SpeculativeDecoder
@@ -116,7 +116,7 @@ def report(
 
 def main(args: list[str] | None = None) -> Path:
     """Parse the command line, write the report and say where it is."""
-    parser = ArgumentParser(prog="python -m spec_decode.report", description=__doc__, allow_abbrev=False)
+    parser = CommandParser(prog="python -m spec_decode.report", description=__doc__, allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=Path, help="Folders of runs.")
     parser.add_argument("--output", type=Path, default=Path("runs/report"), help="Folder of the page.")
     parser.add_argument("--prompts", type=Path | None, default=None, help="JSONL file; packaged prompts by default.")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_common.hub import EMBEDDED, load_config
+from kd_common.messages import check_device
 from spec_decode.data.corpus import encode_prompts, stop_tokens
 from spec_decode.decoder import Generation, SpeculativeDecoder
 from spec_decode.drafters import DRAFTERS, Drafter, DynamicTree, TrainableDrafter, load_drafter
@@ -127,6 +128,7 @@ class Session:
             rejection: See `SpeculativeDecoder`.
             min_confidence: See `SpeculativeDecoder`.
         """
+        check_device(device)
         shape, (spec, template) = parse_tree(tree), find_target(drafter, target, dtype)
         model, tokenizer = spec.load().to(device), spec.tokenizer()
         tokenizer.chat_template = tokenizer.chat_template or template

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from rich.console import Console
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from kd_common.errors import run_command
+from kd_common.messages import CommandParser, check_device
 from vision_kd.data import ImageDataModule
 from vision_kd.detection.data import COCO
 from vision_kd.detection.detector import Detector
@@ -58,9 +59,9 @@ def accuracy(
     return {name: float(metric.compute()) for name, metric in metrics.items()}
 
 
-def parser() -> ArgumentParser:
+def parser() -> CommandParser:
     """Command line of this module."""
-    parser = ArgumentParser(prog="python -m vision_kd.evaluate", description=__doc__, allow_abbrev=False)
+    parser = CommandParser(prog="python -m vision_kd.evaluate", description=__doc__, allow_abbrev=False)
     parser.add_argument("--ckpt", type=str, required=True, help="Weight file.")
     parser.add_argument("--model", type=ModelSpec | None, default=None, help="Network, for files that do not name it.")
     parser.add_argument("--data", type=ImageDataModule | None, default=None, help="Data to evaluate on.")
@@ -118,6 +119,7 @@ def detect(settings: Namespace, detector: Detector, data: COCO) -> dict[str, flo
 def main(args: list[str] | None = None) -> dict[str, float]:
     """Evaluate, print and return the metrics."""
     settings = parser().parse_args(args)
+    check_device(settings.device)
     model, data = load(settings)
     if settings.export is not None and not isinstance(model, Classifier):
         raise ValueError("--export writes classifiers only: torch.export does not trace a detector's proposals")

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
 from rich.console import Console
 from torch import Tensor
 from tqdm import tqdm
 
 from kd_common.errors import run_command
+from kd_common.messages import CommandParser
 from kd_common.report import Section, Series, read_config, read_metrics, run_names, write_report
 from vision_kd.data import ImageDataModule
 from vision_kd.diagnosis import calibration_error, class_accuracy, class_correlation, collect_logits
@@ -252,7 +252,7 @@ def report(
 
 def main(args: list[str] | None = None) -> Path:
     """Parse the command line, write the report and say where it is."""
-    parser = ArgumentParser(prog="python -m vision_kd.report", description=__doc__, allow_abbrev=False)
+    parser = CommandParser(prog="python -m vision_kd.report", description=__doc__, allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=Path, help="Folders of runs, the reference first.")
     parser.add_argument("--output", type=Path, default=Path("runs/report"), help="Folder of the page.")
     parser.add_argument("--resolution", type=int, default=13, help="Points per direction of the loss landscapes.")

@@ -1,0 +1,32 @@
+"""What a run that ends early says; needs the extra ``kd-common[cli]``."""
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+
+from kd_common.errors import last_checkpoint
+
+
+class Farewell(pl.Callback):
+    """Says of a run that was interrupted, or had too little memory, what is kept and how to go on."""
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Print it before Lightning leaves, or the error's own message follows."""
+        if isinstance(exception, KeyboardInterrupt):
+            reason = "Interrupted"
+        elif is_out_of_memory(exception):
+            reason = "Too little memory (lower data.batch_size, and accumulate batches instead)"
+        else:
+            return
+        last = last_checkpoint(trainer)
+        remedy = f"go on from there with --ckpt_path {last}" if Path(last).is_file() else "start again"
+        rank_zero_info(f"{reason} in epoch {trainer.current_epoch}. Last checkpoint: {last}; {remedy}.")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether host or device had too little memory; PyTorch's allocator on the CPU raises a plain RuntimeError."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    )

@@ -1,0 +1,149 @@
+"""Errors of a command line in one line that names the setting, what is wrong with it, and what may have been meant.
+
+jsonargparse prints the usage, which is a hundred lines for a run, and then its way through classes and unions of types.
+"""
+
+import inspect
+import re
+from collections.abc import Collection, Iterator
+from importlib import import_module
+from typing import Any, NoReturn
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+
+from kd_common.registry import suggest
+
+# What only says on which way the parser came to the cause.
+_WAY = re.compile(
+    "Parser key |Does not validate against |Subtypes: |Errors:$|Problem with given class_path |Given value|"
+    "Expected a path but |Expected a <class 'NoneType'>$"
+)
+
+
+class CommandParser(ArgumentParser):
+    """A parser whose errors are short."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print what is wrong and leave with code 2; parsers of nested classes raise instead."""
+        message = by_flag(message, self._option_string_actions)
+        super().error(readable(message) if self.exit_on_error else message, ex)
+
+    def print_usage(self, file: Any = None) -> None:
+        """Print nothing: the error's last line would be out of sight, and the tip beside it names ``--help``."""
+
+
+def by_flag(message: str, options: Collection[str]) -> str:
+    """A message on missing or unknown options by their flags, with known ones that are close.
+
+    Args:
+        message: jsonargparse's.
+        options: All option strings, such as ``--trainer.max_epochs``.
+    """
+    if found := re.match(r"Option '(.*)' is required", message):
+        flag = f"--{found[1]}"
+        return f"{flag if flag in options else found[1]} is required"
+    if not message.startswith("Unrecognized arguments: "):
+        return message
+    options = [option for option in options if not option.endswith(("+", ".help"))]  # jsonargparse's own
+    hints = []
+    for flag in re.findall(r"(--[\w.]+)", message):
+        group, _, name = flag.rpartition(".")
+        within = [option.removeprefix(f"{group}.") for option in options if group and option.startswith(f"{group}.")]
+        hints.append(suggest(name, within) if within else suggest(flag.partition(".")[0], options))
+    return message + "".join(dict.fromkeys(hints))
+
+
+def readable(message: str) -> str:
+    """The setting and the causes of a message of jsonargparse; other messages stay as they are."""
+    keys = re.findall(r'Parser key "([^"]+)":', message)
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
+    causes = dict.fromkeys(line for line in lines if line and not _WAY.match(line))
+    if not keys or not causes:
+        return message
+    nested = re.search(r"Given value: NestedArg\(key='(.*)', val=", message)  # the innermost, which comes first
+    if nested and nested[1] != keys[-1]:
+        keys.append(nested[1])
+    value = re.search(r"^ *Given value: (?!NestedArg|Namespace|\{)(.*)$", message, flags=re.M)
+    given = f" {value[1]}" if value else ""
+    return f"--{'.'.join(keys)}{given}: {'; '.join(_explained(cause, message) for cause in causes)}"
+
+
+def _explained(cause: str, message: str) -> str:
+    """A cause with the names that could stand there."""
+    if found := re.match(r"Option '(.*)' is not accepted", cause):
+        (*_, owner) = re.findall(r"given class_path '(.*)'", message)
+        return f"{owner} has no setting {found[1]!r}{suggest(found[1], _parameters(_imported(owner)))}"
+    if found := re.match(r"Expected a dot import path string: (.*)|module '.*' has no attribute '(.*)'", cause):
+        (*_, base) = re.findall(r"<class '([\w.]+)'>", "".join(re.findall(r"Subtypes: .*", message)))
+        names = sorted(set(_names(_imported(base))))
+        return f"no such {base.rpartition('.')[2]}{suggest(found[1] or found[2], names)} (known: {', '.join(names)})"
+    return re.sub(r"<class '([\w.]+)'>|typing\.", r"\1", cause)
+
+
+def _imported(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(module), name)
+
+
+def _parameters(owner: type) -> dict[str, inspect.Parameter]:
+    """Parameters of a class, with those that it hands on to its bases."""
+    own = [
+        vars(base)["__init__"] for base in reversed(owner.__mro__) if "__init__" in vars(base) and base is not object
+    ]
+    return {name: parameter for init in own for name, parameter in inspect.signature(init).parameters.items()}
+
+
+def _names(base: type[Any]) -> Iterator[str]:
+    """Names of a class and of all derived from it that can be made."""
+    if not inspect.isabstract(base) and not base.__name__.startswith("_"):
+        yield base.__name__
+    for derived in base.__subclasses__():
+        yield from _names(derived)
+
+
+def null_settings(config: Namespace, key: str = "") -> list[str]:
+    """Settings that are null though their class has another default; jsonargparse lets null pass for every type.
+
+    Args:
+        config: A parsed configuration.
+        key: Name of it within a larger one.
+    """
+    found = []
+    for name, value in vars(config).items():
+        path = f"{key}.{name}" if key else name
+        if isinstance(value, Namespace) and "class_path" in value:
+            settings, parameters = value.get("init_args", Namespace()), _parameters(_imported(value["class_path"]))
+            nulls = [n for n, v in vars(settings).items() if v is None and parameters[n].default is not None]
+            found += [f"{path}.{n}" for n in nulls] + null_settings(settings, path)
+        elif isinstance(value, Namespace):
+            found += null_settings(value, path)
+    return found
+
+
+def check_accelerator(name: Any) -> None:
+    """Refuse a GPU where there is none; Lightning's error names neither the setting nor the remedy.
+
+    Raises:
+        ValueError: If PyTorch finds no GPU.
+    """
+    if name in ("gpu", "cuda") and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        raise ValueError(
+            f"--trainer.accelerator {name}: PyTorch {torch.__version__} finds no GPU here; set it to auto or cpu, or "
+            "check the driver and that this build of PyTorch is for it"
+        )
+
+
+def check_device(name: str) -> None:
+    """Refuse a ``--device`` that this machine does not have.
+
+    Raises:
+        ValueError: If PyTorch cannot use it.
+    """
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # the latter from builds for other hardware
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"--device {name} cannot be used here; set it to cpu, or check the driver ({reason})"
+        ) from error
