@@ -380,6 +380,15 @@ def test_refusals_before_any_work(arguments, extra, match):
         build(arguments(*extra))
 
 
+@pytest.mark.parametrize(("precision", "dtype"), [("64-true", torch.float64), ("bf16-true", torch.bfloat16)])
+def test_true_precisions(arguments, precision, dtype):
+    name = str(dtype).removeprefix("torch.")
+    precisions = [f"--trainer.precision={precision}", f"--model.student.dtype={name}", f"--model.teacher.dtype={name}"]
+    cli = build(arguments(*precisions, "--answers=0", "--trainer.max_epochs=1"))
+    assert run(cli).last["kl"] > 0
+    assert {parameter.dtype for parameter in cli.model.parameters()} == {dtype}
+
+
 @pytest.mark.parametrize("extra", [["--model.topk=3"], ["--trainer.max_epoch=2"], ["--model.selector=NoSuch"]])
 def test_unknown_options(arguments, extra):
     with pytest.raises(SystemExit) as stopped:

@@ -13,7 +13,7 @@ IGNORED = -100
 """Label of a position that carries no loss."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen: Lightning's precision plugins replace its fields
 class TokenBatch:
     """B rows of S tokens, each row one or more sequences and padding on its right.
 
