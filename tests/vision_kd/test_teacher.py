@@ -10,7 +10,7 @@ import vision_kd.teacher
 from kd_common.files import cache_root
 from vision_kd.data import Digits
 from vision_kd.evaluate import accuracy
-from vision_kd.fit import build, run
+from vision_kd.fit import build, launched_from_outside, run
 from vision_kd.models import load_classifier, save_student
 from vision_kd.specs import TeacherSpec
 from vision_kd.teacher import obtain_teacher, teacher_cache_path
@@ -111,15 +111,28 @@ def test_damaged_cache_file_is_named_with_the_remedy(trainings, content):
     assert not trainings
 
 
-def test_multi_process_launch_without_a_teacher_is_refused(trainings, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+def test_multi_process_launch_without_a_teacher_is_refused(trainings):
     with pytest.raises(RuntimeError, match=r"no weights for the teacher resnet8.*--trainer\.devices 1.*checkpoint"):
-        obtain_teacher(SPEC, *digits())
+        obtain_teacher(SPEC, *digits(), launched=True)
     assert not trainings
-    monkeypatch.delenv("WORLD_SIZE")
     obtain_teacher(SPEC, *digits())
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert obtain_teacher(SPEC, *digits())[1].startswith("from the cache")
+    assert obtain_teacher(SPEC, *digits(), launched=True)[1].startswith("from the cache")
+
+
+LAUNCHERS = {
+    "torchrun": {"WORLD_SIZE": 2, "RANK": 1, "LOCAL_RANK": 1, "TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": 2},
+    "srun": {f"SLURM_{name}": 2 for name in ("NTASKS", "NTASKS_PER_NODE")} | {"SLURM_PROCID": 1, "SLURM_LOCALID": 1},
+    "Lightning": {},
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_launcher_is_told_from_lightning(digits_args, launcher, monkeypatch):
+    """srun sets no WORLD_SIZE."""
+    for name, value in (LAUNCHERS[launcher] | {"SLURM_NODEID": 0}).items():
+        monkeypatch.setenv(name, str(value))
+    trainer = build([*digits_args, "--trainer.devices=2", "--trainer.fast_dev_run=1"]).trainer
+    assert launched_from_outside(trainer) == (launcher != "Lightning")
 
 
 def test_checkpoint_goes_before_cache_and_training(trainings, tmp_path):

@@ -13,6 +13,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
 import vision_kd.detection
@@ -150,6 +151,7 @@ def run(cli: VisionCLI) -> Result:
             data_config,
             task=type(model),
             ranks=cli.trainer.world_size,
+            launched=launched_from_outside(cli.trainer),
             accelerator=cli.config["trainer"]["accelerator"],
             progress_bar=cli.config["trainer"]["enable_progress_bar"] is not False,
         )
@@ -177,6 +179,14 @@ def run(cli: VisionCLI) -> Result:
         run_dir=cli.run_dir,
         alone=run(build(baseline_args(cli))) if cli.config["baseline"] is not None else None,
     )
+
+
+def launched_from_outside(trainer: Trainer) -> bool:
+    """Whether torchrun, SLURM or the like started the processes of a run of several."""
+    strategy = trainer.strategy
+    if not isinstance(strategy, ParallelStrategy) or strategy.cluster_environment is None:
+        return False
+    return trainer.world_size > 1 and strategy.cluster_environment.creates_processes_externally
 
 
 def baseline_args(cli: VisionCLI) -> list[str]:

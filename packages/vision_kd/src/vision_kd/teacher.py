@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -54,6 +53,7 @@ def obtain_teacher(
     *,
     task: type[ComponentTraining] = DistillationModule,
     ranks: int = 1,
+    launched: bool = False,
     accelerator: str = "auto",
     progress_bar: bool = True,
 ) -> tuple[NormalizedNetwork, str]:
@@ -65,6 +65,7 @@ def obtain_teacher(
         data: Resolved configuration of that DataModule, plain types; part of the cache key.
         task: How such networks are built, loaded and trained.
         ranks: Processes of the run, whose joint batch the teacher is trained with.
+        launched: Whether a launcher, not Lightning, started these processes, so that they all come here.
         accelerator: Lightning's name of the hardware it is trained on.
         progress_bar: Show one while training.
 
@@ -87,11 +88,11 @@ def obtain_teacher(
                 return task.load(path), f"from the cache, {path}"
             except CheckpointError as error:
                 raise CheckpointError(f"cached teacher: {error}\nDelete {path} to train it again.") from error
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if launched:
             raise RuntimeError(
                 f"no weights for the teacher {spec.name}, and training it inside a multi-process launch would train "
-                f"it once per process. Train and cache it first with --trainer.devices 1 --data.batch_size "
-                f"{datamodule.batch_size * ranks}, or set model.teacher.checkpoint"
+                f"it once per process. Train and cache it first, without the launcher, with --trainer.devices 1 "
+                f"--data.batch_size {datamodule.batch_size * ranks}, or set model.teacher.checkpoint"
             )
         teacher = train_teacher(spec, datamodule, task, ranks, accelerator, progress_bar)
         save_student(path, teacher, spec.model, extra={"recipe": json.loads(json.dumps(asdict(spec), default=str))})
