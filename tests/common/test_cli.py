@@ -290,6 +290,17 @@ def test_a_gpu_where_there_is_none_is_refused_before_a_run_dir_is_made(build):
     assert not Path("runs").exists()
 
 
+def test_torchrun_with_more_processes_than_devices_is_refused(build, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert build().trainer.world_size == 1  # other things than torchrun set it, too
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        ValueError, match=r"torchrun started 2 processes, and trainer\.devices .* is 1: set --trainer\.dev"
+    ):
+        build()
+
+
 @pytest.mark.parametrize("device", ["cuda:99", "gpu"])
 def test_a_device_that_is_not_there_is_named(device):
     with pytest.raises(ValueError, match=f"--device {device} cannot be used here; set it to cpu, or check the driver"):

@@ -34,7 +34,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from kd_common.farewell import Farewell
 from kd_common.files import damaged_entry, write_atomically
-from kd_common.messages import CommandParser, check_accelerator, null_settings
+from kd_common.messages import CommandParser, check_accelerator, check_world_size, null_settings
 
 CHECKPOINT_DIR = "checkpoints"
 
@@ -170,6 +170,7 @@ class FitCLI(LightningCLI):
                 for name, settings in (files | {"last": {}}).items()
             ]
         trainer = super().instantiate_trainer(**kwargs)
+        check_world_size(trainer.world_size)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # nobody chose another one
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer

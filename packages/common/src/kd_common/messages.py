@@ -4,6 +4,7 @@ jsonargparse prints the usage, which is a hundred lines for a run, and then its 
 """
 
 import inspect
+import os
 import re
 from collections.abc import Collection, Iterator
 from importlib import import_module
@@ -147,3 +148,20 @@ def check_device(name: str) -> None:
         raise ValueError(
             f"--device {name} cannot be used here; set it to cpu, or check the driver ({reason})"
         ) from error
+
+
+def check_world_size(size: int) -> None:
+    """Refuse a run that torchrun started more often than it has devices: every process would do and write all of it.
+
+    Args:
+        size: Devices of the run, on all nodes.
+
+    Raises:
+        ValueError: If torchrun started another number of processes.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if "TORCHELASTIC_RUN_ID" in os.environ and launched != size:
+        raise ValueError(
+            f"torchrun started {launched} processes, and trainer.devices times trainer.num_nodes is {size}: set "
+            "--trainer.devices to --nproc_per_node and --trainer.num_nodes to --nnodes"
+        )
