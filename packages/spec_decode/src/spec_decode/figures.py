@@ -18,7 +18,8 @@ from spec_decode.verify import Verified
 
 ACCEPTED, DRAFTED = "tab:green", "0.6"
 DECODING = [phase for phase in PHASES if phase != "prefill"]
-SHADES = mpl.colormaps["cividis"]  # of even steps in lightness, for a grey print
+# One per phase and one for what is left; neighbours differ in lightness, for a grey print.
+SHADES = mpl.colormaps["cividis"]([0.0, 0.5, 1.0, 0.25, 0.75])
 
 
 @dataclass
@@ -65,10 +66,10 @@ def plot_acceptance(measured: Mapping[str, Measurement]) -> Figure:
     """Acceptance of every level while decoding."""
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     axes = figure.subplots()
-    for number, (name, found) in enumerate(measured.items()):
-        if found.acceptance:
-            levels, shares = range(1, len(found.acceptance) + 1), [100 * share for share in found.acceptance]
-            axes.plot(levels, shares, label=name, clip_on=False, **curve_style(number))
+    drafted = {name: found.acceptance for name, found in measured.items() if found.acceptance}
+    for number, (name, acceptance) in enumerate(drafted.items()):
+        shares = [100 * share for share in acceptance]
+        axes.plot(range(1, len(shares) + 1), shares, label=name, clip_on=False, **curve_style(number))
     axes.set(xlabel="level", ylabel="accepted, given all levels above (%)", ylim=(0, 100))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
@@ -82,7 +83,7 @@ def plot_time(measured: Mapping[str, Measurement]) -> Figure:
     axes = figure.subplots()
     left = np.zeros(len(measured))
     phases = [*DECODING, "overhead"]
-    for phase, colour in zip(phases, SHADES(np.linspace(0, 1, len(phases))), strict=True):
+    for phase, colour in zip(phases, SHADES, strict=True):
         widths = np.array([milliseconds(found)[phase] for found in measured.values()])
         axes.barh(list(measured), widths, left=left, label=phase, color=colour, edgecolor="0.3", linewidth=0.5)
         left += widths
