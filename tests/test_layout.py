@@ -73,5 +73,5 @@ def test_every_constraint_is_name_and_version():
 
 def test_every_command_ends_with_a_message_where_its_user_can_mend_the_cause():
     commands = [text for package in PACKAGES for file in sources(package) if "__main__" in (text := file.read_text())]
-    assert len(commands) == 16
+    assert len(commands) == 17
     assert all('if __name__ == "__main__":\n    run_command(' in text for text in commands)

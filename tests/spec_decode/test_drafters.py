@@ -411,6 +411,16 @@ def test_medusa_starts_from_the_targets_own_prediction(tiny):
         torch.testing.assert_close(drafter.level_logits(level, x), tiny.target.logits(states.final[:, :-1]))
 
 
+def test_fast_eagle_starts_as_the_targets_last_layers(tiny):
+    target = tiny.target
+    tokens = torch.randint(40, (2, 9))
+    drafter = DrafterSpec("fast_eagle", {"depth": len(target.layers) - target.feature_layers[2]}).build(target)
+    states = target(tokens)
+    with torch.no_grad():
+        drafter.join.weight[:, target.shape.hidden_size :].zero_()  # but for the next token
+    torch.testing.assert_close(drafter.level_states(tokens, states)[-1], states.final[:, :-1], rtol=1e-4, atol=1e-4)
+
+
 def test_the_target_is_frozen_and_not_part_of_the_drafter(tiny):
     for name in OPTIONS:
         drafter = DrafterSpec(name, OPTIONS[name]).build(tiny.target)

@@ -24,7 +24,9 @@ class FastEagle(TrainableDrafter):
         depth: Levels N, one layer each.
         stem: Layers before the first level, which predict nothing themselves (beyond the paper; 0 is the paper's).
         draft_vocab: Tokens it can propose; None means all.
-        from_target: Start the layers and norms from the target's last ones rather than at random.
+        from_target: Start as the target's last layers: with their weights and norm, reading its high features. Three
+            layers then begin as the target's own last three, so that the cascade has states to start from that its
+            head can read. False starts at random.
 
     Raises:
         ValueError: If depth, stem or draft_vocab is out of range.
@@ -56,6 +58,9 @@ class FastEagle(TrainableDrafter):
                 own.load_state_dict(theirs.state_dict())
             for norm in self.norms:
                 norm.load_state_dict(target.norm.state_dict())
+            with torch.no_grad():
+                self.fuse.weight.zero_()[:, 2 * shape.hidden_size :].fill_diagonal_(1)
+                self.join.weight[:, : shape.hidden_size].zero_().fill_diagonal_(1)
 
     def _cascade(self, features: Tensor, next_tokens: Tensor, positions: Tensor, attends: list[Attend]) -> list[Tensor]:
         """Normalised output of the level layers among the first `len(attends)` layers, each of shape (B, m, h)."""
