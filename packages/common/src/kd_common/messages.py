@@ -89,10 +89,8 @@ def _imported(path: str) -> Any:
 
 def _parameters(owner: type) -> dict[str, inspect.Parameter]:
     """Parameters of a class, with those that it hands on to its bases."""
-    own = [
-        vars(base)["__init__"] for base in reversed(owner.__mro__) if "__init__" in vars(base) and base is not object
-    ]
-    return {name: parameter for init in own for name, parameter in inspect.signature(init).parameters.items()}
+    makers = [vars(base)["__init__"] for base in reversed(owner.__mro__[:-1]) if "__init__" in vars(base)]
+    return {name: parameter for init in makers for name, parameter in inspect.signature(init).parameters.items()}
 
 
 def _names(base: type[Any]) -> Iterator[str]:
