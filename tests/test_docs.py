@@ -118,7 +118,7 @@ def parse(name, arguments, monkeypatch):
 
         return parse_args
 
-    def stop(cli):
+    def stop(*_):
         raise Parsed
 
     spec = None if name.endswith(".py") else find_spec(name)
@@ -128,6 +128,8 @@ def parse(name, arguments, monkeypatch):
         patch.setattr(sys, "argv", [file, *arguments])
         if name.endswith(".fit"):  # reads the line twice, then makes what it asks for
             patch.setattr(FitCLI, "instantiate_classes", stop)
+        elif name == "llm_kd.cache_teacher":  # builds the data of fit's command line
+            patch.setattr(jsonargparse.ArgumentParser, "instantiate_classes", stop)
         else:
             for parser in (argparse.ArgumentParser, jsonargparse.ArgumentParser):
                 patch.setattr(parser, "parse_args", stopping(parser.parse_args))

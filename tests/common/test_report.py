@@ -1,5 +1,6 @@
 """Reports: logged values are read back, also those of resumed runs; the page needs no other file and escapes text."""
 
+import io
 import re
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from kd_common.report import Section, read_config, read_metrics, run_names, write_report
+from kd_common.report import Section, curve_style, log_scale, read_config, read_metrics, run_names, write_report
 
 
 def test_metrics_of_a_resumed_run(tmp_path):
@@ -55,3 +56,12 @@ def test_page(tmp_path):
     assert (page.parent / "figures/a-b-c.png").read_bytes().startswith(b"\x89PNG")
     first = html
     assert write_report(tmp_path / "new/folder", "Title <", sections).read_text() == first  # the same bytes again
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.0], [np.nan, 0.0], [0.0, 2.0]])
+def test_a_curve_of_zeros_on_a_logarithmic_axis_is_left_out(values):
+    figure = Figure()
+    axes = figure.subplots()
+    axes.plot([0, 1], values, **curve_style(0))
+    log_scale(axes)
+    figure.savefig(io.BytesIO())
