@@ -257,7 +257,9 @@ def test_best_and_last_are_told_apart(sgd_args, tmp_path):
         (["--trainer.max_epochs=null"], r"trainer\.max_epochs must be at least 1"),
         (["--model.teacher=null"], "KD needs model.teacher"),
         (["--model.student.name=resnet9"], "unknown model 'resnet9'; did you mean"),
-        (["--model.learnin_rate=1"], "learnin_rate"),
+        (["--model.learnin_rate=1"], "learnin_rate: .* did you mean learning_rate"),
+        (["--model.student.nme=resnet8"], r"--model\.student\.nme: [^?]*; did you mean name\?\s*2$"),
+        (["--model.gsnr_every=null"], r"^model\.gsnr_every must not be null; give a value"),
     ],
 )
 def test_bad_settings_fail_before_anything_runs(digits_args, capsys, extra, message):

@@ -44,7 +44,7 @@ def by_flag(message: str, options: Collection[str]) -> str:
     if found := re.match(r"Option '(.*)' is required", message):
         flag = f"--{found[1]}"
         return f"{flag if flag in options else found[1]} is required"
-    if not message.startswith("Unrecognized arguments: "):
+    if not message.startswith("Unrecognized arguments: ") or "; did you mean" in message:  # by an inner parser
         return message
     options = [option for option in options if not option.endswith(("+", ".help"))]  # jsonargparse's own
     hints = []
@@ -113,8 +113,10 @@ def null_settings(config: Namespace, key: str = "") -> list[str]:
         path = f"{key}.{name}" if key else name
         if isinstance(value, Namespace) and "class_path" in value:
             settings, parameters = value.get("init_args", Namespace()), _parameters(_imported(value["class_path"]))
-            nulls = [n for n, v in vars(settings).items() if v is None and parameters[n].default is not None]
-            found += [f"{path}.{n}" for n in nulls] + null_settings(settings, path)
+            nulls = [n for n, v in vars(settings).items() if v is None]
+            # One without a default is linked, and filled in later.
+            wrong = [n for n in nulls if parameters[n].default not in (None, inspect.Parameter.empty)]
+            found += [f"{path}.{n}" for n in wrong] + null_settings(settings, path)
         elif isinstance(value, Namespace):
             found += null_settings(value, path)
     return found
