@@ -59,9 +59,12 @@ def test_page(tmp_path):
 
 
 @pytest.mark.parametrize("values", [[0.0, 0.0], [np.nan, 0.0], [0.0, 2.0]])
-def test_a_curve_of_zeros_on_a_logarithmic_axis_is_left_out(values):
+@pytest.mark.parametrize("beside", [0.0, 1.0])
+def test_a_curve_of_zeros_on_a_logarithmic_axis_is_left_out(values, beside):
     figure = Figure()
     axes = figure.subplots()
     axes.plot([0, 1], values, **curve_style(0))
+    axes.plot([0, 1], [beside, beside], **curve_style(1))
     log_scale(axes)
     figure.savefig(io.BytesIO())
+    assert axes.get_yscale() == ("log" if max(beside, values[1]) > 0 else "linear")

@@ -93,11 +93,16 @@ def curve_style(number: int) -> dict[str, Any]:
 
 
 def log_scale(axes: Axes) -> None:
-    """A logarithmic y axis, for curves already drawn, whose ticks read 0.2, not 2 × 10⁻¹; zeros are left out."""
+    """A logarithmic y axis, for curves already drawn, whose ticks read 0.2, not 2 × 10⁻¹; zeros are left out.
+
+    An axis with nothing above zero stays linear.
+    """
+    empty = [line for line in axes.lines if not (np.asarray(line.get_ydata()) > 0).any()]
+    if len(empty) == len(axes.lines):
+        return
     axes.set_yscale("log", nonpositive="mask")
-    for line in axes.lines:
-        if not (np.asarray(line.get_ydata()) > 0).any():
-            line.set_markevery(None)  # matplotlib fails to space markers along a curve of which nothing is drawn
+    for line in empty:
+        line.set_markevery(None)  # matplotlib fails to space markers along a curve of which nothing is drawn
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 5 * low else range(1, 10)))
     axes.yaxis.set_major_formatter("{x:g}")
