@@ -125,12 +125,13 @@ def autotune(
 ) -> TreeChoice:
     """The tree with the most expected tokens per second on this machine; empty where plain decoding is faster.
 
-    A drafter whose acceptance was never measured, such as prompt lookup, gets a chain of up to four levels; whether
+    A drafter whose acceptance was never measured, such as prompt lookup, gets a chain of its `chain_depth`; whether
     that pays is left to the `PayGuard`.
     """
     if not drafter.acceptance:
         plain = measure_passes(target, (1,), batch=batch, repeats=repeats)[1]
-        return TreeChoice((1,) * min(4, drafter.max_depth or 4), 1.0, 1.0, plain)
+        depth = min(drafter.chain_depth, drafter.max_depth or drafter.chain_depth)
+        return TreeChoice((1,) * depth, 1.0, 1.0, plain)
     table = drafter.acceptance[: drafter.max_depth]
     passes = measure_passes(target, sizes, batch=batch, repeats=repeats)
     width = min(4, max(map(len, table)))

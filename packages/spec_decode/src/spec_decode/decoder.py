@@ -109,7 +109,7 @@ class SpeculativeDecoder:
         tree: Candidates per level, such as (3, 2, 1); a `DynamicTree`, for drafters that can; or "auto", which measures
             this machine once and takes the tree with the most expected tokens per second, or none if none pays, and
             falls back to plain decoding where a single row does not reach its speed after all (`PayGuard`). None
-            means a chain of all the drafter's levels, of 4 where it has no limit.
+            means a chain of all the drafter's levels, of its `chain_depth` where it has no limit.
         rejection: Draw candidates from the drafter's law and verify by recursive rejection. The default,
             sample-and-match, emits token for token what plain decoding with the same seed emits.
         min_confidence: Leave out the nodes that the drafter takes to be reached with a smaller probability, in [0, 1):
@@ -139,7 +139,7 @@ class SpeculativeDecoder:
         if drafter is None:
             self.tree = ()
         elif tree is None:
-            self.tree = (1,) * (drafter.max_depth or 4)
+            self.tree = (1,) * (drafter.max_depth or drafter.chain_depth)
         elif isinstance(tree, str):
             if tree != "auto":
                 raise ValueError(f"tree must be widths per level, a DynamicTree or 'auto', got {tree!r}")
@@ -249,13 +249,15 @@ class SpeculativeDecoder:
         lengths: list[list[int]] = [[] for _ in prompts]
         pass_sizes: Counter[int] = Counter()
         guard = self.guard if batch == 1 else None  # the plain pass it compares with was measured on one row
-        drafting = bool(self.drafter and self.tree) and (guard is None or guard.begin())
-        first_draft = True  # it reads the whole prompt, which is no cost of drafting on
+        unread = [(states, following, counts)]  # committed positions that the drafter has not seen
         while not run.done:
+            drafting = bool(self.drafter and self.tree) and (guard is None or guard.drafts())
             roots, positions = run.roots(device)
             draft: Draft = DraftTree(roots.unsqueeze(1), roots.new_full((batch, 1), -1))
             spent = clock.seconds["draft"] + clock.seconds["target"]
             if self.drafter and drafting:
+                states, following, counts = _join(unread)
+                unread.clear()
                 draft = _pad(
                     self.drafter.propose(
                         DraftState(
@@ -285,7 +287,9 @@ class SpeculativeDecoder:
             if on_pass is not None:
                 on_pass(tree, verified)
             clock.stop("verify")
-            states, following, counts = commit(cache, passed, verified, kept)
+            committed = commit(cache, passed, verified, kept)
+            if self.tree:
+                unread.append(committed)
             for row, count in enumerate(kept.tolist()):
                 if count:
                     lengths[row].append(count)
@@ -293,12 +297,10 @@ class SpeculativeDecoder:
             tested[:levels] += (verified.tested & active.unsqueeze(1)).sum(0).cpu()[:depth]
             matched[:levels] += (verified.matched & active.unsqueeze(1)).sum(0).cpu()[:depth]
             clock.stop("commit")
-            if guard is not None and not drafting:
+            if guard is not None and drafting:
+                guard.drafted(float(kept.sum()), clock.seconds["draft"] + clock.seconds["target"] - spent)
+            elif guard is not None:
                 guard.plain()
-            elif guard is not None and not first_draft:
-                spent = clock.seconds["draft"] + clock.seconds["target"] - spent
-                drafting = guard.pays(float(kept.sum()), spent)
-            first_draft = False
         longest = max(map(len, run.contexts))
         sequences = torch.tensor([[*row, *[pad_token] * (longest - len(row))] for row in run.contexts])
         return Generation(
@@ -347,6 +349,15 @@ class _Run:
         kept = torch.tensor(counts, device=tokens.device)
         self.remaining = (self.remaining - kept).masked_fill(ended, 0)
         return kept
+
+
+def _join(parts: list[tuple[States, Tensor, Tensor]]) -> tuple[States, Tensor, Tensor]:
+    """Committed positions of several passes as those of one; several only ever are a single row's, without padding."""
+    if len(parts) == 1:
+        return parts[0]
+    states, following, counts = zip(*parts, strict=True)
+    joined = States(torch.cat([s.features for s in states], 1), torch.cat([s.final for s in states], 1))
+    return joined, torch.cat(following, 1), torch.stack(counts).sum(0)
 
 
 def _pad(draft: Draft) -> Draft:

@@ -1,4 +1,4 @@
-"""Stop drafting where it does not pay after all: the online half of `tree="auto"`."""
+"""Stop drafting where it does not pay after all, and come back where it does: the online half of `tree="auto"`."""
 
 from dataclasses import dataclass, field
 
@@ -8,42 +8,45 @@ class PayGuard:
     """Keeps an account of the seconds that drafting has saved, and lets it draft while the account is not empty.
 
     `tree="auto"` chooses by the acceptance on validation text and by times measured beforehand; other text, or a
-    machine that has changed its speed, can make drafting slower than plain decoding. The account starts full. A drafted
-    pass adds what it saved, or takes what it lost; when nothing is left, the rest of the generation is decoded plainly.
-    Plain passes pay in a small share of their time, and drafting is tried again when the account is half full. So
-    drafting costs at most the first filling and that share, while a drafter that pays is rarely stopped by bad luck:
-    with a mean gain m and a standard deviation s per pass about exp(-2 m `most` / s^2) of the times.
+    machine that has changed its speed, can make drafting slower than plain decoding. A drafted pass adds what it saved,
+    or takes what it lost; when nothing is left, decoding goes on plainly. Plain passes pay in a small share of their
+    time, and each time this has bought `stake` passes, drafting is tried again. So drafting costs at most the first
+    filling and that share. With a mean gain m and a standard deviation s per pass, a try from x passes ends in the red
+    with a probability of about exp(-2 m x / s^2): a small stake fails more often, but is as much more often there.
 
     Args:
         plain_seconds: Seconds of a target pass of plain decoding, which yields one token per row.
-        most: What the account holds at most, in plain passes, > 0.
+        first: What the account holds at the beginning, in plain passes, > 0.
+        most: What it holds at most, >= `first`: the memory of a drafter that has paid.
+        stake: What it must hold to draft again, > 0.
         share: Share of the time of plain passes that is paid in, in (0, 1).
     """
 
     plain_seconds: float
+    first: float = 4.0
     most: float = 8.0
-    share: float = 0.01
+    stake: float = 0.5
+    share: float = 0.015
     _saved: float = field(init=False)
-    _stopped: bool = field(default=False, init=False)
+    _drafting: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
-        self._saved = self.most
+        self._saved = self.first
 
-    def begin(self) -> bool:
-        """Whether the generation that starts now should draft."""
-        self._stopped = self._stopped and self._saved < self.most / 2
-        return not self._stopped
+    def drafts(self) -> bool:
+        """Whether the next pass should draft."""
+        self._drafting = self._drafting or self._saved >= self.stake
+        return self._drafting
 
-    def pays(self, tokens: float, seconds: float) -> bool:
-        """Count a drafted pass; whether to go on drafting.
+    def drafted(self, tokens: float, seconds: float) -> None:
+        """Count a drafted pass.
 
         Args:
             tokens: Tokens that the pass yielded per row.
             seconds: Seconds of its draft and its target pass.
         """
         self._saved = min(self._saved + tokens - seconds / self.plain_seconds, self.most)
-        self._stopped = self._saved <= 0
-        return not self._stopped
+        self._drafting = self._saved > 0
 
     def plain(self) -> None:
         """Count a plain pass."""

@@ -105,6 +105,7 @@ class Drafter(ABC):
 
     Attributes:
         max_depth: Most levels it can draft; None without a limit.
+        chain_depth: Levels of a chain where neither a tree nor a measurement says how many.
         samples: Whether it can draw its candidates, as `verify_sampled` needs.
         dynamic: Whether it can draft a `DynamicTree`.
         confident: Whether its nodes have probabilities, which `min_confidence` needs.
@@ -112,6 +113,7 @@ class Drafter(ABC):
     """
 
     max_depth: int | None = None
+    chain_depth: int = 4
     samples: bool = False
     dynamic: bool = False
     confident: bool = False

@@ -54,6 +54,8 @@ class PromptLookup(Drafter):
         Saxena, Prompt lookup decoding, 2023 (first match); the longest match is taken here.
     """
 
+    chain_depth = 7  # with the root a pass of eight nodes, which is what fewer are padded to
+
     def __init__(self, longest: int = 5) -> None:
         if longest < 1:
             raise ValueError(f"longest must be >= 1, got {longest}")
@@ -87,6 +89,7 @@ class WithLookup(Drafter):
     def __init__(self, drafter: Drafter, longest: int = 5) -> None:
         self.drafter, self.lookup = drafter, PromptLookup(longest)
         self.max_depth, self.dynamic, self.acceptance = drafter.max_depth, drafter.dynamic, drafter.acceptance
+        self.chain_depth = drafter.chain_depth
         self.confident = drafter.confident  # the branch itself is never pruned
 
     def pack(self) -> None:
