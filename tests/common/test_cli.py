@@ -290,6 +290,13 @@ def test_a_gpu_where_there_is_none_is_refused_before_a_run_dir_is_made(build):
     assert not Path("runs").exists()
 
 
+def test_a_mistyped_strategy_is_refused_with_what_was_meant(build):
+    with pytest.raises(
+        ValueError, match=r"--trainer\.strategy ddpp: no such strategy; did you mean 'ddp'\? \(known: auto, "
+    ):
+        build("--trainer.strategy", "ddpp")
+
+
 def test_torchrun_with_more_processes_than_devices_is_refused(build, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert build().trainer.world_size == 1  # other things than torchrun set it, too

@@ -55,6 +55,18 @@ def test_a_refusal_is_one_message_and_code_2(error, capsys):
     assert capsys.readouterr() == ("", f"error: {error}\n(KD_TRACEBACK=1 in the environment shows where)\n")
 
 
+def test_a_setting_that_lightning_refuses_is_a_refusal(capsys):
+    with pytest.raises(SystemExit):
+        run_command(lambda: pl.Trainer(accelerator="cpu", devices=0))
+    assert "devices=0" in capsys.readouterr().err
+
+
+def test_full_memory_is_told_with_the_remedy():
+    with pytest.raises(RuntimeError) as found:
+        run_command(lambda: torch.empty(10**15))
+    assert "smaller batches" in found.value.__notes__[0]
+
+
 def test_a_fault_keeps_its_traceback(monkeypatch):
     with pytest.raises(RuntimeError, match="shapes"):
         run_command(raising(RuntimeError("shapes")))

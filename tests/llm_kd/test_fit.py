@@ -177,6 +177,9 @@ def cached(arguments, folder, *extra):
 
 
 def test_training_from_a_whole_stored_teacher_equals_training_online(arguments, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"--folder .*file/cache: .*file is a file; name a folder"):
+        cache_teacher_main(cached(arguments, tmp_path / "file" / "cache"))
     cache = cache_teacher_main(cached(arguments, tmp_path / "cache", "--size=258", "--dtype=float32"))
     assert len(cache) == len(PROMPTS)
     online, stored = build(arguments()), build(arguments(f"--model.teacher.cache={tmp_path / 'cache'}", run_dir="two"))

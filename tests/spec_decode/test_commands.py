@@ -44,6 +44,11 @@ def test_generate_streams_the_plain_text(standin, drafter, capsys):
         generate(drafter=name, **(shared | {"target": None}))
 
 
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(ValueError, match="--prompt is empty"):
+        generate("  ")
+
+
 def test_drafted_tokens_can_be_coloured(standin, capsys):
     generate(
         "aaaaaaaaaaaa", drafter="prompt_lookup", target=str(standin), max_new_tokens=60, dtype="float32", color=True

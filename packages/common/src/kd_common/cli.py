@@ -30,11 +30,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from kd_common.farewell import Farewell
 from kd_common.files import damaged_entry, write_atomically
 from kd_common.messages import CommandParser, check_accelerator, check_world_size, null_settings
+from kd_common.registry import suggest
 
 CHECKPOINT_DIR = "checkpoints"
 
@@ -135,6 +137,7 @@ class FitCLI(LightningCLI):
         path = Path(self.config["ckpt_path"]) if self.config["ckpt_path"] else None
         saved = check_resumable(path) if path else {}
         check_accelerator(self.config["trainer"]["accelerator"])
+        check_strategy(self.config["trainer"]["strategy"])
         try:
             super().instantiate_classes()
         except (ValueError, TypeError) as error:
@@ -174,6 +177,19 @@ class FitCLI(LightningCLI):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # nobody chose another one
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer
+
+
+def check_strategy(name: Any) -> None:
+    """Refuse a strategy that Lightning does not know; its own error lists a few of them and an address.
+
+    Raises:
+        ValueError: Naming what there is.
+    """
+    if isinstance(name, str) and name not in (known := ["auto", *StrategyRegistry.available_strategies()]):
+        raise ValueError(
+            f"--trainer.strategy {name}: no such strategy{suggest(name, known)} (known: {', '.join(known)}; others as "
+            "a class_path)"
+        )
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -6,6 +6,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from kd_common.registry import UnknownNameError
 
 REFUSALS = (ValueError, OSError, ModuleNotFoundError, UnknownNameError)
@@ -31,11 +33,27 @@ def run_command(command: Callable[[], Any]) -> None:
     """
     try:
         command()
-    except REFUSALS as error:
+    except _refusals() as error:
         if os.environ.get(TRACEBACK) or in_training(error):
             raise
         print(f"error: {error}\n({TRACEBACK}=1 in the environment shows where)", file=sys.stderr)
         raise SystemExit(2) from None
+    except (MemoryError, RuntimeError) as error:
+        if out_of_memory(error):
+            error.add_note("The memory is full: smaller batches, shorter sequences or a smaller model need less.")
+        raise
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """`REFUSALS`, and what Lightning refuses the settings of its trainer with, if it was loaded at all."""
+    lightning = sys.modules.get("lightning.fabric.utilities.exceptions")
+    return (*REFUSALS, lightning.MisconfigurationException) if lightning else REFUSALS
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a processor or a GPU has no memory left."""
+    # torch's allocator of the processor raises a bare RuntimeError.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def in_training(error: BaseException) -> bool:

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Collection, Iterator
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -133,6 +134,16 @@ def check_accelerator(name: Any) -> None:
             f"--trainer.accelerator {name}: PyTorch {torch.__version__} finds no GPU here; set it to auto or cpu, or "
             "check the driver and that this build of PyTorch is for it"
         )
+
+
+def check_folder(flag: str, path: str | Path) -> None:
+    """Refuse the name of a file where a folder is to be written.
+
+    Raises:
+        ValueError: Naming the flag.
+    """
+    if (file := next((p for p in (Path(path), *Path(path).parents) if p.exists()), None)) and not file.is_dir():
+        raise ValueError(f"{flag} {path}: {file} is a file; name a folder")
 
 
 def check_device(name: str) -> None:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from kd_common.errors import run_command
 from kd_common.hub import load_config
-from kd_common.messages import check_device
+from kd_common.messages import check_device, check_folder
 from llm_kd.data import SPLITS, TokenBatch
 from llm_kd.data.loader import TextLoader
 from llm_kd.fit import LanguageCLI, build
@@ -134,6 +134,7 @@ def main(args: ArgsType = None) -> TeacherCache:
     cli = build(args, CacheCLI)
     settings, data = cli.config, cli.datamodule
     check_device(settings["device"])
+    check_folder("--folder", settings["folder"])
     spec = TeacherSpec(**settings["model"]["init_args"]["teacher"])
     check_conversations({"teacher": load_config(spec.name)}, data, SPLITS)
     body = load_teacher(spec)

@@ -216,6 +216,7 @@ def benchmark(
     seed: int = 0,
     peers: bool = True,
     assistant: str | None = None,
+    compile: bool = False,
     dtype: str = "auto",
     device: str = "cpu",
     output: str = "runs/benchmark",
@@ -238,6 +239,7 @@ def benchmark(
         seed: Seed of the draws.
         peers: Also run transformers' own `generate`, alone and with prompt lookup.
         assistant: A smaller model of the same tokenizer, by folder or name, for transformers' assisted generation.
+        compile: Compile the target's passes, plain ones and those over trees; see `SpeculativeDecoder`.
         dtype: Precision of the target's weights; ``auto`` is the one this machine is fastest in.
         device: Where to run.
         output: Folder for ``results.json``; finished blocks of the same settings in it are not run again,
@@ -254,7 +256,7 @@ def benchmark(
     files = {n: read_prompts(Path(p)) for n, p in (prompts or {}).items()}
     texts = files or {"packaged": packaged_prompts()[::-1]}  # `fit` trains on the first ones
     sets = {n: encode_prompts(tokenizer, t[:count], longest=longest_prompt) for n, t in texts.items()}
-    decoders = {PLAIN: SpeculativeDecoder(model)}
+    decoders = {PLAIN: SpeculativeDecoder(model, compile=compile)}
     for entry, (name, shape) in entries.items():
         drafter = find_drafter(name, model)
         confidence = min_confidence if drafter is not None and drafter.confident else 0.0
@@ -276,6 +278,7 @@ def benchmark(
         sets,
         peers,
         assistant,
+        compile,
     ]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     path = Path(output) / "results.json"

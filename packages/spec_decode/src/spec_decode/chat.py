@@ -68,6 +68,7 @@ def chat(
     top_p: float = 0.95,
     seed: int = 0,
     color: bool = True,
+    compile: bool = False,
     dtype: str = "auto",
     device: str = "cpu",
 ) -> None:
@@ -83,10 +84,13 @@ def chat(
         top_p: Keep the likeliest tokens of this total probability.
         seed: Seed of the draws.
         color: Show drafted and accepted tokens in green.
+        compile: Compile the target's passes, which takes minutes once per machine.
         dtype: Precision of the target's weights; ``auto`` is the one this machine is fastest in.
         device: Where to run.
     """
-    session = Session.open(drafter, target, dtype=dtype, device=device, tree=tree, min_confidence=min_confidence)
+    session = Session.open(
+        drafter, target, dtype=dtype, device=device, tree=tree, min_confidence=min_confidence, compile=compile
+    )
     talk(
         session,
         max_new_tokens=max_new_tokens,

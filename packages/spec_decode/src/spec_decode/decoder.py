@@ -114,6 +114,7 @@ class SpeculativeDecoder:
             sample-and-match, emits token for token what plain decoding with the same seed emits.
         min_confidence: Leave out the nodes that the drafter takes to be reached with a smaller probability, in [0, 1):
             the product along the path of its laws, which know the noise. 0 keeps them all.
+        compile: Compile the target's passes (`CausalLM.compile_steps`), which takes minutes once per machine.
         tokenizer: Needed for stop strings only.
 
     Raises:
@@ -128,9 +129,12 @@ class SpeculativeDecoder:
         tree: Sequence[int] | DynamicTree | str | None = None,
         rejection: bool = False,
         min_confidence: float = 0.0,
+        compile: bool = False,
         tokenizer: Any = None,
     ) -> None:
         self.target, self.drafter, self.tokenizer = target, drafter, tokenizer
+        if compile:
+            target.compile_steps()
         for model in (target, drafter):
             if model is not None:
                 model.pack()

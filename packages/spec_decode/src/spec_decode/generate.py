@@ -70,6 +70,7 @@ def generate(
     stop_strings: list[str] | None = None,
     rejection: bool = False,
     color: bool = False,
+    compile: bool = False,
     dtype: str = "auto",
     device: str = "cpu",
 ) -> Generation:
@@ -89,9 +90,14 @@ def generate(
         stop_strings: Texts that end the answer.
         rejection: Verify drawn candidates by recursive rejection instead of sample-and-match.
         color: Show drafted and accepted tokens in green.
+        compile: Compile the target's passes, which takes minutes once per machine.
         dtype: Precision of the target's weights; ``auto`` is the one this machine is fastest in.
         device: Where to run.
     """
+    if not prompt.strip():
+        raise ValueError(
+            "--prompt is empty: say what to answer, or talk to the model with `python -m spec_decode.chat`"
+        )
     session = Session.open(
         drafter,
         target,
@@ -100,6 +106,7 @@ def generate(
         tree=tree,
         rejection=rejection,
         min_confidence=min_confidence,
+        compile=compile,
     )
     messages = [{"role": "user", "content": prompt}]
     _, result = answer(

@@ -116,6 +116,7 @@ class Session:
         tree: str,
         rejection: bool = False,
         min_confidence: float = 0.0,
+        compile: bool = False,
     ) -> "Session":
         """Load everything.
 
@@ -127,6 +128,7 @@ class Session:
             tree: See `parse_tree`.
             rejection: See `SpeculativeDecoder`.
             min_confidence: See `SpeculativeDecoder`.
+            compile: See `SpeculativeDecoder`.
         """
         check_device(device)
         shape, (spec, template) = parse_tree(tree), find_target(drafter, target, dtype)
@@ -138,6 +140,7 @@ class Session:
             tree=shape,
             rejection=rejection,
             min_confidence=min_confidence,
+            compile=compile,
             tokenizer=tokenizer,
         )
         return cls(model, tokenizer, decoder, stop_tokens(tokenizer, load_config(spec.name).eos_token_id))

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spec_decode.drafters.base import Draft, DraftState, draft_from_levels, last_rows, tree_depth
+from spec_decode.drafters.base import Draft, DraftState, draft_along_backbone, draft_from_levels, last_rows, tree_depth
 from spec_decode.drafters.registry import DRAFTERS
 from spec_decode.drafters.trainable import TrainableDrafter
 from spec_decode.models import CausalLM, DecoderLayer, KVCache, Pass, RMSNorm, States
@@ -23,6 +23,8 @@ class FastEagle(TrainableDrafter):
         target: Target the drafter is for.
         depth: Levels N, one layer each.
         stem: Layers before the first level, which predict nothing themselves (beyond the paper; 0 is the paper's).
+        sequential: Let every level but the first see the token drafted above it, too, as Hydra's heads do, behind its
+            layer: h_i + W silu(U [h_i, embedding]) (beyond the paper). The cascade and its caches stay as they are.
         draft_vocab: Tokens it can propose; None means all.
         from_target: Start as the target's last layers: with their weights and norm, reading its high features. Three
             layers then begin as the target's own last three, so that the cascade has states to start from that its
@@ -32,7 +34,7 @@ class FastEagle(TrainableDrafter):
         ValueError: If depth, stem or draft_vocab is out of range.
 
     References:
-        FastEagle, arXiv 2509.20416.
+        FastEagle, arXiv 2509.20416; sequential heads: Hydra, arXiv 2402.05109.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class FastEagle(TrainableDrafter):
         *,
         depth: int = 7,
         stem: int = 0,
+        sequential: bool = False,
         draft_vocab: int | None = None,
         from_target: bool = True,
     ) -> None:
@@ -53,6 +56,7 @@ class FastEagle(TrainableDrafter):
         self.join = nn.Linear(2 * shape.hidden_size, shape.hidden_size, bias=False)
         self.layers = nn.ModuleList(DecoderLayer(shape) for _ in range(stem + depth))
         self.norms = nn.ModuleList(RMSNorm(shape.hidden_size, shape.norm_eps) for _ in range(depth))
+        self.links = nn.ModuleList(_Link(shape.hidden_size) for _ in range(depth - 1 if sequential else 0))
         if from_target:
             for own, theirs in zip(reversed(self.layers), reversed(target.layers), strict=False):
                 own.load_state_dict(theirs.state_dict())
@@ -63,21 +67,28 @@ class FastEagle(TrainableDrafter):
                 self.join.weight[:, : shape.hidden_size].zero_().fill_diagonal_(1)
 
     def _cascade(self, features: Tensor, next_tokens: Tensor, positions: Tensor, attends: list[Attend]) -> list[Tensor]:
-        """Normalised output of the level layers among the first `len(attends)` layers, each of shape (B, m, h)."""
+        """Output of the level layers among the first `len(attends)` layers, each of shape (B, m, h)."""
         x = self.join(torch.cat([self.fuse(features.to(self.dtype)), self.embed(next_tokens)], dim=-1))
         by = self.rotation(positions)
-        levels = []
-        for index, attend in enumerate(attends):
-            x = self.layers[index](x, by, attend)
-            if index >= self.stem:
-                levels.append(self.norms[index - self.stem](x))
-        return levels
+        outputs = []
+        for layer, attend in zip(self.layers, attends, strict=False):
+            x = layer(x, by, attend)
+            outputs.append(x)
+        return outputs[self.stem :]
+
+    def _state(self, level: int, x: Tensor, token: Tensor) -> Tensor:
+        """What the head sees of a level's output x (..., h), drafted behind `token`, int64 of shape (...)."""
+        if self.links and level:
+            x = x + self.links[level - 1](torch.cat([x, self.embed(token)], dim=-1))
+        return self.norms[level](x)
 
     def level_states(self, tokens: Tensor, states: States) -> list[Tensor]:
-        """See the base class; one causal pass."""
+        """See the base class; one causal pass. Level i has i rows fewer, whose tokens would lie beyond the sequence."""
         positions = torch.arange(tokens.shape[1] - 1, device=tokens.device).unsqueeze(0)
         attends = [causal_attention()] * len(self.layers)
-        return self._cascade(states.features[:, :-1], tokens[:, 1:], positions, attends)
+        outputs = self._cascade(states.features[:, :-1], tokens[:, 1:], positions, attends)
+        within = enumerate(outputs[: tokens.shape[1] - 1])
+        return [self._state(i, x[:, : x.shape[1] - i], tokens[:, 1 + i :]) for i, x in within]
 
     def new_memory(self, batch: int, capacity: int) -> Any:
         """One cache with a layer per layer."""
@@ -89,7 +100,25 @@ class FastEagle(TrainableDrafter):
         shape = self.target.shape
         this = Pass.run(cache, state.next_tokens.shape[1], groups=shape.heads // shape.kv_heads)
         attends = [this.attend(i) for i in range(self.stem + tree_depth(state.tree))]
-        levels = self._cascade(state.states.features, state.next_tokens, this.positions, attends)
+        outputs = self._cascade(state.states.features, state.next_tokens, this.positions, attends)
         cache.lengths = cache.lengths + state.counts
-        logits = self.frozen_logits(torch.stack([last_rows(x, state.counts) for x in levels], dim=1))
-        return draft_from_levels(state, logits, self.vocabulary, self.target.vocab_size)
+        last = [last_rows(x, state.counts) for x in outputs]
+        if not self.links:
+            together = torch.stack([self._state(level, x, state.root) for level, x in enumerate(last)], dim=1)
+            return draft_from_levels(state, self.frozen_logits(together), self.vocabulary, self.target.vocab_size)
+        below = iter(range(1, len(last)))
+
+        def advance(token: Tensor) -> Tensor:
+            level = next(below)
+            return self.frozen_logits(self._state(level, last[level], token))
+
+        first = self.frozen_logits(self._state(0, last[0], state.root))
+        return draft_along_backbone(state, first, advance, self.vocabulary, self.target.vocab_size)
+
+
+class _Link(nn.Sequential):
+    """W silu(U [h, e]) of shape (..., h); W starts at zero, so that nothing changes at first."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(nn.Linear(2 * size, size, bias=False), nn.SiLU(), nn.Linear(size, size, bias=False))
+        nn.init.zeros_(self[2].weight)

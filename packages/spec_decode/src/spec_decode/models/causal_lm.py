@@ -6,7 +6,7 @@ speed-up of speculative decoding is never the runner's. Shapes: B rows, n nodes,
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +92,7 @@ class CausalLM(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(shape) for _ in range(layers))
         self.norm = RMSNorm(shape.hidden_size, shape.norm_eps)
         self.lm_head = nn.Linear(shape.hidden_size, vocab_size, bias=False)
+        self._compiled: list[Callable[..., States]] = []
         self._packed_head: list[PackedLinear] = []  # in a list, so that it is no submodule: lm_head is what is saved
         self.register_buffer("frequencies", frequencies.float(), persistent=False)
 
@@ -197,7 +198,8 @@ class CausalLM(nn.Module):
         else:
             this = Pass.tree(cache, parents, **settings)
         attends = [this.attend(i, windowed=w) for i, w in enumerate(self.windowed)]
-        return self._run(tokens.clamp(min=0), this.positions, attends)
+        run = self._compiled[0] if self._compiled else self._run
+        return run(tokens.clamp(min=0), this.positions, attends)
 
     def extend(self, tokens: Tensor, counts: Tensor, cache: KVCache) -> States:
         """Append runs of tokens and commit them.
@@ -227,10 +229,31 @@ class CausalLM(nn.Module):
         return self._run(tokens, positions, attends)
 
     def pack(self) -> None:
-        """Bring frozen bfloat16 weights on a CPU into the layout that its matrix kernels read; see `models.packed`."""
+        """Bring frozen bfloat16 weights on a CPU into the layout that its matrix kernels read; see `models.packed`.
+
+        After `compile_steps` nothing is left to do: the compiler lays them out itself.
+        """
+        if self._compiled:
+            return
         pack_linears(self.layers)
         if not self._packed_head and packable(self.lm_head.weight):  # the plain one is the embedding's, too
             self._packed_head.append(PackedLinear(self.lm_head.weight))
+
+    def compile_steps(self) -> None:
+        """Let Inductor compile the passes over a cache: with frozen weights on a CPU, as CUDA graphs on a GPU.
+
+        The first pass of every number of nodes then takes seconds to minutes.
+
+        Raises:
+            RuntimeError: After `pack`, whose layout the compiler does not know.
+        """
+        if self.packed:
+            raise RuntimeError("this target's weights are packed already; load it anew to compile its passes")
+        if not self._compiled:
+            how: dict[str, Any] = (
+                {"options": {"freezing": True}} if self.device.type == "cpu" else {"mode": "reduce-overhead"}
+            )
+            self._compiled.append(torch.compile(self._run, **how))
 
     def logits(self, final: Tensor) -> Tensor:
         """Logits of shape (..., V) at final states of shape (..., h)."""
