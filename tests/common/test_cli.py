@@ -13,9 +13,9 @@ import yaml
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader
 
+from kd_common.checkpoints import check_resumable
 from kd_common.cli import (
     FitCLI,
-    check_resumable,
     constructor_message,
     find_config,
     keep_earlier_metrics,

@@ -8,7 +8,16 @@ import pytest
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from kd_common.report import Section, curve_style, log_scale, read_config, read_metrics, run_names, write_report
+from kd_common.report import (
+    Section,
+    check_validated,
+    curve_style,
+    log_scale,
+    read_config,
+    read_metrics,
+    run_names,
+    write_report,
+)
 
 
 def test_metrics_of_a_resumed_run(tmp_path):
@@ -27,6 +36,17 @@ def test_a_folder_without_a_run(tmp_path):
         read_config(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"holds no metrics\.csv"):
         read_metrics(tmp_path)
+    (tmp_path / "config.yaml").write_text("a: 1")
+    with pytest.raises(ValueError, match="no configuration of a run"):
+        read_config(tmp_path)
+
+
+def test_runs_of_another_command_or_without_validation_are_refused(tmp_path):
+    (tmp_path / "metrics.csv").write_text("epoch,step,train/loss\n0,1,3.0\n")
+    metrics = read_metrics(tmp_path)
+    check_validated(tmp_path, metrics, "a.fit", "train/loss", "val/top1")
+    with pytest.raises(ValueError, match=r"no run of a\.fit .* no val/top1 or val/AP\. Another command made it, or"):
+        check_validated(tmp_path, metrics, "a.fit", "val/top1", "val/AP")
 
 
 def test_run_names(tmp_path):

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import kd_common
-from kd_common.cli import AtomicCheckpointIO
+from kd_common.checkpoints import AtomicCheckpointIO
 from kd_common.hub import ModelFilesError, load_causal_lm, load_config, load_tokenizer
 from llm_kd.evaluate import main as evaluate_language
 from llm_kd.teacher import CacheError, CacheHeader, CacheWriter, TeacherCache

@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from kd_common.cli import check_config_files, check_resumable
+from kd_common.checkpoints import check_resumable
+from kd_common.cli import check_config_files
 from kd_common.compare import run_matrix
 from kd_common.files import CHECKSUM, checksummed_line, read_checksummed_line
 from kd_common.hub import load_causal_lm, load_config, load_tokenizer

@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from kd_common.cli import AtomicCheckpointIO, check_resumable
+from kd_common.checkpoints import AtomicCheckpointIO, check_resumable
 from kd_common.compare import run_matrix
 from kd_common.hub import load_causal_lm, load_tokenizer
 from llm_kd.callbacks import export_student

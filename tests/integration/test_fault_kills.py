@@ -10,7 +10,7 @@ from importlib import import_module
 
 import pytest
 
-from kd_common.cli import check_resumable
+from kd_common.checkpoints import check_resumable
 from kd_common.hub import load_causal_lm, load_tokenizer
 from llm_kd.cache_teacher import main as cache_teacher
 from llm_kd.teacher import TeacherCache

@@ -1,6 +1,7 @@
 """The table of tokens against the models' own logits, and the report of real runs."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,16 @@ def test_report_of_two_runs(tmp_path, save_model, assert_live):
     assert html.count('<span style="background:') > 20
     with pytest.raises(FileNotFoundError, match="is no run"):
         main([str(tmp_path)])
+    config = Path(runs[1]) / "config.yaml"
+    config.write_text(config.read_text().replace("teacher:\n      name:", "teacher:\n      name: other"))
+    with pytest.raises(ValueError, match="different teachers"):
+        main(runs)
+    shutil.rmtree(Path(runs[0]) / "student_last")
+    with pytest.raises(FileNotFoundError, match="student_last is missing"):
+        main(runs[:1])
+    (Path(runs[0]) / "metrics.csv").write_text("epoch,step,val/top1\n0,1,0.5\n")
+    with pytest.raises(ValueError, match=r"no run of llm_kd\.fit"):
+        main(runs[:1])
 
 
 def test_the_kl_of_a_truncated_teacher_is_marked_in_the_report():

@@ -63,3 +63,6 @@ def test_report_of_a_run(tmp_path, fit_args, capsys, assert_live):
     (other / "metrics.csv").write_text((folder / "metrics.csv").read_text())
     with pytest.raises(ValueError, match="for different targets"):
         main([str(folder), str(other)])
+    (other / "metrics.csv").write_text("epoch,step,val/tar\n0,1,0.5\n")
+    with pytest.raises(ValueError, match=r"no run of spec_decode\.fit"):
+        main([str(folder), str(other)])

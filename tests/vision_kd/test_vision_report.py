@@ -50,3 +50,7 @@ def test_report_of_two_runs(tmp_path, capsys, assert_live):
 def test_a_folder_without_a_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="is no run"):
         main([str(tmp_path)])
+    (tmp_path / "config.yaml").write_text("model: {class_path: llm_kd.module.DistillationModule, init_args: {}}")
+    (tmp_path / "metrics.csv").write_text("epoch,step,val/tar\n0,1,0.5\n")
+    with pytest.raises(ValueError, match=r"no run of vision_kd\.fit"):
+        main([str(tmp_path)])

@@ -9,20 +9,17 @@ On top of LightningCLI it adds
   the resolved configuration.
 """
 
-import io
 import itertools
 import json
 import logging
 import re
 import sys
 import warnings
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -33,12 +30,16 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from kd_common.checkpoints import (
+    CHECKPOINT_DIR,
+    AtomicCheckpointIO,
+    check_resumable,
+    check_same_settings,
+    resumed_config,
+)
 from kd_common.farewell import Farewell
-from kd_common.files import damaged_entry, write_atomically
 from kd_common.messages import CommandParser, check_accelerator, check_world_size, null_settings
 from kd_common.registry import suggest
-
-CHECKPOINT_DIR = "checkpoints"
 
 
 class FitParser(CommandParser, LightningArgumentParser):
@@ -192,28 +193,6 @@ def check_strategy(name: Any) -> None:
         )
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoints that are complete or absent, whatever interrupts the writing.
-
-    Lightning's own are written to the system's temporary folder and moved, which copies if that is another disk: a
-    kill then leaves half a checkpoint in the place of the last one, and a full disk no name to look for.
-    """
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write beside the file, down to the disk, and rename; addresses such as ``s3://...`` are left to Lightning.
-
-        Raises:
-            OSError: Naming the file, whose earlier content is unchanged.
-        """
-        if "://" in str(path):
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        content = io.BytesIO()
-        torch.save(checkpoint, content)
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(Path(path), content.getbuffer())
-
-
 def _sets_inside(command_line: Sequence[str], key: str) -> bool:
     """Whether a flag sets something inside the class at ``key``, with or without ``init_args`` in its name."""
     prefixes = (f"--{key}.", f"--{key.replace('.init_args.', '.')}.")
@@ -341,67 +320,3 @@ def keep_earlier_metrics(run_dir: Path) -> None:
     metrics = run_dir / "metrics.csv"
     if getattr(rank_zero_only, "rank", 0) == 0 and metrics.is_file():
         metrics.rename(next(p for n in itertools.count(1) if not (p := run_dir / f"metrics_{n}.csv").exists()))
-
-
-def resumed_config(args: Sequence[str]) -> list[str]:
-    """``--config`` for the configuration saved beside the checkpoint that ``--ckpt_path`` names, if there is one.
-
-    A resumed run thus continues with its own settings; what else is on the command line still wins.
-    """
-    for i, arg in enumerate(args):
-        value = args[i + 1] if arg == "--ckpt_path" and i + 1 < len(args) else arg.partition("--ckpt_path=")[2]
-        config = Path(value).parent.parent / "config.yaml"
-        if value and config.is_file():
-            return [f"--config={config}"]
-    return []
-
-
-def check_same_settings(path: Path, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Refuse to resume with other model settings: the optimizer's state would go on with the old ones.
-
-    Raises:
-        ValueError: Naming the settings that differ.
-    """
-
-    def plain(value: Any) -> Any:
-        return json.loads(json.dumps(value, default=vars, sort_keys=True))
-
-    differing = [
-        key for key in saved if not key.startswith("_") and key in asked and plain(saved[key]) != plain(asked[key])
-    ]
-    if differing:
-        changes = "; ".join(f"model.{key} was {plain(saved[key])}, now {plain(asked[key])}" for key in differing)
-        raise ValueError(
-            f"--ckpt_path {path} was trained with other settings: {changes}. Resume with its own configuration "
-            "(leave those flags out), or start a new run"
-        )
-
-
-def check_resumable(path: Path) -> dict[str, Any]:
-    """Refuse a missing, damaged or foreign checkpoint before anything is built; return its content.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is not a complete Lightning checkpoint of plain tensors (it is read with
-            ``weights_only=True``, so a pickle with code in it is refused, not run).
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"--ckpt_path {path}: no such file")
-    # Every checkpoint of Lightning is a zip archive; its directory, at the end, is what a killed writer leaves out.
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"--ckpt_path {path}: not a readable checkpoint (truncated, or not written by torch.save)")
-    if damaged := damaged_entry(path):
-        raise ValueError(
-            f"--ckpt_path {path}: not a readable checkpoint (damaged: {damaged}). Resume from another one in its folder"
-        )
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    # What torch's unpickler raises: besides its own error whatever the opcodes run into.
-    except Exception as error:
-        raise ValueError(f"--ckpt_path {path}: not a readable checkpoint ({error})") from error
-    if not isinstance(checkpoint, dict) or not {"state_dict", "optimizer_states", "loops"} <= checkpoint.keys():
-        raise ValueError(
-            f"--ckpt_path {path}: holds no training state; give a file written during training "
-            f"(<run_dir>/{CHECKPOINT_DIR}/last.ckpt), not exported weights"
-        )
-    return checkpoint

@@ -125,6 +125,9 @@ def read_config(run: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is damaged, no YAML ({error}); leave this run out") from error
     if not isinstance(config, dict):
         raise ValueError(f"{file} is damaged: it holds {type(config).__name__}, no settings; leave this run out")
+    model = config.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("init_args"), dict):
+        raise ValueError(f"{file} holds no settings of a model, so it is no configuration of a run; leave this run out")
     return config
 
 
@@ -157,6 +160,25 @@ def read_metrics(run: Path) -> dict[str, Series]:
         name: (np.array(sorted(values)), np.array([values[step] for step in sorted(values)]))
         for name, values in found.items()
     }
+
+
+def check_validated(run: Path, metrics: Mapping[str, Series], command: str, *any_of: str) -> None:
+    """Refuse a run of another command, or one that was stopped before it had validated.
+
+    Args:
+        run: Folder of the run.
+        metrics: What it logged.
+        command: The command whose runs can be reported on.
+        any_of: Metrics of which its validation logs one.
+
+    Raises:
+        ValueError: If it logged none of them.
+    """
+    if not metrics.keys() & {*any_of}:
+        raise ValueError(
+            f"{run} is no run of {command} that can be reported on: it logged no {' or '.join(any_of)}. Another "
+            "command made it, or it was stopped before its first validation"
+        )
 
 
 def run_names(runs: Sequence[Path]) -> dict[Path, str]:

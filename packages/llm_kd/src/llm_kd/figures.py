@@ -27,8 +27,9 @@ def plot_progress(runs: Mapping[str, Metrics]) -> Figure:
             steps, values = metrics[key]
             made = np.where(steps > 0, steps + 1, 0)  # the first validation is before training
             axes.plot(made, (100 if key == "val/tar" else 1) * values, label=name, **curve_style(number))
-        steps, values = metrics["train/tar"]
-        panels[3].plot(steps + 1, 100 * values, label=name, **curve_style(number))
+        if "train/tar" in metrics:  # a run of fewer updates than lie between two entries of the log has none
+            steps, values = metrics["train/tar"]
+            panels[3].plot(steps + 1, 100 * values, label=name, **curve_style(number))
     for axes, label in zip(
         panels, [f"held-out {label}" for label in PANELS.values()] + ["accepted in training (%)"], strict=True
     ):

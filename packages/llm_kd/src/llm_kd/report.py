@@ -14,7 +14,7 @@ from rich.console import Console
 from kd_common.errors import run_command
 from kd_common.hub import load_causal_lm, load_config, load_tokenizer
 from kd_common.messages import CommandParser
-from kd_common.report import Section, read_config, read_metrics, run_names, write_report
+from kd_common.report import Section, check_validated, read_config, read_metrics, run_names, write_report
 from llm_kd.data import TextDataModule
 from llm_kd.figures import Metrics, mark_tokens, plot_entropy, plot_positions, plot_progress
 from llm_kd.models import Body, shared_vocabulary
@@ -57,10 +57,21 @@ def held_out(settings: Mapping[str, Any], tokenizer: str, limit: int) -> TextDat
 def student_sections(
     runs: Mapping[str, Path], configs: Mapping[str, Mapping[str, Any]], *, limit: int, k: int, texts: int
 ) -> list[Section]:
-    """What the students make of the held-out text of the first run."""
+    """What the students make of the held-out text of the first run.
+
+    Raises:
+        FileNotFoundError: If a run has left no student.
+        ValueError: If the runs have different teachers.
+    """
     first = next(iter(configs.values()))
     model, settings = first["model"]["init_args"], first["data"]["init_args"]
+    teachers = {config["model"]["init_args"]["teacher"]["name"] for config in configs.values()}
+    if len(teachers) > 1:
+        raise ValueError(f"these runs have different teachers ({', '.join(sorted(teachers))}); report on them apart")
     folders = {name: run / "student_last" for name, run in runs.items()}
+    for folder in folders.values():
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is missing: the run was stopped before its end (--limit 0: logs alone)")
     teacher_name = model["teacher"]["name"]
     tokenizer = load_tokenizer(teacher_name)
     student_folder = str(next(iter(folders.values())))
@@ -114,10 +125,13 @@ def report(runs: Sequence[Path], output: Path, *, limit: int = 16, k: int = 5, t
 
     Raises:
         FileNotFoundError: If a folder holds no finished run.
+        ValueError: If the runs have different teachers, or one is of another command.
     """
     names = {name: run for run, name in run_names(runs).items()}
     configs = {name: read_config(run) for name, run in names.items()}
     metrics = {name: read_metrics(run) for name, run in names.items()}
+    for name, run in names.items():
+        check_validated(run, metrics[name], "llm_kd.fit", "val/tar")
     sections = [
         Section("Runs", table=[summary(name, configs[name], metrics[name]) for name in names]),
         Section(
@@ -136,7 +150,7 @@ def main(args: list[str] | None = None) -> Path:
     """Parse the command line, write the report and say where it is."""
     parser = CommandParser(prog="python -m llm_kd.report", description=__doc__, allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=Path, help="Folders of runs.")
-    parser.add_argument("--output", type=Path, default=Path("runs/report"), help="Folder of the page.")
+    parser.add_argument("--output", type=Path, default=Path("runs/report/llm_kd"), help="Folder of the page.")
     parser.add_argument("--limit", type=int, default=16, help="Held-out rows the students are run on; 0 for none.")
     parser.add_argument("--k", type=int, default=5, help="Most likely tokens of the teacher that count as accepted.")
     parser.add_argument("--texts", type=int, default=3, help="Answers shown token by token.")

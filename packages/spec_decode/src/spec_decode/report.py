@@ -1,7 +1,8 @@
 """``python -m spec_decode.report RUN...``: what drafters learned and what they bring, as one self-contained HTML page.
 
-From the logs: loss and acceptance per level over the updates. From the saved drafters, on a few prompts: acceptance
-per level, where the time goes, and draft trees with their accepted paths. Several runs for one target are compared.
+From the logs: acceptance per level and the loss of the first over the updates. From the saved drafters, on a few
+prompts: acceptance per level, where the time goes, and draft trees with their accepted paths. Several runs for one
+target are compared.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,39 +13,41 @@ from rich.console import Console
 
 from kd_common.errors import run_command
 from kd_common.messages import CommandParser
-from kd_common.report import Section, read_config, read_metrics, run_names, write_report
+from kd_common.report import Section, check_validated, read_config, read_metrics, run_names, write_report
 from spec_decode.data.prompts import packaged_prompts, read_prompts
 from spec_decode.decoder import SpeculativeDecoder
 from spec_decode.figures import Passes, plot_acceptance, plot_time, plot_training, plot_trees
 from spec_decode.measure import Measurement, measure
-from spec_decode.session import Session
+from spec_decode.session import Session, find_drafter, parse_tree
 
 
 def decode(
-    runs: Mapping[str, Path], prompts: Sequence[str], *, tree: str, max_new_tokens: int
-) -> tuple[dict[str, Measurement], dict[str, tuple[Passes, Any]]]:
-    """Decode prompts greedily with every run's drafter and plainly; also keep the first passes of the first prompt.
+    runs: Mapping[str, Path], prompts: Sequence[str], *, tree: str | None, max_new_tokens: int
+) -> tuple[dict[str, Measurement], dict[str, Passes], Any]:
+    """What was measured while decoding prompts plainly and with every run's drafter, first passes, and the tokenizer.
 
     Args:
         runs: Folders by name, all for one target.
         prompts: Texts.
-        tree: See `spec_decode.session.parse_tree`.
+        tree: See `spec_decode.session.parse_tree`; None for 3 candidates in the first level and 2 in every other one.
         max_new_tokens: Tokens per prompt.
     """
-    measured: dict[str, Measurement] = {}
-    pictures: dict[str, tuple[Passes, Any]] = {}
+    first, *_ = runs.values()
+    session = Session.open(str(first / "drafter_best"), None, dtype="auto", device="cpu", tree="chain")
+    decoders = {"plain decoding": SpeculativeDecoder(session.target)}
     for name, run in runs.items():
-        session = Session.open(str(run / "drafter_best"), None, dtype="auto", device="cpu", tree=tree)
-        encoded = [session.encode([{"role": "user", "content": prompt}]) for prompt in prompts]
-        decoders = {name: session.decoder}
-        if not measured:
-            decoders = {"plain decoding": SpeculativeDecoder(session.target), **decoders}
-        settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop_tokens": session.stops}
-        measured |= measure(decoders, encoded, **settings)
-        passes = Passes(4)
-        session.decoder.generate(encoded[:1], **settings, on_pass=passes)
-        pictures[name] = (passes, session.tokenizer)
-    return measured, pictures
+        drafter = find_drafter(str(run / "drafter_best"), session.target)
+        assert drafter is not None
+        shape = parse_tree(tree) if tree else (3, *[2] * ((drafter.max_depth or 1) - 1))
+        decoders[name] = SpeculativeDecoder(session.target, drafter, tree=shape)
+    encoded = [session.encode([{"role": "user", "content": prompt}]) for prompt in prompts]
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop_tokens": session.stops}
+    measured = measure(decoders, encoded, **settings)
+    pictures = {}
+    for name in runs:
+        pictures[name] = Passes(4)
+        decoders[name].generate(encoded[:1], **settings, on_pass=pictures[name])
+    return measured, pictures, session.tokenizer
 
 
 def report(
@@ -53,7 +56,7 @@ def report(
     *,
     prompts: Path | None = None,
     count: int = 4,
-    tree: str = "chain",
+    tree: str | None = None,
     max_new_tokens: int = 96,
 ) -> Path:
     """Write the report of some runs; returns the page.
@@ -63,16 +66,18 @@ def report(
         output: Folder of the page.
         prompts: JSONL file of prompts; the last packaged ones, on which `fit` does not train by default, if None.
         count: Prompts that are decoded; 0 leaves decoding out.
-        tree: See `spec_decode.session.parse_tree`.
+        tree: See `decode`.
         max_new_tokens: Tokens per prompt.
 
     Raises:
         FileNotFoundError: If a folder holds no finished run.
-        ValueError: If the runs have different targets.
+        ValueError: If the runs have different targets, or one is of another command.
     """
     names = {name: run for run, name in run_names(runs).items()}
     models = {name: read_config(run)["model"]["init_args"] for name, run in names.items()}
     metrics = {name: read_metrics(run) for name, run in names.items()}
+    for name, run in names.items():
+        check_validated(run, metrics[name], "spec_decode.fit", "val/tau")
     if len(targets := {model["target"]["name"] for model in models.values()}) > 1:
         raise ValueError(f"these runs are for different targets ({', '.join(sorted(targets))}); report on them apart")
     table = [
@@ -91,7 +96,7 @@ def report(
     ]
     if count:
         texts = (packaged_prompts()[::-1] if prompts is None else read_prompts(prompts))[:count]
-        measured, pictures = decode(names, texts, tree=tree, max_new_tokens=max_new_tokens)
+        measured, pictures, tokenizer = decode(names, texts, tree=tree, max_new_tokens=max_new_tokens)
         plain = measured["plain decoding"]
         speeds = [
             {
@@ -102,12 +107,12 @@ def report(
             }
             for name, found in measured.items()
         ]
-        about = f"{len(texts)} prompts, greedy, up to {max_new_tokens} tokens each, tree {tree}."
+        about = f"{len(texts)} prompts, greedy, up to {max_new_tokens} tokens each, tree {tree or '3,2,...'}."
         sections += [
             Section("Acceptance while decoding", about, plot_acceptance(measured)),
             Section("Where the time goes", about, plot_time(measured), speeds),
         ]
-        for name, (passes, tokenizer) in pictures.items():
+        for name, passes in pictures.items():
             if passes.kept:
                 text = "The first passes of the first prompt: what was drafted, and in green what the target accepted."
                 sections.append(Section(f"Draft trees of {name}", text, plot_trees(passes.kept, tokenizer)))
@@ -118,10 +123,12 @@ def main(args: list[str] | None = None) -> Path:
     """Parse the command line, write the report and say where it is."""
     parser = CommandParser(prog="python -m spec_decode.report", description=__doc__, allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=Path, help="Folders of runs.")
-    parser.add_argument("--output", type=Path, default=Path("runs/report"), help="Folder of the page.")
+    parser.add_argument("--output", type=Path, default=Path("runs/report/spec_decode"), help="Folder of the page.")
     parser.add_argument("--prompts", type=Path | None, default=None, help="JSONL file; packaged prompts by default.")
     parser.add_argument("--count", type=int, default=4, help="Prompts that are decoded; 0 for none.")
-    parser.add_argument("--tree", type=str, default="chain", help="Tree to draft, as in spec_decode.generate.")
+    parser.add_argument(
+        "--tree", type=str | None, default=None, help="Tree to draft, as in spec_decode.generate; by default 3,2,2,..."
+    )
     parser.add_argument("--max_new_tokens", type=int, default=96, help="Tokens per prompt.")
     settings = parser.parse_args(args)
     page = report(

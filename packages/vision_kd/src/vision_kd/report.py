@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from kd_common.errors import run_command
 from kd_common.messages import CommandParser
-from kd_common.report import Section, Series, read_config, read_metrics, run_names, write_report
+from kd_common.report import Section, Series, check_validated, read_config, read_metrics, run_names, write_report
 from vision_kd.data import ImageDataModule
 from vision_kd.diagnosis import calibration_error, class_accuracy, class_correlation, collect_logits
 from vision_kd.fit import VisionCLI, build
@@ -59,9 +59,11 @@ class Run:
 
         Raises:
             FileNotFoundError: If the folder holds no run, or one that logged nothing.
+            ValueError: If it is a run of another command, or was stopped before its first validation.
         """
         read_config(folder)
         metrics = read_metrics(folder)
+        check_validated(folder, metrics, "vision_kd.fit", "val/top1", "val/AP")
         settings = [f"--config={folder / 'config.yaml'}", "--trainer.fast_dev_run=1", "--trainer.accelerator=cpu"]
         return cls(folder, name, metrics, build([*settings, "--baseline=null", "--ckpt_path=null"]))
 
@@ -254,7 +256,7 @@ def main(args: list[str] | None = None) -> Path:
     """Parse the command line, write the report and say where it is."""
     parser = CommandParser(prog="python -m vision_kd.report", description=__doc__, allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=Path, help="Folders of runs, the reference first.")
-    parser.add_argument("--output", type=Path, default=Path("runs/report"), help="Folder of the page.")
+    parser.add_argument("--output", type=Path, default=Path("runs/report/vision_kd"), help="Folder of the page.")
     parser.add_argument("--resolution", type=int, default=13, help="Points per direction of the loss landscapes.")
     parser.add_argument("--extent", type=float, default=0.6, help="How far they reach, in lengths of the filters.")
     parser.add_argument("--samples", type=int, default=500, help="Validation images they are computed on.")
