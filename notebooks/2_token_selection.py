@@ -40,6 +40,7 @@ from kd_common.functional import total_variation
 from kd_common.hub import EMBEDDED, load_tokenizer
 from llm_kd.data.example import Example
 from llm_kd.figures import mark_tokens
+from llm_kd.fit import build, run
 from llm_kd.models import Body, TeacherSpec, depth_prune, load_teacher
 from llm_kd.selection import speck_accept_probability
 from llm_kd.token_table import token_table
@@ -291,6 +292,35 @@ for noise in NOISE:
     mean = {name: max(0.0, sum(run[0] for run in found[name, noise]) / len(SEEDS)) for name in SELECTORS}
     best = min(mean, key=mean.get)
     print(f"teacher wrong in {noise:.0%}: without selection {mean['none']:.3f} nats, best {best} with {mean[best]:.3f}")
+
+# %% [markdown]
+# ## 5. The same on the embedded pair
+#
+# `llm_kd.fit` on the command line is `build(arguments)` and `run(...)` here. Two updates on eight answers show how it
+# goes, not what it brings: that takes the command's defaults, and more
+# ([docs/results_llm.md](../docs/results_llm.md)). Try another selector or objective, or more of everything.
+
+# %%
+cli = build(
+    [
+        "--config=selectors/topk",
+        "--config=objectives/fkl",
+        f"--model.selector.k={K}",
+        "--model.student.layers=20",
+        "--data.limit_train=8",
+        "--data.limit_val=4",
+        "--data.batch_size=4",
+        "--data.sampling.max_new_tokens=16",
+        "--trainer.max_epochs=1",
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false",
+        "--answers=0",
+        f"--run_dir={output / 'run'}",
+    ]
+)
+result = run(cli)
+for name, state in (("before", result.before), ("after", result.last)):
+    print(f"{name}: held-out KL {state['kl']:.3f}, NLL {state['nll']:.3f}, accepted {100 * state['tar']:.0f}%")
 
 # %% [markdown]
 # ## What to take home

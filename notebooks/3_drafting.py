@@ -45,6 +45,7 @@ from spec_decode.decoder import SpeculativeDecoder
 from spec_decode.drafters import PromptLookup
 from spec_decode.drafters.draft_model import PretrainedDraft
 from spec_decode.figures import Passes, plot_time, plot_trees
+from spec_decode.fit import build, run
 from spec_decode.measure import first_divergence, measure
 from spec_decode.models import CausalLM
 from spec_decode.proposals import SampledTree, sampled_tree
@@ -401,6 +402,34 @@ for kind in PROMPTS:
 # %% [markdown]
 # The acceptance counts only passes in which something was drafted, so the choice is for those passes.
 #
+# ## 5. A drafter that is trained
+#
+# `spec_decode.fit` on the command line is `build(arguments)` and `run(...)` here: the target answers prompts, its
+# states are stored, a FastEagle cascade learns to say them in advance. So little training drafts nothing useful yet,
+# and `tree="auto"` finds that out; the command's defaults take minutes, a good drafter takes hours
+# ([docs/results_spec.md](../docs/results_spec.md)). Try more prompts, or `medusa`.
+
+# %%
+cli = build(
+    [
+        "--model.target.dtype=float32",
+        "--model.drafter={name: fast_eagle, options: {depth: 2, draft_vocab: 512}}",
+        "--data.limit=36",
+        "--data.val_prompts=4",
+        "--data.writing.max_new_tokens=24",
+        "--data.max_length=128",
+        "--trainer.max_epochs=1",
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false",
+        "--measure_prompts=0",
+        f"--run_dir={output / 'run'}",
+    ]
+)
+result = run(cli)
+acceptance = [f"{level[0]:.0%}" for level in result.last["acceptance"]]
+print(f"tau {result.last['tau']:.2f}, acceptance by level {', '.join(acceptance)}, saved in {result.run_dir}")
+
+# %% [markdown]
 # ## What to take home
 #
 # * Drafting never changes the law of the text; a bug in verification shows as a distance beyond the sampling error.

@@ -84,7 +84,7 @@ def chat(
         top_p: Keep the likeliest tokens of this total probability.
         seed: Seed of the draws.
         color: Show drafted and accepted tokens in green.
-        compile: Compile the target's passes, whose first pass of every size then takes seconds to minutes.
+        compile: Compile the target's passes; the first one of every size then takes seconds to minutes.
         dtype: Precision of the target's weights; ``auto`` is the one this machine is fastest in.
         device: Where to run.
     """

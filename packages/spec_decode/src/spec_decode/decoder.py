@@ -114,7 +114,7 @@ class SpeculativeDecoder:
             sample-and-match, emits token for token what plain decoding with the same seed emits.
         min_confidence: Leave out the nodes that the drafter takes to be reached with a smaller probability, in [0, 1):
             the product along the path of its laws, which know the noise. 0 keeps them all.
-        compile: Compile the target's passes (`CausalLM.compile_steps`), whose first pass of every size then takes seconds to minutes.
+        compile: Compile the target's passes (`CausalLM.compile_steps`): seconds to minutes for the first of every size.
         tokenizer: Needed for stop strings only.
 
     Raises:

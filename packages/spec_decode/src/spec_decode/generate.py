@@ -90,7 +90,7 @@ def generate(
         stop_strings: Texts that end the answer.
         rejection: Verify drawn candidates by recursive rejection instead of sample-and-match.
         color: Show drafted and accepted tokens in green.
-        compile: Compile the target's passes, whose first pass of every size then takes seconds to minutes.
+        compile: Compile the target's passes; the first one of every size then takes seconds to minutes.
         dtype: Precision of the target's weights; ``auto`` is the one this machine is fastest in.
         device: Where to run.
     """
