@@ -1,6 +1,7 @@
 """FitCLI on a toy model: what is packaged, what merges, what is refused, where a run writes, what it resumes from."""
 
 import inspect
+import os
 import pickle
 import re
 from dataclasses import dataclass
@@ -288,6 +289,15 @@ def test_a_gpu_where_there_is_none_is_refused_before_a_run_dir_is_made(build):
     ):
         build("--trainer.accelerator", "gpu")
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(("given", "kept"), [(None, "64"), ("7", "7")])
+def test_the_cache_of_kernels_is_limited_unless_chosen_otherwise(build, monkeypatch, given, kept):
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    if given is not None:
+        monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", given)
+    build()
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == kept
 
 
 def test_a_mistyped_strategy_is_refused_with_what_was_meant(build):

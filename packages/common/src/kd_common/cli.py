@@ -38,6 +38,7 @@ from kd_common.checkpoints import (
     resumed_config,
 )
 from kd_common.farewell import Farewell
+from kd_common.memory import limit_primitive_cache
 from kd_common.messages import CommandParser, check_accelerator, check_world_size, null_settings
 from kd_common.registry import suggest
 
@@ -74,6 +75,7 @@ class FitCLI(LightningCLI):
     ) -> None:
         self.config_dir = config_dir
         silence_known_noise()
+        limit_primitive_cache()
         self.class_defaults = dict(class_defaults)
         self.checkpoint = dict(checkpoint)
         self.run_dir: Path | None = None
