@@ -120,5 +120,6 @@ class _Link(nn.Sequential):
     """W silu(U [h, e]) of shape (..., h); W starts at zero, so that nothing changes at first."""
 
     def __init__(self, size: int) -> None:
-        super().__init__(nn.Linear(2 * size, size, bias=False), nn.SiLU(), nn.Linear(size, size, bias=False))
-        nn.init.zeros_(self[2].weight)
+        last = nn.Linear(size, size, bias=False)
+        nn.init.zeros_(last.weight)
+        super().__init__(nn.Linear(2 * size, size, bias=False), nn.SiLU(), last)
