@@ -207,6 +207,27 @@ def test_training_from_a_truncated_teacher_follows_a_lower_bound(arguments, tmp_
         run(build([*settings, "--model.selector=TopK", "--model.selector.k=9"]))
 
 
+def test_examples_that_a_cache_lacks_are_counted_before_training(arguments, tmp_path):
+    cache_teacher_main(cached(arguments, tmp_path / "cache", "--size=8", "--data.limit_train=1"))
+    with pytest.raises(CacheError, match=r"[1-9]\d* of \d+ examples are not in model\.teacher\.cache"):
+        run(build(arguments(f"--model.teacher.cache={tmp_path / 'cache'}")))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["--data.batch_size=64"], r"rows do not fill one batch of 64 on each of 1 processes: lower data\.batch_size"),
+        (["--model.selector=TopK", "--model.selector.k=1000"], r"^selector\.k must be at most 258"),
+        (["--model.selector=TopK", "--model.selector.k=0"], r"^selector\.k must be at least 1, got 0$"),
+        (["--trainer.limit_train_batches=0"], r"trainer\.limit_train_batches 0 leaves nothing to learn from"),
+    ],
+)
+def test_settings_are_refused_before_anything_is_measured(arguments, monkeypatch, settings, message):
+    monkeypatch.setattr("llm_kd.fit.validate", lambda cli: pytest.fail("measured"))
+    with pytest.raises(ValueError, match=message):
+        run(build(arguments(*settings)))
+
+
 def test_a_cache_of_another_teacher_is_refused(arguments, tmp_path, save_model):
     cache_teacher_main(
         cached(arguments, tmp_path / "cache", "--size=8", f"--model.teacher.name={save_model('b', seed=1)}")
@@ -320,7 +341,7 @@ def test_a_run_that_stops_inside_an_epoch_reports_its_last_step(arguments, steps
     assert [epoch["step"] for epoch in result.history] == [*range(5, steps, 5), steps]
     assert result.last["kl"] != result.before["kl"]
     assert result.last["train_loss"] > 0
-    assert "student, last" in capsys.readouterr().out
+    assert "last and best (" in capsys.readouterr().out
 
 
 def test_a_setting_of_the_default_class_needs_no_class(arguments):

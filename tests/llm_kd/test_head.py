@@ -28,6 +28,25 @@ class Fixed(Selector):
     per_row = False
 
 
+@pytest.mark.parametrize("student", [torch.float32, F64])
+@pytest.mark.parametrize("teacher", [torch.bfloat16, torch.float32, F64])
+@pytest.mark.parametrize("objective", OBJECTIVES.names())
+def test_student_and_teacher_may_differ_in_precision(objective, teacher, student):
+    """The loss is the one of a teacher that was rounded to its precision, in the student's."""
+    inputs = Inputs(dtype=student)
+    theirs = LMHead(inputs.teacher.weight.to(teacher), inputs.teacher.bias.to(teacher))
+    hidden = inputs.teacher_hidden.to(teacher)
+    logits = torch.nn.functional.linear(hidden, theirs.weight, theirs.bias).to(student)
+    for selector in ("topk", "speck_expected", "adakd"):
+        head = KDHead(OBJECTIVES.get(objective)(), SELECTORS.get(selector)())
+        found = head(inputs.hidden, inputs.student, HiddenSignal(hidden, theirs)).loss
+        same = HiddenSignal(logits, LMHead(torch.eye(V, dtype=student)))
+        again = KDHead(OBJECTIVES.get(objective)(), SELECTORS.get(selector)())
+        expected = again(inputs.hidden, inputs.student, same).loss
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 class Inputs:
     """Hidden states and heads of a small teacher and student."""
 

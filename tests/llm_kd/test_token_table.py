@@ -95,6 +95,11 @@ def test_report_of_two_runs(tmp_path, save_model, assert_live):
     with pytest.raises(FileNotFoundError, match="is no run"):
         main([str(tmp_path)])
     config = Path(runs[1]) / "config.yaml"
+    before = config.read_text()
+    config.write_text(before.replace("max_length: ", "max_length: 1"))
+    with pytest.raises(ValueError, match=r"other held-out texts \(data\.max_length differ\)"):
+        main(runs)
+    config.write_text(before)
     config.write_text(config.read_text().replace("teacher:\n      name:", "teacher:\n      name: other"))
     with pytest.raises(ValueError, match="different teachers"):
         main(runs)

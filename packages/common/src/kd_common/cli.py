@@ -9,6 +9,8 @@ On top of LightningCLI it adds
   the resolved configuration.
 """
 
+import atexit
+import contextlib
 import itertools
 import json
 import logging
@@ -237,7 +239,7 @@ def constructor_message(text: str) -> str:
     """
     if not text.startswith("Does not validate against any of the Union subtypes"):
         return text
-    mismatches = re.findall(r"^ +- (.*?)(?=\n +- |\nGiven value|\Z)", text, flags=re.M | re.S)
+    mismatches = re.findall(r"^ +- (.*?)(?=\n +- |\n *Given value|\Z)", text, flags=re.M | re.S)
     return next((m for m in reversed(mismatches) if not m.startswith("Expected a <class")), text)
 
 
@@ -313,8 +315,14 @@ def reserve_run_dir(run_dir: str | None, name: str) -> Path:
             path.mkdir(parents=True)
         except FileExistsError:
             continue
+        atexit.register(_remove_if_empty, path)  # a run that was refused leaves nothing
         return path
     raise AssertionError("unreachable")
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def keep_earlier_metrics(run_dir: Path) -> None:

@@ -151,6 +151,11 @@ def _loaded(load: Callable[..., T], name: str, **settings: Any) -> T:
 
 
 def _unusable(name: str, error: Exception) -> "ModelFilesError":
+    if "scaled_dot_product_attention" in str(error):
+        return ModelFilesError(
+            f"{name} has no attention of the kind sdpa: set it to eager (model.teacher.attention and "
+            "model.student.attention in a configuration, --attention elsewhere)"
+        )
     return ModelFilesError(
         f"{name} cannot be loaded ({type(error).__name__}: {error}). A file in it is damaged or missing, holds "
         "Python objects other than tensors, needs code of its own, or is not for this version of transformers: "

@@ -27,7 +27,7 @@ from llm_kd.models import Body, TeacherSpec, load_teacher
 from llm_kd.module import DistillationModule
 from llm_kd.positions import check_conversations, check_positions
 from llm_kd.summary import print_summary
-from llm_kd.teacher import CachedTeacher, OnlineTeacher, TeacherCache, weights_fingerprint
+from llm_kd.teacher import CachedTeacher, CacheError, OnlineTeacher, TeacherCache, weights_fingerprint
 
 CONFIG_DIR = Path(str(files("llm_kd") / "configs"))
 
@@ -68,8 +68,11 @@ class LanguageCLI(FitCLI):
             )
         if self.config["answers"] < 0:
             raise ValueError(f"--answers must be at least 0, got {self.config['answers']}")
-        if trainer["limit_val_batches"] == 0:
-            raise ValueError("trainer.limit_val_batches 0 leaves nothing to report; set it to 1 or more, or to null")
+        for split, use in (("train", "learn from"), ("val", "report")):
+            if trainer[f"limit_{split}_batches"] == 0:
+                raise ValueError(
+                    f"trainer.limit_{split}_batches 0 leaves nothing to {use}; set it to 1 or more, or to null"
+                )
         if (trainer["max_epochs"] or 0) < 1 and (trainer["max_steps"] or 0) < 1:
             raise ValueError("set trainer.max_epochs or trainer.max_steps: the learning-rate schedule runs over them")
 
@@ -142,6 +145,7 @@ def run(cli: LanguageCLI) -> Result:
     body = prepare_teacher(model, data, trainer.strategy.root_device)
     if body is not None:
         parameters["teacher"] = count_parameters(body)
+    data.check_batch(trainer.world_size)
     answers: dict[str, Answers] = {}
 
     def ask(when: str, speaker: Body) -> None:
@@ -193,7 +197,7 @@ def prepare_teacher(model: DistillationModule, data: TextDataModule, device: tor
         The teacher's body, or None if it need not run.
 
     Raises:
-        CacheError: If the stored teacher is damaged or another one.
+        CacheError: If the stored teacher is damaged or another one, or lacks examples.
     """
     spec: TeacherSpec = model.teacher_spec
     cache = None if spec.cache is None else TeacherCache(spec.cache)
@@ -211,6 +215,13 @@ def prepare_teacher(model: DistillationModule, data: TextDataModule, device: tor
         cache.check_source(spec.source())
     else:
         cache.check(weights=weights_fingerprint(body))
+    data.setup()
+    keys = [example.key for split in data.splits.values() for example in split.examples]
+    if missing := sum(key not in cache for key in keys):
+        raise CacheError(
+            f"{missing:,} of {len(keys):,} examples are not in model.teacher.cache {spec.cache}: run "
+            "llm_kd.cache_teacher with the same --data settings into the same folder, which adds them"
+        )
     model.attach_teacher(CachedTeacher(cache))
     return None
 

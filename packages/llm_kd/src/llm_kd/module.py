@@ -19,7 +19,7 @@ from kd_common.hub import load_config, load_tokenizer
 from kd_common.optim import decay_groups
 from kd_common.schedules import CosineDecay, Schedule
 from llm_kd.data.batch import TokenBatch, collate
-from llm_kd.data.encode import Encoder
+from llm_kd.data.encode import Encoder, padding_token
 from llm_kd.data.example import Example, answered, nothing
 from llm_kd.distiller import Distiller, validation_means
 from llm_kd.head import KDHead
@@ -113,6 +113,7 @@ class DistillationModule(pl.LightningModule):
         # The teacher's: the data are written in its chat template, so the student is saved with it.
         self.tokenizer = load_tokenizer(teacher.name)
         self._template_ends = Encoder(self.tokenizer).eos_ids  # a chat template may close turns with a token of its own
+        self._pad_id = padding_token(self.tokenizer, self._template_ends)
         self.vocab_size = shared_vocabulary(
             self.tokenizer, load_tokenizer(student_name), load_config(teacher.name), load_config(student_name)
         )
@@ -250,17 +251,17 @@ class DistillationModule(pl.LightningModule):
         else:
             examples = self._write(batch.prompts, self._seed("sampling", batch_idx, self.global_rank))
             self.rollout.keep(examples)
-        pad = self.tokenizer.pad_token_id
+        pad = self._pad_id
         rows = [[example] for example in examples] or [[nothing(pad)]]
         return collate(rows, pad).to(self.device)
 
     def _write(self, prompts: list[list[int]], seed: int) -> list[Example]:
         """The student's responses to prompts."""
         responses = self.distiller.generate(
-            prompts or [[self.tokenizer.pad_token_id]],  # sharded, every rank must take part
+            prompts or [[self._pad_id]],  # sharded, every rank must take part
             self.rollout.sampling,
             eos_ids=self.eos_ids,
-            pad_id=self.tokenizer.pad_token_id,
+            pad_id=self._pad_id,
             seed=seed,
             synced=self.sharded,
         )

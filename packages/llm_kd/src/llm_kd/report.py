@@ -61,13 +61,23 @@ def student_sections(
 
     Raises:
         FileNotFoundError: If a run has left no student.
-        ValueError: If the runs have different teachers.
+        ValueError: If the runs have different teachers or held-out texts.
     """
     first = next(iter(configs.values()))
     model, settings = first["model"]["init_args"], first["data"]["init_args"]
     teachers = {config["model"]["init_args"]["teacher"]["name"] for config in configs.values()}
     if len(teachers) > 1:
         raise ValueError(f"these runs have different teachers ({', '.join(sorted(teachers))}); report on them apart")
+    differing = [
+        key
+        for key in ("val", "limit_val", "responses", "fields", "max_length", "truncate", "system")
+        if len({repr(config["data"]["init_args"].get(key)) for config in configs.values()}) > 1
+    ]
+    if differing:
+        raise ValueError(
+            f"these runs have other held-out texts (data.{', data.'.join(differing)} differ); report on them apart, or "
+            "with --limit 0 on their logs alone"
+        )
     folders = {name: run / "student_last" for name, run in runs.items()}
     for folder in folders.values():
         if not folder.is_dir():
@@ -79,14 +89,17 @@ def student_sections(
         tokenizer, load_tokenizer(student_folder), load_config(teacher_name), load_config(student_folder)
     )
     data = held_out(settings, teacher_name, limit)
-    teacher = Body(load_causal_lm(teacher_name, model["teacher"]["dtype"])).eval()
+    teacher = Body(
+        load_causal_lm(teacher_name, model["teacher"]["dtype"], attention=model["teacher"]["attention"])
+    ).eval()
     if data.responses == "teacher":
         data.write_responses(teacher.model, splits=("val",))
     data.setup("validate")
     examples = [example for example in data.splits["val"].examples if example.num_supervised]
     tables = {}
     for name, folder in folders.items():
-        student = Body(load_causal_lm(str(folder), "float32")).eval()
+        attention = configs[name]["model"]["init_args"]["student"]["attention"]
+        student = Body(load_causal_lm(str(folder), "float32", attention=attention)).eval()
         tables[name] = token_table(student, teacher, examples, vocab_size=vocab_size, k=k)
     tokens = sum(example.num_supervised for example in examples)
     about = f"{tokens:,} tokens of {len(examples)} held-out answers. "
@@ -125,7 +138,7 @@ def report(runs: Sequence[Path], output: Path, *, limit: int = 16, k: int = 5, t
 
     Raises:
         FileNotFoundError: If a folder holds no finished run.
-        ValueError: If the runs have different teachers, or one is of another command.
+        ValueError: If the runs have different teachers or held-out texts, or one is of another command.
     """
     names = {name: run for run, name in run_names(runs).items()}
     configs = {name: read_config(run) for name, run in names.items()}

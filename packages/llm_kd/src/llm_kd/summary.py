@@ -37,11 +37,12 @@ def print_summary(
     for column in ("", "NLL", "KL", "agreement", "TAR", "ROUGE-L", "parameters"):
         table.add_column(column, justify="left" if not column else "right")
     best = result.best
-    rows = {
-        "student before": (result.before, "before"),
-        f"student, last (epoch {result.last['epoch'] + 1:.0f})": (result.last, "after"),
-        f"student, best (epoch {best['epoch'] + 1:.0f})": (best, ""),
-    }
+    rows = {"student before": (result.before, "before")}
+    if best is result.last:
+        rows[f"last and best (epoch {best['epoch'] + 1:.0f})"] = (best, "after")
+    else:
+        rows[f"last (epoch {result.last['epoch'] + 1:.0f})"] = (result.last, "after")
+        rows[f"best (epoch {best['epoch'] + 1:.0f})"] = (best, "")
     if is_whole(result.last):
         table.add_row(
             "teacher",
@@ -82,6 +83,7 @@ def print_summary(
         # A resumed run has no best student of its own where the best epoch came before it.
         found = ",".join(which for which in ("last", "best") if (result.run_dir / f"student_{which}").is_dir())
         lines["student"] = f"{result.run_dir}/student_{{{found}}}, for AutoModelForCausalLM.from_pretrained"
+        lines["to try it"] = f"python -m llm_kd.generate --model {result.run_dir}/student_last --prompt ..."
         lines["to resume"] = f"--ckpt_path {result.run_dir / 'checkpoints' / 'last.ckpt'} --trainer.max_epochs ..."
         lines["logs"] = f"{result.run_dir / 'metrics.csv'}, tensorboard --logdir {result.run_dir}"
         lines["configuration"] = str(result.run_dir / "config.yaml")

@@ -182,3 +182,9 @@ class Encoder:
 
     def _tokens(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+
+def padding_token(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> int:
+    """Token that fills up rows: the tokenizer's, or the first of those that end a response if it has none."""
+    pad = tokenizer.pad_token_id
+    return ends[0] if pad is None else pad

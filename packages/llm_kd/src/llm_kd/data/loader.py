@@ -67,7 +67,7 @@ class TextLoader:
         if shuffle and len(self.rows) < self._global_batch:
             raise ValueError(
                 f"{len(self.rows)} rows do not fill one batch of {batch_size} on each of {world_size} processes: "
-                f"lower batch_size to at most {len(self.rows) // world_size}"
+                f"lower data.batch_size to at most {len(self.rows) // world_size}"
             )
         self.epoch = 0
         self._delivered = 0

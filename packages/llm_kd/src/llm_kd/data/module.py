@@ -10,7 +10,7 @@ from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 
 from kd_common.hub import load_tokenizer
-from llm_kd.data.encode import Encoder
+from llm_kd.data.encode import Encoder, padding_token
 from llm_kd.data.example import Example, answered
 from llm_kd.data.loader import TextLoader
 from llm_kd.data.responses import write_responses
@@ -148,8 +148,7 @@ class TextDataModule(LightningDataModule):
     @property
     def pad_id(self) -> int:
         """Token that fills up rows: the tokenizer's, or one that ends a response if it has none."""
-        pad = self.encoder.tokenizer.pad_token_id
-        return self.eos_ids[0] if pad is None else pad
+        return padding_token(self.encoder.tokenizer, self.eos_ids)
 
     def rows(self, split: str) -> list[Row]:
         """The conversations of ``train`` or ``val`` as they stand in the files, too long ones included.
@@ -254,7 +253,16 @@ class TextDataModule(LightningDataModule):
         """The validation conversations of this rank, each exactly once over all ranks."""
         return self._loader("val")
 
-    def _loader(self, split: str) -> TextLoader:
+    def check_batch(self, world_size: int) -> None:
+        """Refuse training data that do not fill a batch on each process; later, Lightning would be training already.
+
+        Raises:
+            ValueError: If they do not, or for what :meth:`setup` refuses.
+        """
+        self.setup()
+        self._loader("train", world_size)
+
+    def _loader(self, split: str, world_size: int | None = None) -> TextLoader:
         train = split == "train"
         return TextLoader(
             self.splits[split].examples,
@@ -264,7 +272,7 @@ class TextDataModule(LightningDataModule):
             pack_length=self.max_length if train and self.packing else None,
             seed=self.seed,
             rank=self.trainer.global_rank if self.trainer else 0,
-            world_size=self.trainer.world_size if self.trainer else 1,
+            world_size=world_size or (self.trainer.world_size if self.trainer else 1),
         )
 
     @property

@@ -108,6 +108,8 @@ class KDHead(nn.Module):
         for name, size in {"vocab_size": vocab_size, "chunk_size": chunk_size}.items():
             if size is not None and size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
+        if vocab_size is not None:
+            selector.check_vocabulary(vocab_size)
         self.objective = objective
         self.selector = selector
         self.normalize = normalize
@@ -217,7 +219,8 @@ class KDHead(nn.Module):
     def _rows_of(self, teacher: TeacherSignal, vocab_size: int, dtype: torch.dtype) -> TeacherRows:
         """What gives the teacher's logits, or its truncated distribution, of some rows."""
         if isinstance(teacher, HiddenSignal):
-            return Projection(teacher.hidden, teacher.head, vocab_size).logits
+            live = Projection(teacher.hidden, teacher.head, vocab_size)
+            return lambda rows: live.logits(rows).to(dtype)
         if teacher.size < vocab_size:
             return teacher.__getitem__
         return lambda rows: teacher[rows].dense_log_probs().to(dtype)

@@ -66,6 +66,9 @@ class Selector(nn.Module, ABC):
             Selection of the n tokens.
         """
 
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Hook: raise ValueError for a setting that a vocabulary of this size does not allow."""
+
     def check_truncated(self, size: int, vocab_size: int) -> None:
         """Refuse a stored teacher that does not determine the scores.
 

@@ -29,6 +29,11 @@ class TopK(Selector):
         self.k = k
         self.beta = beta
 
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Refuse a k beyond the vocabulary."""
+        if self.k > vocab_size:
+            raise ValueError(f"selector.k must be at most {vocab_size}, the tokens of the vocabulary, got {self.k}")
+
     def check_truncated(self, size: int, vocab_size: int) -> None:
         """Refuse fewer than k stored tokens; see :meth:`Selector.check_truncated`."""
         if self.k > size:
@@ -49,6 +54,6 @@ class TopK(Selector):
 def check_gate(k: int, beta: float) -> None:
     """Raise ValueError unless k >= 1 and beta is in [0, 1]."""
     if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+        raise ValueError(f"selector.k must be at least 1, got {k}")
     if not 0 <= beta <= 1:
-        raise ValueError(f"beta must lie in [0, 1], got {beta}")
+        raise ValueError(f"selector.beta must lie in [0, 1], got {beta}")
