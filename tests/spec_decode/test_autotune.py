@@ -50,8 +50,8 @@ def test_a_useless_drafter_is_never_called(tiny, drafter, monkeypatch):
     assert torch.equal(decoder.generate([[1, 2, 3]], max_new_tokens=8).sequences, plain.sequences)
 
 
-def decode(guard: PayGuard, length: int, cost: float, taus: Iterator[float]) -> tuple[float, int]:
-    """Seconds of so many tokens, a plain pass taking 1, and how many passes were drafted."""
+def decode(guard: PayGuard, length: int, cost: float, taus: Iterator[float], plain: float = 1.0) -> tuple[float, int]:
+    """Seconds of so many tokens, and how many passes were drafted."""
     seconds, tokens, passes = 0.0, 0.0, 0
     while tokens < length:
         if guard.drafts():
@@ -59,8 +59,8 @@ def decode(guard: PayGuard, length: int, cost: float, taus: Iterator[float]) -> 
             guard.drafted(tau, cost)
             tokens, seconds, passes = tokens + tau, seconds + cost, passes + 1
         else:
-            guard.plain()
-            tokens, seconds = tokens + 1, seconds + 1
+            guard.plain(plain)
+            tokens, seconds = tokens + 1, seconds + plain
     return seconds, passes
 
 
@@ -75,7 +75,7 @@ def test_drafting_that_pays_goes_on_whatever_single_passes_do():
     rng = random.Random(0)
     taus = iter(lambda: rng.choice([1.0, 1.0, 1.0, 3.0]), None)  # 1.5 tokens on average
     guard = PayGuard(plain_seconds=2.0 / 1.2)
-    _, passes = decode(guard, 5000, 2.0, taus)
+    _, passes = decode(guard, 5000, 2.0, taus, plain=2.0 / 1.2)
     assert passes > 0.9 * 5000 / 1.5
 
 
@@ -89,6 +89,15 @@ def test_drafting_comes_back_soon_when_it_pays_again():
         seconds, _ = decode(guard, 400, 1.35, iter(rng.choices([1.0, 1.0, 1.0, 8.0], k=400)))
         slow.append(400 / seconds)
     assert sum(slow) / len(slow) > 1.5  # 2.04 without the while
+
+
+@pytest.mark.parametrize("measured", [0.5, 0.7, 1.5, 3.0])
+def test_a_machine_that_has_changed_its_speed_misleads_for_a_while_only(measured):
+    """A plain pass takes 1 now, whatever was measured before."""
+    seconds, _ = decode(PayGuard(measured), 20_000, 1.3, itertools.cycle([1.0, 2.0, 2.0]))
+    assert 20_000 / seconds > 0.95 * (5 / 3) / 1.3
+    seconds, _ = decode(PayGuard(measured), 20_000, 1.3, itertools.repeat(1.0))
+    assert seconds < 1.03 * 20_000
 
 
 @pytest.mark.parametrize(("plain_seconds", "stopped"), [(1e-9, True), (1e9, False)])
@@ -113,12 +122,10 @@ def test_a_guarded_generation_emits_the_same_tokens(tiny, drafter, monkeypatch, 
 class Pausing(PayGuard):
     """Drafts one pass in four."""
 
-    count = 0
-
     def drafts(self) -> bool:
         """See the base class."""
-        self.count += 1
-        return self.count % 4 == 0
+        self._passes += 1
+        return self._passes % 4 == 0
 
 
 @pytest.mark.parametrize("name", ["fast_eagle", "eagle3", "medusa", "draft_model"])

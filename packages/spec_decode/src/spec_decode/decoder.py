@@ -301,10 +301,11 @@ class SpeculativeDecoder:
             tested[:levels] += (verified.tested & active.unsqueeze(1)).sum(0).cpu()[:depth]
             matched[:levels] += (verified.matched & active.unsqueeze(1)).sum(0).cpu()[:depth]
             clock.stop("commit")
+            spent = clock.seconds["draft"] + clock.seconds["target"] - spent
             if guard is not None and drafting:
-                guard.drafted(float(kept.sum()), clock.seconds["draft"] + clock.seconds["target"] - spent)
+                guard.drafted(float(kept.sum()), spent)
             elif guard is not None:
-                guard.plain()
+                guard.plain(spent)
         longest = max(map(len, run.contexts))
         sequences = torch.tensor([[*row, *[pad_token] * (longest - len(row))] for row in run.contexts])
         return Generation(

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class PayGuard:
-    """Keeps an account of the seconds that drafting has saved, and lets it draft while the account is not empty.
+    """Keeps an account of the time that drafting has saved, in plain passes, and lets it draft while there is some.
 
     `tree="auto"` chooses by the acceptance on validation text and by times measured beforehand; other text, or a
     machine that has changed its speed, can make drafting slower than plain decoding. A drafted pass adds what it saved,
@@ -14,12 +14,16 @@ class PayGuard:
     filling and that share. With a mean gain m and a standard deviation s per pass, a try from x passes ends in the red
     with a probability of about exp(-2 m x / s^2): a small stake fails more often, but is as much more often there.
 
+    What a plain pass takes is followed on the plain passes that are made; while drafting goes on, one in `probe` is.
+
     Args:
-        plain_seconds: Seconds of a target pass of plain decoding, which yields one token per row.
-        first: What the account holds at the beginning, in plain passes, > 0.
+        plain_seconds: Seconds of a target pass of plain decoding, which yields one token per row, as measured before.
+        first: What the account holds at the beginning, > 0.
         most: What it holds at most, >= `first`: the memory of a drafter that has paid.
         stake: What it must hold to draft again, > 0.
         share: Share of the time of plain passes that is paid in, in (0, 1).
+        probe: Passes of which one is plain, >= 2.
+        follow: Weight of a plain pass in the mean of their seconds, in (0, 1].
     """
 
     plain_seconds: float
@@ -27,16 +31,20 @@ class PayGuard:
     most: float = 8.0
     stake: float = 0.5
     share: float = 0.015
+    probe: int = 64
+    follow: float = 0.2
     _saved: float = field(init=False)
     _drafting: bool = field(default=True, init=False)
+    _passes: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self._saved = self.first
 
     def drafts(self) -> bool:
         """Whether the next pass should draft."""
+        self._passes += 1
         self._drafting = self._drafting or self._saved >= self.stake
-        return self._drafting
+        return self._drafting and self._passes % self.probe > 0
 
     def drafted(self, tokens: float, seconds: float) -> None:
         """Count a drafted pass.
@@ -48,6 +56,11 @@ class PayGuard:
         self._saved = min(self._saved + tokens - seconds / self.plain_seconds, self.most)
         self._drafting = self._saved > 0
 
-    def plain(self) -> None:
-        """Count a plain pass."""
+    def plain(self, seconds: float) -> None:
+        """Count a plain pass.
+
+        Args:
+            seconds: Seconds of its target pass.
+        """
+        self.plain_seconds += self.follow * (seconds - self.plain_seconds)
         self._saved = min(self._saved + self.share, self.most)

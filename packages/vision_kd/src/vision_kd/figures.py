@@ -43,7 +43,7 @@ def plot_accuracy(rows: Sequence[Row], path: Path) -> None:
     curves, points = figure.subplots(1, 2, width_ratios=[3, 2])
     for index, ((variant, histories), colour) in enumerate(zip(variants.items(), colours, strict=False)):
         epochs, mean, spread = curve(histories, judged)
-        curves.plot(epochs, 100 * mean, color=colour, label=variant)
+        curves.plot(epochs, 100 * mean, label=variant, **curve_style(index) | {"color": colour})
         curves.fill_between(epochs, 100 * (mean - spread), 100 * (mean + spread), color=colour, alpha=0.15, lw=0)
         last = [100 * history[-1][judged] for history in histories]
         points.plot(last, [index] * len(last), "o", color=colour, alpha=0.6, ms=4)
@@ -52,7 +52,7 @@ def plot_accuracy(rows: Sequence[Row], path: Path) -> None:
     half = 100 * np.concatenate([curve(h, judged)[1][len(h[0]) // 2 :] for h in variants.values()])
     curves.set(xlabel="epoch", ylabel=f"validation {header} (%), cut below", ylim=(half.min() - 1.5, half.max() + 0.7))
     curves.xaxis.set_major_locator(MaxNLocator(integer=True))
-    points.set(xlabel=f"last-epoch {header} (%), one dot a seed, bar the mean", yticks=range(len(variants)))
+    points.set(xlabel=f"last {header} (%): dot a seed, bar the mean", yticks=range(len(variants)))
     points.set_yticklabels(list(variants))
     points.invert_yaxis()
     curves.legend(fontsize=7, loc="lower right")

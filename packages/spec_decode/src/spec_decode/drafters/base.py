@@ -156,7 +156,12 @@ def draft_from_levels(state: DraftState, logits: Tensor, vocabulary: Tensor | No
             vocab_size=vocab_size,
             vocabulary=vocabulary,
         )
-    ranked = rank_levels(state, logits, vocabulary)
+    return ranked_tree(state, rank_levels(state, logits, vocabulary))
+
+
+def ranked_tree(state: DraftState, ranked: RankedTokens) -> DraftTree:
+    """Constrained tree of the best tokens of every level, without what is below `state.min_confidence`."""
+    assert isinstance(state.tree, tuple)
     tree = ranked.tree(state.root, state.tree)
     if state.min_confidence:
         tree = prune_tree(tree, ranked.path_probabilities(tree) >= state.min_confidence)
@@ -172,7 +177,7 @@ def rank_levels(state: DraftState, logits: Tensor, vocabulary: Tensor | None) ->
         seeds=state.seeds,
         root_positions=state.root_positions,
         vocabulary=vocabulary,
-        count=max(RANKED, *state.tree),
+        count=max(RANKED if state.sampling.temperature else 1, *state.tree),  # without noise the order is the drafter's
     )
 
 
@@ -200,23 +205,27 @@ def draft_along_backbone(
         vocab_size: V.
     """
     assert isinstance(state.tree, tuple)
-    levels = [logits]
+    levels, ranked = [logits], []
     reached = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
-    for level, width in enumerate(state.tree[:-1]):
+    for level, width in enumerate(state.tree):
         # This level alone: its noise is a function of the position, so its backbone is the final one.
-        alone = replace(state, tree=(width,), root_positions=state.root_positions + level)
+        alone = replace(state, root_positions=state.root_positions + level)
         if state.rejection:
-            draft = draft_from_levels(alone, levels[-1].unsqueeze(1), vocabulary, vocab_size)
+            draft = draft_from_levels(replace(alone, tree=(width,)), levels[-1].unsqueeze(1), vocabulary, vocab_size)
             assert isinstance(draft, SampledTree)
             best = draft.tree.tokens[:, 1].clamp(min=0)
         else:
-            ranked = rank_levels(alone, levels[-1].unsqueeze(1), vocabulary)
-            place = ranked.scores[:, 0].argmax(-1, keepdim=True)
-            best = ranked.ids[:, 0].gather(-1, place).squeeze(1)
+            ranked.append(rank_levels(alone, levels[-1].unsqueeze(1), vocabulary))
+            place = ranked[-1].scores[:, 0].argmax(-1, keepdim=True)
+            best = ranked[-1].ids[:, 0].gather(-1, place).squeeze(1)
             if state.min_confidence:  # which waits for the device
-                reached = reached + ranked.log_laws[:, 0].gather(-1, place).squeeze(1)
+                reached = reached + ranked[-1].log_laws[:, 0].gather(-1, place).squeeze(1)
                 if (reached.exp() < state.min_confidence).all():
                     break
-        levels.append(advance(best))
-    state = replace(state, tree=state.tree[: len(levels)])
-    return draft_from_levels(state, torch.stack(levels, dim=1), vocabulary, vocab_size)
+        if level + 1 < len(state.tree):
+            levels.append(advance(best))
+    if state.rejection:
+        return draft_from_levels(state, torch.stack(levels, dim=1), vocabulary, vocab_size)
+    parts = [(r.ids, r.scores, r.log_laws) for r in ranked]
+    together = RankedTokens(*(torch.cat(part, dim=1) for part in zip(*parts, strict=True)))
+    return ranked_tree(replace(state, tree=state.tree[: len(ranked)]), together)
