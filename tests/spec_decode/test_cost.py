@@ -92,7 +92,7 @@ def test_best_tree_equals_brute_force():
 
 
 def test_plain_decoding_wins_ties_and_useless_drafts():
-    assert best_tree([[0.0]], {1: 1.0, 8: 1.0}, [0.0]) == TreeChoice((), 1.0, 1.0, 1.0)
+    assert best_tree([[0.0]], {1: 1.0, 8: 1.0}, [0.0]) == TreeChoice((), 1.0, 1.0)
     assert best_tree([[0.5]], {1: 1.0, 8: 1.5}, [0.0]).widths == ()
     assert best_tree([], {1: 1.0}, []).widths == ()
     assert best_tree([[1.0]], {1: 1.0}, [0.0]).widths == ()  # no measured size holds a draft

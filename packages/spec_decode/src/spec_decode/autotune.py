@@ -5,6 +5,7 @@ The acceptance comes from the drafter's validation, the choice from `cost.best_t
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 
 import torch
@@ -20,19 +21,19 @@ SIZES = (1, 8, 16, 24, 32)
 """Numbers of nodes whose passes are timed; trees are padded to multiples of 8."""
 
 
-def seconds(call: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median time of a call after two calls that warm up."""
-    times = []
-    for repeat in range(repeats + 2):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        if repeat >= 2:
-            times.append(time.perf_counter() - start)
-    return median(times)
+def seconds(calls: Sequence[Callable[[], object]], device: torch.device, repeats: int) -> list[float]:
+    """Median times of calls that take turns, after two rounds that warm up: they share a machine's slow moments."""
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(repeats + 2):
+        for call, measured in zip(calls, times, strict=True):
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            measured.append(time.perf_counter() - start)
+    return [median(measured[2:]) for measured in times]
 
 
 def _filled(target: CausalLM, batch: int, length: int, extra: int) -> tuple[KVCache, Tensor, States]:
@@ -58,13 +59,11 @@ def measure_passes(
     """
     length = min(length, target.context - 1)
     cache, tokens, _ = _filled(target, batch, length, max(sizes))
-    times = {}
+    calls: list[Callable[[], object]] = []
     for size in sizes:
-        nodes = tokens.new_zeros(batch, size)
         parents = backbone_parents((1,) * (size - 1)).to(target.device).expand(batch, -1)
-        tree = DraftTree(nodes, parents)
-        times[size] = seconds(lambda tree=tree: target.tree_logits(tree, cache), target.device, repeats)  # type: ignore[misc]
-    return times
+        calls.append(partial(target.tree_logits, DraftTree(tokens.new_zeros(batch, size), parents), cache))
+    return dict(zip(sizes, seconds(calls, target.device, repeats), strict=True))
 
 
 @torch.no_grad()
@@ -110,14 +109,13 @@ def measure_drafts(
             memory=memory,
         )
 
-    times = []
+    calls: list[Callable[[], object]] = []
     for levels in range(1, depth + 1):
         # Every measured draft commits its two tokens again: room for all of them.
         memory = drafter.new_memory(batch, length + 2 * (repeats + 3) + tree_slots((width,) * levels))
         drafter.propose(state(levels, 0, memory))
-        repeated = state(levels, length - 3, memory)
-        times.append(seconds(lambda repeated=repeated: drafter.propose(repeated), target.device, repeats))  # type: ignore[misc]
-    return times
+        calls.append(partial(drafter.propose, state(levels, length - 3, memory)))
+    return seconds(calls, target.device, repeats)
 
 
 def autotune(
@@ -129,9 +127,8 @@ def autotune(
     that pays is left to the `PayGuard`.
     """
     if not drafter.acceptance:
-        plain = measure_passes(target, (1,), batch=batch, repeats=repeats)[1]
         depth = min(drafter.chain_depth, drafter.max_depth or drafter.chain_depth)
-        return TreeChoice((1,) * depth, 1.0, 1.0, plain)
+        return TreeChoice((1,) * depth, 1.0, 1.0)
     table = drafter.acceptance[: drafter.max_depth]
     passes = measure_passes(target, sizes, batch=batch, repeats=repeats)
     width = min(4, max(map(len, table)))

@@ -262,7 +262,6 @@ def benchmark(
         confidence = min_confidence if drafter is not None and drafter.confident else 0.0
         decoders[entry] = SpeculativeDecoder(model, drafter, tree=shape, min_confidence=confidence)
     largest = max(tree_slots(decoder.tree) for decoder in decoders.values())
-    passes = measure_passes(model, [1, *range(8, largest + 1, 8)])
 
     settings = [
         model.fingerprint(),
@@ -297,13 +296,15 @@ def benchmark(
                 "seed": seed,
                 "stop_tokens": stops,
             }
+            passes = measure_passes(model, [1, *range(8, largest + 1, 8)])
             found = measure(decoders, sets[name], **how, batch_size=batch_size, on_batch=bar.update)
             memory = {n: needed_memory(d, sets[name][0], **how) for n, d in decoders.items()}
             sampling = Sampling(temperature)
             verdicts = {
                 n: lossless(m, found[PLAIN], model, sets[name], sampling, seed) for n, m in found.items() if n != PLAIN
             }
-            block = {"set": name, "temperature": temperature, "batch_size": batch_size}
+            times = {str(size): seconds for size, seconds in passes.items()}
+            block = {"set": name, "temperature": temperature, "batch_size": batch_size, "pass_seconds": times}
             rows += rows_of_block(found, decoders, passes, verdicts, memory, block)
             if peers and batch_size == 1:
                 speeds = transformers_peers(
@@ -320,7 +321,7 @@ def benchmark(
                     if (row["set"], row["temperature"]) == (name, temperature):
                         row["speedup_over_transformers"] = row["end_to_end"] / speeds["transformers"]
                 rows += [{**block, "drafter": peer, "end_to_end": speed} for peer, speed in speeds.items()]
-            content = {"key": key, "environment": environment(), "pass_seconds": passes, "rows": rows}
+            content = {"key": key, "environment": environment(), "rows": rows}
             write_atomically(path, json.dumps(content, indent=1))
     print_table(rows, Console())
     print(f"written to {path}")

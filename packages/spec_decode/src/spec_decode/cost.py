@@ -18,13 +18,11 @@ class TreeChoice:
         widths: Candidates per level; empty for plain decoding without drafts.
         tokens_per_pass: Expected tau.
         speedup: Expected tokens per second relative to plain decoding.
-        plain_time: Time of a pass of plain decoding, in the unit of the tables.
     """
 
     widths: tuple[int, ...]
     tokens_per_pass: float
     speedup: float
-    plain_time: float
 
 
 def _check_tables(
@@ -90,7 +88,7 @@ def best_tree(
     """
     _check_tables(acceptance, verify_times, draft_times)
     plain_time = verify_times[1]
-    best = TreeChoice((), 1.0, 1.0, plain_time)
+    best = TreeChoice((), 1.0, 1.0)
     # By number of draft nodes, at exactly the current depth: the largest tau and its widths.
     frontier: dict[int, tuple[float, tuple[int, ...]]] = {0: (1.0, ())}
     reached = 1.0
@@ -109,5 +107,5 @@ def best_tree(
             tokens, _, widths = max(fitting)
             gain = speedup(tokens, plain_time, draft_time, verify_times[size])
             if gain > best.speedup:
-                best = TreeChoice(widths, tokens, gain, plain_time)
+                best = TreeChoice(widths, tokens, gain)
     return best

@@ -150,7 +150,7 @@ class SpeculativeDecoder:
             from spec_decode.autotune import autotune  # which times this class
 
             choice = autotune(target, drafter)
-            self.tree, self.guard = choice.widths, PayGuard(choice.plain_time)
+            self.tree, self.guard = choice.widths, PayGuard()
         else:
             self.tree = tree if isinstance(tree, DynamicTree) else tuple(tree)
         self.rejection, self.min_confidence = rejection, min_confidence

@@ -1,6 +1,8 @@
 """Stop drafting where it does not pay after all, and come back where it does: the online half of `tree="auto"`."""
 
+from collections import deque
 from dataclasses import dataclass, field
+from statistics import median
 
 
 @dataclass
@@ -14,37 +16,38 @@ class PayGuard:
     filling and that share. With a mean gain m and a standard deviation s per pass, a try from x passes ends in the red
     with a probability of about exp(-2 m x / s^2): a small stake fails more often, but is as much more often there.
 
-    What a plain pass takes is followed on the plain passes that are made; while drafting goes on, one in `probe` is.
+    What a plain pass takes is the median of the last ones that were made: the first ones of all, and while drafting
+    goes on one in `probe`. So a machine that changes its speed misleads it for a while only.
 
     Args:
-        plain_seconds: Seconds of a target pass of plain decoding, which yields one token per row, as measured before.
         first: What the account holds at the beginning, > 0.
         most: What it holds at most, >= `first`: the memory of a drafter that has paid.
         stake: What it must hold to draft again, > 0.
         share: Share of the time of plain passes that is paid in, in (0, 1).
         probe: Passes of which one is plain, >= 2.
-        follow: Weight of a plain pass in the mean of their seconds, in (0, 1].
+        recent: Plain passes whose median is taken, >= 1.
     """
 
-    plain_seconds: float
     first: float = 4.0
     most: float = 8.0
     stake: float = 0.5
     share: float = 0.015
     probe: int = 64
-    follow: float = 0.2
+    recent: int = 5
     _saved: float = field(init=False)
+    _plain: deque[float] = field(init=False)
     _drafting: bool = field(default=True, init=False)
     _passes: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self._saved = self.first
+        self._plain = deque(maxlen=self.recent)
 
     def drafts(self) -> bool:
         """Whether the next pass should draft."""
         self._passes += 1
         self._drafting = self._drafting or self._saved >= self.stake
-        return self._drafting and self._passes % self.probe > 0
+        return self._drafting and len(self._plain) == self.recent and self._passes % self.probe > 0
 
     def drafted(self, tokens: float, seconds: float) -> None:
         """Count a drafted pass.
@@ -53,14 +56,14 @@ class PayGuard:
             tokens: Tokens that the pass yielded per row.
             seconds: Seconds of its draft and its target pass.
         """
-        self._saved = min(self._saved + tokens - seconds / self.plain_seconds, self.most)
+        self._saved = min(self._saved + tokens - seconds / median(self._plain), self.most)
         self._drafting = self._saved > 0
 
     def plain(self, seconds: float) -> None:
-        """Count a plain pass.
+        """Count a plain pass, which yields one token per row.
 
         Args:
             seconds: Seconds of its target pass.
         """
-        self.plain_seconds += self.follow * (seconds - self.plain_seconds)
+        self._plain.append(seconds)
         self._saved = min(self._saved + self.share, self.most)
