@@ -302,7 +302,7 @@ def test_the_cache_of_kernels_is_limited_unless_chosen_otherwise(build, monkeypa
 
 def test_a_mistyped_strategy_is_refused_with_what_was_meant(build):
     with pytest.raises(
-        ValueError, match=r"--trainer\.strategy ddpp: no such strategy; did you mean 'ddp'\? \(known: auto, "
+        ValueError, match=r"--trainer\.strategy ddpp: no such strategy; did you mean ddp, ddp_spawn\? \(known: auto, "
     ):
         build("--trainer.strategy", "ddpp")
 

@@ -85,7 +85,9 @@ def checkpoint(tmp_path, target):
 
 def configuration(tmp_path, target):
     path = tmp_path / "config.yaml"
-    path.write_text("seed_everything: 3\ntrainer:\n  max_epochs: 4\n  precision: 32-true\ndata:\n  batch_size: 32\n")
+    path.write_text(
+        "seed_everything: 3\nmodel:\n  init_args:\n    k: 4\ntrainer:\n  max_epochs: 4\ndata:\n  batch_size: 32\n"
+    )
 
     def load():
         check_config_files([f"--config={path}"])

@@ -81,8 +81,8 @@ MUTATIONS = [
     Mutation(
         "temperature missing in the teacher",
         "kd_common/functional/logits.py",
-        "_scaled(teacher_logits, temperature)",
-        "_scaled(teacher_logits, 1.0)",
+        "scaled(teacher_logits, temperature)",
+        "scaled(teacher_logits, 1.0)",
         "common/test_decoupled.py::test_matches_brute_force",
     ),
     Mutation(

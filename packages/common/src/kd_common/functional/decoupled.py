@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kd_common.functional.divergences import kl_from_log_probs
-from kd_common.functional.logits import scaled_pair, topk_mask
+from kd_common.functional.logits import scaled, scaled_pair, topk_mask
 
 
 def _check_target(logits: Tensor, target: Tensor) -> None:
@@ -77,10 +77,10 @@ def decoupled_kl(
         return torch.cat([of_target, of_rest], dim=-1).log_softmax(dim=-1)
 
     def non_target(logits: Tensor) -> Tensor:
-        return logits.masked_fill(removed, fill).log_softmax(dim=-1)
+        return scaled(logits, temperature, removed).masked_fill(removed, fill).log_softmax(dim=-1)
 
     tckd = kl_from_log_probs(target_or_rest(teacher), target_or_rest(student))
-    nckd = kl_from_log_probs(non_target(teacher), non_target(student))
+    nckd = kl_from_log_probs(non_target(teacher_logits), non_target(student_logits))
     return tckd, nckd
 
 

@@ -24,15 +24,25 @@ def scaled_pair(student_logits: Tensor, teacher_logits: Tensor, temperature: flo
         )
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be a positive finite number, got {temperature}")
-    return _scaled(student_logits, temperature), _scaled(teacher_logits, temperature)
+    return scaled(student_logits, temperature), scaled(teacher_logits, temperature)
 
 
-def _scaled(logits: Tensor, temperature: float) -> Tensor:
-    """Logits below their row's largest, divided by the temperature, in at least float32."""
+def scaled(logits: Tensor, temperature: float, left_out: Tensor | None = None) -> Tensor:
+    """Logits below their row's largest, divided by the temperature, in at least float32.
+
+    Args:
+        logits: Logits of shape (..., V).
+        temperature: Positive divisor.
+        left_out: Booleans of shape (..., V), True for logits that the largest is not sought among: a softmax over the
+            others must not lose digits to them. None seeks it among all.
+    """
     # Shifted before anything is rounded: a division or a logsumexp of numbers near 2e4 is wrong by 1e-3 in float32. No
     # gradient passes through the shift, because no softmax depends on it.
     logits = at_least_fp32(logits)
-    return (logits - logits.detach().amax(dim=-1, keepdim=True)).div_(temperature)
+    sought = logits.detach()
+    if left_out is not None:
+        sought = sought.masked_fill(left_out, torch.finfo(sought.dtype).min / 2)
+    return (logits - sought.amax(dim=-1, keepdim=True)).div_(temperature)
 
 
 def topk_mask(logits: Tensor, k: int, *, eligible: Tensor | None = None) -> Tensor:
