@@ -291,6 +291,18 @@ def test_a_gpu_where_there_is_none_is_refused_before_a_run_dir_is_made(build):
     assert not Path("runs").exists()
 
 
+def test_the_folder_of_a_refused_run_goes_at_the_end_if_it_is_empty(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    left = []
+    monkeypatch.setattr("atexit.register", lambda call, *args: left.append((call, args)))
+    refused, trained = reserve_run_dir(None, "exp"), reserve_run_dir(None, "exp")
+    (trained / "metrics.csv").touch()
+    for call, args in left:
+        call(*args)
+    assert not refused.exists()
+    assert (trained / "metrics.csv").exists()
+
+
 @pytest.mark.parametrize(("given", "kept"), [(None, "64"), ("7", "7")])
 def test_the_cache_of_kernels_is_limited_unless_chosen_otherwise(build, monkeypatch, given, kept):
     monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)

@@ -10,6 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kd_common import hub
+from kd_common.hub import _unusable
 
 
 @pytest.fixture
@@ -114,3 +115,11 @@ def test_the_embedded_model_is_converted_once(monkeypatch, tmp_path):
     )
     answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert "Paris" in tokenizer.decode(answer)
+
+
+def test_a_model_without_sdpa_names_the_setting():
+    message = str(
+        _unusable("m", ValueError("GemmaX does not support torch.nn.functional.scaled_dot_product_attention"))
+    )
+    assert "--attention" in message
+    assert "damaged" not in message

@@ -74,10 +74,9 @@ def peak_bytes(call: Callable[[], object], ignore: Iterable[Tensor], device: tor
 def limit_primitive_cache(entries: int = 64) -> None:
     """Let oneDNN keep fewer of the kernels that it builds for every new shape of a bfloat16 product on a CPU.
 
-    By default it keeps 1,024 with their buffers, and batches of ever new lengths fill that: training EAGLE-3 on texts
-    of up to 448 tokens held 11 GB after 300 updates, and 5 GB with 32 kernels. Building one anew costs little beside
-    its product. It takes effect before the first such product of a process; an ``ONEDNN_PRIMITIVE_CACHE_CAPACITY`` in
-    the environment stays.
+    By default it keeps 1,024 with their buffers, and batches of ever new lengths fill that, which can take gigabytes.
+    Building a kernel anew costs little beside its product. It takes effect before the first such product of a process;
+    an ``ONEDNN_PRIMITIVE_CACHE_CAPACITY`` in the environment stays.
 
     Args:
         entries: Kernels kept, >= 0.

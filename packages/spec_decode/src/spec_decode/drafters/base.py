@@ -210,20 +210,22 @@ def draft_along_backbone(
     for level, width in enumerate(state.tree):
         # This level alone: its noise is a function of the position, so its backbone is the final one.
         alone = replace(state, root_positions=state.root_positions + level)
+        if not state.rejection:
+            ranked.append(rank_levels(alone, levels[-1].unsqueeze(1), vocabulary))
+        if level + 1 == len(state.tree):  # nothing is drafted behind the last level's backbone
+            break
         if state.rejection:
             draft = draft_from_levels(replace(alone, tree=(width,)), levels[-1].unsqueeze(1), vocabulary, vocab_size)
             assert isinstance(draft, SampledTree)
             best = draft.tree.tokens[:, 1].clamp(min=0)
         else:
-            ranked.append(rank_levels(alone, levels[-1].unsqueeze(1), vocabulary))
             place = ranked[-1].scores[:, 0].argmax(-1, keepdim=True)
             best = ranked[-1].ids[:, 0].gather(-1, place).squeeze(1)
             if state.min_confidence:  # which waits for the device
                 reached = reached + ranked[-1].log_laws[:, 0].gather(-1, place).squeeze(1)
                 if (reached.exp() < state.min_confidence).all():
                     break
-        if level + 1 < len(state.tree):
-            levels.append(advance(best))
+        levels.append(advance(best))
     if state.rejection:
         return draft_from_levels(state, torch.stack(levels, dim=1), vocabulary, vocab_size)
     parts = [(r.ids, r.scores, r.log_laws) for r in ranked]
