@@ -22,7 +22,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "benchmarks/README.md",
-    *sorted(ROOT.glob("docs/*.md")),
+    *sorted(ROOT.glob("docs/**/*.md")),
     *sorted(ROOT.glob("packages/*/README.md")),
 ]
 EXTENDING = ROOT / "docs/extending.md"  # its commands name classes of the page: tests/test_extending.py
@@ -102,6 +102,16 @@ def test_blocks_are_of_known_kinds(page):
     other = [words for words in commands(page) if program(words) is None]
     unknown = [text for words in other if not (text := shlex.join(words)).startswith(OTHER_COMMANDS)]
     assert not unknown, f"{page.name}: commands that no test knows"
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/methods/*.md")), ids=lambda page: page.name)
+def test_a_methods_page_says_all(page):
+    text = page.read_text()
+    first, second, *others = re.findall(r"^## (.*)$", text, flags=re.M)
+    assert [first, second.partition(",")[0], *others] == ["Formula", "Left open", "Run it", "Result"]
+    fits = [words for words in commands(page) if (found := program(words)) and found[0].endswith(".fit")]
+    assert fits or "nothing is trained" in text
+    assert str(page.relative_to(ROOT)) in (ROOT / "README.md").read_text(), "missing in README's table"
 
 
 class Parsed(Exception):  # noqa: N818  (it says that all is well)

@@ -32,7 +32,7 @@ def exported():
 
 def documented():
     """Module and name of everything that README, documentation and notebooks import."""
-    for file in [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("notebooks/*.py")]:
+    for file in [ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("notebooks/*.py")]:
         for module, several, one in DOCUMENTED.findall(file.read_text()):
             yield from ((module, part.split()[0]) for part in (several or one).split(",") if part.strip())
 
