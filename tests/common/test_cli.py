@@ -23,7 +23,7 @@ from kd_common.cli import (
     reserve_run_dir,
     resolve_config_names,
 )
-from kd_common.messages import CommandParser, check_device
+from kd_common.messages import CommandParser, check_device, readable
 
 
 class Rule:
@@ -70,6 +70,7 @@ class Toy(pl.LightningModule):
         rule: A rule; None means ``Mild()``.
         tags: Some names.
         narrow: Settings of something else.
+        plain: Settings of something else again.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Toy(pl.LightningModule):
         rule: Rule | None = None,
         tags: tuple[str, ...] = (),
         narrow: Narrow | None = None,
+        plain: Narrow = Narrow(),  # noqa: B008
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -275,6 +277,17 @@ def test_missing_options_are_named_by_their_flags(capsys):
         )
 
 
+def test_a_required_setting_of_a_class_is_named_in_full():
+    message = """Parser key "model":
+  Does not validate against any of the Union subtypes
+  Errors:
+    - Expected a <class 'NoneType'>
+    - Problem with given class_path 'vision_kd.module.DistillationModule':
+        --student.name is required
+  Given value type: <class 'jsonargparse._namespace.Namespace'>"""
+    assert readable(message) == "--model.student.name is required"
+
+
 def test_a_setting_that_must_not_be_null_is_named(build):
     with pytest.raises(
         ValueError, match=r"^model\.width must not be null; give a value, or leave it out for the default$"
@@ -344,13 +357,34 @@ def test_a_run_dir_that_cannot_be_made_is_named(build, where):
         build("--run_dir", where)
 
 
-@pytest.mark.parametrize("text", ["model: {class_path: MODULE.Toy, init_args: {widht: 3}}", "trainr: {max_epochs: 2}"])
-def test_an_unknown_key_in_a_file_is_refused(build, tmp_path, capsys, text):
+SETTINGS = "model: {class_path: MODULE.Toy, init_args: "
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("trainr: {max_epochs: 2}", "Unrecognized arguments: --trainr"),
+        ("trainer: {max_epoch: 2}", "Unrecognized arguments: --trainer.max_epoch; did you mean max_epochs, "),
+        (SETTINGS + "{widht: 3}}", "--model: MODULE.Toy has no setting 'widht'; did you mean width?"),
+        (SETTINGS + "{plain: {witdh: 3}}}", "--model: plain has no setting 'witdh'"),
+        (SETTINGS + "{plain: 3}}", "--model.plain 3: expected settings by name (width)"),
+        (SETTINGS + "{plain: text}}", "--model.plain: expected settings by name, or a file of them"),
+        (SETTINGS + "{narrow: 3}}", "--model.narrow 3: expected a Narrow: its settings by name, or class_path"),
+        (SETTINGS + "{rule: 3}}", "--model.rule 3: expected a Rule: its settings by name, or class_path"),
+        (SETTINGS + "{rule: ''}}", "--model.rule : no such Rule (known: Mild, Rule, Strong)"),
+        (SETTINGS + "{rule: {class_path: 3.5}}}", "--model.rule: class_path must be a name"),
+        (SETTINGS + "{rule: {class_path: MODULE.Mild, init_args: 3}}}", "--model.rule: init_args must hold settings"),
+        (SETTINGS + "null}", "--model: init_args must hold settings by name"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_named(build, tmp_path, capsys, text, message):
     path = tmp_path / "bad.yaml"
     path.write_text(text.replace("MODULE", __name__))
     with pytest.raises(SystemExit, match="2"):
         build("--config", str(path))
-    assert re.search("widht|trainr", capsys.readouterr().err)
+    (error,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    assert error.removeprefix("error: ").startswith(message.replace("MODULE", __name__))
+    assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize(
@@ -541,7 +575,11 @@ def test_a_run_that_stops_says_what_is_kept(build, caplog, error, reason, epoch)
         return
     [message] = said
     last = cli.run_dir.resolve() / "checkpoints/last.ckpt"
-    kept = f"{last}; go on from there with --ckpt_path {last}." if epoch else "none written yet; start again."
+    kept = (
+        f"{last}; go on from there with --ckpt_path {last}."
+        if epoch
+        else "none written yet; start again, caches are kept."
+    )
     assert message.startswith(reason)
     assert message.endswith(f" in epoch {epoch}. Last checkpoint: {kept}")
     assert last.is_file() == bool(epoch)

@@ -41,7 +41,7 @@ from kd_common.checkpoints import (
 )
 from kd_common.farewell import Farewell
 from kd_common.memory import limit_primitive_cache
-from kd_common.messages import CommandParser, check_accelerator, check_world_size, null_settings
+from kd_common.messages import CommandParser, check_accelerator, check_groups, check_world_size, null_settings
 from kd_common.registry import suggest
 
 
@@ -132,6 +132,10 @@ class FitCLI(LightningCLI):
             self.config = parser.parse_args([*command_line, *missing])
         if not isinstance(self.config["trainer"], Mapping | Namespace):
             parser.error(f"trainer: expected its settings, such as {{max_epochs: 3}}, got {self.config['trainer']!r}")
+        try:
+            check_groups(self.config)
+        except ValueError as error:
+            parser.error(str(error))
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer.

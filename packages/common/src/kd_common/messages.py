@@ -7,7 +7,9 @@ import inspect
 import os
 import re
 from collections.abc import Collection, Iterator
+from dataclasses import fields, is_dataclass
 from importlib import import_module
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,8 +21,10 @@ from kd_common.registry import suggest
 # What only says on which way the parser came to the cause.
 _WAY = re.compile(
     "Parser key |Does not validate against |Subtypes: |Errors:$|Problem with given class_path |Given value|"
-    "Expected a path but |Expected a <class 'NoneType'>$"
+    r"Expected a path but |Expected a <class 'NoneType'>$|Subclass types expect one of:|a class path \(str\)$|"
+    r"a dict with class_path entry$|a dict without class_path but |a dict with parameters accepted by "
 )
+_UNKNOWN = re.compile(r"(?:Group '(.*)' does not accept o|O)ption '(.*?)'(?: is not accepted)?")
 
 
 class CommandParser(ArgumentParser):
@@ -28,6 +32,8 @@ class CommandParser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong and leave with code 2; parsers of nested classes raise instead."""
+        if self.exit_on_error and (found := _UNKNOWN.fullmatch(message)):  # in a file
+            message = f"Unrecognized arguments: --{'.'.join(filter(None, found.groups()))}"
         message = by_flag(message, self._option_string_actions)
         super().error(readable(message) if self.exit_on_error else message, ex)
 
@@ -63,9 +69,12 @@ def readable(message: str) -> str:
     causes = dict.fromkeys(line for line in lines if line and not _WAY.match(line))
     if not keys or not causes:
         return message
+    keys = [key for key, _ in groupby(keys)]
     nested = re.search(r"Given value: NestedArg\(key='(.*)', val=", message)  # the innermost, which comes first
     if nested and nested[1] != keys[-1]:
         keys.append(nested[1])
+    if missing := re.fullmatch(r"--(\S+) is required", next(iter(causes))):
+        return f"--{'.'.join([*keys, missing[1]])} is required"
     value = re.search(r"^ *Given value: (?!NestedArg|Namespace|\{)(.*)$", message, flags=re.M)
     given = f" {value[1]}" if value else ""
     return f"--{'.'.join(keys)}{given}: {'; '.join(_explained(cause, message) for cause in causes)}"
@@ -76,10 +85,22 @@ def _explained(cause: str, message: str) -> str:
     if found := re.match(r"Option '(.*)' is not accepted", cause):
         (*_, owner) = re.findall(r"given class_path '(.*)'", message)
         return f"{owner} has no setting {found[1]!r}{suggest(found[1], _parameters(_imported(owner)))}"
-    if found := re.match(r"Expected a dot import path string: (.*)|module '.*' has no attribute '(.*)'", cause):
+    if found := _UNKNOWN.fullmatch(cause):
+        return f"{found[1]} has no setting {found[2]!r}"
+    if found := re.match(r"Expected a dot import path string: ?(.*)|module '.*' has no attribute '(.*)'", cause):
         (*_, base) = re.findall(r"<class '([\w.]+)'>", "".join(re.findall(r"Subtypes: .*", message)))
         names = sorted(set(_names(_imported(base))))
-        return f"no such {base.rpartition('.')[2]}{suggest(found[1] or found[2], names)} (known: {', '.join(names)})"
+        return (
+            f"no such {base.rpartition('.')[2]}{suggest(found[1] or found[2] or '', names)} (known: {', '.join(names)})"
+        )
+    if found := re.match(r"Not a valid subclass of (.*)", cause):
+        return f"expected a {found[1]}: its settings by name, or class_path with the name of one"
+    if re.match(r"'\w+' object has no attribute 'keys'", cause):
+        return "init_args must hold settings by name"
+    if re.match(r"argument of type '\w+' is not (iterable|a container)", cause):
+        return "class_path must be a name"
+    if re.match("Unable to load config", cause):
+        return f"expected settings by name, or a file of them ({cause[0].lower()}{cause[1:]})"
     return re.sub(r"<class '([\w.]+)'>|typing\.", r"\1", cause)
 
 
@@ -102,25 +123,46 @@ def _names(base: type[Any]) -> Iterator[str]:
         yield from _names(derived)
 
 
-def null_settings(config: Namespace, key: str = "") -> list[str]:
+def _chosen(config: Namespace, key: str = "") -> Iterator[tuple[str, dict[str, inspect.Parameter], Namespace]]:
+    """Key, parameters and settings of every class that a configuration names."""
+    for name, value in vars(config).items():
+        path = f"{key}.{name}" if key else name
+        if isinstance(value, Namespace):
+            if "class_path" in value:
+                owner, value = value["class_path"], value.get("init_args", Namespace())
+                yield path, _parameters(_imported(owner)), value
+            yield from _chosen(value, path)
+
+
+def null_settings(config: Namespace) -> list[str]:
     """Settings that are null though their class has another default; jsonargparse lets null pass for every type.
 
     Args:
         config: A parsed configuration.
-        key: Name of it within a larger one.
     """
     found = []
-    for name, value in vars(config).items():
-        path = f"{key}.{name}" if key else name
-        if isinstance(value, Namespace) and "class_path" in value:
-            settings, parameters = value.get("init_args", Namespace()), _parameters(_imported(value["class_path"]))
-            nulls = [n for n, v in vars(settings).items() if v is None]
-            # One without a default is linked, and filled in later.
-            wrong = [n for n in nulls if parameters[n].default not in (None, inspect.Parameter.empty)]
-            found += [f"{path}.{n}" for n in wrong] + null_settings(settings, path)
-        elif isinstance(value, Namespace):
-            found += null_settings(value, path)
+    for path, parameters, settings in _chosen(config):
+        nulls = [name for name, value in vars(settings).items() if value is None]
+        # One without a default is linked, and filled in later.
+        found += [f"{path}.{n}" for n in nulls if parameters[n].default not in (None, inspect.Parameter.empty)]
     return found
+
+
+def check_groups(config: Namespace) -> None:
+    """Refuse a plain value in place of a group of settings; jsonargparse lets it pass where all have defaults.
+
+    Args:
+        config: A parsed configuration.
+
+    Raises:
+        ValueError: Naming the group and what it may hold.
+    """
+    for path, parameters, settings in _chosen(config):
+        for name, value in vars(settings).items():
+            group = parameters[name].annotation
+            if is_dataclass(group) and not isinstance(value, Namespace | None):
+                names = ", ".join(field.name for field in fields(group))
+                raise ValueError(f"--{path}.{name} {value!r}: expected settings by name ({names})")
 
 
 def check_accelerator(name: Any) -> None:
