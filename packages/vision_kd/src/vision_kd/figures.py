@@ -6,12 +6,16 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from kd_common.report import curve_style, log_scale
 
 Row = Mapping[str, Any]
+Curve = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Abscissa, mean and standard deviation."""
 
 # A component looks the same in every panel and figure.
 COMPONENT_STYLES = {
@@ -27,11 +31,32 @@ def by_variant(rows: Sequence[Row]) -> dict[str, list[list[dict[str, float]]]]:
     return histories
 
 
-def curve(histories: Sequence[Sequence[Mapping[str, float]]], key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def curve(histories: Sequence[Sequence[Mapping[str, float]]], key: str) -> Curve:
     """Epochs, mean and standard deviation over seeds of a quantity; NaN where an epoch did not measure it."""
     length = min(len(history) for history in histories)
     values = np.array([[epoch.get(key, np.nan) for epoch in history[:length]] for history in histories])
     return np.arange(1, length + 1), values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0 * values[0]
+
+
+def draw_gsnr(axes: Axes, curves: Mapping[str, Curve], samples: Curve) -> dict[str, Line2D]:
+    """Vector GSNR of the components, on a logarithmic axis; returns the lines by name.
+
+    Args:
+        axes: Where to draw.
+        curves: Abscissa, mean and spread by component; those that were not measured may be missing or all NaN.
+        samples: The same of the number of samples; the dashed line is what pure noise reads with as many.
+    """
+    lines = {}
+    for name, style in COMPONENT_STYLES.items():
+        if name in curves and np.isfinite(curves[name][1]).any():
+            x, mean, spread = curves[name]
+            (lines[name],) = axes.plot(x, mean, **style)
+            axes.fill_between(x, mean - spread, mean + spread, color=style["color"], alpha=0.15, lw=0)
+    x, number, _ = samples
+    if np.isfinite(number).any():
+        (lines["pure noise"],) = axes.plot(x, 1 / number, color="0.4", ls="--", lw=1)
+    log_scale(axes)
+    return lines
 
 
 def plot_accuracy(rows: Sequence[Row], path: Path) -> None:
@@ -62,10 +87,7 @@ def plot_accuracy(rows: Sequence[Row], path: Path) -> None:
 
 
 def plot_gsnr(rows: Sequence[Row], path: Path) -> None:
-    """Vector GSNR of each component over epochs, one panel per variant that measured it.
-
-    The dashed line is what pure noise reads with as many samples as the epoch had.
-    """
+    """Vector GSNR of each component over epochs, one panel per variant that measured it."""
     measured = {
         variant: histories
         for variant, histories in by_variant(rows).items()
@@ -75,20 +97,13 @@ def plot_gsnr(rows: Sequence[Row], path: Path) -> None:
     lines = -(-len(measured) // columns)
     figure = Figure(figsize=(3.1 * columns + 0.6, 2.5 * lines + 0.7), layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
-    handles = {}
+    handles: dict[str, Line2D] = {}
     for axes in grid.flat[len(measured) :]:
         axes.set_visible(False)
     for axes, (variant, histories) in zip(grid.flat, measured.items(), strict=False):
-        for name, style in COMPONENT_STYLES.items():
-            epochs, mean, spread = curve(histories, f"gsnr/{name}")
-            if np.isfinite(mean).any():
-                (handles[name],) = axes.plot(epochs, mean, **style)
-                axes.fill_between(epochs, mean - spread, mean + spread, color=style["color"], alpha=0.15, lw=0)
-        epochs, samples, _ = curve(histories, "gsnr_samples")
-        if np.isfinite(samples).any():
-            (handles["pure noise"],) = axes.plot(epochs, 1 / samples, color="0.4", ls="--", lw=1)
+        curves = {name: curve(histories, f"gsnr/{name}") for name in COMPONENT_STYLES}
+        handles |= draw_gsnr(axes, curves, curve(histories, "gsnr_samples"))
         axes.set_title(variant, fontsize=9)
-        log_scale(axes)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.tick_params(axis="y", which="both", labelsize=7)
         axes.grid(alpha=0.3, which="both", lw=0.4)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kd_common.report import Series, curve_style, log_scale
 from vision_kd.diagnosis import reliability
-from vision_kd.figures import COMPONENT_STYLES
+from vision_kd.figures import COMPONENT_STYLES, draw_gsnr
 
 Metrics = Mapping[str, Series]
 
@@ -58,14 +58,12 @@ def plot_signal_to_noise(runs: Mapping[str, Metrics], momenta: Mapping[str, Mapp
         return None
     figure, panels = _panels(len(measured), sharey=True)
     for axes, (name, metrics) in zip(panels, measured.items(), strict=True):
-        for component, style in COMPONENT_STYLES.items():
-            if f"gsnr/{component}" in metrics:
-                steps, values = metrics[f"gsnr/{component}"]
-                label = f"{component}, momentum {momenta[name][component]:g}"
-                axes.plot(steps + 1, values, label=label, **style)
-        steps, samples = metrics["gsnr_samples"]
-        axes.plot(steps + 1, 1 / samples, color="0.4", ls="--", lw=1, label="pure noise")
-        log_scale(axes)
+        logged = {key: (steps + 1, values, np.zeros_like(values)) for key, (steps, values) in metrics.items()}
+        curves = {component: logged[key] for component in COMPONENT_STYLES if (key := f"gsnr/{component}") in logged}
+        lines = draw_gsnr(axes, curves, logged["gsnr_samples"])
+        for component in curves:
+            lines[component].set_label(f"{component}, momentum {momenta[name][component]:g}")
+        lines["pure noise"].set_label("pure noise")
         axes.set(title=name, xlabel="updates", ylabel="GSNR of the epoch (vector form)")
         axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
     return figure
