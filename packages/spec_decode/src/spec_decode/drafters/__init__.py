@@ -4,7 +4,11 @@ import importlib
 import pkgutil
 
 from spec_decode.drafters.base import Drafter, DraftState, DynamicTree
+from spec_decode.drafters.draft_model import DraftModel, PretrainedDraft
+from spec_decode.drafters.eagle3 import Eagle3
+from spec_decode.drafters.fast_eagle import FastEagle
 from spec_decode.drafters.files import DrafterSpec, load_drafter, save_drafter
+from spec_decode.drafters.medusa import Medusa
 from spec_decode.drafters.prompt_lookup import PromptLookup, WithLookup
 from spec_decode.drafters.registry import DRAFTERS
 from spec_decode.drafters.trainable import TrainableDrafter
@@ -14,10 +18,15 @@ for _module in pkgutil.iter_modules(__path__):
 
 __all__ = [
     "DRAFTERS",
+    "DraftModel",
     "DraftState",
     "Drafter",
     "DrafterSpec",
     "DynamicTree",
+    "Eagle3",
+    "FastEagle",
+    "Medusa",
+    "PretrainedDraft",
     "PromptLookup",
     "TrainableDrafter",
     "WithLookup",
