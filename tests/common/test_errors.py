@@ -55,6 +55,13 @@ def test_a_refusal_is_one_message_and_code_2(error, capsys):
     assert capsys.readouterr() == ("", f"error: {error}\n(KD_TRACEBACK=1 in the environment shows where)\n")
 
 
+def test_ctrl_c_ends_a_command_without_a_traceback(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run_command(raising(KeyboardInterrupt()))
+    assert stopped.value.code == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
 def test_a_setting_that_lightning_refuses_is_a_refusal(capsys):
     with pytest.raises(SystemExit):
         run_command(lambda: pl.Trainer(accelerator="cpu", devices=0))

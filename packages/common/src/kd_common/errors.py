@@ -29,10 +29,20 @@ def run_command(command: Callable[[], Any]) -> None:
         command: Parses ``sys.argv`` and does the work.
 
     Raises:
-        SystemExit: With code 2, after the message of a refusal on the standard error.
+        SystemExit: With code 2, after the message of a refusal on the standard error; with 130 after Ctrl-C, which
+            Lightning itself answers while a model trains.
     """
     try:
         command()
+    except KeyboardInterrupt:
+        if os.environ.get(TRACEBACK):
+            raise
+        print(
+            "\nInterrupted. Answers, features and finished runs that were written are kept: the same command goes on "
+            "from there.",
+            file=sys.stderr,
+        )
+        raise SystemExit(130) from None
     except _refusals() as error:
         if os.environ.get(TRACEBACK) or in_training(error):
             raise

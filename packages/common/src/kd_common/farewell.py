@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 
-from kd_common.errors import last_checkpoint
+from kd_common.errors import last_checkpoint, out_of_memory
 
 
 class Farewell(pl.Callback):
@@ -16,17 +15,10 @@ class Farewell(pl.Callback):
         """Print it before Lightning leaves, or the error's own message follows."""
         if isinstance(exception, KeyboardInterrupt):
             reason = "Interrupted"
-        elif is_out_of_memory(exception):
+        elif out_of_memory(exception):
             reason = "Too little memory (lower data.batch_size, and accumulate batches instead)"
         else:
             return
         last = last_checkpoint(trainer)
-        remedy = f"go on from there with --ckpt_path {last}" if Path(last).is_file() else "start again"
+        remedy = f"go on from there with --ckpt_path {last}" if Path(last).is_file() else "start again, caches are kept"
         rank_zero_info(f"{reason} in epoch {trainer.current_epoch}. Last checkpoint: {last}; {remedy}.")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether host or device had too little memory; PyTorch's allocator on the CPU raises a plain RuntimeError."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
-    )
