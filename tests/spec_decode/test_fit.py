@@ -159,6 +159,8 @@ def test_packaged_prompts_are_many_and_distinct():
         (["--data.batch_size=0"], "batch_size must be >= 1"),
         (["--data.writing.temperature=-1"], "temperature must be"),
         (['--model.drafter={"name": "fast_eagle", "options": {"dept": 3}}'], "did you mean depth"),
+        (["--model.drafter.options.depth=[]"], r"option depth of drafter 'fast_eagle' must be int, got \[\]"),
+        (["--model.drafter.options.draft_vocab=many"], r"option draft_vocab .* must be int \| None, got 'many'"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_computed(fit_args, extra, message):

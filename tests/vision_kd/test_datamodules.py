@@ -3,7 +3,9 @@
 import gzip
 import hashlib
 import pickle
+import urllib.request
 from types import SimpleNamespace
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -162,6 +164,17 @@ def test_download_is_asked_for_only_when_needed(tmp_path, monkeypatch):
     CIFAR10(download=False).prepare_data()
     CIFAR10(download=True).prepare_data()
     assert calls == [(tmp_path / "kd_data", True)] * 2
+
+
+@pytest.mark.parametrize("data", [FashionMNIST, CIFAR10, CIFAR100])
+def test_a_download_without_network_names_setting_and_folder(tmp_path, monkeypatch, data):
+    def refused(*_, **__):
+        raise URLError("Name or service not known")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refused)
+    message = rf"(?s)data\.download: .* could not be fetched .*copy what lies in {tmp_path / 'kd_data'} there"
+    with pytest.raises(OSError, match=message):
+        data(download=True).prepare_data()
 
 
 def _record(calls):

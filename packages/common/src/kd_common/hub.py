@@ -169,8 +169,8 @@ def _downloaded(name: str) -> Path:
         return Path(snapshot_download(name, local_files_only=True))
     except OSError as error:
         raise ModelNotFoundError(
-            f"{name}: the Hub cannot be reached, and the model is not in its local cache. Download it on a machine "
-            f"with network (`hf download {name} --local-dir FOLDER`) and give that folder; without network the "
+            f"{name}: no such folder, the Hub cannot be reached, and its local cache lacks the model. Download it on a "
+            f"machine with network (`hf download {name} --local-dir FOLDER`) and give that folder; without network the "
             f"embedded {EMBEDDED} works"
         ) from error
 

@@ -25,7 +25,7 @@ def read_prompts(path: Path) -> list[str]:
         ValueError: For a line that is none of these, or a file without lines.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"data.prompts {path}: no such file; leave it out for the packaged prompts")
+        raise FileNotFoundError(f"prompts {path}: no such file; leave it out for the packaged prompts")
     prompts = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if not line.strip():
@@ -34,10 +34,10 @@ def read_prompts(path: Path) -> list[str]:
             prompts.append(_prompt(json.loads(line)))
         except (ValueError, KeyError, IndexError, TypeError, StopIteration, RecursionError) as error:
             raise ValueError(
-                f"data.prompts {path}, line {number}: needs prompt, turns, instruction, question or messages"
+                f"prompts {path}, line {number}: needs prompt, turns, instruction, question or messages"
             ) from error
     if not prompts:
-        raise ValueError(f"data.prompts {path} holds no prompt")
+        raise ValueError(f"prompts {path} holds no prompt")
     return prompts
 
 

@@ -7,7 +7,8 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -47,11 +48,15 @@ class DrafterSpec:
         kind = DRAFTERS.get(self.name)
         if not issubclass(kind, TrainableDrafter):
             raise ValueError(f"drafter {self.name!r} has no parameters to train or load; use it directly")
-        known = [p.name for p in inspect.signature(kind).parameters.values() if p.kind is p.KEYWORD_ONLY]
-        for option in self.options:
+        known = {p.name: p.annotation for p in inspect.signature(kind).parameters.values() if p.kind is p.KEYWORD_ONLY}
+        for option, value in self.options.items():
             if option not in known:
                 hint = suggest(option, known)
                 raise ValueError(f"drafter {self.name!r} has no option {option!r}{hint} (known: {', '.join(known)})")
+            kinds = get_args(known[option]) if isinstance(known[option], UnionType) else (known[option],)
+            if all(isinstance(kind, type) for kind in kinds) and not isinstance(value, kinds):
+                expected = inspect.formatannotation(known[option])
+                raise ValueError(f"option {option} of drafter {self.name!r} must be {expected}, got {value!r}")
         return kind(target, **self.options).float().to(target.device)
 
 

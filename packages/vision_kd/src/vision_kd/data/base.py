@@ -1,7 +1,8 @@
 """What every image data set offers: its recipe, its views, and loaders that shard themselves."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +27,22 @@ def missing_data(name: str, places: Sequence[Path], remedy: str) -> FileNotFound
     """The error for a data set that is in none of the places searched."""
     listed = "\n".join(f"  {place}" for place in places)
     return FileNotFoundError(f"{name} not found. Looked in:\n{listed}\nGet it with: {remedy}")
+
+
+@contextmanager
+def fetching(name: str, folder: Path) -> Iterator[None]:
+    """Say of a download that fails inside what it was for, and where the files can be put instead.
+
+    Raises:
+        OSError: If it fails.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # the latter from torchvision, when no mirror answers
+        raise OSError(
+            f"data.download: {name} could not be fetched ({error}); fetch it on a machine with network and copy what "
+            f"lies in {folder} there to {folder} here, or set data.root to where it is"
+        ) from error
 
 
 def stratified_order(labels: Tensor, seed: int = 0) -> Tensor:

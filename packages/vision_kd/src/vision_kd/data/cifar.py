@@ -7,7 +7,7 @@ import torchvision
 from torch import Tensor
 
 from vision_kd.data.augment import random_crop_flip
-from vision_kd.data.base import TensorDataModule, data_root, missing_data
+from vision_kd.data.base import TensorDataModule, data_root, fetching, missing_data
 from vision_kd.data.image_folder import list_images, read_rgb
 
 _CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
@@ -62,7 +62,8 @@ class CIFAR10(TensorDataModule):
     def prepare_data(self) -> None:
         """Fetch the archive when the data are missing and may be downloaded."""
         if self.download and not any(place.is_dir() for place in self._places()):
-            self.archive(self.folder, download=True)
+            with fetching(self.title, self.folder):
+                self.archive(self.folder, download=True)
 
     def load(self, train: bool) -> tuple[Tensor, Tensor]:
         """One split, from the archive if it is there, else from the image tree."""

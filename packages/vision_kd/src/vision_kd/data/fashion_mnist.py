@@ -11,7 +11,7 @@ import torchvision
 from torch import Tensor
 
 from vision_kd.data.augment import random_crop_flip
-from vision_kd.data.base import TensorDataModule, data_root, missing_data
+from vision_kd.data.base import TensorDataModule, data_root, fetching, missing_data
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 FILES = {
@@ -94,7 +94,9 @@ class FashionMNIST(TensorDataModule):
     def prepare_data(self) -> None:
         """Fetch the files when they are missing and may be downloaded."""
         if self.download and not (self._find(train=True) and self._find(train=False)):
-            torchvision.datasets.FashionMNIST(data_root(self.root), download=True)
+            folder = data_root(self.root)
+            with fetching("Fashion-MNIST", folder):
+                torchvision.datasets.FashionMNIST(folder, download=True)
 
     def load(self, train: bool) -> tuple[Tensor, Tensor]:
         """One split, read from the first place that has both of its files."""
