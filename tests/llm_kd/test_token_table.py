@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from kd_common.hub import load_causal_lm
 from llm_kd.data.example import Example
 from llm_kd.fit import main as fit
 from llm_kd.models import Body
@@ -53,7 +54,7 @@ def test_every_column_by_hand(make_model):
 
 
 @pytest.mark.slow
-def test_report_of_two_runs(tmp_path, save_model, assert_live):
+def test_report_of_two_runs(tmp_path, save_model, assert_live, monkeypatch):
     file = tmp_path / "rows.jsonl"
     rows = [{"instruction": f"Say <{n}>.", "output": f"<b>{n}</b> & so on."} for n in range(8)]
     file.write_text("".join(json.dumps(entry) + "\n" for entry in rows))
@@ -96,6 +97,16 @@ def test_report_of_two_runs(tmp_path, save_model, assert_live):
         main([str(tmp_path)])
     config = Path(runs[1]) / "config.yaml"
     before = config.read_text()
+    used = []
+
+    def load(name, dtype, *, attention):
+        used.append(attention)
+        return load_causal_lm(name, dtype, attention=attention)
+
+    monkeypatch.setattr("llm_kd.report.load_causal_lm", load)
+    config.write_text(before.replace("attention: sdpa", "attention: eager"))
+    main([runs[1], f"--output={tmp_path / 'report'}", "--limit=1", "--texts=0"])
+    assert used == ["eager", "eager"], "teacher and student as in the run"
     config.write_text(before.replace("max_length: ", "max_length: 1"))
     with pytest.raises(ValueError, match=r"other held-out texts \(data\.max_length differ\)"):
         main(runs)
