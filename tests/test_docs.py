@@ -8,8 +8,11 @@ import re
 import runpy
 import shlex
 import sys
+import urllib.request
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.error import URLError
 
 import jsonargparse
 import pytest
@@ -147,16 +150,16 @@ def parse(name, arguments, monkeypatch):
             runpy.run_path(file, run_name="__main__")
 
 
-@pytest.mark.parametrize(
-    "command",
-    {
-        shlex.join([found[0], *found[1]]): None
-        for page in PAGES
-        if page != EXTENDING
-        for words in commands(page)
-        if (found := program(words))
-    },
-)
+COMMANDS = {
+    shlex.join([found[0], *found[1]]): None
+    for page in PAGES
+    if page != EXTENDING
+    for words in commands(page)
+    if (found := program(words))
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_commands_parse(command, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     name, *arguments = shlex.split(command)
@@ -173,6 +176,107 @@ def test_a_wrong_option_or_configuration_does_not_parse(monkeypatch, capsys):
         with pytest.raises(SystemExit):
             parse(name, arguments, monkeypatch)
     assert "learning_rat" in capsys.readouterr().err
+
+
+# --- commands built on what is here, or refused by what is not ---
+
+# What the pages' readers have and this test has not, and how a refusal names it; the first that is in a command counts.
+NOT_HERE = {
+    "--harness": "pip install lm-eval|RUN/student_best",
+    "pairs/qwen2_7b_1.5b": "Qwen/Qwen2-7B-Instruct: no such folder, the Hub cannot be reached.*give that folder",
+    "--model.teacher.name T": "T: no such folder",
+    "--data.root /path/to/coco": "/path/to/coco/annotations/instances_val2017.json",
+    "--data.download true": "data.download: CIFAR-100 could not be fetched",
+    "--config cifar100": "CIFAR-100 not found.*download=true",
+    "compare/gsm8k": "runs/healed/student_last",
+    "compare/fashion_mnist": "Fashion-MNIST not found.*download=true",
+    "--data.prompts prompts.jsonl": "prompts.jsonl: no such file",
+    "mt_bench.jsonl": "mt_bench.jsonl: no such file",
+    "RUN/": "RUN/",
+    "RUN": "RUN.* is no run",
+    "runs/alone runs/kd": "runs/alone is no run",
+    "--drafter MODEL": "MODEL",
+    "FOLDER": "FOLDER",
+}
+# A model of random weights in place of the embedded one.
+STAND_IN = {
+    "vision_kd": ["--trainer.accelerator=cpu"],
+    "llm_kd": ["--trainer.accelerator=cpu", "--model.teacher.name=TINY", "--model.student.layers=2"],
+    "spec_decode": [
+        "--trainer.accelerator=cpu",
+        "--model.target.name=TINY",
+        "--model.target.dtype=float32",
+        "--model.drafter.options.draft_vocab=90",
+    ],
+}
+
+
+def lacking(command):
+    """How the refusal of a package's command names what is not here; None if nothing lacks."""
+    name, *arguments = shlex.split(command)
+    if name.endswith(".py"):
+        return None
+    if name.endswith(".fit") and "--run_dir RUN" in command:  # a folder that it makes
+        arguments.remove("RUN")
+    return next((named for text, named in NOT_HERE.items() if text in shlex.join(arguments)), None)
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refused(*_, **__):
+        raise URLError("no network")
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(urllib.request, "urlopen", refused)
+    monkeypatch.setenv("KD_DATA", "nowhere")
+    monkeypatch.setattr("vision_kd.data.fashion_mnist.DEBIAN_FOLDER", Path("nowhere"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [command for command in COMMANDS if lacking(command)])
+def test_a_command_without_its_input_is_refused_by_name(
+    command, monkeypatch, tmp_path, capsys, tiny_models, no_network
+):
+    monkeypatch.chdir(tmp_path)
+    name, *arguments = shlex.split(command)
+    file = find_spec(name).origin
+    arguments = ["TINY" if argument == "smollm2-135m-instruct" else argument for argument in arguments]
+    if name.endswith(".compare"):
+        arguments += ["--jobs=1"]  # in this process
+    if name == "llm_kd.compare":
+        arguments += ['--overrides=["--model.teacher.name=TINY"]']
+    if name in ("spec_decode.generate", "spec_decode.chat", "spec_decode.benchmark"):
+        arguments += ["--target=TINY", "--dtype=float32"]
+    monkeypatch.setattr(sys, "argv", [file, *arguments])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(file, run_name="__main__")
+    assert left.value.code == 2
+    assert re.search(rf"(?s)error: .*{lacking(command)}", capsys.readouterr().err)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command", [command for command in COMMANDS if re.match(r"\w+\.(fit|compare)\b", command) and not lacking(command)]
+)
+def test_a_command_that_lacks_nothing_is_built(command, monkeypatch, tmp_path, tiny_models, no_network):
+    monkeypatch.chdir(tmp_path)
+    name, *arguments = shlex.split(command)
+    package, _, kind = name.partition(".")
+    build = import_module(f"{package}.fit").build
+    if kind == "fit":
+        assert build([*arguments, *STAND_IN[package]]).model is not None
+        return
+    built = []
+
+    def run_one(variant, seed, args, threads):
+        built.append(build([*args, *STAND_IN[package]]))
+        return {"variant": variant, "seed": seed, "args": args}
+
+    module = import_module(name)
+    for part, stub in {"run_one": run_one, "headline": str, "report": lambda *_: None}.items():
+        monkeypatch.setattr(module, part, stub)
+    rows = module.main([*arguments, "--jobs=1", "--seeds=[0]"])
+    assert len(built) == len(rows) > 1
 
 
 # --- README's quick starts, run one after the other on settings that last seconds ---
