@@ -84,6 +84,21 @@ def test_a_run_leaves_what_it_promises(arguments, tmp_path, capsys):
     assert {"train/loss", "train/tar", "val/kl", "val/nll", "epoch/tar"} <= set(columns)
 
 
+def test_a_tokenizer_without_a_padding_token_learns_as_one_with_any(arguments):
+    """Rows are filled up with the end of a turn then, whose supervised places still count; the student writes, too."""
+    (name,) = (a.partition("=")[2] for a in arguments() if a.startswith("--model.teacher.name="))
+    settings, found = Path(name) / "tokenizer_config.json", []
+    content = json.loads(settings.read_text())
+    del content["pad_token"]
+    for padding in ({}, {"pad_token": "<|im_start|>"}):
+        settings.write_text(json.dumps(content | padding))
+        cli = build(arguments("--config=rollouts/mixed", "--answers=0", f"--name=padding{len(padding)}"))
+        last = run(cli).last
+        found.append([cli.datamodule.pad_id, *(last[key] for key in ("nll", "kl", "train_loss"))])
+    assert [pad for pad, *_ in found] == [257, 256]
+    assert found[0][1:] == pytest.approx(found[1][1:], rel=1e-5)
+
+
 def test_the_saved_student_is_the_trained_one(arguments, tmp_path):
     cli = build(arguments())
     run(cli)
