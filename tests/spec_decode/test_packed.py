@@ -43,6 +43,17 @@ def test_products_are_those_of_the_plain_weight(rows, bias):
 
 
 @needs_bfloat16
+def test_a_single_row_reads_the_plain_weight_and_several_the_packed_one():
+    torch.manual_seed(0)
+    layer = PackedLinear(torch.randn(40, 96).bfloat16())
+    x = torch.randn(2, 1, 96).bfloat16()
+    assert torch.equal(layer(x[:1]), nn.functional.linear(x[:1], layer.weight))
+    layer.weight.zero_()  # the packed copy stays as it was
+    assert not layer(x[:1]).any()
+    assert layer(x).all()
+
+
+@needs_bfloat16
 def test_only_frozen_bfloat16_weights_are_packed():
     layers = nn.Sequential(nn.Linear(4, 4).bfloat16(), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4).bfloat16()))
     layers[1].requires_grad_(False)

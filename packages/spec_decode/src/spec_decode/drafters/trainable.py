@@ -129,7 +129,7 @@ class TrainableDrafter(nn.Module, Drafter):
 
     def weights(self) -> list[Tensor]:
         """See the base class."""
-        return [*super().weights(), *(rows.packed for rows in self._packed_rows)]
+        return [*super().weights(), *(t for rows in self._packed_rows for t in rows.buffers())]
 
     def frozen_logits(self, x: Tensor) -> Tensor:
         """Logits of shape (..., C) through the frozen head, for the few rows of a draft, shape (..., h)."""

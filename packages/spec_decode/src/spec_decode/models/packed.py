@@ -1,8 +1,9 @@
-"""Frozen bfloat16 weights in the layout that the CPU's matrix kernels read.
+"""Frozen bfloat16 weights in the layout that the CPU's matrix kernels read, beside the plain ones.
 
 For a handful of rows, bringing a plain bfloat16 weight into oneDNN's blocked layout is a large part of the product, on
-every call; ``benchmarks/target_pass.py`` measures it. Laying weights out once is what ``torch.compile`` does when it
-freezes them, without a compiler; the operators are the ones its generated code calls.
+every call; for a single row it is not, and plain weights are read faster than blocked ones. So both are kept, and
+decoding without a draft is as fast as it can be; ``benchmarks/target_pass.py`` measures it. Laying weights out once is
+what ``torch.compile`` does when it freezes them, without a compiler; the operators are those its generated code calls.
 """
 
 from typing import Any
@@ -23,29 +24,29 @@ def packable(weight: Tensor) -> bool:
 
 
 class PackedLinear(nn.Module):
-    """A frozen linear layer whose weight exists in packed form only; it saves the plain one.
+    """A frozen linear layer that reads a packed copy of its weight for several rows, the plain weight for one.
 
     Args:
         weight: `packable` weight of shape (m, k).
         bias: Shape (m,), or None.
     """
 
+    weight: Tensor
     packed: Tensor
     bias: Tensor | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 8)  # laid out for 8 rows
+        plain = weight.detach().contiguous()
+        self.register_buffer("weight", plain)
+        packed = torch.ops.mkldnn._reorder_linear_weight(plain, 8)  # laid out for 8 rows
         self.register_buffer("packed", packed, persistent=False)
         self.register_buffer("bias", bias)
 
-    @property
-    def weight(self) -> Tensor:
-        """A plain copy of the weight."""
-        return self.packed.to_dense()
-
     def forward(self, x: Tensor) -> Tensor:
         """Map shape (..., k) to (..., m): x W^T + bias."""
+        if x.shape[:-1].numel() == 1:
+            return nn.functional.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
     def _apply(self, *args: Any, **kwargs: Any) -> "PackedLinear":
@@ -53,10 +54,6 @@ class PackedLinear(nn.Module):
             return super()._apply(*args, **kwargs)
         except NotImplementedError as error:
             raise RuntimeError("packed weights stay on the CPU; move a model before decoding with it") from error
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "weight"] = self.weight
 
 
 class FusedLinear(PackedLinear):
