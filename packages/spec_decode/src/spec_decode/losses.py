@@ -6,26 +6,30 @@ a teacher-forced pass predicts token p + 2 + i; the target predicts that token a
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 
-def soft_cross_entropy(logits: Tensor, target_logits: Tensor) -> Tensor:
-    """-sum over tokens of p log q for p = softmax(target_logits) and q = softmax(logits), at least in fp32.
+def soft_cross_entropy(logits: Tensor, target_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """-sum over tokens of p log q for p = softmax(target_logits) and q = softmax(logits), and its slope q - p.
 
     Args:
         logits: Shape (M, C).
-        target_logits: Shape (M, C); no gradient flows to them.
+        target_logits: Shape (M, C).
 
     Returns:
-        Shape (M,), >= the entropy of p.
+        Shape (M,), >= the entropy of p, and the gradient with respect to `logits`, shape (M, C); both without a graph
+        and at least in fp32.
     """
     precise = torch.promote_types(torch.promote_types(logits.dtype, target_logits.dtype), torch.float32)
+    log_q = logits.detach().to(precise).log_softmax(-1)
     p = target_logits.detach().to(precise).softmax(-1)
-    return -(p * logits.to(precise).log_softmax(-1)).sum(-1)
+    value = -(p * log_q).sum(-1)
+    return value, log_q.exp_().sub_(p)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,11 +66,16 @@ def level_weights(levels: int, decay: float) -> list[float]:
 
 
 def head_loss(
-    head: Callable[[Tensor], Tensor], states: Tensor, target_logits: Tensor, tokens: Tensor, chunk: int
+    head: Callable[[Tensor], Tensor],
+    states: Tensor,
+    target_logits: Tensor,
+    tokens: Tensor,
+    chunk: int,
+    parameters: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     """Sum of soft cross-entropies and number of positions whose best draft token is the text's, chunk by chunk.
 
-    The logits of a chunk are recomputed in the backward pass, so that never more than one chunk of them is kept.
+    Gradients are formed beside the loss, so that no logits outlive their chunk and none are computed twice.
 
     Args:
         head: States (m, h) -> logits (m, C).
@@ -74,17 +83,53 @@ def head_loss(
         target_logits: The target's logits there, shape (M, C).
         tokens: Draft token of the text there, int64 of shape (M,).
         chunk: Rows per chunk.
+        parameters: Leaves that the head may depend on; gradients reach these and the states, nothing else.
+
+    Returns:
+        Loss, fp32 of shape (), and hits, int64 of shape ().
     """
+    learns = torch.is_grad_enabled()
+    leaves = [p for p in parameters if p.requires_grad] if learns else []
+    return _HeadLoss.apply(head, target_logits, tokens, chunk, learns, states, *leaves)
 
-    def part(x: Tensor, theirs: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
-        logits = head(x)
-        return soft_cross_entropy(logits, theirs).sum(), (logits.argmax(-1) == token).sum()
 
-    loss, hits = states.new_zeros((), dtype=torch.float32), tokens.new_zeros(())
-    for x, theirs, token in zip(states.split(chunk), target_logits.split(chunk), tokens.split(chunk), strict=True):
-        more, right = checkpoint(part, x, theirs, token, use_reentrant=False)
-        loss, hits = loss + more, hits + right
-    return loss, hits
+class _HeadLoss(torch.autograd.Function):
+    """See `head_loss`; `learns` says whether gradients are wanted."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        head: Callable[[Tensor], Tensor],
+        target_logits: Tensor,
+        tokens: Tensor,
+        chunk: int,
+        learns: bool,
+        states: Tensor,
+        *leaves: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        loss, hits = states.new_zeros((), dtype=torch.float32), tokens.new_zeros(())
+        slopes, sums = [], [None] * len(leaves)
+        for part, theirs, token in zip(
+            states.split(chunk), target_logits.split(chunk), tokens.split(chunk), strict=True
+        ):
+            x = part.detach().requires_grad_(learns)
+            with torch.set_grad_enabled(learns):
+                logits = head(x)
+            value, slope = soft_cross_entropy(logits, theirs)
+            # In fp32: on a CPU it takes several times as long to find the largest of bfloat16 numbers.
+            loss, hits = loss + value.sum(), hits + (logits.detach().float().max(-1).indices == token).sum()
+            if learns:
+                slope_x, *more = torch.autograd.grad(logits, [x, *leaves], slope.to(logits.dtype), allow_unused=True)
+                slopes.append(slope_x)
+                sums = [b if a is None else a if b is None else a + b for a, b in zip(sums, more, strict=True)]
+        ctx.mark_non_differentiable(hits)
+        ctx.save_for_backward(torch.cat(slopes) if slopes else torch.zeros_like(states), *sums)
+        return loss, hits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return (*[None] * 5, *(None if slope is None else slope * by for slope in ctx.saved_tensors))
 
 
 def feature_loss(states: Tensor, final: Tensor) -> Tensor:
