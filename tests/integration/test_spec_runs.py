@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kd_common.distributed import is_dtensor
 from spec_decode.fit import build, run
 
 pytestmark = pytest.mark.slow
@@ -74,24 +75,28 @@ def test_accumulation_does_not_change_the_update(tmp_path, target, batch, accumu
         torch.testing.assert_close(split.model.state_dict()[key], value, rtol=0, atol=1e-9)
 
 
-def distributed_run(folder, standin):
+def distributed_run(folder, standin, shard):
     """What each of the two processes does."""
     torch.set_num_threads(1)
     extra = ("--trainer.precision=64-true", "--model.target.dtype=float64", "--trainer.devices=2")
-    cli = build(arguments(f"{folder}/both", standin, 1, *extra, "--trainer.strategy=ddp", "--data.features=online"))
+    extra += ("--trainer.strategy=ddp", "--data.features=online", f"--model.shard_target={shard}")
+    cli = build(arguments(f"{folder}/both", standin, 1, *extra))
     result = run(cli)
+    sharded = {is_dtensor(p) for layer in cli.model.target.layers for p in layer.parameters()}
+    assert sharded == {shard == "true"}
     found = {"state": cli.model.state_dict(), "history": plain(result.history)}
     torch.save(found, f"{folder}/rank{cli.trainer.global_rank}.pt")
 
 
 @pytest.mark.ddp
-def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, target, run_ranks):
-    """In float64; answers of different lengths, so that the ranks supervise different numbers of tokens."""
+@pytest.mark.parametrize("shard", ["false", "true"])
+def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, target, run_ranks, shard):
+    """In float64, the target whole in each or spread over both; the ranks supervise different numbers of tokens."""
     torch.set_num_threads(1)
     extra = ("--trainer.precision=64-true", "--model.target.dtype=float64", "--data.features=online")
     single = build(arguments(tmp_path / "one", target, 2, *extra))
     expected = run(single)
-    run_ranks(distributed_run, tmp_path, str(tmp_path), str(target))
+    run_ranks(distributed_run, tmp_path, str(tmp_path), str(target), shard)
     for rank in range(2):
         found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
         for key, value in single.model.state_dict().items():

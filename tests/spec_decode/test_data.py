@@ -9,13 +9,15 @@ import pytest
 import torch
 from filelock import FileLock, Timeout
 
+from kd_common.hub import load_tokenizer
 from spec_decode.data import datamodule
 from spec_decode.data import features as features_module
 from spec_decode.data.corpus import Writing, corpus_path, encode_prompts, read_corpus, stop_tokens, write_corpus
 from spec_decode.data.datamodule import Sequences, StreamSampler, TargetText, collate
 from spec_decode.data.features import FeatureStore, split_states
-from spec_decode.data.prompts import read_prompts
+from spec_decode.data.prompts import read_answers, read_prompts
 from spec_decode.decoder import SpeculativeDecoder
+from spec_decode.models import CausalLM
 from spec_decode.sampling import Sampling, row_seeds
 
 PROMPTS = [[5, 7, 9], [1, 2], [3, 8, 3, 8], [11], [12, 13]]
@@ -104,6 +106,39 @@ def test_prompt_files(tmp_path):
     path.write_text("\n")
     with pytest.raises(ValueError, match="holds no prompt"):
         read_prompts(path)
+
+
+def test_answers_written_elsewhere(tmp_path, tiny, standin):
+    path = tmp_path / "p.jsonl"
+    lines = [
+        {"prompt": "a", "answer": "one"},
+        {"turns": ["b"], "response": "two"},
+        {"instruction": "c" * 300, "output": "its prompt is too long"},
+        {"messages": [{"role": "user", "content": "d"}, {"role": "assistant", "content": "x" * 150}]},
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    assert read_answers(path) == ["one", "two", "its prompt is too long", "x" * 150]
+    data = TargetText(
+        str(path), answers="file", features="online", val_prompts=1, max_length=130, writing=Writing(max_new_tokens=12)
+    )
+    tokenizer = load_tokenizer(str(standin))
+    data.attach(
+        CausalLM.from_transformers(tiny.make(vocab_size=258, max_position_embeddings=256)),
+        tokenizer,
+        (tokenizer.eos_token_id, 7),
+    )
+    data.prepare_data()
+    data.setup()
+    texts = [tokenizer.decode(s.tokens[s.answer_start :]) for s in data.samples]
+    assert texts[:2] == [f"one{tokenizer.eos_token}", f"two{tokenizer.eos_token}"]
+    assert texts[2] == "x" * (130 - data.samples[2].answer_start)  # cut, so without its end
+    assert data.held_out == [data.samples[2].tokens[: data.samples[2].answer_start]]
+    assert int(data.token_counts().sum()) == 8
+    path.write_text('{"prompt": "a", "answer": "one"}\n{"prompt": "b"}')
+    with pytest.raises(ValueError, match=r"line 2: needs for data\.answers file an answer"):
+        TargetText(str(path), answers="file", val_prompts=1)
+    with pytest.raises(ValueError, match=r"set data\.prompts"):
+        TargetText(answers="file")
 
 
 # --- features ---

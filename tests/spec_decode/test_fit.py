@@ -157,6 +157,8 @@ def test_packaged_prompts_are_many_and_distinct():
         (["--data.max_length=12"], "leaves no room for a prompt"),
         (["--data.val_prompts=10"], "leave none to train on"),
         (["--data.batch_size=0"], "batch_size must be >= 1"),
+        (["--data.answers=file"], "set data.prompts"),
+        (["--model.shard_target=true", "--data.features=cached"], "set data.features online"),
         (["--data.writing.temperature=-1"], "temperature must be"),
         (['--model.drafter={"name": "fast_eagle", "options": {"dept": 3}}'], "did you mean depth"),
         (["--model.drafter.options.depth=[]"], r"option depth of drafter 'fast_eagle' must be int, got \[\]"),

@@ -45,8 +45,14 @@ class DrafterCLI(FitCLI):
         """Refuse what would fail, or silently do something else, once the target is loaded.
 
         Raises:
-            ValueError: For fp16, a run of unknown length, or validation within an epoch.
+            ValueError: For fp16, a run of unknown length, validation within an epoch, or a sharded target with stored
+                features.
         """
+        if (
+            self.config["model"]["init_args"]["shard_target"]
+            and self.config["data"]["init_args"]["features"] != "online"
+        ):
+            raise ValueError("model.shard_target spreads the target for passes in the loop; set data.features online")
         trainer = self.config["trainer"]
         if str(trainer["precision"]).startswith("16"):
             raise ValueError(f"trainer.precision {trainer['precision']}: use bf16-mixed or 32-true")

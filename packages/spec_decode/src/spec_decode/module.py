@@ -49,6 +49,8 @@ class DrafterModule(pl.LightningModule):
         feature_weight: Weight of the smooth-L1 distance of every level's state to the target's final state, >= 0.
         ranks: Candidates per level whose acceptance is measured, >= 1.
         chunk: Rows of the head at once; bounds the memory of the logits.
+        shard_target: Spread the target's layers over all processes (FSDP2) instead of copying them to each; needs online
+            features. One process keeps them whole.
         seed: Seed of the drafter's initialisation; linked from ``seed_everything``.
 
     Raises:
@@ -68,6 +70,7 @@ class DrafterModule(pl.LightningModule):
         feature_weight: float = 0.0,
         ranks: int = 8,
         chunk: int = 512,
+        shard_target: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -86,7 +89,7 @@ class DrafterModule(pl.LightningModule):
         self.lr_schedule = lr_schedule or CosineDecay()
         self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, betas
         self.level_decay, self.feature_weight = level_decay, feature_weight
-        self.ranks, self.chunk, self.seed = ranks, chunk, seed
+        self.ranks, self.chunk, self.shard_target, self.seed = ranks, chunk, shard_target, seed
         # In a list: the target is in no checkpoint, optimizer or DDP bucket.
         self._target = [target.load()]
         torch.manual_seed(seed)
@@ -121,8 +124,11 @@ class DrafterModule(pl.LightningModule):
         return self.lr_schedule(step / total * epochs, epochs)
 
     def on_fit_start(self) -> None:
-        """Bring the target to the device."""
-        self.target.to(self.device)
+        """Bring the target to the device, or its share."""
+        if self.shard_target and world_size() > 1:
+            self.target.shard(self.device)
+        else:
+            self.target.to(self.device)
 
     # ------------------------------------------------------------------------------------------------ loss
 
@@ -161,6 +167,7 @@ class DrafterModule(pl.LightningModule):
                 logits[place[before]],
                 tokens[known],
                 self.chunk,
+                tuple(drafter.parameters()),
             )
             if self.feature_weight:
                 loss = loss + self.feature_weight * feature_loss(mine, final[before])

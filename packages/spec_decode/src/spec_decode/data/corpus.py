@@ -7,10 +7,10 @@ settings never meet old text.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import TemplateError
 from tqdm import tqdm
@@ -19,6 +19,8 @@ from kd_common.files import checksummed_line, complete_lines, naming, read_check
 from spec_decode.decoder import SpeculativeDecoder
 from spec_decode.models import CausalLM
 from spec_decode.sampling import Sampling
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -169,23 +171,65 @@ def encode_prompts(
     Raises:
         ValueError: If no prompt is left, or the template fails.
     """
+    return _not_empty([ids for ids in _turns(tokenizer, prompts, chat_template) if 0 < len(ids) <= longest], longest)
+
+
+def encode_answers(
+    tokenizer: Any,
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    *,
+    longest: int,
+    max_length: int,
+    stops: Sequence[int],
+    chat_template: str | None = None,
+) -> list[Sample]:
+    """Prompts as in `encode_prompts` with given answers behind them, ended by the first stop token.
+
+    Args:
+        tokenizer: transformers tokenizer.
+        prompts: Texts.
+        answers: The target's answer to each, as text. Its tokens are those the tokenizer makes of it, which need not be
+            the ones the target wrote.
+        longest: Prompts of more tokens are left out.
+        max_length: Where a sequence is cut, > `longest`.
+        stops: Tokens that end an answer; none is added if there are none.
+        chat_template: Jinja template for a model that comes without one.
+
+    Raises:
+        ValueError: If no prompt is left, or the template fails.
+    """
+    samples = []
+    for ids, answer in zip(_turns(tokenizer, prompts, chat_template), answers, strict=True):
+        if 0 < len(ids) <= longest:
+            answered = [*ids, *tokenizer(answer, add_special_tokens=False)["input_ids"], *stops[:1]]
+            samples.append(Sample(answered[:max_length], len(ids)))
+    return _not_empty(samples, longest)
+
+
+def _turns(tokenizer: Any, prompts: Sequence[str], chat_template: str | None) -> Iterator[list[int]]:
+    """Token ids of every prompt, in the model's chat template where there is one."""
     template = chat_template or tokenizer.chat_template
-    encode: Callable[[str], list[int]] = lambda text: tokenizer(text)["input_ids"]  # noqa: E731
-    if template:
-        encode = lambda text: tokenizer.apply_chat_template(  # noqa: E731
-            [{"role": "user", "content": text}],
-            chat_template=template,
-            add_generation_prompt=True,
-            return_dict=False,
-        )
-    try:
-        encoded = [ids for ids in map(encode, prompts) if 0 < len(ids) <= longest]
-    except TemplateError as error:
-        where = "data.chat_template" if chat_template else f"the chat template of {tokenizer.name_or_path}"
-        raise ValueError(f"{where} fails on a prompt ({type(error).__name__}: {error}); give another one") from error
-    if not encoded:
+    for text in prompts:
+        if not template:
+            yield tokenizer(text)["input_ids"]
+            continue
+        turn = [{"role": "user", "content": text}]
+        try:
+            yield tokenizer.apply_chat_template(
+                turn, chat_template=template, add_generation_prompt=True, return_dict=False
+            )
+        except TemplateError as error:
+            where = "data.chat_template" if chat_template else f"the chat template of {tokenizer.name_or_path}"
+            raise ValueError(
+                f"{where} fails on a prompt ({type(error).__name__}: {error}); give another one"
+            ) from error
+
+
+def _not_empty(found: list[T], longest: int) -> list[T]:
+    if not found:
         raise ValueError(f"no prompt has 1 to {longest} tokens; allow longer ones or shorten the prompts")
-    return encoded
+    return found
 
 
 def stop_tokens(tokenizer: Any, config_ids: int | Sequence[int] | None = None) -> tuple[int, ...]:

@@ -13,9 +13,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from kd_common.files import cache_root
-from spec_decode.data.corpus import Sample, Writing, corpus_path, encode_prompts, read_corpus, write_corpus
+from spec_decode.data.corpus import (
+    Sample,
+    Writing,
+    corpus_path,
+    encode_answers,
+    encode_prompts,
+    read_corpus,
+    write_corpus,
+)
 from spec_decode.data.features import FeatureStore, split_states
-from spec_decode.data.prompts import packaged_prompts, read_prompts
+from spec_decode.data.prompts import packaged_prompts, read_answers, read_prompts
 from spec_decode.models import CausalLM, States
 
 
@@ -40,7 +48,7 @@ class DraftBatch:
 
 
 class Sequences(Dataset):
-    """Samples cut to a length, each with its stored states if there are any."""
+    """Samples, each with its stored states if there are any; behind the last one, text without an answer."""
 
     def __init__(self, samples: Sequence[Sample], store: FeatureStore | None, first: int = 0) -> None:
         self.samples, self.store, self.first = samples, store, first
@@ -49,7 +57,9 @@ class Sequences(Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Sample, Tensor | None]:
-        return self.samples[index], self.store.read(self.first + index) if self.store else None
+        blank, index = index >= len(self.samples), min(index, len(self.samples) - 1)
+        sample, states = self.samples[index], self.store.read(self.first + index) if self.store else None
+        return replace(sample, answer_start=len(sample.tokens)) if blank else sample, states
 
 
 def collate(items: Sequence[tuple[Sample, Tensor | None]]) -> DraftBatch:
@@ -116,7 +126,9 @@ class TargetText(LightningDataModule):
         prompts: JSONL file of prompts; None means the packaged ones.
         limit: Take at most so many prompts.
         val_prompts: Prompts, the last ones, kept for validation and the final measurement.
-        writing: How the target writes its answers.
+        answers: ``target`` has the target answer the prompts; ``file`` takes the answers beside them in the file, which
+            should be the target's own, written by a server made for that.
+        writing: How the target writes its answers, and the room that an answer is left.
         features: ``online`` runs the target on every batch; ``cached`` stores its states once and reads them.
         max_length: Longest sequence in tokens, prompt included.
         epoch_rows: Sequences per epoch; None means one pass over all. Checkpoints are written between epochs.
@@ -133,6 +145,7 @@ class TargetText(LightningDataModule):
         prompts: str | None = None,
         limit: int | None = None,
         val_prompts: int = 16,
+        answers: Literal["target", "file"] = "target",
         writing: Writing | None = None,
         features: Literal["online", "cached"] = "cached",
         max_length: int = 512,
@@ -154,8 +167,10 @@ class TargetText(LightningDataModule):
                 f"data.max_length {max_length} leaves no room for a prompt beside an answer of "
                 f"data.writing.max_new_tokens {self.writing.max_new_tokens} tokens"
             )
-        self.texts = packaged_prompts() if prompts is None else read_prompts(Path(prompts))
-        self.texts = self.texts[:limit]
+        if answers == "file" and prompts is None:
+            raise ValueError("data.answers file needs the file: set data.prompts")
+        self.texts = (packaged_prompts() if prompts is None else read_prompts(Path(prompts)))[:limit]
+        self.answers = read_answers(Path(str(prompts)))[:limit] if answers == "file" else None
         if len(self.texts) <= val_prompts:
             raise ValueError(f"{len(self.texts)} prompts leave none to train on beside data.val_prompts {val_prompts}")
         self.val_prompts, self.features, self.max_length = val_prompts, features, max_length
@@ -176,7 +191,19 @@ class TargetText(LightningDataModule):
             raise ValueError(f"data.max_length {self.max_length} exceeds the target's context {target.context}")
         self._target, self.stops = [target], tuple(stops)
         longest = self.max_length - self.writing.max_new_tokens
-        self.encoded = encode_prompts(tokenizer, self.texts, longest=longest, chat_template=self.chat_template)
+        if self.answers is None:
+            self.encoded = encode_prompts(tokenizer, self.texts, longest=longest, chat_template=self.chat_template)
+        else:
+            self.samples = encode_answers(
+                tokenizer,
+                self.texts,
+                self.answers,
+                longest=longest,
+                max_length=self.max_length,
+                stops=self.stops,
+                chat_template=self.chat_template,
+            )
+            self.encoded = [sample.tokens[: sample.answer_start] for sample in self.samples]
         if len(self.encoded) <= self.val_prompts:
             raise ValueError(
                 f"{len(self.encoded)} prompts of at most {longest} tokens leave none to train on beside "
@@ -201,7 +228,8 @@ class TargetText(LightningDataModule):
 
     @property
     def _corpus(self) -> Path:
-        return corpus_path(cache_root() / "spec_decode", self.target, self.encoded, self.writing, self.stops)
+        read = self.encoded if self.answers is None else [sample.tokens for sample in self.samples]
+        return corpus_path(cache_root() / "spec_decode", self.target, read, self.writing, self.stops)
 
     def _store(self) -> FeatureStore:
         folder = self._corpus.with_suffix("")
@@ -213,14 +241,17 @@ class TargetText(LightningDataModule):
         Raises:
             OSError: If the disk is too small for the features.
         """
+        if self.answers is not None and self.features == "online":
+            return
         if self.trainer is not None:
             self.target.to(self.trainer.strategy.root_device)
         path = self._corpus
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
-            self.samples = write_corpus(
-                path, self.target, self.encoded, self.writing, self.stops, progress=self.progress
-            )
+            if self.answers is None:
+                self.samples = write_corpus(
+                    path, self.target, self.encoded, self.writing, self.stops, progress=self.progress
+                )
             if self.features == "cached":
                 store = self._store()
                 if store.done < len(self.samples):
@@ -228,8 +259,9 @@ class TargetText(LightningDataModule):
                 store.write(self.target, progress=self.progress)
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the text."""
-        self.samples = list(read_corpus(self._corpus).values())
+        """Read the text that the target wrote."""
+        if self.answers is None:
+            self.samples = list(read_corpus(self._corpus).values())
 
     def token_counts(self) -> Tensor:
         """Occurrences of every token in the training answers, int64 of shape (V,)."""
@@ -266,19 +298,21 @@ class TargetText(LightningDataModule):
         return self._loader(samples, 0, sampler)
 
     def val_dataloader(self) -> DataLoader:
-        """This rank's share of the validation sequences; every one is on one rank."""
+        """This rank's share of the validation sequences, filled up with text without answers."""
         rank, ranks = self._place
         first = len(self.samples) - self.val_prompts
         return self._loader(self.samples[first:], first, _Share(self.val_prompts, rank, ranks))
 
 
 class _Share(DistributedSampler):
-    """Rows r, r + ranks, ... without repeating any for an even share."""
+    """Rows r, r + ranks, ..., as many for every rank, since all run the passes of a sharded target together.
+
+    No row is repeated: those beyond the last one are blank.
+    """
 
     def __init__(self, count: int, rank: int, ranks: int) -> None:
         super().__init__(range(count), ranks, rank, shuffle=False)  # type: ignore[arg-type]
-        self._rows = range(rank, count, ranks)
-        self.num_samples = len(self._rows)
+        self._rows = range(rank, rank + self.total_size, ranks)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._rows)

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 from spec_decode.data.topics import TEMPLATES, TOPICS
@@ -24,21 +25,36 @@ def read_prompts(path: Path) -> list[str]:
         FileNotFoundError: If there is no such file.
         ValueError: For a line that is none of these, or a file without lines.
     """
+    return _read(path, _prompt, "prompt, turns, instruction, question or messages")
+
+
+def read_answers(path: Path) -> list[str]:
+    """Answers beside the prompts of such a file: ``answer``, ``response``, ``output`` or the first assistant message.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: For a line without one, or a file without lines.
+    """
+    return _read(path, _answer, "for data.answers file an answer, response, output or assistant message")
+
+
+def _read(path: Path, parse: Callable[[dict], str], what: str) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"prompts {path}: no such file; leave it out for the packaged prompts")
-    prompts = []
+    texts = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if not line.strip():
             continue
         try:
-            prompts.append(_prompt(json.loads(line)))
+            text = parse(json.loads(line))
+            if not isinstance(text, str) or not text:
+                raise TypeError
+            texts.append(text)
         except (ValueError, KeyError, IndexError, TypeError, StopIteration, RecursionError) as error:
-            raise ValueError(
-                f"prompts {path}, line {number}: needs prompt, turns, instruction, question or messages"
-            ) from error
-    if not prompts:
+            raise ValueError(f"prompts {path}, line {number}: needs {what}") from error
+    if not texts:
         raise ValueError(f"prompts {path} holds no prompt")
-    return prompts
+    return texts
 
 
 def _prompt(record: dict) -> str:
@@ -49,3 +65,9 @@ def _prompt(record: dict) -> str:
     if "instruction" in record:
         return "\n\n".join(filter(None, (record["instruction"], record.get("input", ""))))
     return record["prompt"] if "prompt" in record else record["question"]
+
+
+def _answer(record: dict) -> str:
+    if "messages" in record:
+        return next(m["content"] for m in record["messages"] if m["role"] == "assistant")
+    return next(record[key] for key in ("answer", "response", "output") if key in record)

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from spec_decode.models.cache import KVCache, Pass
 from spec_decode.models.layers import Attend, DecoderLayer, LayerShape, RMSNorm, Rotation, causal_attention, rotation
@@ -93,6 +96,7 @@ class CausalLM(nn.Module):
         self.norm = RMSNorm(shape.hidden_size, shape.norm_eps)
         self.lm_head = nn.Linear(shape.hidden_size, vocab_size, bias=False)
         self._compiled: list[Callable[..., States]] = []
+        self._fingerprint: str | None = None
         self._packed_head: list[PackedLinear] = []  # in a list, so that it is no submodule: lm_head is what is saved
         self.register_buffer("frequencies", frequencies.float(), persistent=False)
 
@@ -255,6 +259,28 @@ class CausalLM(nn.Module):
             )
             self._compiled.append(torch.compile(self._run, **how))
 
+    def shard(self, device: torch.device) -> None:
+        """Spread the layers over all processes with FSDP2; each layer is gathered while it runs.
+
+        Embeddings and head, which drafters read, stay whole in every process. From then on all processes must run the
+        same passes. Layers reach the device as shards, so that no device holds the whole target.
+
+        Args:
+            device: Device of this process.
+
+        Raises:
+            RuntimeError: After `pack` or `compile_steps`, or if no process group has been set up.
+        """
+        if self.packed or self._compiled:
+            raise RuntimeError("packed or compiled layers cannot be sharded; load the target anew")
+        if not dist.is_initialized():
+            raise RuntimeError("sharding a target needs several processes; set trainer.devices or trainer.num_nodes")
+        self._fingerprint = self.fingerprint()  # it reads whole weights
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        for layer in self.layers:
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        self.to(device)
+
     def logits(self, final: Tensor) -> Tensor:
         """Logits of shape (..., V) at final states of shape (..., h)."""
         return self._packed_head[0](final) if self._packed_head else self.lm_head(final)
@@ -266,6 +292,8 @@ class CausalLM(nn.Module):
 
     def fingerprint(self) -> str:
         """Digest of sizes and weights that tells targets apart, the same in fp32 as after rounding to bf16."""
+        if self._fingerprint is not None:
+            return self._fingerprint
         digest = hashlib.sha256(repr((self.shape, self.vocab_size, len(self.layers), self.feature_layers)).encode())
         for name, value in sorted(self.state_dict().items()):
             flat = value.detach().flatten()
