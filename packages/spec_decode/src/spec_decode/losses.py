@@ -108,7 +108,8 @@ class _HeadLoss(torch.autograd.Function):
         *leaves: Tensor,
     ) -> tuple[Tensor, Tensor]:
         loss, hits = states.new_zeros((), dtype=torch.float32), tokens.new_zeros(())
-        slopes, sums = [], [None] * len(leaves)
+        slopes: list[Tensor] = []
+        sums: list[Tensor | None] = [None] * len(leaves)
         for part, theirs, token in zip(
             states.split(chunk), target_logits.split(chunk), tokens.split(chunk), strict=True
         ):

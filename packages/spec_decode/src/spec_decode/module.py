@@ -49,7 +49,7 @@ class DrafterModule(pl.LightningModule):
         feature_weight: Weight of the smooth-L1 distance of every level's state to the target's final state, >= 0.
         ranks: Candidates per level whose acceptance is measured, >= 1.
         chunk: Rows of the head at once; bounds the memory of the logits.
-        shard_target: Spread the target's layers over all processes (FSDP2) instead of copying them to each; needs online
+        shard_target: Spread the target's layers over all processes (FSDP2) instead of copying them to each; with online
             features. One process keeps them whole.
         seed: Seed of the drafter's initialisation; linked from ``seed_everything``.
 
