@@ -260,7 +260,7 @@ class SpeculativeDecoder:
             drafting = bool(self.drafter and self.tree) and (guard is None or guard.drafts())
             roots, positions = run.roots(device)
             draft: Draft = DraftTree(roots.unsqueeze(1), roots.new_full((batch, 1), -1))
-            spent = clock.seconds["draft"] + clock.seconds["target"]
+            before = sum(clock.seconds.values())
             if self.drafter and drafting:
                 states, following, counts = _join(unread)
                 unread.clear()
@@ -289,10 +289,11 @@ class SpeculativeDecoder:
             clock.stop("target")
             active = run.remaining > 0
             verified = _verify(draft, logits, sampling, seeds, positions)
+            clock.stop("verify")
+            spent = sum(clock.seconds.values()) - before
             kept = run.accept(verified.tokens, verified.accepted)
             if on_pass is not None:
                 on_pass(tree, verified)
-            clock.stop("verify")
             committed = commit(cache, passed, verified, kept)
             if self.tree:
                 unread.append(committed)
@@ -303,7 +304,6 @@ class SpeculativeDecoder:
             tested[:levels] += (verified.tested & active.unsqueeze(1)).sum(0).cpu()[:depth]
             matched[:levels] += (verified.matched & active.unsqueeze(1)).sum(0).cpu()[:depth]
             clock.stop("commit")
-            spent = clock.seconds["draft"] + clock.seconds["target"] - spent
             if guard is not None and drafting:
                 guard.drafted(float(kept.sum()), spent)
             elif guard is not None:

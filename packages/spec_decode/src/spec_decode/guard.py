@@ -16,15 +16,17 @@ class PayGuard:
     filling and that share. With a mean gain m and a standard deviation s per pass, a try from x passes ends in the red
     with a probability of about exp(-2 m x / s^2): a small stake fails more often, but is as much more often there.
 
-    What a plain pass takes is the median of the last ones that were made: the first ones of all, and while drafting
-    goes on one in `probe`. So a machine that changes its speed misleads it for a while only.
+    What a plain pass takes is the median of the last ones that followed another plain one: the first ones of all, and
+    while drafting goes on the second of two in `probe`. The first of two may have to fetch weights that drafted passes,
+    which read a packed copy of them, have driven out of the processor's cache. So a machine that changes its speed
+    misleads the guard for a while only.
 
     Args:
         first: What the account holds at the beginning, > 0.
         most: What it holds at most, >= `first`: the memory of a drafter that has paid.
         stake: What it must hold to draft again, > 0.
         share: Share of the time of plain passes that is paid in, in (0, 1).
-        probe: Passes of which one is plain, >= 2.
+        probe: Passes of which two are plain, >= 3.
         recent: Plain passes whose median is taken, >= 1.
     """
 
@@ -32,12 +34,13 @@ class PayGuard:
     most: float = 8.0
     stake: float = 0.5
     share: float = 0.015
-    probe: int = 64
+    probe: int = 128
     recent: int = 5
     _saved: float = field(init=False)
     _plain: deque[float] = field(init=False)
     _drafting: bool = field(default=True, init=False)
     _passes: int = field(default=0, init=False)
+    _warm: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self._saved = self.first
@@ -47,15 +50,16 @@ class PayGuard:
         """Whether the next pass should draft."""
         self._passes += 1
         self._drafting = self._drafting or self._saved >= self.stake
-        return self._drafting and len(self._plain) == self.recent and self._passes % self.probe > 0
+        return self._drafting and len(self._plain) == self.recent and self._passes % self.probe > 1
 
     def drafted(self, tokens: float, seconds: float) -> None:
         """Count a drafted pass.
 
         Args:
             tokens: Tokens that the pass yielded per row.
-            seconds: Seconds of its draft and its target pass.
+            seconds: Seconds of its draft, its target pass and its verification.
         """
+        self._warm = False
         self._saved = min(self._saved + tokens - seconds / median(self._plain), self.most)
         self._drafting = self._saved > 0
 
@@ -63,7 +67,9 @@ class PayGuard:
         """Count a plain pass, which yields one token per row.
 
         Args:
-            seconds: Seconds of its target pass.
+            seconds: Seconds of its target pass and its draw.
         """
-        self._plain.append(seconds)
+        if self._warm:
+            self._plain.append(seconds)
+        self._warm = True
         self._saved = min(self._saved + self.share, self.most)
