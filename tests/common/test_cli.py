@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader
 
@@ -23,7 +24,7 @@ from kd_common.cli import (
     reserve_run_dir,
     resolve_config_names,
 )
-from kd_common.messages import CommandParser, check_device, readable
+from kd_common.messages import CommandParser, check_device, check_groups, null_settings, readable
 
 
 class Rule:
@@ -700,3 +701,11 @@ def test_metrics_of_an_earlier_run_in_the_folder_are_kept(tmp_path):
         keep_earlier_metrics(tmp_path)
     assert not (tmp_path / "metrics.csv").exists()
     assert [(tmp_path / f"metrics_{n}.csv").read_text() for n in (1, 2)] == ["first", "second"]
+
+
+def test_settings_that_a_class_hands_on_as_keywords_are_none_of_its_own():
+    settings = Namespace(save_dir="here", comment=None)
+    logger = Namespace(class_path="lightning.pytorch.loggers.TensorBoardLogger", init_args=settings)
+    config = Namespace(trainer=Namespace(logger=logger))
+    check_groups(config)
+    assert null_settings(config) == []

@@ -56,7 +56,7 @@ features._to_disk = slow
 run_command(lambda: fit.main(arguments))
 """
 LIMIT = """used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (used + 2**27, -1))
+            resource.setrlimit(resource.RLIMIT_AS, (used + 2**29, -1))
             torch.empty(2**30)"""
 
 

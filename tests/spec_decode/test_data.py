@@ -108,13 +108,16 @@ def test_prompt_files(tmp_path):
         read_prompts(path)
 
 
+CHAT = [("assistant", "hello"), ("user", "d"), ("assistant", "x" * 150), ("user", "e"), ("assistant", "y")]
+
+
 def test_answers_written_elsewhere(tmp_path, tiny, standin):
     path = tmp_path / "p.jsonl"
     lines = [
         {"prompt": "a", "answer": "one"},
         {"turns": ["b"], "response": "two"},
         {"instruction": "c" * 300, "output": "its prompt is too long"},
-        {"messages": [{"role": "user", "content": "d"}, {"role": "assistant", "content": "x" * 150}]},
+        {"messages": [{"role": r, "content": c} for r, c in CHAT]},
     ]
     path.write_text("\n".join(map(json.dumps, lines)))
     assert read_answers(path) == ["one", "two", "its prompt is too long", "x" * 150]

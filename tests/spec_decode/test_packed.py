@@ -112,3 +112,16 @@ def test_decoding_packs_a_frozen_drafter_and_leaves_the_trained_one(name, draft_
     out = decoder.generate([[1, 2, 3]], max_new_tokens=12)
     assert len(out.new_tokens[0]) == 12
     assert peak_bytes(lambda: decoder.generate([[1, 2, 3]], max_new_tokens=4), drafter.weights(), target.device) > 0
+
+
+@needs_bfloat16
+def test_packed_weights_are_not_replaced_or_moved():
+    layer = PackedLinear(torch.randn(8, 16).bfloat16())
+    x = torch.randn(2, 16).bfloat16()
+    before = layer(x)
+    with pytest.raises(RuntimeError, match="load weights before"):
+        layer.load_state_dict({"weight": torch.zeros(8, 16)})
+    with pytest.raises(RuntimeError, match="move a model before decoding"):
+        layer.float()
+    assert torch.equal(layer(x), before)
+    assert layer.weight.dtype == torch.bfloat16

@@ -38,8 +38,7 @@ def run_command(command: Callable[[], Any]) -> None:
         if os.environ.get(TRACEBACK):
             raise
         print(
-            "\nInterrupted. Answers, features and finished runs that were written are kept: the same command goes on "
-            "from there.",
+            "\nInterrupted. Answers, features and finished runs of a comparison that were written are used again.",
             file=sys.stderr,
         )
         raise SystemExit(130) from None

@@ -144,7 +144,8 @@ def null_settings(config: Namespace) -> list[str]:
     for path, parameters, settings in _chosen(config):
         nulls = [name for name, value in vars(settings).items() if value is None]
         # One without a default is linked, and filled in later.
-        found += [f"{path}.{n}" for n in nulls if parameters[n].default not in (None, inspect.Parameter.empty)]
+        known = [n for n in nulls if n in parameters]
+        found += [f"{path}.{n}" for n in known if parameters[n].default not in (None, inspect.Parameter.empty)]
     return found
 
 
@@ -159,7 +160,8 @@ def check_groups(config: Namespace) -> None:
     """
     for path, parameters, settings in _chosen(config):
         for name, value in vars(settings).items():
-            group = parameters[name].annotation
+            # A setting that a class hands on as a keyword is none of its own parameters.
+            group = parameters[name].annotation if name in parameters else None
             if is_dataclass(group) and not isinstance(value, Namespace | None):
                 names = ", ".join(field.name for field in fields(group))
                 raise ValueError(f"--{path}.{name} {value!r}: expected settings by name ({names})")

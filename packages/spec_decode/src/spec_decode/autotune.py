@@ -22,10 +22,14 @@ SIZES = (1, 8, 16, 24, 32)
 
 
 def seconds(calls: Sequence[Callable[[], object]], device: torch.device, repeats: int) -> list[float]:
-    """Median times of calls that take turns, after two rounds that warm up: they share a machine's slow moments."""
+    """Median times of calls that take turns, after a round that warms up: they share a machine's slow moments.
+
+    Every turn is two calls, of which the second counts: the first finds the caches full of what other calls read.
+    """
     times: list[list[float]] = [[] for _ in calls]
-    for _ in range(repeats + 2):
+    for _ in range(repeats + 1):
         for call, measured in zip(calls, times, strict=True):
+            call()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             start = time.perf_counter()
@@ -33,7 +37,7 @@ def seconds(calls: Sequence[Callable[[], object]], device: torch.device, repeats
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             measured.append(time.perf_counter() - start)
-    return [median(measured[2:]) for measured in times]
+    return [median(measured[1:]) for measured in times]
 
 
 def _filled(target: CausalLM, batch: int, length: int, extra: int) -> tuple[KVCache, Tensor, States]:
@@ -111,8 +115,8 @@ def measure_drafts(
 
     calls: list[Callable[[], object]] = []
     for levels in range(1, depth + 1):
-        # Every measured draft commits its two tokens again: room for all of them.
-        memory = drafter.new_memory(batch, length + 2 * (repeats + 3) + tree_slots((width,) * levels))
+        # Every draft of `seconds`, two a turn, commits its two tokens again: room for all of them.
+        memory = drafter.new_memory(batch, length + 4 * (repeats + 1) + tree_slots((width,) * levels))
         drafter.propose(state(levels, 0, memory))
         calls.append(partial(drafter.propose, state(levels, length - 3, memory)))
     return seconds(calls, target.device, repeats)

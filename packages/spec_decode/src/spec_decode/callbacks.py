@@ -59,7 +59,9 @@ class DraftFigures(LiveFigures):
         self.passes = passes
 
     def figures(self, module: DrafterModule) -> Mapping[str, Figure]:
-        """Decode with the drafter as it is."""
+        """Decode with the drafter as it is; a sharded target, whose passes all processes must run, is left alone."""
+        if module.shard_target and module.trainer.world_size > 1:
+            return {}
         prompt = module.trainer.datamodule.held_out[:1]  # type: ignore[attr-defined]
         decoder = SpeculativeDecoder(module.target, for_inference(module.drafter, module.drafter_spec), tree=self.tree)
         seen, measured = Passes(self.passes), Measurement()

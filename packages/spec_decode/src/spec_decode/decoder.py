@@ -252,9 +252,9 @@ class SpeculativeDecoder:
         tested, matched = torch.zeros(depth, dtype=torch.int64), torch.zeros(depth, dtype=torch.int64)
         lengths: list[list[int]] = [[] for _ in prompts]
         pass_sizes: Counter[int] = Counter()
-        guard = (
-            self.guard if batch == 1 else None
-        )  # what it has saved and how long a plain pass takes are of single rows
+        guard = self.guard if batch == 1 else None  # it counts by single rows
+        if guard is not None:
+            guard.begin()
         unread = [(states, following, counts)]  # committed positions that the drafter has not seen
         while not run.done:
             drafting = bool(self.drafter and self.tree) and (guard is None or guard.drafts())

@@ -50,7 +50,7 @@ class DrafterCLI(FitCLI):
         """
         if (
             self.config["model"]["init_args"]["shard_target"]
-            and self.config["data"]["init_args"]["features"] != "online"
+            and self.config["data"]["init_args"].get("features") != "online"
         ):
             raise ValueError("model.shard_target spreads the target for passes in the loop; set data.features online")
         trainer = self.config["trainer"]

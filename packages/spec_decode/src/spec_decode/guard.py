@@ -46,6 +46,10 @@ class PayGuard:
         self._saved = self.first
         self._plain = deque(maxlen=self.recent)
 
+    def begin(self) -> None:
+        """A generation begins: its prompt was read by a pass of many rows."""
+        self._warm = False
+
     def drafts(self) -> bool:
         """Whether the next pass should draft."""
         self._passes += 1

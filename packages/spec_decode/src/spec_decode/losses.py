@@ -75,7 +75,8 @@ def head_loss(
 ) -> tuple[Tensor, Tensor]:
     """Sum of soft cross-entropies and number of positions whose best draft token is the text's, chunk by chunk.
 
-    Gradients are formed beside the loss, so that no logits outlive their chunk and none are computed twice.
+    Gradients are formed beside the loss, so that no logits outlive their chunk and none are computed twice. Until the
+    backward pass every call holds the gradients of its states and of the leaves it depends on, such as a trained head.
 
     Args:
         head: States (m, h) -> logits (m, C).
@@ -122,7 +123,7 @@ class _HeadLoss(torch.autograd.Function):
             if learns:
                 slope_x, *more = torch.autograd.grad(logits, [x, *leaves], slope.to(logits.dtype), allow_unused=True)
                 slopes.append(slope_x)
-                sums = [b if a is None else a if b is None else a + b for a, b in zip(sums, more, strict=True)]
+                sums = [b if a is None else a if b is None else a.add_(b) for a, b in zip(sums, more, strict=True)]
         ctx.mark_non_differentiable(hits)
         ctx.save_for_backward(torch.cat(slopes) if slopes else torch.zeros_like(states), *sums)
         return loss, hits

@@ -107,7 +107,17 @@ class DrafterModule(pl.LightningModule):
     # ------------------------------------------------------------------------------------------------ set-up
 
     def setup(self, stage: str) -> None:
-        """Choose the reduced draft vocabulary from the training text."""
+        """Choose the reduced draft vocabulary from the training text.
+
+        Raises:
+            ValueError: If the target is to be sharded on CPUs in bfloat16.
+        """
+        sharded_on_cpu = self.shard_target and world_size() > 1 and self.trainer.strategy.root_device.type == "cpu"
+        if sharded_on_cpu and self.target.dtype == torch.bfloat16:  # said by every process, or the others would wait
+            raise ValueError(
+                "model.shard_target on CPUs needs model.target.dtype float32: the process that writes the text lays "
+                "bfloat16 weights out anew, which are then no longer shared out"
+            )
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, TargetText) and self.drafter.vocabulary is not None and int(self.drafter.vocabulary[0]) < 0:
             self.drafter.use_vocabulary(frequent_tokens(data.token_counts(), self.drafter.draft_tokens))

@@ -190,7 +190,7 @@ def encode_answers(
         tokenizer: transformers tokenizer.
         prompts: Texts.
         answers: The target's answer to each, as text. Its tokens are those the tokenizer makes of it, which need not be
-            the ones the target wrote.
+            the ones the target wrote, and every answer gets an end, also one that a length limit cut.
         longest: Prompts of more tokens are left out.
         max_length: Where a sequence is cut, > `longest`.
         stops: Tokens that end an answer; none is added if there are none.

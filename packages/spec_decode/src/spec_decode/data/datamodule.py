@@ -48,7 +48,7 @@ class DraftBatch:
 
 
 class Sequences(Dataset):
-    """Samples, each with its stored states if there are any; behind the last one, text without an answer."""
+    """Samples, each with its stored states if there are any; at -1, text without an answer."""
 
     def __init__(self, samples: Sequence[Sample], store: FeatureStore | None, first: int = 0) -> None:
         self.samples, self.store, self.first = samples, store, first
@@ -57,9 +57,10 @@ class Sequences(Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Sample, Tensor | None]:
-        blank, index = index >= len(self.samples), min(index, len(self.samples) - 1)
-        sample, states = self.samples[index], self.store.read(self.first + index) if self.store else None
-        return replace(sample, answer_start=len(sample.tokens)) if blank else sample, states
+        if index == -1:
+            sample, states = self[0]
+            return replace(sample, answer_start=len(sample.tokens)), states
+        return self.samples[index], self.store.read(self.first + index) if self.store else None
 
 
 def collate(items: Sequence[tuple[Sample, Tensor | None]]) -> DraftBatch:
@@ -228,8 +229,10 @@ class TargetText(LightningDataModule):
 
     @property
     def _corpus(self) -> Path:
-        read = self.encoded if self.answers is None else [sample.tokens for sample in self.samples]
-        return corpus_path(cache_root() / "spec_decode", self.target, read, self.writing, self.stops)
+        read, how = (self.encoded, self.writing)
+        if self.answers is not None:  # how the target would have written them does not matter
+            read, how = [sample.tokens for sample in self.samples], Writing()
+        return corpus_path(cache_root() / "spec_decode", self.target, read, how, self.stops)
 
     def _store(self) -> FeatureStore:
         folder = self._corpus.with_suffix("")
@@ -312,7 +315,7 @@ class _Share(DistributedSampler):
 
     def __init__(self, count: int, rank: int, ranks: int) -> None:
         super().__init__(range(count), ranks, rank, shuffle=False)  # type: ignore[arg-type]
-        self._rows = range(rank, rank + self.total_size, ranks)
+        self._rows = [row if row < count else -1 for row in range(rank, self.total_size, ranks)]
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._rows)

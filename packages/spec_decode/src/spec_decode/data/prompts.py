@@ -29,7 +29,9 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def read_answers(path: Path) -> list[str]:
-    """Answers beside the prompts of such a file: ``answer``, ``response``, ``output`` or the first assistant message.
+    """Answers beside the prompts of such a file.
+
+    That is ``answer``, ``response``, ``output``, or the assistant's message behind the first user turn.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -69,5 +71,7 @@ def _prompt(record: dict) -> str:
 
 def _answer(record: dict) -> str:
     if "messages" in record:
-        return next(m["content"] for m in record["messages"] if m["role"] == "assistant")
+        turns = iter(record["messages"])
+        next(m for m in turns if m["role"] == "user")  # the prompt; what stands before it answers something else
+        return next(m["content"] for m in turns if m["role"] == "assistant")
     return next(record[key] for key in ("answer", "response", "output") if key in record)

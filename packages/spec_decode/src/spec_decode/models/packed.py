@@ -38,9 +38,9 @@ class PackedLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
         plain = weight.detach().contiguous()
-        self.register_buffer("weight", plain)
         packed = torch.ops.mkldnn._reorder_linear_weight(plain, 8)  # laid out for 8 rows
-        self.register_buffer("packed", packed, persistent=False)
+        self.register_buffer("packed", packed, persistent=False)  # first: a move that it refuses changes nothing
+        self.register_buffer("weight", plain)
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -54,6 +54,9 @@ class PackedLinear(nn.Module):
             return super()._apply(*args, **kwargs)
         except NotImplementedError as error:
             raise RuntimeError("packed weights stay on the CPU; move a model before decoding with it") from error
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("packed weights stay as they are; load weights before a decoder packs them")
 
 
 class FusedLinear(PackedLinear):

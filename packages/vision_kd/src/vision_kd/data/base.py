@@ -1,5 +1,6 @@
 """What every image data set offers: its recipe, its views, and loaders that shard themselves."""
 
+import errno
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -39,6 +40,8 @@ def fetching(name: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:  # the latter from torchvision, when no mirror answers
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+            raise
         raise OSError(
             f"data.download: {name} could not be fetched ({error}); fetch it on a machine with network and copy what "
             f"lies in {folder} there to {folder} here, or set data.root to where it is"
