@@ -59,7 +59,7 @@ def test_ctrl_c_ends_a_command_without_a_traceback(capsys):
     with pytest.raises(SystemExit) as stopped:
         run_command(raising(KeyboardInterrupt()))
     assert stopped.value.code == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "are used again" in capsys.readouterr().err
 
 
 def test_a_setting_that_lightning_refuses_is_a_refusal(capsys):

@@ -16,12 +16,13 @@ from spec_decode.data.features import PROGRESS
 pytestmark = pytest.mark.slow
 
 COMMAND = """
-import resource, sys, time
+import resource, signal, sys, time
 from importlib import import_module
 from pathlib import Path
 import lightning.pytorch as pl
 import torch
 from kd_common.errors import run_command
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 package, mark, *arguments = sys.argv[1:]
 fit = import_module(package + ".fit")
 
@@ -76,6 +77,7 @@ def start(tmp_path):
     yield run
     for process in processes:
         process.kill()
+        process.wait()
 
 
 def interrupt(process, mark, written):
