@@ -195,7 +195,7 @@ NOT_HERE = {
     "RUN/": "RUN/",
     "RUN": "RUN.* is no run",
     "runs/alone runs/kd": "runs/alone is no run",
-    "--drafter MODEL": "MODEL: no such folder",
+    "--drafter MODEL": "MODEL holds no drafter",
     "FOLDER": "FOLDER",
 }
 # A model of random weights in place of the embedded one.

@@ -9,7 +9,6 @@ import copy
 import io
 import multiprocessing
 import random
-import re
 import warnings
 from collections import Counter
 from importlib import import_module
@@ -108,7 +107,7 @@ def test_a_mistake_is_built_or_refused_by_its_name(package, tmp_path, tiny_run, 
         file.write_text(yaml.safe_dump(config))
         result, message = outcome(package, file)
         counts[result] += 1
-        if result == "bare" or (result == "refused" and not re.search(rf"\b{re.escape(name)}\b", message)):
+        if result == "bare" or (result == "refused" and name not in message):
             bad.append(f"{mistake}: {result} {message[-400:]}")
     record_property("counts", dict(counts))
     print(f"\n{package}: {dict(counts)}")
