@@ -125,6 +125,14 @@ def test_a_plain_pass_behind_drafted_ones_does_not_count():
     assert seconds < 1.025 * 5000
 
 
+def test_the_first_plain_pass_of_a_generation_does_not_count():
+    guard = PayGuard()
+    for _ in range(20):  # answers of one pass, each behind its prompt
+        guard.begin()
+        guard.plain(9.0)
+    assert not any(guard.drafts() for _ in range(3))  # what a plain pass takes is still unknown
+
+
 @pytest.mark.parametrize("pays", [False, True])
 def test_a_guarded_generation_emits_the_same_tokens(tiny, drafter, monkeypatch, pays):
     drafter.acceptance = [[0.9, 0.0], [0.9, 0.0], [0.9, 0.0]]

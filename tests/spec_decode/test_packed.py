@@ -105,6 +105,8 @@ def test_decoding_packs_a_frozen_drafter_and_leaves_the_trained_one(name, draft_
     decoder = SpeculativeDecoder(target, drafter, tree=(2, 1))
     assert not any(isinstance(module, PackedLinear) for module in trained.modules())
     assert any(isinstance(module, PackedLinear) for module in drafter.modules())
+    reads_the_targets_head = name in ("fast_eagle", "draft_model")
+    assert bool(drafter._packed_rows) == (draft_vocab is not None and reads_the_targets_head)
     assert not any(isinstance(module, nn.Linear) for module in drafter.modules())
     assert drafter.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in drafter.state_dict().items())

@@ -122,7 +122,7 @@ class TrainableDrafter(nn.Module, Drafter):
         self._head_rows, self._packed_rows = None, []
 
     def pack(self) -> None:
-        """See the base class; so are the draft tokens' rows of the target's head, where they are read."""
+        """See the base class; the draft tokens' rows of the target's head are packed, too, if they are read."""
         pack_linears(self)
         reads_frozen_head = type(self).level_logits is TrainableDrafter.level_logits
         if reads_frozen_head and self.vocabulary is not None and not self._packed_rows and packable(self.frozen_head()):
