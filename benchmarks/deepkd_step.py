@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from kd_common.errors import run_command
 from kd_common.functional import decoupled_kl, topk_class_mask
 from vision_kd.methods import Method
 from vision_kd.methods.kd import KD
@@ -234,4 +235,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

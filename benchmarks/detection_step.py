@@ -18,6 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 import torch
 from torch import Tensor
 
+from kd_common.errors import run_command
 from vision_kd.detection import Detector, build_detector, detection_step
 from vision_kd.detection.review import ReviewFusion
 from vision_kd.methods import Method
@@ -183,4 +184,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

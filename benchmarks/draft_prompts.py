@@ -13,6 +13,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from kd_common.errors import run_command
 from spec_decode.data.prompts import packaged_prompts, read_prompts
 
 ASK = (
@@ -60,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from kd_common.errors import run_command
 from vision_kd.data import CIFAR10, DeviceLoader, FashionMNIST, random_crop_flip
 
 
@@ -140,4 +141,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kd_common.errors import run_command
 from kd_common.memory import peak_bytes
 from llm_kd.head import HeadOutput, HiddenSignal, KDHead, LMHead, TeacherSignal, truncate
 from llm_kd.objectives import OBJECTIVES
@@ -277,4 +278,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -13,6 +13,7 @@ import time
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from kd_common.errors import run_command
 from llm_kd.head import HiddenSignal, KDHead
 from llm_kd.models import Body
 from llm_kd.objectives import OBJECTIVES
@@ -103,4 +104,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -20,6 +20,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from kd_common.compare import mean_and_spread
+from kd_common.errors import run_command
 from kd_common.functional import forward_kl
 from llm_kd.selection import speck_accept_probability, topk_accept
 
@@ -92,4 +93,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

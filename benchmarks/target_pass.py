@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from kd_common.errors import run_command
 from spec_decode.autotune import measure_passes
 from spec_decode.models import CausalLM
 from spec_decode.target import TargetSpec
@@ -76,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from kd_common.errors import run_command
 from spec_decode.proposals import matching_tree, sampled_tree
 from spec_decode.sampling import Sampling, row_seeds
 from spec_decode.verify import verify_matching, verify_sampled
@@ -66,4 +67,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -108,6 +108,19 @@ def test_drafters_on_the_command_line(tiny, tmp_path):
         find_drafter(str(tmp_path), tiny.target)
 
 
+@pytest.mark.parametrize("name", ["none+lookup", "fast_eagle+lookup", "nowhere", "nowhere+lookup"])
+def test_a_drafter_that_is_not_there_is_refused_before_the_target_is_loaded(name, monkeypatch):
+    def load(self):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(TargetSpec, "load", load)
+    reason = "no tree to|has to be trained|nowhere holds no drafter"
+    with pytest.raises((ValueError, FileNotFoundError), match=reason):
+        Session.open(name, None, dtype="auto", device="cpu", tree="chain")
+    with pytest.raises((ValueError, FileNotFoundError), match=reason):
+        benchmark(["prompt_lookup", name])
+
+
 def test_a_digest_of_a_drafters_content_tells_drafters_apart(drafter, tmp_path):
     before = content_digest(tmp_path / "drafter")
     assert content_digest(tmp_path / "nowhere") == content_digest(Path("prompt_lookup")) == ""

@@ -35,7 +35,7 @@ from spec_decode.drafters.files import CONFIG
 from spec_decode.measure import Measurement, first_divergence, measure
 from spec_decode.models import CausalLM
 from spec_decode.sampling import Sampling, Stream, gumbel_noise, row_seeds
-from spec_decode.session import drafter_folder, find_drafter, find_target, parse_tree
+from spec_decode.session import check_drafter, drafter_folder, find_drafter, find_target, parse_tree
 
 PLAIN = "plain"
 
@@ -248,6 +248,8 @@ def benchmark(
     check_device(device)
     spec_temperatures = temperatures or [0.0, 1.0]
     entries = {entry: (name, parse_tree(own or tree)) for entry in drafters for name, _, own in [entry.partition("@")]}
+    for name, _ in entries.values():
+        check_drafter(name)
     trained = next((name for name, _ in entries.values() if (drafter_folder(name) / CONFIG).is_file()), "none")
     spec, template = find_target(trained, target, dtype)
     model, tokenizer = spec.load().to(device), spec.tokenizer()

@@ -38,11 +38,29 @@ def parse_tree(text: str) -> tuple[int, ...] | DynamicTree | str | None:
 
 
 LOOKUP = "+lookup"
+LANGUAGE_MODEL = "config.json"  # what a folder that transformers wrote holds
 
 
 def drafter_folder(name: str) -> Path:
     """Where the files of a drafter would be, whose name may end in ``+lookup``."""
     return Path(name.removesuffix(LOOKUP))
+
+
+def check_drafter(name: str) -> None:
+    """Refuse a drafter that `find_drafter` would not find, before anything is loaded for it.
+
+    Raises:
+        ValueError: For a name whose drafter must be trained, a lookup beside nothing, or damaged settings.
+        FileNotFoundError: If it is neither a name nor a drafter's folder.
+    """
+    if name == "none" + LOOKUP:
+        raise ValueError(f"drafter {name!r}: there is no tree to add a branch to; use prompt_lookup")
+    name = name.removesuffix(LOOKUP)
+    if name in DRAFTERS.names():
+        if issubclass(DRAFTERS.get(name), TrainableDrafter):
+            raise ValueError(f"drafter {name!r} has to be trained; give the folder that `spec_decode.fit` wrote")
+    elif name != "none" and not (Path(name) / LANGUAGE_MODEL).is_file():
+        read_config(Path(name))
 
 
 def find_drafter(name: str, target: CausalLM) -> Drafter | None:
@@ -52,23 +70,22 @@ def find_drafter(name: str, target: CausalLM) -> Drafter | None:
     branch of prompt lookup to the tree of any of them.
 
     Raises:
-        ValueError: For a name whose drafter must be trained, a drafter of another target, or a language model of
-            another vocabulary.
+        ValueError: What `check_drafter` refuses, a drafter of another target, or a language model of another
+            vocabulary.
         FileNotFoundError: If it is neither a name nor a drafter's folder.
     """
+    check_drafter(name)
     if name == "none":
         return None
-    if name.endswith(LOOKUP):
-        inner = find_drafter(name.removesuffix(LOOKUP), target)
-        if inner is None:
-            raise ValueError(f"drafter {name!r}: there is no tree to add a branch to; use prompt_lookup")
-        return WithLookup(inner)
+    inner = name.removesuffix(LOOKUP)
+    drafter = _load(inner, target)
+    return drafter if inner == name else WithLookup(drafter)
+
+
+def _load(name: str, target: CausalLM) -> Drafter:
     if name in DRAFTERS.names():
-        kind = DRAFTERS.get(name)
-        if issubclass(kind, TrainableDrafter):
-            raise ValueError(f"drafter {name!r} has to be trained; give the folder that `spec_decode.fit` wrote")
-        return kind()
-    if (Path(name) / "config.json").is_file():
+        return DRAFTERS.get(name)()
+    if (Path(name) / LANGUAGE_MODEL).is_file():
         dtype = str(target.dtype).removeprefix("torch.")
         return PretrainedDraft(target, TargetSpec(name, dtype).load().to(target.device))
     return load_drafter(Path(name), target)
@@ -131,6 +148,7 @@ class Session:
             compile: See `SpeculativeDecoder`.
         """
         check_device(device)
+        check_drafter(drafter)
         shape, (spec, template) = parse_tree(tree), find_target(drafter, target, dtype)
         model, tokenizer = spec.load().to(device), spec.tokenizer()
         tokenizer.chat_template = tokenizer.chat_template or template
