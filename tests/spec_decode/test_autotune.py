@@ -3,7 +3,8 @@
 import itertools
 import math
 import random
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -27,6 +28,24 @@ def test_measurements(tiny, drafter):
     drafts = measure_drafts(tiny.target, drafter, 3, width=2, length=20, repeats=3)
     assert len(drafts) == 3
     assert all(0 < t < 5 for t in [*passes.values(), *drafts])
+
+
+def test_of_two_calls_in_a_row_the_second_is_timed(monkeypatch):
+    """On a clock of its own, where a call that follows another one takes longer, and the first turn longest."""
+    state = {"now": 0.0, "last": "", "calls": 0}
+    monkeypatch.setattr(module.time, "perf_counter", lambda: state["now"])
+
+    def call(name: str, again: float) -> Callable[[], object]:
+        def run() -> None:
+            state["calls"] += 1
+            warming = 100.0 if state["calls"] <= 4 else 0.0
+            state.update(now=state["now"] + warming + (again if state["last"] == name else 10.0), last=name)
+
+        return run
+
+    calls = [call("a", 1.0), call("b", 2.0)]
+    assert module.seconds(calls, torch.device("cpu"), repeats=2) == [1.0, 2.0]
+    assert state["calls"] == 12
 
 
 def test_the_choice_follows_acceptance_and_cost(tiny, drafter, monkeypatch):
@@ -139,20 +158,34 @@ def test_a_guarded_generation_emits_the_same_tokens(tiny, drafter, monkeypatch, 
     monkeypatch.setattr(module, "measure_passes", lambda *a, **k: {1: 1.0, 8: 1.0})
     monkeypatch.setattr(module, "measure_drafts", lambda *a, **k: [0.0, 0.0, 0.0])
     decoder = SpeculativeDecoder(tiny.target, drafter, tree="auto")
-    assert isinstance(decoder.guard, PayGuard)
+    guard = decoder.guards[1]
     monkeypatch.setattr(PayGuard, "drafted", lambda self, tokens, seconds: setattr(self, "_drafting", pays))
     calls, propose = [], drafter.propose
     monkeypatch.setattr(drafter, "propose", lambda state: calls.append(1) or propose(state))
     plain = SpeculativeDecoder(tiny.target).generate([[1, 2, 3]], max_new_tokens=40)
-    decoder.guard.stake = math.inf
+    guard.stake = math.inf
     found = decoder.generate([[1, 2, 3]], max_new_tokens=40)
     assert torch.equal(found.sequences, plain.sequences)
     passes = len(found.acceptance_lengths[0])
-    assert len(calls) == (passes - decoder.guard.recent - 1 if pays else 1)  # the first passes are plain ones
+    assert len(calls) == (passes - guard.recent - 1 if pays else 1)  # the first passes are plain ones
     assert passes > 7
     before = len(calls)
     decoder.generate([[1, 2, 3]], max_new_tokens=8)
     assert (len(calls) > before) == pays
+
+
+def test_the_guard_of_a_batch_counts_tokens_per_unfinished_row(tiny, monkeypatch):
+    drafter = DrafterSpec("fast_eagle", {"depth": 3}).build(tiny.target).eval().requires_grad_(False)
+    decoder = SpeculativeDecoder(tiny.target, drafter, tree=(2, 2, 2))
+    decoder.guards, counted = defaultdict(PayGuard), []
+    monkeypatch.setattr(PayGuard, "drafted", lambda self, tokens, seconds: counted.append(tokens))
+    found = decoder.generate([[1, 2, 3], list(range(30))])  # up to the context's end, which the longer one meets first
+    passes = max(map(len, found.acceptance_lengths))
+    drafted = [[row[i] for row in found.acceptance_lengths if i < len(row)] for i in range(passes)][-len(counted) :]
+    assert 1 in map(len, drafted)
+    assert 2 in map(len, drafted)
+    assert counted == pytest.approx([sum(kept) / len(kept) for kept in drafted])
+    assert set(decoder.guards) == {2}
 
 
 class Pausing(PayGuard):
@@ -165,7 +198,8 @@ class Pausing(PayGuard):
 
 
 @pytest.mark.parametrize("name", ["fast_eagle", "eagle3", "medusa", "draft_model"])
-def test_a_draft_after_a_pause_has_read_what_it_missed(tiny, monkeypatch, name):
+@pytest.mark.parametrize("prompts", [[[1, 2, 3]], [[1, 2, 3], [4, 5, 6, 7, 8, 9]]])
+def test_a_draft_after_a_pause_has_read_what_it_missed(tiny, monkeypatch, name, prompts):
     """It proposes what a generation proposes that starts at this place, whose prompt is all that came before."""
     drafter = DrafterSpec(name, {"depth": 3}).build(tiny.target).eval().requires_grad_(False)
     decoder = SpeculativeDecoder(tiny.target, drafter, tree=(2, 2, 2))
@@ -173,19 +207,19 @@ def test_a_draft_after_a_pause_has_read_what_it_missed(tiny, monkeypatch, name):
 
     def listen(state):
         draft = propose(state)
-        drafts.append((list(state.contexts[0]), draft))
+        drafts.append(([list(context) for context in state.contexts], draft))
         return draft
 
     monkeypatch.setattr(drafter, "propose", listen)
-    decoder.guard = Pausing()
-    plain = SpeculativeDecoder(tiny.target).generate([[1, 2, 3]], max_new_tokens=40)
-    assert torch.equal(decoder.generate([[1, 2, 3]], max_new_tokens=40).sequences, plain.sequences)
-    paused, decoder.guard = list(drafts), None
+    decoder.guards = defaultdict(Pausing)
+    plain = SpeculativeDecoder(tiny.target).generate(prompts, max_new_tokens=40)
+    assert torch.equal(decoder.generate(prompts, max_new_tokens=40).sequences, plain.sequences)
+    paused, decoder.guards = list(drafts), None
     assert len(paused) >= 5
-    for context, draft in paused:
+    for contexts, draft in paused:
         drafts.clear()
-        decoder.generate([context[:-1]], max_new_tokens=2)
-        assert drafts[0][0] == context
+        decoder.generate([context[:-1] for context in contexts], max_new_tokens=2)
+        assert drafts[0][0] == contexts
         assert torch.equal(drafts[0][1].tokens, draft.tokens)
 
 
@@ -194,7 +228,7 @@ def test_a_drafter_without_measured_acceptance_is_guarded(tiny, drafter):
     for unmeasured, depth in ((drafter, 3), (PromptLookup(), 7)):
         decoder = SpeculativeDecoder(tiny.target, unmeasured, tree="auto")
         assert decoder.tree == (1,) * depth
-        assert decoder.guard is not None
+        assert decoder.guards is not None
 
 
 def test_a_drafter_of_another_target_is_refused(tiny, drafter):

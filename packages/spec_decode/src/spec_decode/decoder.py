@@ -5,7 +5,7 @@ emitted: docs/spec_exactness.md. Shapes: B rows, n nodes, D levels.
 """
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -107,8 +107,8 @@ class SpeculativeDecoder:
         target: Step runner of the target.
         drafter: Drafter for this target; None decodes plainly.
         tree: Candidates per level, such as (3, 2, 1); a `DynamicTree`, for drafters that can; or "auto", which measures
-            this machine once and takes the tree with the most expected tokens per second, or none if none pays, and
-            falls back to plain decoding where a single row does not reach its speed after all (`PayGuard`). None
+            this machine once and takes the tree with the most expected tokens per second for a single row, or none if
+            none pays, and falls back to plain decoding where that is faster after all (`PayGuard`). None
             means a chain of all the drafter's levels, of its `chain_depth` where it has no limit.
         rejection: Draw candidates from the drafter's law and verify by recursive rejection. The default,
             sample-and-match, emits token for token what plain decoding with the same seed emits.
@@ -139,7 +139,7 @@ class SpeculativeDecoder:
             if model is not None:
                 model.pack()
         self.tree: TreeShape
-        self.guard: PayGuard | None = None
+        self.guards: defaultdict[int, PayGuard] | None = None  # by number of rows
         if drafter is None:
             self.tree = ()
         elif tree is None:
@@ -150,7 +150,7 @@ class SpeculativeDecoder:
             from spec_decode.autotune import autotune  # which times this class
 
             choice = autotune(target, drafter)
-            self.tree, self.guard = choice.widths, PayGuard()
+            self.tree, self.guards = choice.widths, defaultdict(PayGuard)
         else:
             self.tree = tree if isinstance(tree, DynamicTree) else tuple(tree)
         self.rejection, self.min_confidence = rejection, min_confidence
@@ -235,10 +235,14 @@ class SpeculativeDecoder:
         width = max(map(len, prompts))
         capacity = max(len(p) + r for p, r in zip(prompts, room, strict=True)) + tree_slots(self.tree)
         cache = target.new_cache(batch, capacity)
-        memory = self.drafter.new_memory(batch, capacity) if self.drafter and self.tree else None
+        guard = None if self.guards is None else self.guards[batch]
+        missed = max(room) if guard is not None and batch > 1 else 0  # read at once, padded to the longest run
+        memory = self.drafter.new_memory(batch, capacity + missed) if self.drafter and self.tree else None
 
         clock, began = _Clock(device), time.perf_counter()
         clock.start()
+        if guard is not None:
+            guard.begin()
         counts = torch.tensor([len(p) for p in prompts], device=device)
         padded = torch.tensor([[*p, *[-1] * (width - len(p))] for p in prompts], device=device)
         states = target.prefill(padded, counts, cache)
@@ -252,9 +256,6 @@ class SpeculativeDecoder:
         tested, matched = torch.zeros(depth, dtype=torch.int64), torch.zeros(depth, dtype=torch.int64)
         lengths: list[list[int]] = [[] for _ in prompts]
         pass_sizes: Counter[int] = Counter()
-        guard = self.guard if batch == 1 else None  # it counts by single rows
-        if guard is not None:
-            guard.begin()
         unread = [(states, following, counts)]  # committed positions that the drafter has not seen
         while not run.done:
             drafting = bool(self.drafter and self.tree) and (guard is None or guard.drafts())
@@ -304,10 +305,8 @@ class SpeculativeDecoder:
             tested[:levels] += (verified.tested & active.unsqueeze(1)).sum(0).cpu()[:depth]
             matched[:levels] += (verified.matched & active.unsqueeze(1)).sum(0).cpu()[:depth]
             clock.stop("commit")
-            if guard is not None and drafting:
-                guard.drafted(float(kept.sum()), spent)
-            elif guard is not None:
-                guard.plain(spent)
+            if guard is not None:
+                guard.drafted(float(kept.sum() / active.sum()), spent) if drafting else guard.plain(spent)
         longest = max(map(len, run.contexts))
         sequences = torch.tensor([[*row, *[pad_token] * (longest - len(row))] for row in run.contexts])
         return Generation(
@@ -359,12 +358,14 @@ class _Run:
 
 
 def _join(parts: list[tuple[States, Tensor, Tensor]]) -> tuple[States, Tensor, Tensor]:
-    """Committed positions of several passes as those of one; several only ever are a single row's, without padding."""
+    """Committed positions of several passes as those of one, the padding of every row behind its last."""
     if len(parts) == 1:
         return parts[0]
     states, following, counts = zip(*parts, strict=True)
     joined = States(torch.cat([s.features for s in states], 1), torch.cat([s.final for s in states], 1))
-    return joined, torch.cat(following, 1), torch.stack(counts).sum(0)
+    tokens, total = torch.cat(following, 1), torch.stack(counts).sum(0)
+    order = (tokens >= 0).long().argsort(dim=1, descending=True, stable=True)[:, : int(total.max())]
+    return joined.gather(order), tokens.gather(1, order), total
 
 
 def _pad(draft: Draft) -> Draft:
