@@ -191,12 +191,15 @@ NOT_HERE = {
     "compare/gsm8k": "runs/healed/student_last",
     "compare/fashion_mnist": "Fashion-MNIST not found.*download=true",
     "--data.prompts prompts.jsonl": "prompts.jsonl: no such file",
-    "mt_bench.jsonl": "mt_bench.jsonl: no such file",
-    "RUN/": "RUN/",
+    "FAST/drafter_last": "FAST/drafter_last holds no drafter",
+    "--ckpt_path RUN/": "--ckpt_path RUN/checkpoints/last.ckpt: no such file",
+    "RUN/student_best.pt": "checkpoint 'RUN/student_best.pt' is not a file",
+    "RUN/student_best": "RUN/student_best: no such folder",
+    "RUN/drafter_best": "RUN/drafter_best holds no drafter",
     "RUN": "RUN.* is no run",
     "runs/alone runs/kd": "runs/alone is no run",
     "--drafter MODEL": "MODEL holds no drafter",
-    "FOLDER": "FOLDER",
+    "FOLDER": "FOLDER holds no drafter",
 }
 # A model of random weights in place of the embedded one.
 STAND_IN = {

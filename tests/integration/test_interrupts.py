@@ -11,6 +11,7 @@ import pytest
 
 from kd_common.checkpoints import check_resumable
 from kd_common.files import complete_lines
+from llm_kd.teacher import TeacherCache
 from spec_decode.data.features import PROGRESS
 
 pytestmark = pytest.mark.slow
@@ -55,6 +56,29 @@ def slow(file):
 
 features._to_disk = slow
 run_command(lambda: fit.main(arguments))
+"""
+# The third batch of answers waits, so two are complete.
+RESPONSES = """
+import llm_kd.data.responses as responses
+generate, calls = responses.generate, []
+
+def slow(*prompts, **settings):
+    calls.append(settings)
+    return generate(*prompts, **settings) if len(calls) < 3 else wait()
+
+responses.generate = slow
+run_command(lambda: fit.main(arguments))
+"""
+TEACHER = """
+import llm_kd.cache_teacher as command
+add, calls = command._add, []
+
+def slow(*batch):
+    calls.append(batch)
+    return add(*batch) if len(calls) < 3 else wait()
+
+command._add = slow
+run_command(lambda: command.main(arguments))
 """
 LIMIT = """used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + 2**29, -1))
@@ -110,6 +134,28 @@ def test_ctrl_c_while_features_are_written(start, tiny_run, tmp_path):
     assert "Traceback" not in written()
     (progress,) = Path(os.environ["KD_CACHE"]).rglob(PROGRESS)
     assert len(complete_lines(progress)) == 1
+
+
+def test_ctrl_c_while_the_teacher_answers(start, tiny_run, tmp_path):
+    arguments = [*tiny_run("llm_kd", tmp_path), f"--run_dir={tmp_path / 'run'}", "--data.generation_batch_size=4"]
+    process, written = start(RESPONSES, "llm_kd", arguments)
+    assert interrupt(process, tmp_path / "mark", written) == 1
+    assert "Interrupted in epoch 0. Last checkpoint: none written yet; start again, caches are kept." in written()
+    assert "Traceback" not in written()
+    (partial,) = Path(os.environ["KD_CACHE"]).rglob("*.partial")
+    assert len(complete_lines(partial)) == 8
+
+
+def test_ctrl_c_while_the_teacher_is_cached(start, tiny_run, target, tmp_path):
+    data = [argument for argument in tiny_run("llm_kd", tmp_path) if argument.startswith("--data.")]
+    arguments = [f"--model.teacher.name={target}", "--size=8", f"--folder={tmp_path / 'cache'}", *data]
+    process, written = start(TEACHER, "llm_kd", arguments)
+    assert interrupt(process, tmp_path / "mark", written) == 130
+    assert "Interrupted. Answers, features" in written()
+    assert "Traceback" not in written()
+    cache = TeacherCache(tmp_path / "cache")
+    assert not cache.complete
+    assert len(cache.keys()) == 8
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kd_common.distributed import is_dtensor
 from spec_decode.fit import build, run
@@ -80,6 +81,7 @@ def distributed_run(folder, standin, shard):
     torch.set_num_threads(1)
     extra = ("--trainer.precision=64-true", "--model.target.dtype=float64", "--trainer.devices=2")
     extra += ("--trainer.strategy=ddp", "--data.features=online", f"--model.shard_target={shard}")
+    extra += ("--trainer.callbacks+=spec_decode.callbacks.DraftFigures", "--trainer.callbacks.tree=[2,1]")
     cli = build(arguments(f"{folder}/both", standin, 1, *extra))
     result = run(cli)
     sharded = {is_dtensor(p) for layer in cli.model.target.layers for p in layer.parameters()}
@@ -104,5 +106,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, target, run_ra
         for epoch, other in zip(found["history"], plain(expected.history), strict=True):
             assert epoch["loss"] == pytest.approx(other["loss"], rel=1e-8)
             assert epoch["acceptance"] == other["acceptance"]
+    board = EventAccumulator(str(tmp_path / "both")).Reload()  # a sharded target draws nothing, and does not hang
+    assert bool(board.Tags()["images"]) == (shard == "false")
     assert not (tmp_path / "both/drafter_last/drafter.json.part").exists()
     assert (tmp_path / "both/drafter_last/drafter.json").is_file()

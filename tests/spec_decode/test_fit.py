@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import spec_decode.module
 from spec_decode.data.prompts import packaged_prompts
 from spec_decode.decoder import SpeculativeDecoder
 from spec_decode.drafters import load_drafter
@@ -168,6 +169,14 @@ def test_packaged_prompts_are_many_and_distinct():
 def test_bad_settings_are_refused_before_anything_is_computed(fit_args, extra, message):
     with pytest.raises(ValueError, match=message):
         build([*fit_args, *extra])
+
+
+def test_a_sharded_bfloat16_target_is_refused_on_cpus(fit_args, monkeypatch):
+    """One process stands for two: the refusal comes before they talk to each other."""
+    monkeypatch.setattr(spec_decode.module, "world_size", lambda: 2)
+    cli = build([*fit_args, "--model.shard_target=true", "--data.features=online", "--model.target.dtype=bfloat16"])
+    with pytest.raises(ValueError, match=r"shard_target on CPUs needs model\.target\.dtype float32"):
+        run(cli)
 
 
 def test_bad_settings_that_need_the_tokenizer(fit_args, tmp_path):
