@@ -194,6 +194,14 @@ def test_precisions(digits_args, precision, dtype):
     assert 0 < result.last["loss"] < 3
 
 
+@pytest.mark.parametrize("subset", [128, None])
+def test_a_batch_beyond_the_training_set_is_refused_before_a_teacher_is_trained(digits_args, monkeypatch, subset):
+    monkeypatch.setattr("vision_kd.fit.obtain_teacher", lambda *args, **kwargs: pytest.fail("a teacher was trained"))
+    images = f"{subset or 1297:,}"
+    with pytest.raises(ValueError, match=rf"^data\.batch_size 10000: the {images} training images do not fill"):
+        train(digits_args, f"--data.train_subset={subset or 'null'}", "--data.batch_size=10000")
+
+
 def test_loss_scaling_is_refused_before_anything_runs(digits_args):
     with pytest.raises(ValueError, match="bf16-mixed or 32-true"):
         build([*digits_args, "--trainer.precision=16-mixed"])

@@ -156,7 +156,8 @@ class _Pairs(torch.utils.data.Dataset):
 
 
 def test_too_few_images_name_the_setting():
-    with pytest.raises(ValueError, match=r"50 images .* 26 on each of 2 processes: lower batch_size to at most 25"):
+    message = r"data\.batch_size 26: the 50 training images do not fill .* of 2 processes; lower it to at most 25"
+    with pytest.raises(ValueError, match=message):
         loader(26, world_size=2)
 
 

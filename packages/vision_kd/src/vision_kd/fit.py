@@ -140,6 +140,8 @@ def run(cli: VisionCLI) -> Result:
     model, data = cli.model, cli.datamodule
     if cli.config["baseline"] is not None and cli.trainer.world_size > 1:
         raise ValueError("baseline trains a second time in one process; with several set it to null and run it apart")
+    if cli.trainer.is_global_zero:  # one process fetches what may have to be fetched
+        data.check_batch(cli.trainer.world_size)
     data_config = json.loads(json.dumps(cli.config["data"].as_dict(), default=str))
     parameters = {"student": count_parameters(model.student)}
     teacher: dict[str, Any] = {}

@@ -1,5 +1,6 @@
 """What every image data set offers: its recipe, its views, and loaders that shard themselves."""
 
+import copy
 import errno
 import os
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 
 from vision_kd.data.augment import Augment, identity, strong
-from vision_kd.data.loader import DeviceLoader
+from vision_kd.data.loader import DeviceLoader, check_batch_size
 
 VIEWS = ("weak", "strong")
 WORKERS = min(4, os.cpu_count() or 1)
@@ -130,6 +131,22 @@ class ImageDataModule(LightningDataModule):
     def world_size(self) -> int:
         """Number of processes of the trainer; 1 without a trainer."""
         return self.trainer.world_size if self.trainer else 1
+
+    def check_batch(self, world_size: int) -> None:
+        """Refuse a batch that the training set does not fill; in Lightning's loop a teacher would be trained already.
+
+        Args:
+            world_size: number of processes.
+
+        Raises:
+            ValueError: if it does not fill one on each process, or from reading it.
+            FileNotFoundError: if there is none.
+        """
+        self.prepare_data()
+        self.setup("fit")
+        single = copy.copy(self)
+        single.batch_size = 1  # a loader of single images is refused by no data set, and knows how many there are
+        check_batch_size(len(single.train_dataloader().sampler), self.batch_size, world_size)
 
 
 class TensorDataModule(ImageDataModule):
