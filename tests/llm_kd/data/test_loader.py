@@ -158,7 +158,7 @@ def test_a_position_inside_an_epoch_of_other_data_is_refused(other):
 
 
 def test_too_few_rows_name_the_setting():
-    with pytest.raises(ValueError, match=r"50 rows do not fill one batch of 26 on each of 2 processes: .* at most 25"):
+    with pytest.raises(ValueError, match=r"batch_size 26: the 50 training rows .* of 2 processes; .* at most 25"):
         loader(26, world_size=2)
 
 

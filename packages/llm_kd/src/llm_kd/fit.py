@@ -142,10 +142,11 @@ def run(cli: LanguageCLI) -> Result:
     data.prompts_only = not model.rollout.reads_answers
     parameters = {"student": count_parameters(model.distiller.student)}
     check_lengths(model, data)
+    data.check_batch(trainer.world_size)
     body = prepare_teacher(model, data, trainer.strategy.root_device)
     if body is not None:
         parameters["teacher"] = count_parameters(body)
-    data.check_batch(trainer.world_size)
+    data.check_batch(trainer.world_size)  # packed rows are known only now
     answers: dict[str, Answers] = {}
 
     def ask(when: str, speaker: Body) -> None:

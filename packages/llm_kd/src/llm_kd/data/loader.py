@@ -14,6 +14,20 @@ NOBODY = -1
 """Row number of a place in the last validation batch that no example is left for."""
 
 
+def check_batch_size(rows: int, batch_size: int, world_size: int) -> None:
+    """Refuse training rows that do not fill one batch on each process.
+
+    Raises:
+        ValueError: If they do not; the message says how large a batch may be.
+    """
+    if rows < batch_size * world_size:
+        each = f" on each of {world_size} processes" if world_size > 1 else ""
+        raise ValueError(
+            f"data.batch_size {batch_size}: the {rows:,} training rows do not fill one batch{each}; lower it to at "
+            f"most {rows // world_size}"
+        )
+
+
 class TextLoader:
     """Batches of one rank's share of the examples.
 
@@ -64,11 +78,8 @@ class TextLoader:
             self.rows = pack(lengths, _permutation(len(examples), seed), pack_length)
         self._global_batch = batch_size * world_size
         self.left_out = len(self.rows) % self._global_batch if shuffle else 0
-        if shuffle and len(self.rows) < self._global_batch:
-            raise ValueError(
-                f"{len(self.rows)} rows do not fill one batch of {batch_size} on each of {world_size} processes: "
-                f"lower data.batch_size to at most {len(self.rows) // world_size}"
-            )
+        if shuffle:
+            check_batch_size(len(self.rows), batch_size, world_size)
         self.epoch = 0
         self._delivered = 0
         self._resume: dict[str, Any] = {}

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from kd_common.hub import load_tokenizer
 from llm_kd.data.encode import Encoder, padding_token
 from llm_kd.data.example import Example, answered
-from llm_kd.data.loader import TextLoader
+from llm_kd.data.loader import TextLoader, check_batch_size
 from llm_kd.data.responses import write_responses
 from llm_kd.data.rows import Row, read_rows
 from llm_kd.generation import Sampling
@@ -121,6 +121,11 @@ class TextDataModule(LightningDataModule):
             raise ValueError(f"responses must be 'dataset' or 'teacher', got {responses!r}")
         if truncate and responses == "teacher":
             raise ValueError("truncate cuts a data set's answers; a teacher's are limited by sampling.max_new_tokens")
+        if responses == "teacher" and max_length <= sampling.max_new_tokens:
+            raise ValueError(
+                f"data.max_length {max_length} leaves no room for a prompt before the teacher's answer of up to "
+                f"data.sampling.max_new_tokens {sampling.max_new_tokens}; raise the one or lower the other"
+            )
         self.tokenizer_name, self.responses, self.fields, self.system = tokenizer, responses, fields, system
         self.files = {"train": _listed(train), "val": _listed(val)}
         self.limits = {"train": limit_train, "val": limit_val}
@@ -235,8 +240,11 @@ class TextDataModule(LightningDataModule):
     def longest_prompt(self, split: str) -> int:
         """Tokens of the longest prompt of ``train`` or ``val``; see :meth:`longest`."""
         if self._awaits_answers(split):
-            prompts = self._prompts(self.rows(split), self._teachers_room)
-            return max((len(prompt) for _, prompt in prompts), default=0)
+            rows = self.rows(split)
+            prompts = self._prompts(rows, self._teachers_room)
+            if not prompts:
+                raise self._none_fits(split, len(rows))
+            return max(len(prompt) for _, prompt in prompts)
         self._read(split)
         return max(example.prompt_length for example in self.splits[split].examples)
 
@@ -256,11 +264,18 @@ class TextDataModule(LightningDataModule):
     def check_batch(self, world_size: int) -> None:
         """Refuse training data that do not fill a batch on each process; later, Lightning would be training already.
 
+        Before the teacher has answered its prompts are counted. Packing may leave fewer rows, so ask again afterwards.
+
         Raises:
-            ValueError: If they do not, or for what :meth:`setup` refuses.
+            FileNotFoundError, RowsError, EncodingError: From the data.
+            ValueError: If they do not.
         """
-        self.setup()
-        self._loader("train", world_size)
+        if self._awaits_answers("train"):
+            prompts = self._prompts(self.rows("train"), self._teachers_room)
+            check_batch_size(len(prompts), self.batch_size, world_size)
+        else:
+            self._read("train")
+            self._loader("train", world_size)
 
     def _loader(self, split: str, world_size: int | None = None) -> TextLoader:
         train = split == "train"
@@ -307,11 +322,14 @@ class TextDataModule(LightningDataModule):
         limit = self.limits[split]
         rank_zero_info(f"{split}{f', at most {limit:,} rows (limit_{split})' if limit else ''}: {found}")
         if not examples:
-            raise ValueError(
-                f"{split}: none of the {len(rows)} rows fits max_length={self.max_length}; raise it, set truncate for "
-                "the answers of a data set, or lower sampling.max_new_tokens for the teacher's"
-            )
+            raise self._none_fits(split, len(rows))
         self.splits[split] = found
+
+    def _none_fits(self, split: str, rows: int) -> ValueError:
+        return ValueError(
+            f"{split}: none of the {rows} rows fits max_length={self.max_length}; raise it, set truncate for the "
+            "answers of a data set, or lower sampling.max_new_tokens for the teacher's"
+        )
 
 
 def find_data(name: str) -> Path:
