@@ -191,6 +191,22 @@ def cached(arguments, folder, *extra):
     return [f"--folder={folder}", *arguments(), *extra]
 
 
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--size=0", r"^size must lie in \[1, 258\], the vocabulary, got 0$"),
+        ("--size=100000", r"^size must lie in \[1, 258\], the vocabulary, got 100000$"),
+        ("--dtype=int4", r"^dtype must be one of float16, bfloat16, float32, got 'int4'$"),
+    ],
+)
+def test_what_a_cache_cannot_store_is_refused_before_the_teacher_is_loaded(
+    arguments, tmp_path, monkeypatch, flag, message
+):
+    monkeypatch.setattr("llm_kd.cache_teacher.load_teacher", lambda spec: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match=message):
+        cache_teacher_main(cached(arguments, tmp_path / "cache", flag))
+
+
 def test_training_from_a_whole_stored_teacher_equals_training_online(arguments, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"--folder .*file/cache: .*file is a file; name a folder"):
@@ -231,7 +247,10 @@ def test_examples_that_a_cache_lacks_are_counted_before_training(arguments, tmp_
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["--data.batch_size=64"], r"rows do not fill one batch of 64 on each of 1 processes: lower data\.batch_size"),
+        (
+            ["--data.packing=true", "--data.batch_size=20"],
+            r"^data\.batch_size 20: the \d training rows do not fill one batch; lower it to at most \d$",
+        ),
         (["--model.selector=TopK", "--model.selector.k=1000"], r"^selector\.k must be at most 258"),
         (["--model.selector=TopK", "--model.selector.k=0"], r"^selector\.k must be at least 1, got 0$"),
         (["--trainer.limit_train_batches=0"], r"trainer\.limit_train_batches 0 leaves nothing to learn from"),
@@ -239,6 +258,19 @@ def test_examples_that_a_cache_lacks_are_counted_before_training(arguments, tmp_
 )
 def test_settings_are_refused_before_anything_is_measured(arguments, monkeypatch, settings, message):
     monkeypatch.setattr("llm_kd.fit.validate", lambda cli: pytest.fail("measured"))
+    with pytest.raises(ValueError, match=message):
+        run(build(arguments(*settings)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["--data.batch_size=64"], r"^data\.batch_size 64: the 20 training rows do not .* lower it to at most 20$"),
+        (["--data.max_length=7"], r"^train: none of the 20 rows fits max_length=7; raise it"),
+    ],
+)
+def test_data_are_refused_before_the_teacher_is_loaded(arguments, monkeypatch, settings, message):
+    monkeypatch.setattr("llm_kd.fit.load_teacher", lambda spec: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=message):
         run(build(arguments(*settings)))
 
@@ -409,6 +441,10 @@ def test_a_student_that_a_kill_caught_between_two_names_is_put_in_place(tmp_path
         (["--model.student.name=other"], "keeps layers of the teacher, but the student is other: set"),
         (["--trainer.precision=bf16-true"], "small updates vanish there. Use bf16-mixed, or set model.student.dtype"),
         (["--answers=-1"], "--answers must be at least 0"),
+        (
+            ["--data.max_length=6"],
+            r"^data\.max_length 6 leaves no room for a prompt .* data\.sampling\.max_new_tokens 6; raise the one",
+        ),
         (["--data.truncate=true"], "truncate cuts a data set's answers"),
         (["--data.sampling.top_p=0.9"], "temperature 0 takes the most likely token, so top_p and top_k do nothing"),
         (["--model.learning_rate=0"], "model.learning_rate must be > 0"),

@@ -113,7 +113,7 @@ def test_empty_prompt(folder, monkeypatch, text):
 def test_other_refusals(folder, capsys):
     with pytest.raises(ModelNotFoundError, match="nowhere: no such folder"):
         main(["--model", "nowhere", "--prompt", "Hello"])
-    with pytest.raises(ValueError, match=r"max_new_tokens=600 exceed the model's 512 positions"):
+    with pytest.raises(ValueError, match=r"=600 exceed the model's 512 positions: lower .*, or give shorter prompts"):
         main(["--model", folder, "--prompt", "Hello", "--max_new_tokens", "600", "--device", "cpu"])
     with pytest.raises(ValueError, match=r"top_p must lie in \(0, 1\]"):
         main(["--model", folder, "--prompt", "Hello", "--top_p", "2"])

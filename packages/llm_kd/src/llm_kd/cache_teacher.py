@@ -31,6 +31,7 @@ from llm_kd.teacher import (
     vocabulary_fingerprint,
     weights_fingerprint,
 )
+from llm_kd.teacher.records import RecordLayout
 
 
 def cache_teacher(
@@ -135,6 +136,8 @@ def main(args: ArgsType = None) -> TeacherCache:
     settings, data = cli.config, cli.datamodule
     check_device(settings["device"])
     check_folder("--folder", settings["folder"])
+    # The layout refuses a size or dtype that cannot be stored: before the teacher is loaded and answers the prompts.
+    RecordLayout(data.vocab_size, settings["size"], settings["dtype"])
     spec = TeacherSpec(**settings["model"]["init_args"]["teacher"])
     check_conversations({"teacher": load_config(spec.name)}, data, SPLITS)
     body = load_teacher(spec)

@@ -123,8 +123,7 @@ def _check_lengths(model: Any, prompts: Sequence[Sequence[int]], sampling: Sampl
     if longest > room:
         raise ValueError(
             f"a prompt of {longest} tokens and max_new_tokens={sampling.max_new_tokens} exceed the model's "
-            f"{room + sampling.max_new_tokens} positions: lower max_new_tokens, or leave out long prompts with "
-            "max_length"
+            f"{room + sampling.max_new_tokens} positions: lower max_new_tokens, or give shorter prompts"
         )
 
 
