@@ -4,6 +4,7 @@ import inspect
 import os
 import pickle
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from kd_common.cli import (
     reserve_run_dir,
     resolve_config_names,
 )
-from kd_common.messages import CommandParser, check_device, check_groups, null_settings, readable
+from kd_common.messages import CommandParser, check_device, check_file, check_groups, null_settings, readable
 
 
 class Rule:
@@ -214,19 +215,27 @@ def test_a_path_goes_before_a_packaged_name(build):
     assert build("--config", "long").trainer.max_epochs == 30
 
 
-def test_an_unknown_name_lists_the_packaged_ones(build, capsys):
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("nothing", " (packaged: default, long, rules/strong, wide)"),
+        ("widee.yaml", "; did you mean wide? (packaged: default, long, rules/strong, wide)"),
+        ("rules/weak", " (packaged: rules/strong)"),
+        ("strong", "; did you mean rules/strong? (packaged: default, long, rules/strong, wide)"),
+    ],
+)
+def test_an_unknown_name_suggests_packaged_ones_and_lists_those_of_its_folder(build, capsys, name, advice):
     with pytest.raises(SystemExit, match="2"):
-        build("--config", "rules/weak")
-    shown = capsys.readouterr().err
-    for name in ("rules/weak: no such file", "default.yaml", "long.yaml", "rules/strong.yaml", "wide.yaml"):
-        assert name in shown
+        build("--config", name)
+    message = f"error: --config {name}: no such file, and no packaged configuration{advice}"
+    assert message in capsys.readouterr().err.splitlines()
 
 
 def test_names_are_resolved_without_touching_other_arguments(configs):
     args = ["--name", "wide", "--config", "wide", "--trainer.max_epochs", "1"]
     assert resolve_config_names(args, configs) == [*args[:3], str(configs / "wide.yaml"), *args[4:]]
     assert resolve_config_names(["--config"], configs) == ["--config"]
-    with pytest.raises(FileNotFoundError, match=r"(?s)--config no: .*rules/strong\.yaml"):
+    with pytest.raises(FileNotFoundError, match=r"--config no: .*rules/strong"):
         find_config("no", configs)
 
 
@@ -276,6 +285,42 @@ def test_missing_options_are_named_by_their_flags(capsys):
             capsys.readouterr().err
             == f"tip: For details of accepted options run: python -m x --help\nerror: {message}\n"
         )
+    parser.example = "--ckpt FILE RUN"
+    parser.add_argument("--other", type=str)
+    parser.link_arguments("ckpt", "other")  # which asks for a string where there is none
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(["a"])
+    assert "error: --ckpt is required, as in: python -m x --ckpt FILE RUN\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "message"),
+    [
+        (list[int], "0", "Expected a list, as in '[0]'. Got value: 0"),
+        (Sequence[int], "0,1", "Expected a list, as in '[0,1]'. Got value: 0,1"),
+        (tuple[int, ...], "{a: 1}", "Expected a list, as in '[a, b]'. Got value: {'a': 1}"),
+        (dict[str, str], "file.jsonl", "Expected a dict, as in '{name: file.jsonl}'. Got value: file.jsonl"),
+        (Mapping[str, str] | None, "file.jsonl", "Expected a dict, as in '{name: file.jsonl}'"),
+        (dict[str, str] | None, "[a]", "Expected a dict, as in '{name: value}'"),
+        (list[str] | None, "3", "Expected a list, as in '[3]'"),
+    ],
+)
+def test_how_lists_and_mappings_are_written_is_shown(capsys, kind, given, message):
+    parser = CommandParser(prog="python -m x")
+    parser.add_argument("--setting", type=kind)
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(["--setting", given])
+    (error,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    assert re.fullmatch(rf"error: --setting[^:]*: {re.escape(message)}", error)
+
+
+def test_a_setting_of_a_class_that_only_a_later_file_chooses_is_told_about_the_order(build, capsys):
+    args = ["--model.rule.power", "3", "--config", "rules/strong"]
+    with pytest.raises(SystemExit, match="2"):
+        build("--model.rule", "Mild", *args)
+    shown = capsys.readouterr().err
+    assert "Mild has no setting 'power'; what stands before --config is read without that file: put --config" in shown
+    assert build("--config", "rules/strong", *args[:2]).model.rule.power == 3
 
 
 def test_a_required_setting_of_a_class_is_named_in_full():
@@ -352,10 +397,29 @@ def test_a_device_that_is_not_there_is_named(device):
 
 
 @pytest.mark.parametrize("where", ["file", "file/run"])
-def test_a_run_dir_that_cannot_be_made_is_named(build, where):
+def test_a_run_dir_that_is_a_file_is_refused_before_anything_is_built(build, monkeypatch, where):
     Path("file").touch()
-    with pytest.raises(OSError, match=f"--run_dir cannot be made .*'{where}'"):
+    monkeypatch.setattr("kd_common.cli.LightningCLI.instantiate_classes", lambda cli: pytest.fail("built"))
+    with pytest.raises(ValueError, match=rf"^--run_dir {where}: file is a file; name a folder$"):
         build("--run_dir", where)
+
+
+def test_a_run_dir_that_cannot_be_made_is_named(build, monkeypatch):
+    def refuse(self, **settings):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(OSError, match=r"--run_dir cannot be made .*'here'"):
+        build("--run_dir", "here")
+
+
+def test_files_and_folders_to_be_written_are_told_apart(tmp_path):
+    (tmp_path / "file").touch()
+    check_file("--output", tmp_path / "new" / "name")
+    with pytest.raises(ValueError, match=rf"^--output {tmp_path} is a folder; name a file$"):
+        check_file("--output", tmp_path)
+    with pytest.raises(ValueError, match=r"^--output .*/file: .*/file is a file; name a folder$"):
+        check_file("--output", tmp_path / "file" / "name")
 
 
 SETTINGS = "model: {class_path: MODULE.Toy, init_args: "

@@ -41,7 +41,14 @@ from kd_common.checkpoints import (
 )
 from kd_common.farewell import Farewell
 from kd_common.memory import limit_primitive_cache
-from kd_common.messages import CommandParser, check_accelerator, check_groups, check_world_size, null_settings
+from kd_common.messages import (
+    CommandParser,
+    check_accelerator,
+    check_folder,
+    check_groups,
+    check_world_size,
+    null_settings,
+)
 from kd_common.registry import suggest
 
 
@@ -121,6 +128,9 @@ class FitCLI(LightningCLI):
                 check_config_files(command_line)
             except (FileNotFoundError, ValueError) as error:
                 parser.error(str(error))
+            configs = [place for place, arg in enumerate(command_line) if arg.startswith("--config")]
+            if any(arg.startswith(("--data.", "--model.")) for arg in command_line[: max(configs, default=0)]):
+                parser.note = "; what stands before --config is read without that file: put --config first"
             # A setting of a class that nobody chose belongs to the default one; a later choice still wins.
             command_line = [
                 *(f"--{key}={name}" for key, name in self.class_defaults.items() if _sets_inside(command_line, key)),
@@ -147,6 +157,7 @@ class FitCLI(LightningCLI):
         saved = check_resumable(path) if path else {}
         check_accelerator(self.config["trainer"]["accelerator"])
         check_strategy(self.config["trainer"]["strategy"])
+        check_folder("--run_dir", self.config["run_dir"] or "runs")
         try:
             super().instantiate_classes()
         except (ValueError, TypeError) as error:
@@ -255,7 +266,7 @@ def resolve_config_names(args: Sequence[str], config_dir: Path) -> list[str]:
         config_dir: Folder of the packaged YAML files.
 
     Raises:
-        FileNotFoundError: If NAME is neither a path nor a packaged configuration; the message lists those there are.
+        FileNotFoundError: If NAME is neither a path nor a packaged configuration; the message lists its folder's.
     """
     resolved = list(args)
     for i, arg in enumerate(args):
@@ -292,8 +303,16 @@ def find_config(name: str, config_dir: Path) -> str:
     for candidate in candidates:
         if candidate.is_file():
             return str(candidate)
-    packaged = "\n  ".join(sorted(str(p.relative_to(config_dir)) for p in config_dir.rglob("*.yaml")))
-    raise FileNotFoundError(f"--config {name}: no such file, and no packaged configuration. Packaged:\n  {packaged}")
+    packaged = sorted(p.relative_to(config_dir).with_suffix("").as_posix() for p in config_dir.rglob("*.yaml"))
+    stem = name.removesuffix(".yaml")
+    folder, _, last = stem.rpartition("/")
+    listed = [other for other in packaged if folder and other.startswith(f"{folder}/")] or packaged
+    # The name without its folder is close to none by its letters alone.
+    elsewhere = [other for other in packaged if other.endswith(f"/{last}")]
+    hint = f"; did you mean {', '.join(elsewhere)}?" if elsewhere else suggest(stem, listed)
+    raise FileNotFoundError(
+        f"--config {name}: no such file, and no packaged configuration{hint} (packaged: {', '.join(listed)})"
+    )
 
 
 def reserve_run_dir(run_dir: str | None, name: str) -> Path:

@@ -24,18 +24,38 @@ _WAY = re.compile(
     r"Expected a path but |Expected a <class 'NoneType'>$|Subclass types expect one of:|a class path \(str\)$|"
     r"a dict with class_path entry$|a dict without class_path but |a dict with parameters accepted by "
 )
+_CONTAINER = re.compile(
+    r"Expected a <class '(?:collections\.abc\.)?(list|tuple|Sequence|dict|Mapping)'>(\. Got value: (.*))?"
+)
 _UNKNOWN = re.compile(r"(?:Group '(.*)' does not accept o|O)ption '(.*?)'(?: is not accepted)?")
 
 
 class CommandParser(ArgumentParser):
-    """A parser whose errors are short."""
+    """A parser whose errors are short.
+
+    Attributes:
+        example: Arguments that a command which needs some may be given, shown where they are missing.
+        note: What to add where a class has no such setting; empty for nothing.
+    """
+
+    example = ""
+    note = ""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong and leave with code 2; parsers of nested classes raise instead."""
-        if self.exit_on_error and (found := _UNKNOWN.fullmatch(message)):  # in a file
+        if not self.exit_on_error:
+            super().error(by_flag(message, self._option_string_actions), ex)
+        if found := _UNKNOWN.fullmatch(message):  # in a file
             message = f"Unrecognized arguments: --{'.'.join(filter(None, found.groups()))}"
-        message = by_flag(message, self._option_string_actions)
-        super().error(readable(message) if self.exit_on_error else message, ex)
+        message = readable(by_flag(message, self._option_string_actions))
+        # One that is linked to another is asked for its type before it is missed.
+        if (found := re.fullmatch(r"--(\S+): Expected a .* Got value: None", message)) and found[
+            1
+        ] in self.required_args:
+            message = f"--{found[1]} is required"
+        if self.example and message.endswith(" is required"):
+            message += f", as in: {self.prog} {self.example}"
+        super().error(message + self.note if "has no setting" in message else message, ex)
 
     def print_usage(self, file: Any = None) -> None:
         """Print nothing: the error's last line would be out of sight, and the tip beside it names ``--help``."""
@@ -77,11 +97,17 @@ def readable(message: str) -> str:
         return f"--{'.'.join([*keys, missing[1]])} is required"
     value = re.search(r"^ *Given value: (?!NestedArg|Namespace|\{)(.*)$", message, flags=re.M)
     given = f" {value[1]}" if value else ""
-    return f"--{'.'.join(keys)}{given}: {'; '.join(_explained(cause, message) for cause in causes)}"
+    return f"--{'.'.join(keys)}{given}: {'; '.join(_explained(cause, message, given.strip()) for cause in causes)}"
 
 
-def _explained(cause: str, message: str) -> str:
-    """A cause with the names that could stand there."""
+def _explained(cause: str, message: str, given: str) -> str:
+    """A cause with the names that could stand there, or with how it is written."""
+    if found := _CONTAINER.fullmatch(cause):
+        value = found[3] or given
+        plain = bool(value) and not re.search(r"[\[\]{}'\"]", value)
+        if found[1] in ("dict", "Mapping"):
+            return f"Expected a dict, as in '{{name: {value if plain else 'value'}}}'{found[2] or ''}"
+        return f"Expected a list, as in '[{value if plain else 'a, b'}]'{found[2] or ''}"
     if found := re.match(r"Option '(.*)' is not accepted", cause):
         (*_, owner) = re.findall(r"given class_path '(.*)'", message)
         return f"{owner} has no setting {found[1]!r}{suggest(found[1], _parameters(_imported(owner)))}"
@@ -188,6 +214,17 @@ def check_folder(flag: str, path: str | Path) -> None:
     """
     if (file := next((p for p in (Path(path), *Path(path).parents) if p.exists()), None)) and not file.is_dir():
         raise ValueError(f"{flag} {path}: {file} is a file; name a folder")
+
+
+def check_file(flag: str, path: str | Path) -> None:
+    """Refuse the name of a folder where a file is to be written, or one inside a file.
+
+    Raises:
+        ValueError: Naming the flag.
+    """
+    if Path(path).is_dir():
+        raise ValueError(f"{flag} {path} is a folder; name a file")
+    check_folder(flag, Path(path).parent)
 
 
 def check_device(name: str) -> None:
