@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from kd_common.compare import by_variant, mean_and_spread, run_matrix, write_table
+from kd_common.compare import by_variant, compare_command, mean_and_spread, run_matrix, write_table
 
 MATRIX = {
     "base": ["default"],
@@ -45,6 +45,34 @@ def test_finished_runs_are_kept_and_not_repeated(tmp_path):
     assert calls == [("A", 1)]
     with pytest.raises(ValueError, match=r"holds B, seed 0, run with other settings"):
         run_matrix(run_one, str, output=tmp_path, **(MATRIX | {"overrides": ["--y=3"]}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"jobs": 0}, r"^--jobs 0: give the number of runs at a time, 1 or more$"),
+        ({"jobs": -1}, r"^--jobs -1: "),
+        ({"seeds": []}, r"^--seeds \[\]: give at least one, as in '\[0\]'"),
+        ({"variants": {}}, r"^--variants \{\}: give at least one"),
+        ({"file": True}, r"^--output .*/file: .*/file is a file; name a folder$"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_runs(tmp_path, settings, message):
+    (tmp_path / "file").touch()
+    output = tmp_path / ("file" if settings.pop("file", False) else "new")
+    with pytest.raises(ValueError, match=message):
+        run_matrix(lambda *arguments: pytest.fail("ran"), str, output=output, **(MATRIX | settings))
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_command_without_a_comparison_names_the_packaged_ones(tmp_path, capsys):
+    (tmp_path / "compare").mkdir()
+    for name in ("small", "large"):
+        (tmp_path / "compare" / f"{name}.yaml").touch()
+    with pytest.raises(SystemExit, match="2"):
+        compare_command(run_one, str, print, package="x", description=None, config_dir=tmp_path, args=["--jobs=2"])
+    advice = "--config FILE of base, variants and output, packaged: compare/large, compare/small\n"
+    assert f" is required, as in: python -m x.compare {advice}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("values", "expected"), [([], "–"), ([0.5], "0.50"), ([0.5, 0.7], "0.60 ± 0.14")])

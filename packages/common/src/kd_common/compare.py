@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from kd_common.cli import resolve_config_names
 from kd_common.files import read_json, write_atomically
-from kd_common.messages import CommandParser
+from kd_common.messages import CommandParser, check_folder
 
 Row = dict[str, Any]
 RunOne = Callable[[str, int, Sequence[str], int], Row]
@@ -57,10 +57,17 @@ def run_matrix(
         One row per run, in the order of the variants and seeds.
 
     Raises:
-        ValueError: If ``results.json`` is damaged, or holds a run with other settings.
+        ValueError: If ``results.json`` is damaged, or holds a run with other settings, or if there is nothing to run.
         ExceptionGroup: Of the runs that failed, after the others are saved; with one job at a time the first failure
             ends the comparison.
     """
+    if jobs < 1:
+        raise ValueError(f"--jobs {jobs}: give the number of runs at a time, 1 or more")
+    if not seeds:
+        raise ValueError("--seeds []: give at least one, as in '[0]': every variant runs once per seed")
+    if not variants:
+        raise ValueError("--variants {}: give at least one, as in '{KD: [methods/kd]}'")
+    check_folder("--output", output)
     output.mkdir(parents=True, exist_ok=True)
     results = output / "results.json"
     done = _finished(results) if results.is_file() else []
@@ -124,6 +131,8 @@ def compare_command(
         args: Command line; None for ``sys.argv``.
     """
     parser = CommandParser(prog=f"python -m {package}.compare", description=description, allow_abbrev=False)
+    packaged = sorted(f"compare/{path.stem}" for path in (config_dir / "compare").glob("*.yaml"))
+    parser.example = f"--config FILE of base, variants and output, packaged: {', '.join(packaged)}"
     parser.add_argument("--config", action="config", help="Comparison file; packaged ones are found by name.")
     parser.add_function_arguments(run_matrix, as_positional=False, skip={"run_one", "headline"})
     settings = parser.parse_args(resolve_config_names(sys.argv[1:] if args is None else args, config_dir))
