@@ -319,6 +319,19 @@ def test_other_vocabulary(arguments, teacher):
         main(arguments("--teacher", teacher))
 
 
+def test_an_output_that_is_a_folder_is_refused_before_models_are_loaded(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "load", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match=rf"^--output {tmp_path} is a folder; name a file$"):
+        main(arguments("--output", str(tmp_path)))
+
+
+def test_a_missing_student_is_named_with_an_example(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([])
+    example = "python -m llm_kd.evaluate --student runs/smollm2/run_0/student_last --data.val FILE.jsonl"
+    assert f"error: --student is required, as in: {example}\n" in capsys.readouterr().err
+
+
 def test_missing_model(arguments):
     with pytest.raises(ModelNotFoundError, match="gone: no such folder"):
         main(arguments("--teacher", "gone"))

@@ -67,6 +67,20 @@ def test_missing_file():
         main(["--ckpt", "nowhere.pt"])
 
 
+@pytest.mark.parametrize(
+    ("flag", "path", "message"),
+    [
+        ("--images", "file", r"file: .*file is a file; name a folder"),
+        ("--results", "", "is a folder; name a file"),
+        ("--export", "file/x", r"file is a file; name a folder"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_anything_is_measured(tmp_path, flag, path, message):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=rf"^{flag} {tmp_path}.*{message}$"):
+        main(["--ckpt", "nowhere.pt", flag, str(tmp_path / path)])
+
+
 def test_export_runs_without_this_project(student, student_file, tmp_path):
     main(["--ckpt", str(student_file), "--device", "cpu", "--export", str(tmp_path / "student.pt2")])
     program = torch.export.load(tmp_path / "student.pt2").module()

@@ -23,7 +23,7 @@ from kd_common.compare import mean_and_spread
 from kd_common.errors import run_command
 from kd_common.files import write_atomically
 from kd_common.hub import load_config, load_tokenizer
-from kd_common.messages import CommandParser, check_device
+from kd_common.messages import CommandParser, check_device, check_file
 from llm_kd.answers import Answers, answer_prompts
 from llm_kd.data import TextDataModule
 from llm_kd.distiller import token_metric_means
@@ -82,6 +82,7 @@ def token_means(
 def parser() -> CommandParser:
     """Command line of this module."""
     parser = CommandParser(prog="python -m llm_kd.evaluate", description=__doc__, allow_abbrev=False)
+    parser.example = "--student runs/smollm2/run_0/student_last --data.val FILE.jsonl"
     parser.add_argument("--student", type=str, required=True, help="Saved student, or any other folder or name.")
     parser.add_argument("--teacher", type=str | None, default=None, help="Teacher to compare it with.")
     parser.add_argument("--k", type=int, default=5, help="Most likely tokens of the teacher, for the acceptance rate.")
@@ -227,6 +228,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     sampling = check(settings)
     output = None if settings.output is None else Path(settings.output)
     if output is not None:
+        check_file("--output", output)
         output.parent.mkdir(parents=True, exist_ok=True)
     console = Console()
     shown = flat(settings.as_dict()) | {"max_new_tokens": sampling.max_new_tokens}

@@ -22,6 +22,7 @@ from llm_kd.models import vocabulary_size
 def parser() -> CommandParser:
     """Command line of this module."""
     parser = CommandParser(prog="python -m llm_kd.generate", description=__doc__, allow_abbrev=False)
+    parser.example = '--model runs/smollm2/run_0/student_last --prompt "What is a fox?"'
     parser.add_argument("--model", type=str, required=True, help="Saved student, or any other folder or name.")
     parser.add_argument("--prompt", type=str, required=True, help="What to answer; - reads it from standard input.")
     parser.add_argument("--system", type=str | None, default=None, help="System turn before the prompt.")

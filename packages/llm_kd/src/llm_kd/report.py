@@ -13,7 +13,7 @@ from rich.console import Console
 
 from kd_common.errors import run_command
 from kd_common.hub import load_causal_lm, load_config, load_tokenizer
-from kd_common.messages import CommandParser
+from kd_common.messages import CommandParser, check_folder
 from kd_common.report import Section, check_validated, read_config, read_metrics, run_names, write_report
 from llm_kd.data import TextDataModule
 from llm_kd.figures import Metrics, mark_tokens, plot_entropy, plot_positions, plot_progress
@@ -162,12 +162,14 @@ def report(runs: Sequence[Path], output: Path, *, limit: int = 16, k: int = 5, t
 def main(args: list[str] | None = None) -> Path:
     """Parse the command line, write the report and say where it is."""
     parser = CommandParser(prog="python -m llm_kd.report", description=__doc__, allow_abbrev=False)
+    parser.example = "runs/smollm2/run_0"
     parser.add_argument("runs", nargs="+", type=Path, help="Folders of runs.")
     parser.add_argument("--output", type=Path, default=Path("runs/report/llm_kd"), help="Folder of the page.")
     parser.add_argument("--limit", type=int, default=16, help="Held-out rows the students are run on; 0 for none.")
     parser.add_argument("--k", type=int, default=5, help="Most likely tokens of the teacher that count as accepted.")
     parser.add_argument("--texts", type=int, default=3, help="Answers shown token by token.")
     settings = parser.parse_args(args)
+    check_folder("--output", settings.output)
     page = report(settings.runs, settings.output, limit=settings.limit, k=settings.k, texts=settings.texts)
     Console().print(f"written to {page}", soft_wrap=True, highlight=False)
     return page

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from kd_common.errors import run_command
-from kd_common.messages import CommandParser, check_device
+from kd_common.messages import CommandParser, check_device, check_file, check_folder
 from vision_kd.data import ImageDataModule
 from vision_kd.detection.data import COCO
 from vision_kd.detection.detector import Detector
@@ -62,6 +62,7 @@ def accuracy(
 def parser() -> CommandParser:
     """Command line of this module."""
     parser = CommandParser(prog="python -m vision_kd.evaluate", description=__doc__, allow_abbrev=False)
+    parser.example = "--ckpt runs/digits/run_0/student_last.pt"
     parser.add_argument("--ckpt", type=str, required=True, help="Weight file.")
     parser.add_argument("--model", type=ModelSpec | None, default=None, help="Network, for files that do not name it.")
     parser.add_argument("--data", type=ImageDataModule | None, default=None, help="Data to evaluate on.")
@@ -120,6 +121,11 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     """Evaluate, print and return the metrics."""
     settings = parser().parse_args(args)
     check_device(settings.device)
+    for flag in ("results", "export"):  # before what is to be written there is computed
+        if settings[flag] is not None:
+            check_file(f"--{flag}", settings[flag])
+    if settings.images is not None:
+        check_folder("--images", settings.images)
     model, data = load(settings)
     if settings.export is not None and not isinstance(model, Classifier):
         raise ValueError("--export writes classifiers only: torch.export does not trace a detector's proposals")

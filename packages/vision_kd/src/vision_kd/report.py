@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kd_common.errors import run_command
-from kd_common.messages import CommandParser
+from kd_common.messages import CommandParser, check_folder
 from kd_common.report import Section, Series, check_validated, read_config, read_metrics, run_names, write_report
 from vision_kd.data import ImageDataModule
 from vision_kd.diagnosis import calibration_error, class_accuracy, class_correlation, collect_logits
@@ -255,12 +255,14 @@ def report(
 def main(args: list[str] | None = None) -> Path:
     """Parse the command line, write the report and say where it is."""
     parser = CommandParser(prog="python -m vision_kd.report", description=__doc__, allow_abbrev=False)
+    parser.example = "runs/digits/run_0"
     parser.add_argument("runs", nargs="+", type=Path, help="Folders of runs, the reference first.")
     parser.add_argument("--output", type=Path, default=Path("runs/report/vision_kd"), help="Folder of the page.")
     parser.add_argument("--resolution", type=int, default=13, help="Points per direction of the loss landscapes.")
     parser.add_argument("--extent", type=float, default=0.6, help="How far they reach, in lengths of the filters.")
     parser.add_argument("--samples", type=int, default=500, help="Validation images they are computed on.")
     settings = parser.parse_args(args)
+    check_folder("--output", settings.output)
     page = report(
         settings.runs,
         settings.output,
