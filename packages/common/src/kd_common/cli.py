@@ -130,6 +130,7 @@ class FitCLI(LightningCLI):
                 parser.error(str(error))
             configs = [place for place, arg in enumerate(command_line) if arg.startswith("--config")]
             if any(arg.startswith(("--data.", "--model.")) for arg in command_line[: max(configs, default=0)]):
+                assert isinstance(parser, FitParser)
                 parser.note = "; what stands before --config is read without that file: put --config first"
             # A setting of a class that nobody chose belongs to the default one; a later choice still wins.
             command_line = [
