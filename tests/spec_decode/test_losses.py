@@ -13,7 +13,9 @@ from spec_decode.losses import (
     feature_loss,
     head_loss,
     level_batch,
+    level_loss,
     level_weights,
+    rejected_mass,
     soft_cross_entropy,
     teacher_forced_acceptance,
 )
@@ -43,6 +45,37 @@ def test_soft_cross_entropy_limits():
     before = student.clone()
     soft_cross_entropy(student, student)
     assert torch.equal(student, before)
+
+
+def test_rejected_mass_in_float64():
+    student, teacher = torch.randn(5, 7, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64)
+    found, slope = rejected_mass(student, teacher)
+    for row in range(5):
+        p, q = teacher[row].exp() / teacher[row].exp().sum(), student[row].exp() / student[row].exp().sum()
+        assert float(found[row]) == pytest.approx(float((p - q).abs().sum() / 2), rel=1e-12)  # the total variation
+    student.requires_grad_()
+    written_out = -torch.minimum(teacher.softmax(-1), student.softmax(-1)).sum()
+    torch.testing.assert_close(slope, torch.autograd.grad(written_out, student)[0])
+
+
+def test_rejected_mass_limits():
+    z = torch.randn(4, 6)
+    value, slope = rejected_mass(z, z)
+    torch.testing.assert_close(value, torch.zeros(4), atol=1e-6, rtol=0)
+    torch.testing.assert_close(slope, torch.zeros(4, 6))
+    apart = torch.tensor([[9e4, -9e4]]), torch.tensor([[-9e4, 9e4]])
+    value, slope = rejected_mass(*apart)
+    assert value.tolist() == [1.0]
+    assert slope.isfinite().all()
+    assert all(part.dtype == torch.float32 for part in rejected_mass(z.bfloat16(), z))
+
+
+@pytest.mark.parametrize("weight", [0.0, 2.5])
+def test_a_level_loss_is_the_cross_entropy_and_the_weighted_rejected_mass(weight):
+    student, teacher = torch.randn(5, 7, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64)
+    parts = zip(soft_cross_entropy(student, teacher), rejected_mass(student, teacher), strict=True)
+    for found, (entropy, missed) in zip(level_loss(weight)(student, teacher), parts, strict=True):
+        torch.testing.assert_close(found, entropy + weight * missed)
 
 
 @pytest.mark.parametrize("level", range(4))
@@ -156,7 +189,7 @@ def training_module(tiny, name, options, **settings):
 def test_every_level_is_compared_with_the_targets_law_of_the_token_it_predicts(tiny, name, draft_vocab):
     """Token by token: transformers' law of token t is that at t - 1, the draft's stands in row t - 2 - i."""
     options = {"depth": 3, "draft_vocab": draft_vocab}
-    module, batch = training_module(tiny, name, options, feature_weight=0.3, chunk=5)
+    module, batch = training_module(tiny, name, options, acceptance_weight=0.7, feature_weight=0.3, chunk=5)
     drafter = module.drafter
     vocabulary = torch.arange(40) if draft_vocab is None else drafter.vocabulary
     losses, counts, hits = module.level_losses(batch)
@@ -175,7 +208,8 @@ def test_every_level_is_compared_with_the_targets_law_of_the_token_it_predicts(t
                 z = drafter.level_logits(level, state).detach().double()
                 gap = (state - theirs.hidden_states[-1][row, t - 1]).double().abs()
                 near = torch.where(gap < 1, gap**2 / 2, gap - 0.5).mean()
-                expected += float(-(p * (z - z.logsumexp(-1))).sum() + 0.3 * near)
+                missed = (p - z.softmax(-1)).abs().sum() / 2
+                expected += float(-(p * (z - z.logsumexp(-1))).sum() + 0.7 * missed + 0.3 * near)
                 seen, correct = seen + 1, correct + int(vocabulary[z.argmax()] == batch.tokens[row, t])
         assert float(loss.detach()) == pytest.approx(expected, rel=1e-4)
         assert (int(number), int(right)) == (seen, correct)

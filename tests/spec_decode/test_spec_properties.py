@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spec_decode.cost import best_tree, expected_tokens
-from spec_decode.losses import soft_cross_entropy
+from spec_decode.losses import rejected_mass, soft_cross_entropy
 from spec_decode.models import KVCache
 from spec_decode.proposals import matching_tree, sampled_tree
 from spec_decode.sampling import Sampling, row_seeds
@@ -335,6 +335,17 @@ def test_soft_cross_entropy_is_least_at_equality_with_finite_gradients(data):
     assert gradient.isfinite().all()
     assert (gradient.sum(-1).abs() <= 1e-5).all()
     assert (gradient.abs() <= 1 + 1e-5).all()  # q - p
+
+
+@props
+@given(data=st.data())
+def test_rejected_mass_is_a_probability_with_finite_gradients(data):
+    student, teacher = data.draw(logits(3, VOCAB)).float(), data.draw(logits(3, VOCAB))
+    mass, gradient = rejected_mass(student, teacher)
+    assert ((mass >= -1e-5) & (mass <= 1 + 1e-5)).all()
+    torch.testing.assert_close(mass, rejected_mass(teacher, student)[0], atol=1e-5, rtol=0)
+    assert (gradient.sum(-1).abs() <= 1e-5).all()
+    assert (gradient.abs() <= 1 + 1e-5).all()
 
 
 # --- cost ---

@@ -25,11 +25,55 @@ def soft_cross_entropy(logits: Tensor, target_logits: Tensor) -> tuple[Tensor, T
         Shape (M,), >= the entropy of p, and the gradient with respect to `logits`, shape (M, C); both without a graph
         and at least in fp32.
     """
-    precise = torch.promote_types(torch.promote_types(logits.dtype, target_logits.dtype), torch.float32)
-    log_q = logits.detach().to(precise).log_softmax(-1)
-    p = target_logits.detach().to(precise).softmax(-1)
+    log_q, p = _laws(logits, target_logits)
     value = -(p * log_q).sum(-1)
     return value, log_q.exp_().sub_(p)
+
+
+def rejected_mass(logits: Tensor, target_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """1 - sum over tokens of min(p, q), the total variation, and its slope.
+
+    It is the probability that a token drawn from q is rejected when the target verifies it, so its fall is the gain in
+    acceptance at temperature 1 (Leviathan et al., arXiv 2211.17192, corollary 3.6). Its slope is small where q is far
+    from p, which is why it is added to the cross-entropy instead of taking its place.
+
+    Args:
+        logits: Shape (M, C).
+        target_logits: Shape (M, C).
+
+    Returns:
+        Shape (M,), in [0, 1], and the gradient with respect to `logits`, shape (M, C); both without a graph and at
+        least in fp32.
+    """
+    log_q, p = _laws(logits, target_logits)
+    q = log_q.exp_()
+    short = q * (q < p)  # tokens of which q holds too little
+    return 1 - torch.minimum(p, q).sum(-1), q * short.sum(-1, keepdim=True) - short
+
+
+def _laws(logits: Tensor, target_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Log of the drafter's law q, and the target's law p, at least in fp32."""
+    precise = torch.promote_types(torch.promote_types(logits.dtype, target_logits.dtype), torch.float32)
+    # Both by the same steps: of equal logits the laws must be equal, or rounding would decide the slope of the minimum.
+    log_q, log_p = (z.detach().to(precise).log_softmax(-1) for z in (logits, target_logits))
+    return log_q, log_p.exp_()
+
+
+LevelLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Loss of every position, (M,), and its slope, (M, C), from a level's logits and the target's."""
+
+
+def level_loss(acceptance_weight: float) -> LevelLoss:
+    """`soft_cross_entropy`, and so many times `rejected_mass`."""
+    if not acceptance_weight:
+        return soft_cross_entropy
+
+    def both(logits: Tensor, target_logits: Tensor) -> tuple[Tensor, Tensor]:
+        value, slope = soft_cross_entropy(logits, target_logits)
+        missed, slope_missed = rejected_mass(logits, target_logits)
+        return value + acceptance_weight * missed, slope + acceptance_weight * slope_missed
+
+    return both
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,8 +116,9 @@ def head_loss(
     tokens: Tensor,
     chunk: int,
     parameters: Sequence[Tensor] = (),
+    loss: LevelLoss = soft_cross_entropy,
 ) -> tuple[Tensor, Tensor]:
-    """Sum of soft cross-entropies and number of positions whose best draft token is the text's, chunk by chunk.
+    """Sum of a loss over positions and number of positions whose best draft token is the text's, chunk by chunk.
 
     Gradients are formed beside the loss, so that no logits outlive their chunk and none are computed twice. Until the
     backward pass every call holds the gradients of its states and of the leaves it depends on, such as a trained head.
@@ -85,13 +130,14 @@ def head_loss(
         tokens: Draft token of the text there, int64 of shape (M,).
         chunk: Rows per chunk.
         parameters: Leaves that the head may depend on; gradients reach these and the states, nothing else.
+        loss: See `level_loss`.
 
     Returns:
         Loss, fp32 of shape (), and hits, int64 of shape ().
     """
     learns = torch.is_grad_enabled()
     leaves = [p for p in parameters if p.requires_grad] if learns else []
-    return _HeadLoss.apply(head, target_logits, tokens, chunk, learns, states, *leaves)
+    return _HeadLoss.apply(head, loss, target_logits, tokens, chunk, learns, states, *leaves)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -101,6 +147,7 @@ class _HeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         head: Callable[[Tensor], Tensor],
+        objective: LevelLoss,
         target_logits: Tensor,
         tokens: Tensor,
         chunk: int,
@@ -117,7 +164,7 @@ class _HeadLoss(torch.autograd.Function):
             x = part.detach().requires_grad_(learns)
             with torch.set_grad_enabled(learns):
                 logits = head(x)
-            value, slope = soft_cross_entropy(logits, theirs)
+            value, slope = objective(logits, theirs)
             # In fp32: on a CPU it takes several times as long to find the largest of bfloat16 numbers.
             loss, hits = loss + value.sum(), hits + (logits.detach().float().max(-1).indices == token).sum()
             if learns:
@@ -131,7 +178,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, by: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return (*[None] * 5, *(None if slope is None else slope * by for slope in ctx.saved_tensors))
+        return (*[None] * 6, *(None if slope is None else slope * by for slope in ctx.saved_tensors))
 
 
 def feature_loss(states: Tensor, final: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from spec_decode.losses import (
     feature_loss,
     head_loss,
     level_batch,
+    level_loss,
     level_weights,
     teacher_forced_acceptance,
 )
@@ -33,10 +34,11 @@ from spec_decode.target import TargetSpec
 class DrafterModule(pl.LightningModule):
     """Train a drafter of any kind against a frozen target.
 
-    The loss of a level is the soft cross-entropy to the target's law, summed over its supervised tokens. The loss of an
-    update is the weighted sum over the levels, micro-batches and ranks, divided by the number of tokens that the first
-    level is supervised on, so that neither accumulation nor the number of ranks changes it. Under a reduced draft
-    vocabulary the law is renormalised over it, and positions whose token lies outside are left out.
+    The loss of a level is the soft cross-entropy to the target's law, and what is weighted in beside it, summed over
+    its supervised tokens. The loss of an update is the weighted sum over the levels, micro-batches and ranks, divided
+    by the number of tokens that the first level is supervised on, so that neither accumulation nor the number of ranks
+    changes it. Under a reduced draft vocabulary the law is renormalised over it, and positions whose token lies outside
+    are left out.
 
     Args:
         target: The model whose decoding is sped up.
@@ -46,6 +48,7 @@ class DrafterModule(pl.LightningModule):
         weight_decay: Weight decay of matrices, >= 0.
         betas: AdamW's decay rates.
         level_decay: Weight of level i is this to the power i (from 0), in (0, 1].
+        acceptance_weight: Weight of the probability that a drawn draft token is rejected (`rejected_mass`), >= 0.
         feature_weight: Weight of the smooth-L1 distance of every level's state to the target's final state, >= 0.
         ranks: Candidates per level whose acceptance is measured, >= 1.
         chunk: Rows of the head at once; bounds the memory of the logits.
@@ -67,6 +70,7 @@ class DrafterModule(pl.LightningModule):
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.95),
         level_decay: float = 0.8,
+        acceptance_weight: float = 0.0,
         feature_weight: float = 0.0,
         ranks: int = 8,
         chunk: int = 512,
@@ -79,7 +83,12 @@ class DrafterModule(pl.LightningModule):
             raise ValueError(f"model.learning_rate must be > 0, got {learning_rate}")
         if not 0 < level_decay <= 1:
             raise ValueError(f"model.level_decay must be in (0, 1], got {level_decay}")
-        for name, value in (("weight_decay", weight_decay), ("feature_weight", feature_weight)):
+        weights = {
+            "weight_decay": weight_decay,
+            "acceptance_weight": acceptance_weight,
+            "feature_weight": feature_weight,
+        }
+        for name, value in weights.items():
             if value < 0:
                 raise ValueError(f"model.{name} must be >= 0, got {value}")
         for name, value in (("ranks", ranks), ("chunk", chunk)):
@@ -89,6 +98,7 @@ class DrafterModule(pl.LightningModule):
         self.lr_schedule = lr_schedule or CosineDecay()
         self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, betas
         self.level_decay, self.feature_weight = level_decay, feature_weight
+        self.level_loss = level_loss(acceptance_weight)
         self.ranks, self.chunk, self.shard_target, self.seed = ranks, chunk, shard_target, seed
         # In a list: the target is in no checkpoint, optimizer or DDP bucket.
         self._target = [target.load()]
@@ -178,6 +188,7 @@ class DrafterModule(pl.LightningModule):
                 tokens[known],
                 self.chunk,
                 tuple(drafter.parameters()),
+                self.level_loss,
             )
             if self.feature_weight:
                 loss = loss + self.feature_weight * feature_loss(mine, final[before])
