@@ -12,7 +12,7 @@ import torch
 from spec_decode import autotune as module
 from spec_decode.autotune import autotune, measure_drafts, measure_passes
 from spec_decode.decoder import SpeculativeDecoder
-from spec_decode.drafters import DrafterSpec, PromptLookup
+from spec_decode.drafters import DrafterSpec, PromptLookup, WithLookup
 from spec_decode.guard import PayGuard
 from spec_decode.models import CausalLM
 
@@ -221,6 +221,20 @@ def test_a_draft_after_a_pause_has_read_what_it_missed(tiny, monkeypatch, name, 
         decoder.generate([context[:-1] for context in contexts], max_new_tokens=2)
         assert drafts[0][0] == contexts
         assert torch.equal(drafts[0][1].tokens, draft.tokens)
+
+
+def test_the_choice_leaves_room_for_the_branch_of_lookup(tiny, drafter, monkeypatch):
+    drafter.acceptance = [[0.9, 0.05, 0.02]] * 3
+    monkeypatch.setattr(module, "measure_passes", lambda *a, **k: {1: 1.0, 8: 1.0, 16: 9.0})
+    monkeypatch.setattr(module, "measure_drafts", lambda *a, **k: [0.0, 0.0, 0.0])
+    alone = SpeculativeDecoder(tiny.target, drafter, tree="auto")
+    both = SpeculativeDecoder(tiny.target, WithLookup(drafter), tree="auto")
+    assert sum(alone.tree) == 7
+    assert sum(both.tree) == 4
+    assert len(both.tree) == 3
+    both.guards = None
+    found = both.generate([[1, 2, 3] * 6], max_new_tokens=30)
+    assert set(found.pass_sizes) == {8}
 
 
 def test_a_drafter_without_measured_acceptance_is_guarded(tiny, drafter):

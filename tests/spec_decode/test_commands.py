@@ -2,19 +2,22 @@
 
 import io
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from spec_decode.benchmark import benchmark, content_digest, margin
-from spec_decode.chat import talk
+from spec_decode.chat import chat, talk
 from spec_decode.decoder import SpeculativeDecoder
 from spec_decode.drafters import DrafterSpec, DynamicTree, PromptLookup, WithLookup, save_drafter
 from spec_decode.generate import GREEN, generate
 from spec_decode.measure import first_divergence
 from spec_decode.sampling import Sampling, row_seeds
 from spec_decode.session import Session, TextStream, find_drafter, parse_tree
+from spec_decode.tables import print_tables
 from spec_decode.target import TargetSpec
 
 
@@ -121,6 +124,54 @@ def test_a_drafter_that_is_not_there_is_refused_before_the_target_is_loaded(name
         benchmark(["prompt_lookup", name])
 
 
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"max_new_tokens": -3}, "max_new_tokens must be an int >= 1"),
+        ({"temperature": -1.0}, "temperature must be"),
+        ({"top_p": 0.0}, "top_p must be"),
+        ({"seed": 2**63}, "seed must be"),
+    ],
+)
+def test_settings_out_of_range_are_refused_before_anything_is_loaded(extra, message, monkeypatch):
+    monkeypatch.setattr(Session, "open", None)
+    for command in (partial(generate, "Hello"), chat):
+        with pytest.raises(ValueError, match=message):
+            command(**extra)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"count": -1}, "count must be >= 1, got -1"),
+        ({"temperatures": [0.0, -1.0]}, "temperature must be"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be an int >= 1"),
+        ({"output": "file/out"}, "file is a file; name a folder"),
+    ],
+)
+def test_a_benchmark_refuses_settings_before_anything_is_loaded(extra, message, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    monkeypatch.setattr(TargetSpec, "load", None)
+    with pytest.raises(ValueError, match=message):
+        benchmark(["prompt_lookup"], **extra)
+
+
+def test_the_folder_around_a_drafter_names_it(drafter, tmp_path):
+    with pytest.raises(FileNotFoundError, match=rf"drafter.json is missing; give one of {drafter}"):
+        find_drafter(str(tmp_path), None)
+    with pytest.raises(FileNotFoundError, match="there is no such folder"):
+        find_drafter(str(tmp_path / "nowhere"), None)
+
+
+@pytest.mark.parametrize("table", [[["x"]], [0.5], [[2.0, 0.5]], [[]], [[0.7, 0.7]]])
+def test_a_damaged_acceptance_is_refused_by_its_file(drafter, table):
+    path = Path(drafter) / "drafter.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"acceptance": table}))
+    with pytest.raises(ValueError, match=r"drafter\.json is damaged: acceptance of level 0"):
+        find_drafter(drafter, None)
+
+
 def test_a_digest_of_a_drafters_content_tells_drafters_apart(drafter, tmp_path):
     before = content_digest(tmp_path / "drafter")
     assert content_digest(tmp_path / "nowhere") == content_digest(Path("prompt_lookup")) == ""
@@ -187,7 +238,7 @@ def test_benchmark_measures_and_keeps_finished_blocks(standin, drafter, tmp_path
     assert [row["drafter"] for row in together] == [row["drafter"] for row in rows[:4]]  # transformers' own run alone
     for row, alone in zip(together, rows, strict=False):
         assert (row["batch_size"], alone["batch_size"]) == (2, 1)
-        if not row["drafter"].endswith("@auto"):  # which watches single rows only
+        if not row["drafter"].endswith("@auto"):  # whose guard goes by the clock
             assert row["tau"] == alone["tau"]  # counted per row, so that sharing passes does not change it
         assert row["cost_model"] is None
         assert sum(count for _, count in row["pass_sizes"]) < sum(count for _, count in alone["pass_sizes"])
@@ -195,6 +246,43 @@ def test_benchmark_measures_and_keeps_finished_blocks(standin, drafter, tmp_path
     benchmark(temperatures=[0.0], **(settings | {"seed": 1}))  # other settings: the old results keep their file
     assert json.loads((tmp_path / f"out/results-{key}.json").read_text())["rows"] == more
     assert "speed-up" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_texts_of_one_token_leave_nothing_to_compare(standin, drafter, tmp_path, capsys):
+    """Its token comes with the prefill; the target is the drafter's own."""
+    settings = {"count": 1, "temperatures": [0.0], "dtype": "float32", "output": str(tmp_path / "out")}
+    rows = benchmark([drafter], max_new_tokens=1, **settings)
+    assert [row.get("speedup") for row in rows[:2]] == [None, None]
+    assert rows[1]["lossless"]["equal"] == 1
+
+
+def test_tables_fit_a_terminal():
+    seconds = dict.fromkeys(("draft", "target", "verify", "commit", "overhead"), 0.25)
+    shared = {"set": "mt_bench", "temperature": 0.0, "end_to_end": 100.25}
+    row = {
+        **shared,
+        "drafter": "runs/smollm2/run_0/drafter_best+lookup@4,3,3",
+        "tree": [4, 3, 3],
+        "tokens_per_second": 123.45,
+        "speedup": 1.5,
+        "speedup_over_transformers": 1.75,
+        "tau": 2.25,
+        "acceptance": [0.5, 0.25, 0.125],
+        "seconds": seconds | {"target": 1.0},
+        "share_of_cost_model": 0.97,
+        "drafter_mib": 86.2,
+        "decoding_mib": 11.4,
+        "lossless": {"equal": 7, "of": 8},
+    }
+    out = io.StringIO()
+    rows = [row, {**shared, "drafter": "transformers"}, row | {"temperature": 1.0, "speedup": None}]
+    print_tables(rows, Console(file=out, width=80))
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    for cells in (["123.5", "1.50x", "100.2", "1.75x", "2.25", "7/8"], ["4,3,3", "12 50 12 12 12", "97%", "86 + 11"]):
+        assert any(all(cell in line for cell in cells) for line in lines)
+    assert sum("mt_bench, temperature 1" in line for line in lines) == 2
 
 
 def test_first_divergence():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from spec_decode.decoder import SpeculativeDecoder
-from spec_decode.drafters import DRAFTERS, Drafter, DynamicTree, PromptLookup, WithLookup
+from spec_decode.drafters import DRAFTERS, Drafter, DrafterSpec, DynamicTree, PromptLookup, WithLookup
 from spec_decode.drafters.prompt_lookup import NgramIndex
 from spec_decode.sampling import Sampling, row_seeds
 from spec_decode.tree import DraftTree
@@ -232,12 +232,28 @@ def test_bad_settings(tiny):
     for settings in ({"temperature": -1.0}, {"top_p": 0.0}, {"top_k": 0}, {"max_new_tokens": 0}):
         with pytest.raises(ValueError, match=next(iter(settings))):
             decoder.generate([[1]], **settings)
+    with pytest.raises(ValueError, match="max_new_tokens must be an int"):
+        decoder.generate([[1]], max_new_tokens=2.5)
+    with pytest.raises(ValueError, match=r"seed must be in \[-2\^63, 2\^63\)"):
+        decoder.generate([[1]], max_new_tokens=1, seed=2**63)
+    with pytest.raises(ValueError, match="lists hold no padding"):
+        decoder.generate([[1, 2]], attention_mask=torch.ones(1, 2))
+    for wrong in ([[1.5, 2.0]], [1, 2]):
+        with pytest.raises(ValueError, match="must be lists of token ids"):
+            decoder.generate(wrong)
+    drafter = DrafterSpec("fast_eagle", {"depth": 3, "draft_vocab": 9}).build(tiny.target)
+    drafter.use_vocabulary(torch.arange(9))
+    with pytest.raises(ValueError, match="has 9 candidates for a level, the tree asks for 10"):
+        SpeculativeDecoder(tiny.target, drafter, tree=(2, 10))
+    for widths in ((2.0,), (True,)):
+        with pytest.raises(ValueError, match="number of candidates >= 1"):
+            SpeculativeDecoder(tiny.target, drafter, tree=widths)
     lookup = PromptLookup()
     with pytest.raises(ValueError, match="cannot draft a dynamic tree"):
         SpeculativeDecoder(tiny.target, lookup, tree=DynamicTree())
     with pytest.raises(ValueError, match="does not draw its candidates"):
         SpeculativeDecoder(tiny.target, lookup, rejection=True)
-    with pytest.raises(ValueError, match="at least one candidate"):
+    with pytest.raises(ValueError, match="number of candidates >= 1"):
         SpeculativeDecoder(tiny.target, lookup, tree=(2, 0))
     with pytest.raises(ValueError, match="or 'auto', got 'big'"):
         SpeculativeDecoder(tiny.target, lookup, tree="big")

@@ -179,7 +179,7 @@ def test_a_sharded_bfloat16_target_is_refused_on_cpus(fit_args, monkeypatch):
         run(cli)
 
 
-def test_bad_settings_that_need_the_tokenizer(fit_args, tmp_path):
+def test_bad_settings_that_need_the_tokenizer(fit_args, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"no prompt has 1 to 2 tokens"):
         run(build([*fit_args, "--data.max_length=14"]))
     with pytest.raises(ValueError, match="exceeds the target's context 2048"):
@@ -190,7 +190,10 @@ def test_bad_settings_that_need_the_tokenizer(fit_args, tmp_path):
         build([*fit_args, f"--data.prompts={prompts}"])
     with pytest.raises(ValueError, match="no such file"):
         build([*fit_args, "--data.prompts=nowhere.jsonl"])
-    with pytest.raises(ValueError, match="does not fill a batch of 9"):
-        run(build([*fit_args, "--data.batch_size=9"]))
+    for long in (["--data.batch_size=9"], ["--data.epoch_rows=2", "--data.batch_size=3"]):
+        cli = build([*fit_args, *long])
+        monkeypatch.setattr(cli.trainer, "fit", None)  # refused before anything is written
+        with pytest.raises(ValueError, match="does not fill a batch of"):
+            run(cli)
     with pytest.raises(SystemExit):
         build([*fit_args, "--model.depth=3"])

@@ -136,6 +136,5 @@ def autotune(
     table = drafter.acceptance[: drafter.max_depth]
     passes = measure_passes(target, sizes, batch=batch, repeats=repeats)
     width = min(4, max(map(len, table)))
-    return best_tree(
-        table, passes, measure_drafts(target, drafter, len(table), width=width, batch=batch, repeats=repeats)
-    )
+    drafts = measure_drafts(target, drafter, len(table), width=width, batch=batch, repeats=repeats)
+    return best_tree(table, passes, drafts, branches=drafter.extra_branches)

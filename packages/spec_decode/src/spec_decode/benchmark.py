@@ -16,15 +16,14 @@ from typing import Any
 import torch
 from jsonargparse import auto_cli
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
 from kd_common.errors import run_command
 from kd_common.files import read_json, write_atomically
-from kd_common.hub import EMBEDDED, load_causal_lm, load_config
+from kd_common.hub import load_causal_lm, load_config
 from kd_common.memory import peak_bytes
-from kd_common.messages import CommandParser, check_device
+from kd_common.messages import CommandParser, check_device, check_folder
 from spec_decode.autotune import measure_passes
 from spec_decode.cost import speedup
 from spec_decode.data.corpus import encode_prompts, stop_tokens
@@ -32,10 +31,12 @@ from spec_decode.data.prompts import packaged_prompts, read_prompts
 from spec_decode.decoder import SpeculativeDecoder
 from spec_decode.drafters.base import tree_slots
 from spec_decode.drafters.files import CONFIG
+from spec_decode.inputs import check_length
 from spec_decode.measure import Measurement, first_divergence, measure
 from spec_decode.models import CausalLM
 from spec_decode.sampling import Sampling, Stream, gumbel_noise, row_seeds
 from spec_decode.session import check_drafter, drafter_folder, find_drafter, find_target, parse_tree
+from spec_decode.tables import print_tables
 
 PLAIN = "plain"
 
@@ -155,7 +156,7 @@ def rows_of_block(
             drafting = result.phases["draft"] / result.passes
             verifying = sum(passes[n] * times for n, times in result.pass_sizes.items()) / result.passes
             model = speedup(result.tau, passes[1], drafting, verifying)
-        gain = result.tokens_per_second / plain.tokens_per_second
+        gain = result.speedup_over(plain)
         rows.append(
             {
                 **block,
@@ -170,7 +171,7 @@ def rows_of_block(
                 "pass_sizes": [list(pair) for pair in sorted(result.pass_sizes.items())],
                 "seconds": phases | {"overhead": result.seconds + phases["prefill"] - sum(phases.values())},
                 "cost_model": model,
-                "share_of_cost_model": gain / model if model else None,
+                "share_of_cost_model": gain / model if gain and model else None,
                 "lossless": verdicts.get(name),
                 **memory[name],
             }
@@ -204,7 +205,7 @@ def content_digest(folder: Path) -> str:
 
 def benchmark(
     drafters: list[str],
-    target: str = EMBEDDED,
+    target: str | None = None,
     prompts: dict[str, str] | None = None,
     count: int = 8,
     temperatures: list[float] | None = None,
@@ -227,7 +228,7 @@ def benchmark(
         drafters: Folders of trained drafters, or names such as ``prompt_lookup``; plain decoding is always there.
             ``+lookup`` adds the branch of prompt lookup, and a tree of its own may follow behind an ``@``, as in
             ``"RUN/drafter_best+lookup@4,2,1"`` (a comma needs the quotes).
-        target: Target by folder or name.
+        target: Target by folder or name; by default that of the first trained drafter, else the embedded one.
         prompts: JSONL files by a name for the set; the last packaged prompts by default.
         count: Prompts per set, the first ones.
         temperatures: Temperatures; 0 and 1 by default.
@@ -246,15 +247,19 @@ def benchmark(
             those of other settings are kept in a file of their own.
     """
     check_device(device)
-    spec_temperatures = temperatures or [0.0, 1.0]
+    if count < 1:
+        raise ValueError(f"count must be >= 1, got {count}")
+    check_length(max_new_tokens)
+    laws = [Sampling(temperature) for temperature in temperatures or (0.0, 1.0)]
     entries = {entry: (name, parse_tree(own or tree)) for entry in drafters for name, _, own in [entry.partition("@")]}
     for name, _ in entries.values():
         check_drafter(name)
+    check_folder("--output", output)
     trained = next((name for name, _ in entries.values() if (drafter_folder(name) / CONFIG).is_file()), "none")
     spec, template = find_target(trained, target, dtype)
     model, tokenizer = spec.load().to(device), spec.tokenizer()
     tokenizer.chat_template = tokenizer.chat_template or template
-    stops = stop_tokens(tokenizer, load_config(target).eos_token_id)
+    stops = stop_tokens(tokenizer, load_config(spec.name).eos_token_id)
     files = {n: read_prompts(Path(p)) for n, p in (prompts or {}).items()}
     texts = files or {"packaged": packaged_prompts()[::-1]}  # `fit` trains on the first ones
     sets = {n: encode_prompts(tokenizer, t[:count], longest=longest_prompt) for n, t in texts.items()}
@@ -289,9 +294,10 @@ def benchmark(
         path.rename(path.with_name(f"results-{saved['key']}.json"))
     rows: list[dict[str, Any]] = saved["rows"] if saved.get("key") == key else []
     finished = {(row["set"], row["temperature"]) for row in rows}
-    blocks = [(n, t) for n in sets for t in spec_temperatures if (n, t) not in finished]
+    blocks = [(n, law) for n in sets for law in laws if (n, law.temperature) not in finished]
     with tqdm(total=sum(len(sets[n]) for n, _ in blocks), unit="prompt") as bar:
-        for name, temperature in blocks:
+        for name, sampling in blocks:
+            temperature = sampling.temperature
             how: dict[str, Any] = {
                 "max_new_tokens": max_new_tokens,
                 "temperature": temperature,
@@ -301,7 +307,6 @@ def benchmark(
             passes = measure_passes(model, [1, *range(8, largest + 1, 8)])
             found = measure(decoders, sets[name], **how, batch_size=batch_size, on_batch=bar.update)
             memory = {n: needed_memory(d, sets[name][0], **how) for n, d in decoders.items()}
-            sampling = Sampling(temperature)
             verdicts = {
                 n: lossless(m, found[PLAIN], model, sets[name], sampling, seed) for n, m in found.items() if n != PLAIN
             }
@@ -310,7 +315,7 @@ def benchmark(
             rows += rows_of_block(found, decoders, passes, verdicts, memory, block)
             if peers and batch_size == 1:
                 speeds = transformers_peers(
-                    target,
+                    spec.name,
                     str(model.dtype).removeprefix("torch."),
                     sets[name],
                     max_new_tokens=max_new_tokens,
@@ -325,7 +330,7 @@ def benchmark(
                 rows += [{**block, "drafter": peer, "end_to_end": speed} for peer, speed in speeds.items()]
             content = {"key": key, "environment": environment(), "rows": rows}
             write_atomically(path, json.dumps(content, indent=1))
-    print_table(rows, Console())
+    print_tables(rows, Console())
     print(f"written to {path}")
     return rows
 
@@ -334,49 +339,6 @@ def environment() -> dict[str, Any]:
     """Hardware and versions the numbers belong to."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {"device": device, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-
-
-def print_table(rows: Sequence[dict[str, Any]], console: Console) -> None:
-    """One line per set, temperature and decoder."""
-    columns = (
-        "set",
-        "T",
-        "drafter",
-        "tokens/s",
-        "speed-up",
-        "end to end",
-        "x transformers",
-        "tau",
-        "acceptance",
-        "of cost model",
-        "MiB",
-        "lossless",
-    )
-    table = Table(
-        title="tokens/s behind the prefill, speed-up over plain decoding on the same runner; end to end: tokens/s with "
-        "the prefill, and over transformers' generate; tau: tokens per target pass, accepted + 1; MiB: drafter's "
-        "weights + peak while decoding"
-    )
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("set", "drafter") else "right", overflow="fold")
-    for row in rows:
-        verdict = row.get("lossless")
-        share = row.get("share_of_cost_model")
-        table.add_row(
-            row["set"],
-            f"{row['temperature']:g}",
-            row["drafter"],
-            f"{row['tokens_per_second']:.1f}" if "tokens_per_second" in row else "",
-            f"{row['speedup']:.2f}x" if "speedup" in row else "",
-            f"{row['end_to_end']:.1f}",
-            f"{row['speedup_over_transformers']:.2f}x" if "speedup_over_transformers" in row else "",
-            f"{row['tau']:.2f}" if "tau" in row else "",
-            " ".join(f"{a:.2f}" for a in row.get("acceptance", [])),
-            f"{share:.0%}" if share else "",
-            f"{row['drafter_mib']:.0f} + {row['decoding_mib']:.0f}" if "drafter_mib" in row else "",
-            f"{verdict['equal']}/{verdict['of']}" if verdict else "",
-        )
-    console.print(table)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from jsonargparse import auto_cli
 from kd_common.errors import run_command
 from kd_common.messages import CommandParser
 from spec_decode.generate import answer
-from spec_decode.session import Session
+from spec_decode.session import Session, check_settings
 
 
 def talk(
@@ -67,7 +67,7 @@ def chat(
     temperature: float = 0.7,
     top_p: float = 0.95,
     seed: int = 0,
-    color: bool = True,
+    color: bool | None = None,
     compile: bool = False,
     dtype: str = "auto",
     device: str = "cpu",
@@ -83,21 +83,24 @@ def chat(
         temperature: 0 is greedy.
         top_p: Keep the likeliest tokens of this total probability.
         seed: Seed of the draws.
-        color: Show drafted and accepted tokens in green.
+        color: Show drafted and accepted tokens in green; by default where the output is a terminal.
         compile: Compile the target's passes; the first one of every size then takes seconds to minutes.
         dtype: Precision of the target's weights; ``auto`` is the one this machine is fastest in.
         device: Where to run.
     """
+    check_settings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     session = Session.open(
         drafter, target, dtype=dtype, device=device, tree=tree, min_confidence=min_confidence, compile=compile
     )
+    colored = sys.stdout.isatty() if color is None else color
+    print("/new starts over, /exit ends." + (" Green: drafted, and accepted by the target." if colored else ""))
     talk(
         session,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
         seed=seed,
-        color=color,
+        color=colored,
     )
 
 

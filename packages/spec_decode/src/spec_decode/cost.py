@@ -8,6 +8,8 @@ the walk has reached this level on the backbone; rank 0 is the backbone's candid
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -25,14 +27,24 @@ class TreeChoice:
     speedup: float
 
 
+def check_acceptance(acceptance: Sequence[Any]) -> None:
+    """Refuse a table that is no acceptance by level and rank.
+
+    Raises:
+        ValueError: Naming the level.
+    """
+    for level, row in enumerate(acceptance):
+        numbers = isinstance(row, Sequence) and len(row) > 0 and all(isinstance(a, Real) for a in row)
+        if not numbers or not all(0 <= a <= 1 for a in row) or sum(row) > 1 + 1e-6:
+            raise ValueError(
+                f"acceptance of level {level} must list at least one probability and sum to at most 1, got {row}"
+            )
+
+
 def _check_tables(
     acceptance: Sequence[Sequence[float]], verify_times: Mapping[int, float], draft_times: Sequence[float]
 ) -> None:
-    for level, row in enumerate(acceptance):
-        if not row or not all(0 <= a <= 1 for a in row) or sum(row) > 1 + 1e-6:
-            raise ValueError(
-                f"acceptance of level {level} must list at least one probability and sum to at most 1, got {list(row)}"
-            )
+    check_acceptance(acceptance)
     if 1 not in verify_times:
         raise ValueError("verify_times must hold the time of one node, the pass of plain decoding")
     if not all(math.isfinite(t) and t > 0 for t in verify_times.values()):
@@ -66,7 +78,11 @@ def speedup(tokens_per_pass: float, plain_time: float, draft_time: float, verify
 
 
 def best_tree(
-    acceptance: Sequence[Sequence[float]], verify_times: Mapping[int, float], draft_times: Sequence[float]
+    acceptance: Sequence[Sequence[float]],
+    verify_times: Mapping[int, float],
+    draft_times: Sequence[float],
+    *,
+    branches: int = 0,
 ) -> TreeChoice:
     """The constrained tree with the most expected tokens per second, or none where drafting does not pay.
 
@@ -79,6 +95,7 @@ def best_tree(
         verify_times: Measured time of a target pass by number of nodes, root included; a tree of another size is
             padded to the next measured one. Must hold 1, the pass of plain decoding.
         draft_times: Time to draft 1, 2, ... levels, in the same unit.
+        branches: Further branches, as long as the tree is deep, that a pass has to have room for.
 
     Returns:
         The choice; of equally fast ones the shallowest, then the one of the fewest nodes.
@@ -92,7 +109,7 @@ def best_tree(
     # By number of draft nodes, at exactly the current depth: the largest tau and its widths.
     frontier: dict[int, tuple[float, tuple[int, ...]]] = {0: (1.0, ())}
     reached = 1.0
-    for row, draft_time in zip(acceptance, draft_times, strict=True):
+    for depth, (row, draft_time) in enumerate(zip(acceptance, draft_times, strict=True), start=1):
         deeper: dict[int, tuple[float, tuple[int, ...]]] = {}
         for nodes, (tokens, widths) in frontier.items():
             for width in range(1, len(row) + 1):
@@ -101,7 +118,8 @@ def best_tree(
                     deeper[nodes + width] = option
         frontier, reached = deeper, reached * row[0]
         for size in sorted(verify_times):
-            fitting = [(tokens, -nodes, widths) for nodes, (tokens, widths) in frontier.items() if nodes < size]
+            room = size - branches * depth
+            fitting = [(tokens, -nodes, widths) for nodes, (tokens, widths) in frontier.items() if nodes < room]
             if not fitting:
                 continue
             tokens, _, widths = max(fitting)

@@ -15,7 +15,7 @@ from torch import Tensor
 from kd_common.errors import run_command
 from kd_common.files import write_atomically
 from kd_common.hub import DTYPES, load_config
-from kd_common.messages import CommandParser
+from kd_common.messages import CommandParser, check_folder
 from spec_decode.drafters.files import read_config, read_weights
 from spec_decode.models.causal_lm import default_feature_layers
 
@@ -66,6 +66,7 @@ def export(drafter: str, output: str, dtype: str = "bfloat16") -> None:
         FileNotFoundError: If the folder holds no drafter.
         ValueError: For another kind of drafter, or one that reads other layers than EAGLE-3 does.
     """
+    check_folder("--output", output)
     found = read_config(Path(drafter))
     if (kind := found["drafter"].get("name")) != "eagle3":
         raise ValueError(

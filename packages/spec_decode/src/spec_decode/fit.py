@@ -116,7 +116,8 @@ def run(cli: DrafterCLI) -> Result:
     model, data, trainer = cli.model, cli.datamodule, cli.trainer
     tokenizer = model.target_spec.tokenizer()
     data.progress = cli.config["trainer"]["enable_progress_bar"] is not False
-    data.attach(model.target, tokenizer, stop_tokens(tokenizer, load_config(model.target_spec.name).eos_token_id))
+    stops = stop_tokens(tokenizer, load_config(model.target_spec.name).eos_token_id)
+    data.attach(model.target, tokenizer, stops, trainer.world_size)
     if cli.run_dir is not None:
         trainer.callbacks.append(DrafterExport(cli.run_dir))  # type: ignore[attr-defined]  # set by a connector
     trainer.fit(model, datamodule=data, ckpt_path=cli.config["ckpt_path"], weights_only=True)

@@ -12,7 +12,7 @@ from jsonargparse import auto_cli
 from kd_common.errors import run_command
 from kd_common.messages import CommandParser
 from spec_decode.decoder import Generation
-from spec_decode.session import Session, TextStream
+from spec_decode.session import Session, TextStream, check_settings
 
 GREEN, RESET = "\033[32m", "\033[0m"
 
@@ -98,6 +98,7 @@ def generate(
         raise ValueError(
             "--prompt is empty: say what to answer, or talk to the model with `python -m spec_decode.chat`"
         )
+    check_settings(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     session = Session.open(
         drafter,
         target,

@@ -1,8 +1,19 @@
 """Prompts as a user gives them, checked before any work is done."""
 
 from collections.abc import Sequence
+from operator import index
 
 from torch import Tensor
+
+
+def check_length(max_new_tokens: int | None) -> None:
+    """Refuse a number of new tokens that is none.
+
+    Raises:
+        ValueError: If it is no whole number >= 1, and not None.
+    """
+    if max_new_tokens is not None and (not isinstance(max_new_tokens, int) or max_new_tokens < 1):
+        raise ValueError(f"max_new_tokens must be an int >= 1, or None to fill the context, got {max_new_tokens}")
 
 
 def prompt_lists(
@@ -12,12 +23,13 @@ def prompt_lists(
 
     Args:
         input_ids: Prompts as lists of token ids, or int64 of shape (B, P).
-        attention_mask: For a tensor: 1 at the tokens that count, shape (B, P).
+        attention_mask: For a tensor only: 1 at the tokens that count, shape (B, P).
         vocab_size: Tokens must lie below it.
         context: Prompts must be shorter.
 
     Raises:
-        ValueError: If there is none, or one is empty, too long or holds tokens outside the vocabulary.
+        ValueError: If there is none, or one is empty, too long or holds what is no token of the vocabulary; for lists
+            with a mask.
     """
     if isinstance(input_ids, Tensor):
         if input_ids.dim() != 2:
@@ -27,7 +39,12 @@ def prompt_lists(
             raise ValueError(f"attention_mask {tuple(mask.shape)} must have the shape of input_ids {input_ids.shape}")
         prompts = [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
     else:
-        prompts = [list(map(int, row)) for row in input_ids]
+        if attention_mask is not None:
+            raise ValueError("attention_mask belongs to input_ids of shape (batch, length); lists hold no padding")
+        try:
+            prompts = [list(map(index, row)) for row in input_ids]
+        except TypeError as error:
+            raise ValueError(f"input_ids must be lists of token ids, one list per prompt: {error}") from error
     if not prompts:
         raise ValueError("input_ids holds no prompt")
     for row, prompt in enumerate(prompts):

@@ -50,6 +50,10 @@ class Measurement:
         """Throughput of decoding, prefill excluded."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
+    def speedup_over(self, plain: "Measurement") -> float | None:
+        """Tokens per second over those of plain decoding; None where its texts ended with the prefill's token."""
+        return self.tokens_per_second / plain.tokens_per_second if plain.tokens_per_second else None
+
     @property
     def end_to_end(self) -> float:
         """All new tokens per second, the prefill and its token included."""

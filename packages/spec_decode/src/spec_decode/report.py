@@ -17,6 +17,7 @@ from kd_common.report import Section, check_validated, read_config, read_metrics
 from spec_decode.data.prompts import packaged_prompts, read_prompts
 from spec_decode.decoder import SpeculativeDecoder
 from spec_decode.figures import Passes, plot_acceptance, plot_time, plot_training, plot_trees
+from spec_decode.inputs import check_length
 from spec_decode.measure import Measurement, measure
 from spec_decode.session import Session, find_drafter, parse_tree
 
@@ -73,6 +74,9 @@ def report(
         FileNotFoundError: If a folder holds no finished run.
         ValueError: If the runs have different targets, or one is of another command.
     """
+    check_length(max_new_tokens)
+    if count < 0:
+        raise ValueError(f"count must be >= 0, got {count}")
     names = {name: run for run, name in run_names(runs).items()}
     models = {name: read_config(run)["model"]["init_args"] for name, run in names.items()}
     metrics = {name: read_metrics(run) for name, run in names.items()}
@@ -102,7 +106,7 @@ def report(
             {
                 "decoder": name,
                 "tokens/s": f"{found.tokens_per_second:.1f}",
-                "over plain decoding": f"{found.tokens_per_second / plain.tokens_per_second:.2f}x",
+                "over plain decoding": f"{gain:.2f}x" if (gain := found.speedup_over(plain)) else "",
                 "tau": f"{found.tau:.2f}",
             }
             for name, found in measured.items()

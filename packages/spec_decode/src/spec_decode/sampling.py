@@ -45,7 +45,13 @@ def _splitmix64(start: Tensor, index: Tensor) -> Tensor:
 
 
 def row_seeds(seed: int, batch: int) -> Tensor:
-    """One seed per row, int64 of shape (B,); a row's seed does not depend on the size of the batch."""
+    """One seed per row, int64 of shape (B,); a row's seed does not depend on the size of the batch.
+
+    Raises:
+        ValueError: For a seed of more than 64 bits.
+    """
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must be in [-2^63, 2^63), got {seed}")
     return _splitmix64(torch.tensor(seed), torch.arange(batch))
 
 

@@ -13,7 +13,9 @@ from spec_decode.drafters import DRAFTERS, Drafter, DynamicTree, TrainableDrafte
 from spec_decode.drafters.draft_model import PretrainedDraft
 from spec_decode.drafters.files import CONFIG, read_config
 from spec_decode.drafters.prompt_lookup import WithLookup
+from spec_decode.inputs import check_length
 from spec_decode.models import CausalLM
+from spec_decode.sampling import Sampling, row_seeds
 from spec_decode.target import TargetSpec
 
 
@@ -61,6 +63,19 @@ def check_drafter(name: str) -> None:
             raise ValueError(f"drafter {name!r} has to be trained; give the folder that `spec_decode.fit` wrote")
     elif name != "none" and not (Path(name) / LANGUAGE_MODEL).is_file():
         read_config(Path(name))
+
+
+def check_settings(
+    *, max_new_tokens: int, temperature: float, top_k: int | None = None, top_p: float = 1.0, seed: int = 0
+) -> None:
+    """Refuse what `SpeculativeDecoder.generate` would refuse, before anything is loaded for it.
+
+    Raises:
+        ValueError: If a setting is out of range; the message names it.
+    """
+    check_length(max_new_tokens)
+    Sampling(temperature, top_k, top_p)
+    row_seeds(seed, 1)
 
 
 def find_drafter(name: str, target: CausalLM) -> Drafter | None:

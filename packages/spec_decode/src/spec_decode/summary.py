@@ -31,9 +31,11 @@ def print_summary(result: "Result", model: DrafterModule, console: Console | Non
     for name, found in result.measured.items():
         levels = [f"{a:.1%}" for a in found.acceptance][:depth]
         label = f"decoding, tree {result.tree}" if name == "tree" else f"decoding, {name}"
-        gain = f"{found.tokens_per_second / plain.tokens_per_second:.2f}x" if plain and plain.tokens_per_second else ""
+        gain = found.speedup_over(plain) if plain else None
         speed = f"{found.tokens_per_second:.1f}"
-        table.add_row(label, *levels, *[""] * (depth - len(levels)), f"{found.tau:.2f}", speed, gain)
+        table.add_row(
+            label, *levels, *[""] * (depth - len(levels)), f"{found.tau:.2f}", speed, f"{gain:.2f}x" if gain else ""
+        )
     console.print(table)
     lines = {
         "acceptance of a level": "given that all above were accepted (validation: best token, text of the target)",
@@ -43,7 +45,7 @@ def print_summary(result: "Result", model: DrafterModule, console: Console | Non
     }
     if result.measured:
         count = len(plain.texts) if plain else 0
-        lines["speed-up"] = f"over plain decoding on the same runner, {count} held-out prompts, greedy"
+        lines["speed-up"] = f"over plain decoding on the same runner, held-out prompts: {count}, greedy"
         lines["tree for this machine"] = str(result.tree or "none: plain decoding is expected to be faster")
     if result.run_dir is not None:
         lines["drafter"] = str(result.run_dir / "drafter_{last,best}")

@@ -182,11 +182,17 @@ class TargetText(LightningDataModule):
         self.samples: list[Sample] = []
         self.progress = True
 
-    def attach(self, target: CausalLM, tokenizer: Any, stops: Sequence[int]) -> None:
+    def attach(self, target: CausalLM, tokenizer: Any, stops: Sequence[int], ranks: int = 1) -> None:
         """Let this target answer the prompts.
 
+        Args:
+            target: Target.
+            tokenizer: Its tokenizer.
+            stops: Tokens that end an answer.
+            ranks: Processes that train together.
+
         Raises:
-            ValueError: If its context is too short, or no prompt short enough.
+            ValueError: If its context is too short, no prompt short enough, or an epoch too short for a batch.
         """
         if self.max_length > target.context:
             raise ValueError(f"data.max_length {self.max_length} exceeds the target's context {target.context}")
@@ -210,6 +216,19 @@ class TargetText(LightningDataModule):
                 f"{len(self.encoded)} prompts of at most {longest} tokens leave none to train on beside "
                 f"data.val_prompts {self.val_prompts}"
             )
+        self._rows_of_an_epoch(len(self.encoded) - self.val_prompts, ranks)  # refused before the target has written
+
+    def _rows_of_an_epoch(self, rows: int, ranks: int) -> int:
+        """Sequences of an epoch of all ranks, whole batches only, of so many to train on."""
+        batch = self.batch_size * ranks
+        rows = self.epoch_rows or rows
+        if rows < batch:
+            raise ValueError(
+                f"an epoch of {rows} sequences does not fill a batch of {self.batch_size}"
+                f"{f' on each of {ranks} processes' if ranks > 1 else ''}; lower data.batch_size"
+                f"{' or raise data.epoch_rows' if self.epoch_rows else ''}"
+            )
+        return rows // batch * batch
 
     @property
     def target(self) -> CausalLM:
@@ -288,15 +307,9 @@ class TargetText(LightningDataModule):
             ValueError: If they do not fill one batch per rank.
         """
         samples, (rank, ranks) = self.samples[: -self.val_prompts], self._place
-        batch = self.batch_size * ranks
-        rows = (self.epoch_rows or len(samples)) // batch * batch
-        if not rows:
-            raise ValueError(
-                f"an epoch of {self.epoch_rows or len(samples)} sequences does not fill a batch of {self.batch_size} "
-                f"on each of {ranks} processes; lower data.batch_size"
-            )
+        rows = self._rows_of_an_epoch(len(samples), ranks)
         lengths = [len(sample.tokens) for sample in samples]
-        update = batch * (self.trainer.accumulate_grad_batches if self.trainer else 1)
+        update = self.batch_size * ranks * (self.trainer.accumulate_grad_batches if self.trainer else 1)
         sampler = StreamSampler(lengths, update, rows, seed=self.seed, rank=rank, ranks=ranks)
         return self._loader(samples, 0, sampler)
 

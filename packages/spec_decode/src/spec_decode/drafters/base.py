@@ -105,18 +105,22 @@ class Drafter(ABC):
 
     Attributes:
         max_depth: Most levels it can draft; None without a limit.
+        max_width: Most candidates of a level; None without a limit.
         chain_depth: Levels of a chain where neither a tree nor a measurement says how many.
         samples: Whether it can draw its candidates, as `verify_sampled` needs.
         dynamic: Whether it can draft a `DynamicTree`.
         confident: Whether its nodes have probabilities, which `min_confidence` needs.
+        extra_branches: Further branches that its drafts may hold beside the tree, each as long as the tree is deep.
         acceptance: Acceptance by level and rank measured on validation text (see `cost`); None if not measured.
     """
 
     max_depth: int | None = None
+    max_width: int | None = None
     chain_depth: int = 4
     samples: bool = False
     dynamic: bool = False
     confident: bool = False
+    extra_branches: int = 0
     acceptance: list[list[float]] | None = None
 
     def new_memory(self, batch: int, capacity: int) -> Any:

@@ -16,6 +16,7 @@ from safetensors.torch import load, save
 
 from kd_common.files import read_json, write_aside
 from kd_common.registry import suggest
+from spec_decode.cost import check_acceptance
 from spec_decode.drafters.registry import DRAFTERS
 from spec_decode.drafters.trainable import TrainableDrafter, check_vocabulary
 from spec_decode.models import CausalLM
@@ -104,12 +105,20 @@ def read_config(folder: Path) -> dict[str, Any]:
         ValueError: If it is damaged.
     """
     path = folder / CONFIG
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} holds no drafter: there is no such folder, and no drafter of this name")
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no drafter ({CONFIG} is missing; it is written last)")
+        inside = [found.parent.name for found in sorted(folder.glob(f"*/{CONFIG}"))]
+        remedy = f"give one of {', '.join(str(folder / name) for name in inside)}" if inside else "it is written last"
+        raise FileNotFoundError(f"{folder} holds no drafter: {CONFIG} is missing; {remedy}")
     content = read_json(path, REMEDY)
     for name, kind in ENTRIES.items():
         if name not in content or not isinstance(content[name], kind):
             raise ValueError(f"{path} is damaged: {name} is {content.get(name)!r}; {REMEDY}")
+    try:
+        check_acceptance(content["acceptance"] or [])
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; {REMEDY}") from error
     return content
 
 
@@ -148,7 +157,8 @@ def load_drafter(folder: Path, target: CausalLM) -> TrainableDrafter:
     if config["target_fingerprint"] != (found := target.fingerprint()):
         raise ValueError(
             f"the drafter in {folder} was trained for another target ({config.get('target', 'unnamed')}, fingerprint "
-            f"{config['target_fingerprint']}); this one has fingerprint {found}. Load that target or train a drafter"
+            f"{config['target_fingerprint']}); this one, in {str(target.dtype).removeprefix('torch.')}, has "
+            f"fingerprint {found}. Load that target, without a --dtype that rounds its weights, or train a drafter"
         )
     try:
         drafter = DrafterSpec(**config["drafter"]).build(target)

@@ -79,7 +79,8 @@ class PromptLookup(Drafter):
 class WithLookup(Drafter):
     """Another drafter's tree with the continuation of the longest earlier match as a further branch.
 
-    Free and exact, but under sample-and-match only: the branch is no draw of the drafter.
+    Exact, but under sample-and-match only: the branch is no draw of the drafter. It takes the nodes that pad a pass to
+    a multiple of 8, and 8 more where these are fewer than the tree is deep.
 
     Args:
         drafter: Drafter whose tree is extended.
@@ -89,7 +90,8 @@ class WithLookup(Drafter):
     def __init__(self, drafter: Drafter, longest: int = 5) -> None:
         self.drafter, self.lookup = drafter, PromptLookup(longest)
         self.max_depth, self.dynamic, self.acceptance = drafter.max_depth, drafter.dynamic, drafter.acceptance
-        self.chain_depth = drafter.chain_depth
+        self.max_width, self.chain_depth = drafter.max_width, drafter.chain_depth
+        self.extra_branches = drafter.extra_branches + 1
         self.confident = drafter.confident  # the branch itself is never pruned
 
     def pack(self) -> None:
@@ -105,7 +107,7 @@ class WithLookup(Drafter):
         return self.drafter.new_memory(batch, capacity), self.lookup.new_memory(batch, capacity)
 
     def propose(self, state: DraftState) -> Draft:
-        """The drafter's tree, and a branch as long as the slots allow that a pass is padded to anyway."""
+        """The drafter's tree, and a branch that fills its pass (`verified_slots`)."""
         inner, indexes = state.memory
         draft = self.drafter.propose(replace(state, memory=inner))
         assert not isinstance(draft, SampledTree)

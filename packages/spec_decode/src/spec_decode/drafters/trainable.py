@@ -63,6 +63,7 @@ class TrainableDrafter(nn.Module, Drafter):
             raise ValueError(f"draft_vocab must be in [1, {target.vocab_size}], or null for all, got {draft_vocab}")
         self._target = [target]  # in a list, so that it is no submodule: not saved, not trained, not moved
         self.depth = self.max_depth = self.supervised = depth
+        self.max_width = draft_vocab or target.vocab_size
         self.register_buffer("vocabulary", None if draft_vocab is None else torch.full((draft_vocab,), -1))
         self._head_rows: Tensor | None = None
         self._packed_rows: list[PackedLinear] = []  # in a list, so that they are no submodule: they are the target's
