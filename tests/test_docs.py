@@ -191,6 +191,7 @@ NOT_HERE = {
     "compare/gsm8k": "runs/healed/student_last",
     "compare/fashion_mnist": "Fashion-MNIST not found.*download=true",
     "--data.prompts prompts.jsonl": "prompts.jsonl: no such file",
+    "--data.prompts=prompts.jsonl": "prompts.jsonl: no such file",
     "FAST/drafter_last": "FAST/drafter_last holds no drafter",
     "--ckpt_path RUN/": "--ckpt_path RUN/checkpoints/last.ckpt: no such file",
     "RUN/student_best.pt": "checkpoint 'RUN/student_best.pt' is not a file",
