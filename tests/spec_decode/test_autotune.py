@@ -167,11 +167,21 @@ def test_a_guarded_generation_emits_the_same_tokens(tiny, drafter, monkeypatch, 
     found = decoder.generate([[1, 2, 3]], max_new_tokens=40)
     assert torch.equal(found.sequences, plain.sequences)
     passes = len(found.acceptance_lengths[0])
-    assert len(calls) == (passes - guard.recent - 1 if pays else 1)  # the first passes are plain ones
+    assert len(calls) == (passes - guard.fresh - 1 if pays else 1)  # the first passes are plain ones
     assert passes > 7
     before = len(calls)
     decoder.generate([[1, 2, 3]], max_new_tokens=8)
     assert (len(calls) > before) == pays
+
+
+def test_a_generation_does_not_trust_what_plain_passes_took_in_an_earlier_one():
+    """The machine is twice as fast by then: measured by the old times a useless drafter would seem to pay."""
+    guard = PayGuard()
+    decode(guard, 50, 2.6, itertools.repeat(1.0), plain=2.0)
+    guard.begin()
+    assert [guard.drafts() for _ in range(4)] == [False] * 4
+    seconds, _ = decode(guard, 2000, 1.3, itertools.repeat(1.0))
+    assert seconds < 2000 * 1.02
 
 
 def test_the_guard_of_a_batch_counts_tokens_per_unfinished_row(tiny, monkeypatch):

@@ -16,10 +16,11 @@ class PayGuard:
     filling and that share. With a mean gain m and a standard deviation s per pass, a try from x passes ends in the red
     with a probability of about exp(-2 m x / s^2): a small stake fails more often, but is as much more often there.
 
-    What a plain pass takes is the median of the last ones that followed another plain one: the first ones of all, and
-    while drafting goes on the second of two in `probe`. The first of two may have to fetch weights that drafted passes,
-    which read a packed copy of them, have driven out of the processor's cache. So a machine that changes its speed
-    misleads the guard for a while only.
+    What a plain pass takes is the median of the generation's last ones that followed another plain one: those it begins
+    with, and while drafting goes on the second of two in `probe`. The first of two may have to fetch weights that
+    drafted passes, which read a packed copy of them, have driven out of the processor's cache. Earlier generations may
+    have met a faster or slower machine, so they do not count, and one that changes its speed misleads the guard for a
+    while only.
 
     Args:
         first: What the account holds at the beginning, > 0.
@@ -27,7 +28,8 @@ class PayGuard:
         stake: What it must hold to draft again, > 0.
         share: Share of the time of plain passes that is paid in, in (0, 1).
         probe: Passes of which two are plain, >= 3.
-        recent: Plain passes whose median is taken, >= 1.
+        fresh: Plain passes that are timed in every generation before it drafts, >= 1.
+        recent: Most plain passes whose median is taken, >= `fresh`.
     """
 
     first: float = 4.0
@@ -35,6 +37,7 @@ class PayGuard:
     stake: float = 0.5
     share: float = 0.015
     probe: int = 128
+    fresh: int = 3
     recent: int = 5
     _saved: float = field(init=False)
     _plain: deque[float] = field(init=False)
@@ -47,14 +50,15 @@ class PayGuard:
         self._plain = deque(maxlen=self.recent)
 
     def begin(self) -> None:
-        """A generation begins: its prompt was read by a pass of many rows."""
+        """A generation begins: its prompt is read by a pass of many rows, and what the machine does now is unknown."""
         self._warm = False
+        self._plain.clear()
 
     def drafts(self) -> bool:
         """Whether the next pass should draft."""
         self._passes += 1
         self._drafting = self._drafting or self._saved >= self.stake
-        return self._drafting and len(self._plain) == self.recent and self._passes % self.probe > 1
+        return self._drafting and len(self._plain) >= self.fresh and self._passes % self.probe > 1
 
     def drafted(self, tokens: float, seconds: float) -> None:
         """Count a drafted pass.
