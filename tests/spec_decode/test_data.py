@@ -121,9 +121,8 @@ def test_answers_written_elsewhere(tmp_path, tiny, standin):
     ]
     path.write_text("\n".join(map(json.dumps, lines)))
     assert read_answers(path) == ["one", "two", "its prompt is too long", "x" * 150]
-    data = TargetText(
-        str(path), answers="file", features="online", val_prompts=1, max_length=130, writing=Writing(max_new_tokens=12)
-    )
+    how = {"features": "online", "val_prompts": 1, "max_length": 130, "batch_size": 2}
+    data = TargetText(str(path), answers="file", writing=Writing(max_new_tokens=12), **how)
     tokenizer = load_tokenizer(str(standin))
     data.attach(
         CausalLM.from_transformers(tiny.make(vocab_size=258, max_position_embeddings=256)),
