@@ -45,7 +45,8 @@ def test_every_variant_of_a_packaged_comparison_is_built(file, standin, tmp_path
     for configs in comparison["variants"].values():
         names = [name if name.startswith("--") else f"--config={name}" for name in configs]
         model = build([*base, *names, *where, f"--run_dir={tmp_path}/run"]).model
-        found.add((str(model.drafter), model.level_decay, model.feature_weight, str(model.drafter_spec)))
+        loss = [model.hparams[name] for name in ("level_decay", "acceptance_weight", "feature_weight")]
+        found.add((str(model.drafter), *loss, str(model.drafter_spec)))
     assert len(found) == len(comparison["variants"])  # no variant is another one again
 
 
