@@ -179,6 +179,12 @@ def test_a_sharded_bfloat16_target_is_refused_on_cpus(fit_args, monkeypatch):
         run(cli)
 
 
+def test_packing_takes_nothing_from_the_count_of_parameters(fit_args):
+    cli = build([*fit_args, "--model.target.dtype=bfloat16", "--trainer.max_epochs=1"])
+    count = sum(p.numel() for p in cli.model.target.parameters())
+    assert run(cli).parameters["target"] == count
+
+
 def test_bad_settings_that_need_the_tokenizer(fit_args, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"no prompt has 1 to 2 tokens"):
         run(build([*fit_args, "--data.max_length=14"]))

@@ -118,15 +118,15 @@ def run(cli: DrafterCLI) -> Result:
     data.progress = cli.config["trainer"]["enable_progress_bar"] is not False
     stops = stop_tokens(tokenizer, load_config(model.target_spec.name).eos_token_id)
     data.attach(model.target, tokenizer, stops, trainer.world_size)
+    parameters = {  # before the target is packed: packed weights are no parameters
+        "target": sum(p.numel() for p in model.target.parameters()),
+        "drafter": sum(p.numel() for p in model.drafter.parameters()),
+    }
     if cli.run_dir is not None:
         trainer.callbacks.append(DrafterExport(cli.run_dir))  # type: ignore[attr-defined]  # set by a connector
     trainer.fit(model, datamodule=data, ckpt_path=cli.config["ckpt_path"], weights_only=True)
     if not model.history:
         raise RuntimeError("nothing was validated, so there is no result: check trainer.limit_val_batches and max_time")
-    parameters = {
-        "target": sum(p.numel() for p in model.target.parameters()),
-        "drafter": sum(p.numel() for p in model.drafter.parameters()),
-    }
     tree: tuple[int, ...] | None = None
     measured: dict[str, Measurement] = {}
     if cli.config["measure_prompts"] and trainer.is_global_zero and trainer.world_size == 1:
