@@ -121,6 +121,14 @@ def test_a_machine_that_changes_its_speed_misleads_for_a_while_only(before):
         assert 20_000 / seconds > least
 
 
+def test_a_stall_of_the_machine_is_not_charged_to_drafting():
+    guard = PayGuard()
+    decode(guard, 500, 1.3, itertools.repeat(2.0))
+    guard.drafted(2.0, 500.0)
+    seconds, _ = decode(guard, 500, 1.3, itertools.repeat(2.0))
+    assert seconds < 0.7 * 500  # 0.65 without any plain pass
+
+
 def test_one_slow_pass_at_the_start_does_not_count():
     guard = PayGuard()
     decode(guard, 1, 1.3, itertools.repeat(1.5), plain=50.0)

@@ -20,7 +20,8 @@ class PayGuard:
     with, and while drafting goes on the second of two in `probe`. The first of two may have to fetch weights that
     drafted passes, which read a packed copy of them, have driven out of the processor's cache. Earlier generations may
     have met a faster or slower machine, so they do not count, and one that changes its speed misleads the guard for a
-    while only.
+    while only. A single pass during which it stalled is charged at most `stall` times what drafted passes took of late;
+    hundreds of plain tokens might be needed to pay for it.
 
     Args:
         first: What the account holds at the beginning, > 0.
@@ -29,7 +30,8 @@ class PayGuard:
         share: Share of the time of plain passes that is paid in, in (0, 1).
         probe: Passes of which two are plain, >= 3.
         fresh: Plain passes that are timed in every generation before it drafts, >= 1.
-        recent: Most plain passes whose median is taken, >= `fresh`.
+        recent: Most passes, plain and drafted, whose median is taken, >= `fresh`.
+        stall: Most that a drafted pass is charged, in medians of the last `recent` ones, >= 1.
     """
 
     first: float = 4.0
@@ -39,15 +41,17 @@ class PayGuard:
     probe: int = 128
     fresh: int = 3
     recent: int = 5
+    stall: float = 2.0
     _saved: float = field(init=False)
     _plain: deque[float] = field(init=False)
+    _costs: deque[float] = field(init=False)
     _drafting: bool = field(default=True, init=False)
     _passes: int = field(default=0, init=False)
     _warm: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self._saved = self.first
-        self._plain = deque(maxlen=self.recent)
+        self._plain, self._costs = deque(maxlen=self.recent), deque(maxlen=self.recent)
 
     def begin(self) -> None:
         """A generation begins: its prompt is read by a pass of many rows, and what the machine does now is unknown."""
@@ -68,7 +72,10 @@ class PayGuard:
             seconds: Seconds of its draft, its target pass and its verification.
         """
         self._warm = False
-        self._saved = min(self._saved + tokens - seconds / median(self._plain), self.most)
+        cost = seconds / median(self._plain)
+        most = self.stall * median(self._costs) if len(self._costs) == self.recent else cost
+        self._costs.append(cost)
+        self._saved = min(self._saved + tokens - min(cost, most), self.most)
         self._drafting = self._saved > 0
 
     def plain(self, seconds: float) -> None:
