@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib import import_module
 
 import lightning.pytorch as pl
 import pytest
@@ -106,3 +107,14 @@ def test_a_command_of_a_package(traceback, tmp_path):
     assert f"{tmp_path} holds no drafter" in found.stderr
     assert ("Traceback" in found.stderr) == bool(traceback)
     assert found.returncode == (1 if traceback else 2)
+
+
+@pytest.mark.parametrize("package", ["vision_kd", "llm_kd", "spec_decode"])
+def test_a_report_is_not_made_where_a_file_is(package, tmp_path, capsys):
+    main = import_module(f"{package}.report").main
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"^--output .*/file: .*/file is a file; name a folder$"):
+        main([str(tmp_path / "run"), f"--output={tmp_path / 'file'}"])
+    with pytest.raises(SystemExit, match="2"):
+        main([])
+    assert f"runs is required, as in: python -m {package}.report runs/" in capsys.readouterr().err

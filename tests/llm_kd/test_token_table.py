@@ -128,12 +128,3 @@ def test_the_kl_of_a_truncated_teacher_is_marked_in_the_report():
     whole = metrics | {"val/teacher_nll": metrics["val/nll"]}
     assert summary("a", config, metrics)["KL, start → last"] == "≥ 3.000 → 1.000"
     assert summary("a", config, whole)["KL, start → last"] == "3.000 → 1.000"
-
-
-def test_a_report_is_not_made_where_a_file_is(tmp_path, capsys):
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"^--output .*/file: .*/file is a file; name a folder$"):
-        main([str(tmp_path / "run"), f"--output={tmp_path / 'file'}"])
-    with pytest.raises(SystemExit, match="2"):
-        main([])
-    assert "runs is required, as in: python -m llm_kd.report runs/" in capsys.readouterr().err

@@ -75,6 +75,21 @@ def test_chat_remembers_and_refuses_what_does_not_fit(standin):
     assert talk(session, read=end, out=out, **settings) == []
 
 
+@pytest.mark.parametrize(
+    ("color", "terminal", "colored"), [(None, True, True), (None, False, False), (True, False, True)]
+)
+def test_chat_says_how_it_ends_and_colours_terminals(color, terminal, colored, monkeypatch, capsys):
+    talked = []
+    monkeypatch.setattr(Session, "open", lambda *_, **__: None)
+    monkeypatch.setattr("spec_decode.chat.talk", lambda _, **settings: talked.append(settings["color"]))
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal, raising=False)
+    chat(color=color)
+    assert talked == [colored]
+    said = capsys.readouterr().out
+    assert "/new starts over, /exit ends." in said
+    assert ("Green" in said) == colored
+
+
 def test_text_streams_without_broken_characters(standin):
     tokenizer = TargetSpec(str(standin)).tokenizer()
     text = "naïve – 日本語 🙂 end"
@@ -146,6 +161,7 @@ def test_settings_out_of_range_are_refused_before_anything_is_loaded(extra, mess
         ({"count": -1}, "count must be >= 1, got -1"),
         ({"temperatures": [0.0, -1.0]}, "temperature must be"),
         ({"max_new_tokens": 0}, "max_new_tokens must be an int >= 1"),
+        ({"seed": 2**63}, "seed must be"),
         ({"output": "file/out"}, "file is a file; name a folder"),
     ],
 )

@@ -54,12 +54,3 @@ def test_a_folder_without_a_run(tmp_path):
     (tmp_path / "metrics.csv").write_text("epoch,step,val/tar\n0,1,0.5\n")
     with pytest.raises(ValueError, match=r"no run of vision_kd\.fit"):
         main([str(tmp_path)])
-
-
-def test_a_report_is_not_made_where_a_file_is(tmp_path, capsys):
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"^--output .*/file: .*/file is a file; name a folder$"):
-        main([str(tmp_path / "run"), f"--output={tmp_path / 'file'}"])
-    with pytest.raises(SystemExit, match="2"):
-        main([])
-    assert "runs is required, as in: python -m vision_kd.report runs/" in capsys.readouterr().err

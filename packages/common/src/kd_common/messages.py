@@ -227,6 +227,26 @@ def check_file(flag: str, path: str | Path) -> None:
     check_folder(flag, Path(path).parent)
 
 
+def check_batch_size(rows: int, what: str, batch_size: int, world_size: int) -> None:
+    """Refuse training data that do not fill one batch on each process.
+
+    Args:
+        rows: How many there are.
+        what: What they are called, such as "training images".
+        batch_size: ``data.batch_size``.
+        world_size: Number of processes.
+
+    Raises:
+        ValueError: If they do not; the message says how large a batch may be.
+    """
+    if rows < batch_size * world_size:
+        each = f" on each of {world_size} processes" if world_size > 1 else ""
+        raise ValueError(
+            f"data.batch_size {batch_size}: the {rows:,} {what} do not fill one batch{each}; lower it to at most "
+            f"{rows // world_size}"
+        )
+
+
 def check_device(name: str) -> None:
     """Refuse a ``--device`` that this machine does not have.
 

@@ -31,11 +31,10 @@ from spec_decode.data.prompts import packaged_prompts, read_prompts
 from spec_decode.decoder import SpeculativeDecoder
 from spec_decode.drafters.base import tree_slots
 from spec_decode.drafters.files import CONFIG
-from spec_decode.inputs import check_length
 from spec_decode.measure import Measurement, first_divergence, measure
 from spec_decode.models import CausalLM
 from spec_decode.sampling import Sampling, Stream, gumbel_noise, row_seeds
-from spec_decode.session import check_drafter, drafter_folder, find_drafter, find_target, parse_tree
+from spec_decode.session import check_drafter, check_settings, drafter_folder, find_drafter, find_target, parse_tree
 from spec_decode.tables import print_tables
 
 PLAIN = "plain"
@@ -249,8 +248,8 @@ def benchmark(
     check_device(device)
     if count < 1:
         raise ValueError(f"count must be >= 1, got {count}")
-    check_length(max_new_tokens)
     laws = [Sampling(temperature) for temperature in temperatures or (0.0, 1.0)]
+    check_settings(max_new_tokens=max_new_tokens, temperature=laws[0].temperature, seed=seed)
     entries = {entry: (name, parse_tree(own or tree)) for entry in drafters for name, _, own in [entry.partition("@")]}
     for name, _ in entries.values():
         check_drafter(name)

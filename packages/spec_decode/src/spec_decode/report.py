@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from kd_common.errors import run_command
-from kd_common.messages import CommandParser
+from kd_common.messages import CommandParser, check_folder
 from kd_common.report import Section, check_validated, read_config, read_metrics, run_names, write_report
 from spec_decode.data.prompts import packaged_prompts, read_prompts
 from spec_decode.decoder import SpeculativeDecoder
@@ -126,6 +126,7 @@ def report(
 def main(args: list[str] | None = None) -> Path:
     """Parse the command line, write the report and say where it is."""
     parser = CommandParser(prog="python -m spec_decode.report", description=__doc__, allow_abbrev=False)
+    parser.example = "runs/smollm2/run_0"
     parser.add_argument("runs", nargs="+", type=Path, help="Folders of runs.")
     parser.add_argument("--output", type=Path, default=Path("runs/report/spec_decode"), help="Folder of the page.")
     parser.add_argument("--prompts", type=Path | None, default=None, help="JSONL file; packaged prompts by default.")
@@ -135,6 +136,7 @@ def main(args: list[str] | None = None) -> Path:
     )
     parser.add_argument("--max_new_tokens", type=int, default=96, help="Tokens per prompt.")
     settings = parser.parse_args(args)
+    check_folder("--output", settings.output)
     page = report(
         settings.runs,
         settings.output,

@@ -7,25 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from kd_common.messages import check_batch_size
 from llm_kd.data.batch import TokenBatch, collate, pack
 from llm_kd.data.example import Example, nothing
 
 NOBODY = -1
 """Row number of a place in the last validation batch that no example is left for."""
-
-
-def check_batch_size(rows: int, batch_size: int, world_size: int) -> None:
-    """Refuse training rows that do not fill one batch on each process.
-
-    Raises:
-        ValueError: If they do not; the message says how large a batch may be.
-    """
-    if rows < batch_size * world_size:
-        each = f" on each of {world_size} processes" if world_size > 1 else ""
-        raise ValueError(
-            f"data.batch_size {batch_size}: the {rows:,} training rows do not fill one batch{each}; lower it to at "
-            f"most {rows // world_size}"
-        )
 
 
 class TextLoader:
@@ -79,7 +66,7 @@ class TextLoader:
         self._global_batch = batch_size * world_size
         self.left_out = len(self.rows) % self._global_batch if shuffle else 0
         if shuffle:
-            check_batch_size(len(self.rows), batch_size, world_size)
+            check_batch_size(len(self.rows), "training rows", batch_size, world_size)
         self.epoch = 0
         self._delivered = 0
         self._resume: dict[str, Any] = {}

@@ -10,9 +10,10 @@ from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 
 from kd_common.hub import load_tokenizer
+from kd_common.messages import check_batch_size
 from llm_kd.data.encode import Encoder, padding_token
 from llm_kd.data.example import Example, answered
-from llm_kd.data.loader import TextLoader, check_batch_size
+from llm_kd.data.loader import TextLoader
 from llm_kd.data.responses import write_responses
 from llm_kd.data.rows import Row, read_rows
 from llm_kd.generation import Sampling
@@ -272,7 +273,7 @@ class TextDataModule(LightningDataModule):
         """
         if self._awaits_answers("train"):
             prompts = self._prompts(self.rows("train"), self._teachers_room)
-            check_batch_size(len(prompts), self.batch_size, world_size)
+            check_batch_size(len(prompts), "training rows", self.batch_size, world_size)
         else:
             self._read("train")
             self._loader("train", world_size)

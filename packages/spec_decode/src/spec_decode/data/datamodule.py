@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from kd_common.files import cache_root
+from kd_common.messages import check_batch_size
 from spec_decode.data.corpus import (
     Sample,
     Writing,
@@ -220,14 +221,9 @@ class TargetText(LightningDataModule):
 
     def _rows_of_an_epoch(self, rows: int, ranks: int) -> int:
         """Sequences of an epoch of all ranks, whole batches only, of so many to train on."""
-        batch = self.batch_size * ranks
-        rows = self.epoch_rows or rows
-        if rows < batch:
-            raise ValueError(
-                f"an epoch of {rows} sequences does not fill a batch of {self.batch_size}"
-                f"{f' on each of {ranks} processes' if ranks > 1 else ''}; lower data.batch_size"
-                f"{' or raise data.epoch_rows' if self.epoch_rows else ''}"
-            )
+        what = "sequences of data.epoch_rows" if self.epoch_rows else "training sequences"
+        rows, batch = self.epoch_rows or rows, self.batch_size * ranks
+        check_batch_size(rows, what, self.batch_size, ranks)
         return rows // batch * batch
 
     @property

@@ -12,8 +12,9 @@ import torch
 from lightning import LightningDataModule
 from torch import Tensor
 
+from kd_common.messages import check_batch_size
 from vision_kd.data.augment import Augment, identity, strong
-from vision_kd.data.loader import DeviceLoader, check_batch_size
+from vision_kd.data.loader import DeviceLoader
 
 VIEWS = ("weak", "strong")
 WORKERS = min(4, os.cpu_count() or 1)
@@ -146,7 +147,7 @@ class ImageDataModule(LightningDataModule):
         self.setup("fit")
         single = copy.copy(self)
         single.batch_size = 1  # a loader of single images is refused by no data set, and knows how many there are
-        check_batch_size(len(single.train_dataloader().sampler), self.batch_size, world_size)
+        check_batch_size(len(single.train_dataloader().sampler), "training images", self.batch_size, world_size)
 
 
 class TensorDataModule(ImageDataModule):

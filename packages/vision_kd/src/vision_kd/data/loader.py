@@ -7,23 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
+from kd_common.messages import check_batch_size
 from vision_kd.data.augment import SEED_RANGE, Augment, ImageDraws
 
 Batch = tuple[dict[str, Tensor], Tensor]
-
-
-def check_batch_size(count: int, batch_size: int, world_size: int) -> None:
-    """Refuse a training set that does not fill one batch on each process.
-
-    Raises:
-        ValueError: if it has fewer images; the message says how large a batch may be.
-    """
-    if count < batch_size * world_size:
-        each = f" on each of {world_size} processes" if world_size > 1 else ""
-        raise ValueError(
-            f"data.batch_size {batch_size}: the {count:,} training images do not fill one batch{each}; lower it to at "
-            f"most {count // world_size}"
-        )
 
 
 class EpochSampler(DistributedSampler):
@@ -63,7 +50,7 @@ class EpochSampler(DistributedSampler):
         self.count = count
         global_batch = batch_size * world_size
         if drop_last:
-            check_batch_size(count, batch_size, world_size)
+            check_batch_size(count, "training images", batch_size, world_size)
             self.total_size = count - count % global_batch
         elif shuffle:
             self.total_size = count + -count % world_size  # wraps around, so that all ranks make equally many steps
