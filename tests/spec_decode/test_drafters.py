@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,12 +20,14 @@ from spec_decode.drafters import (
 )
 from spec_decode.drafters.base import DraftState, draft_from_levels
 from spec_decode.drafters.draft_model import PretrainedDraft
+from spec_decode.drafters.dynamic import DynamicCandidates
 from spec_decode.drafters.eagle3 import TrainingTimeTest
 from spec_decode.drafters.files import frequent_tokens
 from spec_decode.models import CausalLM
 from spec_decode.models.causal_lm import States
 from spec_decode.models.layers import causal_attention
-from spec_decode.sampling import Sampling, row_seeds
+from spec_decode.sampling import Sampling, Stream, gumbel_noise, row_seeds
+from spec_decode.verify import verify_matching
 
 PROMPTS = [[5, 7, 9, 5, 7], [1], [3, 8, 3, 8, 3, 8, 3, 8, 2, 2, 6]]
 OPTIONS = {
@@ -225,15 +228,24 @@ def test_training_time_test_attends_like_a_mask():
     torch.testing.assert_close(first, causal_attention()(q, k, v), rtol=1e-6, atol=1e-6)
 
 
-def test_dynamic_tree_is_the_best_of_all_considered_nodes(tiny):
-    """Brute force: the beam's candidates recomputed path by path in teacher-forced passes."""
-    drafter, shape = make(tiny.target, "eagle3", noise=0.3), DynamicTree(3, 3, 9)
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 0.6])
+def test_dynamic_tree_is_the_best_of_all_considered_nodes(tiny, temperature):
+    """Brute force: the beam's candidates recomputed path by path in teacher-forced passes.
+
+    Above temperature 0 the target's noise at the position is known, so that it belongs to the law.
+    """
+    drafter, shape = make(tiny.target, "eagle3", noise=0.3), DynamicTree(4, 3, 12)
     text = torch.randint(40, (8,)).tolist()
 
     def log_probs(path):
         tokens = torch.tensor([text + path + [0]])
         levels = drafter.level_states(tokens, tiny.target(tokens))
-        return drafter.level_logits(len(path), levels[len(path)][0, len(text) - 2]).double().log_softmax(-1)
+        logits = drafter.level_logits(len(path), levels[len(path)][0, len(text) - 2]).double()
+        if temperature:
+            position = torch.tensor([len(text) + len(path)])
+            noise = gumbel_noise(row_seeds(SEED, 1), position, torch.arange(40), Stream.TARGET)[0]
+            logits = logits / temperature + noise
+        return logits.log_softmax(-1)
 
     frontier, candidates = [((), 0.0)], {}
     for _ in range(shape.depth):
@@ -246,7 +258,8 @@ def test_dynamic_tree_is_the_best_of_all_considered_nodes(tiny):
         candidates |= children
         frontier = sorted(children.items(), key=lambda item: -item[1])[: shape.top_k]
     expected = {path for path, _ in sorted(candidates.items(), key=lambda item: -item[1])[: shape.nodes]}
-    tree = drafter.propose(state_at(tiny.target, [text], shape, drafter.new_memory(1, 64)))
+    sampling = Sampling(temperature)
+    tree = drafter.propose(state_at(tiny.target, [text], shape, drafter.new_memory(1, 64), sampling=sampling))
     found, tokens, parents = set(), tree.tokens[0].tolist(), tree.parents[0].tolist()
     for node in range(1, len(tokens)):
         path, at = [], node
@@ -256,6 +269,59 @@ def test_dynamic_tree_is_the_best_of_all_considered_nodes(tiny):
         found.add(tuple(path))
     assert found == expected
     assert max(map(len, found)) > 1
+
+
+def test_a_frontiers_node_sees_its_ancestors_and_itself(tiny):
+    shape = DynamicTree(5, 3, 40)
+    candidates = DynamicCandidates(state_at(tiny.target, [[1, 2], [3, 4]], shape, None), shape, None)
+    tokens = candidates.expand(torch.randn(2, 1, 40))
+    paths = [[[(0, place)] for place in range(3)] for _ in range(2)]
+    for level in range(1, 5):
+        tokens = candidates.expand(3 * torch.randn(2, 3, 40))
+        above = candidates.expanded.tolist()
+        paths = [[[*paths[row][above[row][i]], (level, i)] for i in range(3)] for row in range(2)]
+        assert candidates.seen.shape == (2, 3, 3 * (level + 1))
+        for row in range(2):
+            for i in range(3):
+                seen = candidates.seen[row, i].nonzero().flatten().tolist()
+                assert seen == [3 * depth + place for depth, place in paths[row][i]]
+    assert tokens.shape == (2, 3)
+
+
+def test_a_dynamic_tree_holds_what_the_target_draws_where_the_drafter_is_the_target(toy):
+    """Its candidates are ranked with the noise that the target draws with, so that most levels are accepted."""
+    model, sampling, count = toy.TableModel(30, seed=4), Sampling(1.0), 200
+    seeds, contexts = row_seeds(3, count), [[i % 30, i * 7 % 30] for i in range(count)]
+    shape = DynamicTree(depth=3, top_k=4, nodes=8)
+    accepted = {}
+    for known in (seeds, seeds + 1):  # the second is noise that the target does not draw with
+        state = SimpleNamespace(
+            root=torch.tensor([context[-1] for context in contexts]),
+            root_positions=torch.ones(count, dtype=torch.int64),
+            sampling=sampling,
+            seeds=known,
+        )
+        state = DraftState(
+            contexts=contexts,
+            states=None,
+            next_tokens=None,
+            counts=None,
+            tree=shape,
+            rejection=False,
+            memory=None,
+            **vars(state),
+        )
+        candidates = DynamicCandidates(state, shape, None)
+        before, tokens = torch.tensor(contexts)[:, :1], state.root.unsqueeze(1)
+        for _ in range(shape.depth):
+            above, tokens = tokens, candidates.expand(model.table[before, tokens])
+            before = above.gather(1, candidates.expanded)
+        tree = candidates.tree(0.0)
+        logits = model.tree_logits(contexts, tree)
+        verified = verify_matching(tree, logits, sampling, seeds=seeds, root_positions=state.root_positions)
+        accepted[known is seeds] = float(verified.accepted.double().mean())
+    assert accepted[True] > 2.6
+    assert accepted[False] < 2.0, accepted
 
 
 def test_backbone_noise_is_the_final_trees(tiny):

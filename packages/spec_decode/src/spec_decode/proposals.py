@@ -147,7 +147,9 @@ def rank_tokens(
     if temperature == 0:
         return RankedTokens(ids, logits, logits - draft_logits.float().logsumexp(-1, keepdim=True))
     scores = logits + temperature * _level_noise(draft_logits, seeds, root_positions, ids, Stream.TARGET)
-    return RankedTokens(ids, scores, (scores / temperature).log_softmax(-1))
+    # The best score becomes 0 first: no temperature, however small, can overflow it.
+    laws = ((scores - scores.amax(-1, keepdim=True)) / temperature).log_softmax(-1)
+    return RankedTokens(ids, scores, laws)
 
 
 def sampled_tree(

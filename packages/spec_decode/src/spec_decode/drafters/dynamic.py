@@ -3,11 +3,13 @@
 Shapes: B rows, k nodes expanded per level, C draft tokens.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spec_decode.drafters.base import DynamicTree
+from spec_decode.drafters.base import DraftState, DynamicTree, rank_levels
 from spec_decode.tree import DraftTree, prune_tree
 
 
@@ -16,9 +18,10 @@ class DynamicCandidates:
 
     The first `expand` takes the root's logits, every later one those of the frontier: each of its nodes gets its k
     likeliest children, and the k best of all children, by the probability of the whole path, are the next frontier.
+    Above temperature 0 these are the probabilities that are left once the target's noise is known (`rank_tokens`).
 
     Args:
-        root: Last committed token of each row, int64 of shape (B,).
+        state: State whose tree is dynamic.
         tree: Shape of the tree.
         vocabulary: Target token of each draft token; None if they are the same.
 
@@ -34,8 +37,9 @@ class DynamicCandidates:
     expanded: Tensor
     seen: Tensor
 
-    def __init__(self, root: Tensor, tree: DynamicTree, vocabulary: Tensor | None) -> None:
-        self._root, self._shape, self._vocabulary = root, tree, vocabulary
+    def __init__(self, state: DraftState, tree: DynamicTree, vocabulary: Tensor | None) -> None:
+        root = state.root
+        self._state, self._root, self._shape, self._vocabulary = state, root, tree, vocabulary
         self._tokens: list[Tensor] = []
         self._scores: list[Tensor] = []
         self._parents: list[Tensor] = []  # index among all candidates, -1 below the root
@@ -49,9 +53,7 @@ class DynamicCandidates:
             Tokens of the next frontier, int64 of shape (B, k).
         """
         width = min(self._shape.top_k, logits.shape[-1])
-        best, tokens = logits.double().log_softmax(-1).topk(width, dim=-1)
-        if self._vocabulary is not None:
-            tokens = self._vocabulary[tokens]
+        best, tokens = self._likeliest(logits, width)
         scores = (self._frontier_scores.unsqueeze(-1) + best).flatten(1)
         start = sum(x.shape[1] for x in self._tokens)
         self._tokens.append(tokens.flatten(1))
@@ -65,6 +67,22 @@ class DynamicCandidates:
             own = torch.cat([above, own], dim=-1)
         self.seen = own
         return self._tokens[-1].gather(1, chosen)
+
+    def _likeliest(self, logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """Log-probability and token of the likeliest children of each node, both of shape (B, k, width)."""
+        nodes, state = logits.shape[1], self._state
+        level = len(self._tokens)  # all nodes of a frontier are at one position, so that they share its noise
+        alone = replace(
+            state,
+            tree=(width,),
+            seeds=state.seeds.repeat_interleave(nodes),
+            root_positions=(state.root_positions + level).repeat_interleave(nodes),
+        )
+        ranked = rank_levels(alone, logits.flatten(0, 1).unsqueeze(1), self._vocabulary)
+        best, place = ranked.log_laws.topk(width, dim=-1)
+        tokens = ranked.ids.gather(-1, place)
+        # Rounding must not make a child likelier than its parent.
+        return best.clamp(max=0).view(-1, nodes, width), tokens.view(-1, nodes, width)
 
     def tree(self, min_confidence: float) -> DraftTree:
         """The best nodes of all; with a node its ancestors are among them, being at least as likely.

@@ -151,7 +151,7 @@ class Eagle3(TrainableDrafter):
 
     def _dynamic(self, state: DraftState, tree: DynamicTree, feature: Tensor) -> Draft:
         """Tree grown by cumulative probability; `feature` (B, 1, h) is the root's."""
-        candidates = DynamicCandidates(state.root, tree, self.vocabulary)
+        candidates = DynamicCandidates(state, tree, self.vocabulary)
         tokens = candidates.expand(self.head(self.norm(feature)))
         feature = feature.expand(-1, tokens.shape[1], -1)
         for level in range(tree.depth - 1):
