@@ -9,9 +9,9 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from kd_common.hub import ModelNotFoundError, load_tokenizer
+from kd_common.vocabulary import shared_vocabulary, vocabulary_size
 from llm_kd.models import Body, LoRASpec, StudentSpec, TeacherSpec, build_student, depth_prune, load_teacher
 from llm_kd.models.prune import decoder_layers, evenly_spaced
-from llm_kd.models.vocabulary import shared_vocabulary, vocabulary_size
 
 ARCHITECTURES = ["llama", "qwen2", "mistral", "gemma2", "gpt2"]
 TOKENS = torch.randint(0, 258, (2, 9), generator=torch.Generator().manual_seed(1))

@@ -1,5 +1,6 @@
 """Generate, chat and benchmark on a stand-in; text that streams."""
 
+import copy
 import io
 import json
 from functools import partial
@@ -186,6 +187,21 @@ def test_a_damaged_acceptance_is_refused_by_its_file(drafter, table):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"acceptance": table}))
     with pytest.raises(ValueError, match=r"drafter\.json is damaged: acceptance of level 0"):
         find_drafter(drafter, None)
+
+
+def test_a_language_model_drafts_when_its_tokenizer_is_the_targets(standin, tiny, tmp_path, byte_tokenizer):
+    """Its head may be padded otherwise, as in one family of models; other tokens are named."""
+    tiny.make(4, vocab_size=320, max_position_embeddings=2048).save_pretrained(tmp_path / "padded")
+    byte_tokenizer.save_pretrained(tmp_path / "padded")
+    settings = {"target": str(standin), "dtype": "float32", "device": "cpu", "tree": "2,1"}
+    plain = Session.open("none", **settings).decoder.generate([[5, 6]], max_new_tokens=12)
+    drafting = Session.open(str(tmp_path / "padded"), **settings).decoder
+    assert torch.equal(drafting.generate([[5, 6]], max_new_tokens=12).sequences, plain.sequences)
+    other = copy.deepcopy(byte_tokenizer)
+    other.add_tokens(["<extra>"])
+    other.save_pretrained(tmp_path / "padded")
+    with pytest.raises(ValueError, match="target and draft model must share a tokenizer.*<extra>"):
+        Session.open(str(tmp_path / "padded"), **settings)
 
 
 def test_a_digest_of_a_drafters_content_tells_drafters_apart(drafter, tmp_path):

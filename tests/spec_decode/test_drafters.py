@@ -96,6 +96,45 @@ def test_pretrained_draft_model(tiny, plain):
         PretrainedDraft(tiny.target, CausalLM.from_transformers(tiny.make(vocab_size=39)))
 
 
+@pytest.mark.parametrize("rows", [34, 40, 48])
+def test_a_draft_model_whose_head_is_padded_otherwise(tiny, plain, rows):
+    """It drafts what both know: no token of its own padding, and it reads what the target writes beyond them."""
+    shared = 32
+    torch.manual_seed(3)
+    model = tiny.make(9, vocab_size=rows)
+    with torch.no_grad():
+        model.lm_head.weight[shared:] = 9 * model.lm_head.weight[:1]  # would be drafted often
+    drafter = PretrainedDraft(tiny.target, CausalLM.from_transformers(model), shared)
+    assert any(token >= 34 for row in plain[HOT] for token in row)  # tokens that the smallest model has no row for
+    drafted = []
+    for settings in ({}, {"rejection": True}):
+        decoder = SpeculativeDecoder(tiny.target, drafter, tree=(3, 2, 1), **settings)
+        out = decoder.generate(
+            PROMPTS, max_new_tokens=20, temperature=1.0, seed=SEED, on_pass=lambda tree, _: drafted.append(tree.tokens)
+        )
+        assert settings or out.new_tokens == plain[HOT]
+    assert max(int(tokens[:, 1:].max()) for tokens in drafted) < shared
+    with pytest.raises(ValueError, match="the tree asks for 33"):
+        SpeculativeDecoder(tiny.target, drafter, tree=(33,))
+    for wrong in (0, rows + 1, 41):
+        with pytest.raises(ValueError, match="shared must be in"):
+            PretrainedDraft(tiny.target, drafter.model, wrong)
+
+
+@pytest.mark.parametrize("kind", ["trained", "pretrained", "with lookup"])
+def test_a_drafter_of_another_target_is_refused_whatever_is_around_it(tiny, kind):
+    other = CausalLM.from_transformers(tiny.make(8))
+    drafter = {
+        "trained": lambda: make(other, "eagle3"),
+        "pretrained": lambda: PretrainedDraft(other, tiny.target),
+        "with lookup": lambda: WithLookup(make(other, "eagle3")),
+    }[kind]()
+    with pytest.raises(ValueError, match="built for another target"):
+        SpeculativeDecoder(tiny.target, drafter)
+    SpeculativeDecoder(other, drafter)
+    SpeculativeDecoder(other, PromptLookup())
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_rejection_runs_and_keeps_greedy_text(tiny, plain, name):
     """With drawn candidates the law is tested in test_verify_exact; at temperature 0 it must be the greedy text."""

@@ -264,7 +264,7 @@ def benchmark(
     sets = {n: encode_prompts(tokenizer, t[:count], longest=longest_prompt) for n, t in texts.items()}
     decoders = {PLAIN: SpeculativeDecoder(model, compile=compile)}
     for entry, (name, shape) in entries.items():
-        drafter = find_drafter(name, model)
+        drafter = find_drafter(name, model, tokenizer)
         confidence = min_confidence if drafter is not None and drafter.confident else 0.0
         decoders[entry] = SpeculativeDecoder(model, drafter, tree=shape, min_confidence=confidence)
     largest = max(tree_slots(decoder.tree) for decoder in decoders.values())

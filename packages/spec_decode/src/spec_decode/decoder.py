@@ -161,7 +161,7 @@ class SpeculativeDecoder:
         if drafter is None:
             return
         name = type(drafter).__name__
-        if getattr(drafter, "target", self.target) is not self.target:
+        if not drafter.serves(self.target):
             raise ValueError(f"this {name} was built for another target; build or load it with the one it drafts for")
         if isinstance(shape, tuple) and any(type(w) is not int or w < 1 for w in shape):
             raise ValueError(f"every level of the tree needs a number of candidates >= 1, got {shape}")

@@ -37,7 +37,7 @@ def decode(
     session = Session.open(str(first / "drafter_best"), None, dtype="auto", device="cpu", tree="chain")
     decoders = {"plain decoding": SpeculativeDecoder(session.target)}
     for name, run in runs.items():
-        drafter = find_drafter(str(run / "drafter_best"), session.target)
+        drafter = find_drafter(str(run / "drafter_best"), session.target, session.tokenizer)
         assert drafter is not None
         shape = parse_tree(tree) if tree else (3, *[2] * ((drafter.max_depth or 1) - 1))
         decoders[name] = SpeculativeDecoder(session.target, drafter, tree=shape)

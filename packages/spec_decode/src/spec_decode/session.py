@@ -7,6 +7,7 @@ from typing import Any
 
 from kd_common.hub import EMBEDDED, load_config
 from kd_common.messages import check_device
+from kd_common.vocabulary import shared_vocabulary
 from spec_decode.data.corpus import encode_prompts, stop_tokens
 from spec_decode.decoder import Generation, SpeculativeDecoder
 from spec_decode.drafters import DRAFTERS, Drafter, DynamicTree, TrainableDrafter, load_drafter
@@ -78,31 +79,42 @@ def check_settings(
     row_seeds(seed, 1)
 
 
-def find_drafter(name: str, target: CausalLM) -> Drafter | None:
+def find_drafter(name: str, target: CausalLM, tokenizer: Any = None) -> Drafter | None:
     """Drafter from a folder that `fit` wrote, by a name that needs no weights, or None for ``none``.
 
     The folder of a language model, such as a student that `llm_kd.fit` wrote, drafts as it is. ``NAME+lookup`` adds the
     branch of prompt lookup to the tree of any of them.
 
+    Args:
+        name: Drafter.
+        target: Target it is to draft for.
+        tokenizer: The target's, which a language model must share; without it only the sizes of the heads are compared.
+
     Raises:
         ValueError: What `check_drafter` refuses, a drafter of another target, or a language model of another
-            vocabulary.
+            tokenizer.
         FileNotFoundError: If it is neither a name nor a drafter's folder.
     """
     check_drafter(name)
     if name == "none":
         return None
     inner = name.removesuffix(LOOKUP)
-    drafter = _load(inner, target)
+    drafter = _load(inner, target, tokenizer)
     return drafter if inner == name else WithLookup(drafter)
 
 
-def _load(name: str, target: CausalLM) -> Drafter:
+def _load(name: str, target: CausalLM, tokenizer: Any) -> Drafter:
     if name in DRAFTERS.names():
         return DRAFTERS.get(name)()
     if (Path(name) / LANGUAGE_MODEL).is_file():
         dtype = str(target.dtype).removeprefix("torch.")
-        return PretrainedDraft(target, TargetSpec(name, dtype).load().to(target.device))
+        spec = TargetSpec(name, dtype)
+        model = spec.load().to(target.device)
+        if tokenizer is None:
+            return PretrainedDraft(target, model)
+        tokenizers = (tokenizer, spec.tokenizer())
+        shared = shared_vocabulary(*tokenizers, target, model, roles=("target", "draft model"))
+        return PretrainedDraft(target, model, shared)
     return load_drafter(Path(name), target)
 
 
@@ -169,7 +181,7 @@ class Session:
         tokenizer.chat_template = tokenizer.chat_template or template
         decoder = SpeculativeDecoder(
             model,
-            find_drafter(drafter, model),
+            find_drafter(drafter, model, tokenizer),
             tree=shape,
             rejection=rejection,
             min_confidence=min_confidence,

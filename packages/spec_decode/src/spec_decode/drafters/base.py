@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spec_decode.models import States
+from spec_decode.models import CausalLM, States
 from spec_decode.proposals import RANKED, RankedTokens, SampledTree, rank_tokens, sampled_tree
 from spec_decode.sampling import Sampling
 from spec_decode.tree import DraftTree, prune_tree
@@ -122,6 +122,10 @@ class Drafter(ABC):
     confident: bool = False
     extra_branches: int = 0
     acceptance: list[list[float]] | None = None
+
+    def serves(self, target: CausalLM) -> bool:
+        """Whether it drafts for this target; one that reads the text alone drafts for any."""
+        return True
 
     def new_memory(self, batch: int, capacity: int) -> Any:
         """State of a new batch of rows that may grow to `capacity` tokens, draft nodes included."""

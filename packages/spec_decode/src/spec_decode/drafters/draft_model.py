@@ -93,25 +93,35 @@ class DraftModel(TrainableDrafter, Autoregressive):
 
 
 class PretrainedDraft(Autoregressive):
-    """A pretrained language model of the target's vocabulary as drafter.
+    """A pretrained language model of the target's tokenizer as drafter.
 
     Args:
         target: Target.
         model: Step runner of the draft model, on the target's device.
+        shared: Number of tokens that both know (`kd_common.vocabulary.shared_vocabulary`); what either has beyond
+            them is padding, and is never drafted. None means that neither is padded.
 
     Raises:
-        ValueError: If the vocabularies differ in size.
+        ValueError: If the heads differ in size and it is not said how many tokens are shared, or one lacks some.
     """
 
     samples = confident = True
 
-    def __init__(self, target: CausalLM, model: CausalLM) -> None:
-        if model.vocab_size != target.vocab_size:
+    def __init__(self, target: CausalLM, model: CausalLM, shared: int | None = None) -> None:
+        if shared is None and model.vocab_size != target.vocab_size:
             raise ValueError(
-                f"the draft model has {model.vocab_size} tokens and the target {target.vocab_size}; they must share "
-                "one tokenizer"
+                f"the draft model has {model.vocab_size} tokens and the target {target.vocab_size}; if they have one "
+                "tokenizer, say how many tokens it has (shared)"
             )
-        self.model = model
+        fewest = min(model.vocab_size, target.vocab_size)
+        self.shared = self.max_width = fewest if shared is None else shared
+        if not 1 <= self.shared <= fewest:
+            raise ValueError(f"shared must be in [1, {fewest}], the smaller vocabulary, got {shared}")
+        self.target, self.model = target, model
+
+    def serves(self, target: CausalLM) -> bool:
+        """Whether it was built for this target."""
+        return target is self.target
 
     def pack(self) -> None:
         """See the base class."""
@@ -127,8 +137,9 @@ class PretrainedDraft(Autoregressive):
 
     def next_logits(self, tokens: Tensor, counts: Tensor, cache: KVCache) -> Tensor:
         """See the base class."""
-        return self.model.logits(last_rows(self.model.extend(tokens, counts, cache).final, counts))
+        known = tokens.clamp(max=self.model.vocab_size - 1)  # the target may write a token of its own padding
+        return self.model.logits(last_rows(self.model.extend(known, counts, cache).final, counts))[..., : self.shared]
 
     def propose(self, state: DraftState) -> Draft:
         """Token by token."""
-        return self.draft(state, None, self.model.vocab_size)
+        return self.draft(state, None, self.target.vocab_size)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from spec_decode.drafters.base import Draft, Drafter, DraftState, tree_depth, verified_slots
 from spec_decode.drafters.registry import DRAFTERS
+from spec_decode.models import CausalLM
 from spec_decode.proposals import SampledTree
 from spec_decode.tree import DraftTree, merge_branches
 
@@ -93,6 +94,10 @@ class WithLookup(Drafter):
         self.max_width, self.chain_depth = drafter.max_width, drafter.chain_depth
         self.extra_branches = drafter.extra_branches + 1
         self.confident = drafter.confident  # the branch itself is never pruned
+
+    def serves(self, target: CausalLM) -> bool:
+        """Whether the other drafter does."""
+        return self.drafter.serves(target)
 
     def pack(self) -> None:
         """See the base class."""

@@ -73,6 +73,10 @@ class TrainableDrafter(nn.Module, Drafter):
         """The frozen target."""
         return self._target[0]
 
+    def serves(self, target: CausalLM) -> bool:
+        """Whether it was built for this target."""
+        return target is self.target
+
     @property
     def draft_tokens(self) -> int:
         """C."""
