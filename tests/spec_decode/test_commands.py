@@ -200,7 +200,7 @@ def test_a_language_model_drafts_when_its_tokenizer_is_the_targets(standin, tiny
     other = copy.deepcopy(byte_tokenizer)
     other.add_tokens(["<extra>"])
     other.save_pretrained(tmp_path / "padded")
-    with pytest.raises(ValueError, match="target and draft model must share a tokenizer.*<extra>"):
+    with pytest.raises(ValueError, match=r"target and draft model must share a tokenizer.*<extra>"):
         Session.open(str(tmp_path / "padded"), **settings)
 
 
