@@ -2,11 +2,12 @@
 
 import contextlib
 import errno
+import threading
 from pathlib import Path
 
 import pytest
 
-from kd_common.files import beside, finish_replacing, replace_folder, replacing_stopped, write_atomically
+from kd_common.files import beside, finish_replacing, locked, replace_folder, replacing_stopped, write_atomically
 
 
 @pytest.mark.parametrize(("content", "stored"), [("naïve\n", "naïve\n".encode()), (b"\x00\xff", b"\x00\xff")])
@@ -52,3 +53,51 @@ def test_full_disk_leaves_the_old_file(tmp_path):
     assert caught.value.errno == errno.ENOSPC
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_process_that_waits_for_another_says_for_what(tmp_path, caplog):
+    path = tmp_path / "cache" / "thing.pt"
+    seen = []
+
+    def second():
+        with locked(path, "the thing"):
+            seen.append(path.read_text())
+
+    with locked(path, "the thing"):
+        waiting = threading.Thread(target=second)
+        waiting.start()
+        while not caplog.records:
+            waiting.join(0.01)
+        assert not seen
+        path.write_text("made by the first")
+    waiting.join()
+    assert seen == ["made by the first"]
+    assert [r.getMessage() for r in caplog.records] == [
+        f"Waiting for another process, which is making the thing: {path}"
+    ]
+
+
+def test_nobody_waits_for_a_free_lock(tmp_path, caplog):
+    for _ in range(2):
+        with locked(tmp_path / "thing", "the thing"):
+            pass
+    assert not caplog.records
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_the_remedy(tmp_path):
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "cache"
+    refused = pytest.raises(OSError, match=r"the thing is not there yet.*another place with KD_DATA")
+    with refused as caught, locked(folder / "thing", "the thing", "KD_DATA"):
+        raise AssertionError("entered")
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), NotImplementedError("no flock here")])
+def test_a_lock_that_cannot_be_taken_is_named_with_the_remedy(tmp_path, monkeypatch, error):
+    def refuse(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    with pytest.raises(OSError, match=f"{tmp_path}|KD_CACHE"), locked(tmp_path / "thing", "the thing"):
+        raise AssertionError("entered")

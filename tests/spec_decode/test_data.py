@@ -305,6 +305,25 @@ def test_machines_that_share_a_cache_write_one_after_the_other(tiny, tmp_path, m
     assert data._store().done == len(PROMPTS)
 
 
+def test_a_cache_that_holds_everything_is_not_written(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("KD_CACHE", str(tmp_path))
+    samples = []
+    for again in (False, True):
+        data = TargetText(limit=20, val_prompts=2, writing=WRITING, max_length=64)
+        monkeypatch.setattr(data, "encoded", PROMPTS)
+        monkeypatch.setattr(data, "_target", [tiny.target])
+        data.progress = False
+        if again:  # as on a medium that can only be read
+            monkeypatch.setattr("kd_common.files.FileLock", None)
+        data.prepare_data()
+        data.setup()
+        samples.append(data.samples)
+    assert samples[0] == samples[1]
+    data._corpus.write_bytes(b"")
+    with pytest.raises(TypeError):
+        data.prepare_data()  # what is missing is written under the lock
+
+
 def test_a_datamodule_without_a_target_says_so():
     with pytest.raises(RuntimeError, match="no target is attached"):
         TargetText(limit=20).prepare_data()

@@ -1,6 +1,7 @@
 """Where what is made once is kept, and how files are written and read so that damage is noticed."""
 
 import json
+import logging
 import os
 import shutil
 import zipfile
@@ -10,6 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+logger = logging.getLogger(__name__)
+
 CHECKSUM = "crc32"
 """Entry of a checksummed line; see :func:`checksummed_line`."""
 
@@ -17,6 +22,41 @@ CHECKSUM = "crc32"
 def cache_root() -> Path:
     """Folder of what is made once and kept: ``$KD_CACHE``, else ``~/.cache/kd``."""
     return Path(os.environ.get("KD_CACHE") or "~/.cache/kd").expanduser()
+
+
+@contextmanager
+def locked(path: Path, what: str, variable: str = "KD_CACHE") -> Iterator[None]:
+    """Let one process at a time make what is kept at a path; one that has to wait says so.
+
+    What is complete needs no lock: a caller looks for it first, so that a read-only folder which holds it serves it.
+
+    Args:
+        path: File or folder that is made; the lock is a file beside it.
+        what: What it is, for the messages, such as "the teacher resnet20".
+        variable: Environment variable that names another place, for the message.
+
+    Raises:
+        OSError: The folder cannot be written; the message names it.
+    """
+    lock = FileLock(f"{path}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            logger.warning("Waiting for another process, which is making %s: %s", what, path)
+            lock.acquire()
+    except (OSError, NotImplementedError) as error:  # the latter where the file system has no locks
+        raise OSError(
+            getattr(error, "errno", None) or 0,
+            f"{what} is not there yet and cannot be made, because the folder cannot be written or locked "
+            f"({getattr(error, 'strerror', None) or error}); make it writable, or name another place with {variable}",
+            str(path.parent),
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

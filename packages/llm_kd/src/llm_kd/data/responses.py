@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from kd_common.files import cache_root, checksummed_line, naming, read_checksummed_line
+from kd_common.files import cache_root, checksummed_line, locked, naming, read_checksummed_line
 from kd_common.hub import CONFIG_WITHOUT_EFFECT
 from llm_kd.fingerprint import tensors_fingerprint
 from llm_kd.generation import Sampling, generate
@@ -79,33 +78,33 @@ def write_responses(
     vocab_size = vocabulary_size(tokenizer)
     path = responses_path(model, prompts, sampling, eos_ids=eos_ids, vocab_size=vocab_size, seed=seed)
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]), reverse=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
-        if not path.is_file():
-            partial = path.with_suffix(".partial")
-            done = _resume(partial, order, batch_size)
-            settings: dict[str, Any] = {"eos_ids": eos_ids, "pad_id": pad_id, "vocab_size": vocab_size}
-            with (
-                naming(partial, "the responses before are complete; start again to go on from there"),
-                partial.open("ab") as file,
-                tqdm(total=len(order), initial=done, desc="teacher's responses", disable=not progress_bar) as bar,
-            ):
-                for start in range(done, len(order), batch_size):
-                    batch = order[start : start + batch_size]
-                    answers = generate(
-                        model,
-                        [prompts[number] for number in batch],
-                        sampling,
-                        seed=np.random.SeedSequence((seed, start)).generate_state(1).item(),
-                        batch_size=batch_size,
-                        **settings,
-                    )
-                    file.writelines(_line(n, tokens, tokenizer) for n, tokens in zip(batch, answers, strict=True))
-                    file.flush()
-                    bar.update(len(batch))
-                os.fsync(file.fileno())
-            partial.replace(path)
-        found = _read(path.read_bytes(), order, path)
+    if not path.is_file():
+        with locked(path, "the teacher's responses"):
+            if not path.is_file():  # another process may have written it meanwhile
+                partial = path.with_suffix(".partial")
+                done = _resume(partial, order, batch_size)
+                settings: dict[str, Any] = {"eos_ids": eos_ids, "pad_id": pad_id, "vocab_size": vocab_size}
+                with (
+                    naming(partial, "the responses before are complete; start again to go on from there"),
+                    partial.open("ab") as file,
+                    tqdm(total=len(order), initial=done, desc="teacher's responses", disable=not progress_bar) as bar,
+                ):
+                    for start in range(done, len(order), batch_size):
+                        batch = order[start : start + batch_size]
+                        answers = generate(
+                            model,
+                            [prompts[number] for number in batch],
+                            sampling,
+                            seed=np.random.SeedSequence((seed, start)).generate_state(1).item(),
+                            batch_size=batch_size,
+                            **settings,
+                        )
+                        file.writelines(_line(n, tokens, tokenizer) for n, tokens in zip(batch, answers, strict=True))
+                        file.flush()
+                        bar.update(len(batch))
+                    os.fsync(file.fileno())
+                partial.replace(path)
+    found = _read(path.read_bytes(), order, path)
     if len(found) != len(prompts):
         raise ResponsesError(f"{path}: {len(found)} responses to {len(prompts)} prompts; delete it to write it again")
     return [found[number] for number in range(len(prompts))]

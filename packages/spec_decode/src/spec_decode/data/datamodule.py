@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from filelock import FileLock
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from kd_common.files import cache_root
+from kd_common.files import cache_root, locked
 from kd_common.messages import check_batch_size
 from spec_decode.data.corpus import (
     Sample,
@@ -263,9 +262,10 @@ class TargetText(LightningDataModule):
             return
         if self.trainer is not None:
             self.target.to(self.trainer.strategy.root_device)
+        if self._stored():
+            return
         path = self._corpus
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
+        with locked(path, "the target's text"):
             if self.answers is None:
                 self.samples = write_corpus(
                     path, self.target, self.encoded, self.writing, self.stops, progress=self.progress
@@ -275,6 +275,13 @@ class TargetText(LightningDataModule):
                 if store.done < len(self.samples):
                     rank_zero_info(f"Feature cache: {store.size / 1e9:.2f} GB in {store.folder}")
                 store.write(self.target, progress=self.progress)
+
+    def _stored(self) -> bool:
+        """Whether text and features are complete, as in a read-only cache; fills in the text."""
+        self.setup()
+        if self.answers is None and len(self.samples) < len(self.encoded):
+            return False
+        return self.features == "online" or self._store().done == len(self.samples)
 
     def setup(self, stage: str | None = None) -> None:
         """Read the text that the target wrote."""

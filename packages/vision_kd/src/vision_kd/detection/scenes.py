@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor
 from torchvision.ops import box_iou
 
+from kd_common.files import locked
 from vision_kd.data.base import stratified_order
 from vision_kd.data.digits import TEST_IMAGES
 
@@ -37,8 +37,9 @@ def build_scenes(folder: Path) -> None:
     Args:
         folder: Where to write; it appears when it is complete.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    if folder.is_dir():
+        return
+    with locked(folder, "the digit scenes", "KD_DATA"):
         if folder.is_dir():
             return
         partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
