@@ -1,5 +1,6 @@
 """docs/extending.md: its files are written into a copy of the sources, its blocks run, its commands parse there."""
 
+import importlib.util
 import json
 import os
 import re
@@ -41,6 +42,7 @@ def test_every_kind_is_a_file_a_use_and_a_command():
     assert len(sections) == len(FILES) == len(USES) == len(COMMANDS) == 5
 
 
+@pytest.mark.skipif(importlib.util.find_spec("ruff") is None, reason="ruff is not installed: `uv sync --group lint`")
 def test_files_have_the_projects_style(tmp_path):
     for name, text in FILES.items():
         (tmp_path / Path(name).name).write_text(text)

@@ -446,7 +446,7 @@ def run_on_copy(tmp_path_factory):
     def run(folder, modules, tests):
         (folder / "mutation_guard.py").write_text(f"MODULES = {sorted(modules)}\n{GUARD}")
         log = folder / "log"
-        options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-p", "no:nbmake", "-p", "mutation_guard"]
+        options = ["-x", "-q", "-n", "0", "-m", "", "-p", "no:cacheprovider", "-p", "no:nbmake", "-p", "mutation_guard"]
         options += ["-W", "ignore:Module already imported so cannot be rewritten"]  # pytest's plugins
         job = {"folder": str(folder), "log": str(log), "args": [*options, *(f"tests/{test}" for test in tests)]}
         forks.stdin.write(json.dumps(job) + "\n")
