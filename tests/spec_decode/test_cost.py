@@ -126,3 +126,7 @@ def test_decreasing_acceptance_spends_nodes_where_they_pay():
 def test_malformed_tables_are_refused(acceptance, verify_times, draft_times, message):
     with pytest.raises(ValueError, match=message):
         best_tree(acceptance, verify_times, draft_times)
+
+
+def test_what_is_never_accepted_is_never_drafted_however_the_times_waver():
+    assert best_tree([[0.0], [0.0]], {1: 2.0, 8: 1.0}, [0.1, 0.2]).widths == ()

@@ -124,6 +124,7 @@ def best_tree(
                 continue
             tokens, _, widths = max(fitting)
             gain = speedup(tokens, plain_time, draft_time, verify_times[size])
-            if gain > best.speedup:
+            # Where nothing is accepted, a gain is noise of the measured times.
+            if tokens > 1 and gain > best.speedup:
                 best = TreeChoice(widths, tokens, gain)
     return best
