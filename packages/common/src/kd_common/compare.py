@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from kd_common.cli import resolve_config_names
 from kd_common.files import read_json, write_atomically
+from kd_common.imports import asked_for, import_asked_for, refuse_imports
 from kd_common.messages import CommandParser, check_folder
 
 Row = dict[str, Any]
@@ -67,6 +68,8 @@ def run_matrix(
         raise ValueError("--seeds []: give at least one, as in '[0]': every variant runs once per seed")
     if not variants:
         raise ValueError("--variants {}: give at least one, as in '{KD: [methods/kd]}'")
+    for setting, given in {"--base": base, "--overrides": overrides, **variants}.items():
+        refuse_imports(setting, given)
     check_folder("--output", output)
     output.mkdir(parents=True, exist_ok=True)
     results = output / "results.json"
@@ -150,7 +153,8 @@ def _execute(run_one: RunOne, pending: Sequence[tuple[str, int, list[str], int]]
         yield from (run_one(*arguments) for arguments in pending)
         return
     failures = []
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, fresh, initializer=import_asked_for, initargs=(asked_for(),)) as pool:
         for future in as_completed([pool.submit(run_one, *arguments) for arguments in pending]):
             try:
                 row = future.result()

@@ -6,9 +6,9 @@ jsonargparse prints the usage, which is a hundred lines for a run, and then its 
 import inspect
 import os
 import re
-from collections.abc import Collection, Iterator
+import sys
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields, is_dataclass
-from importlib import import_module
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import torch
 from jsonargparse import ArgumentParser, Namespace
 
+from kd_common.imports import FLAG, ImportOption, guard, import_asked_for, import_named
 from kd_common.registry import suggest
 
 # What only says on which way the parser came to the cause.
@@ -41,6 +42,20 @@ class CommandParser(ArgumentParser):
     example = ""
     note = ""
 
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        if self.exit_on_error:  # the parsers of nested classes raise instead
+            about = "Import this module first, for classes of your own; repeat it for several."
+            self.add_argument(FLAG, action=ImportOption, metavar="MODULE", help=about)
+
+    def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **settings: Any) -> Namespace:  # type: ignore[override]
+        """Parse a command line, after the imports that it asks for."""
+        try:
+            args = import_asked_for(sys.argv[1:] if args is None else args)
+        except ValueError as error:
+            self.error(str(error))
+        return super().parse_args(args, *rest, **settings)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong and leave with code 2; parsers of nested classes raise instead."""
         if not self.exit_on_error:
@@ -59,6 +74,9 @@ class CommandParser(ArgumentParser):
 
     def print_usage(self, file: Any = None) -> None:
         """Print nothing: the error's last line would be out of sight, and the tip beside it names ``--help``."""
+
+
+guard(CommandParser)
 
 
 def by_flag(message: str, options: Collection[str]) -> str:
@@ -110,12 +128,12 @@ def _explained(cause: str, message: str, given: str) -> str:
         return f"Expected a list, as in '[{value if plain else 'a, b'}]'{found[2] or ''}"
     if found := re.match(r"Option '(.*)' is not accepted", cause):
         (*_, owner) = re.findall(r"given class_path '(.*)'", message)
-        return f"{owner} has no setting {found[1]!r}{suggest(found[1], _parameters(_imported(owner)))}"
+        return f"{owner} has no setting {found[1]!r}{suggest(found[1], _parameters(import_named(owner)))}"
     if found := _UNKNOWN.fullmatch(cause):
         return f"{found[1]} has no setting {found[2]!r}"
     if found := re.match(r"Expected a dot import path string: ?(.*)|module '.*' has no attribute '(.*)'", cause):
         (*_, base) = re.findall(r"<class '([\w.]+)'>", "".join(re.findall(r"Subtypes: .*", message)))
-        names = sorted(set(_names(_imported(base))))
+        names = sorted(set(_names(import_named(base))))
         return (
             f"no such {base.rpartition('.')[2]}{suggest(found[1] or found[2] or '', names)} (known: {', '.join(names)})"
         )
@@ -128,11 +146,6 @@ def _explained(cause: str, message: str, given: str) -> str:
     if re.match("Unable to load config", cause):
         return f"expected settings by name, or a file of them ({cause[0].lower()}{cause[1:]})"
     return re.sub(r"<class '([\w.]+)'>|typing\.", r"\1", cause)
-
-
-def _imported(path: str) -> Any:
-    module, _, name = path.rpartition(".")
-    return getattr(import_module(module), name)
 
 
 def _parameters(owner: type) -> dict[str, inspect.Parameter]:
@@ -156,7 +169,7 @@ def _chosen(config: Namespace, key: str = "") -> Iterator[tuple[str, dict[str, i
         if isinstance(value, Namespace):
             if "class_path" in value:
                 owner, value = value["class_path"], value.get("init_args", Namespace())
-                yield path, _parameters(_imported(owner)), value
+                yield path, _parameters(import_named(owner)), value
             yield from _chosen(value, path)
 
 

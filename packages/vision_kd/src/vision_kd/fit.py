@@ -22,6 +22,7 @@ import vision_kd.module
 import vision_kd.policies  # noqa: F401  (makes the class names known to the command line)
 from kd_common.cli import FitCLI, fixed_seed
 from kd_common.errors import run_command
+from kd_common.imports import refuse_imports
 from vision_kd.callbacks import StudentExport
 from vision_kd.data import ImageDataModule
 from vision_kd.guards import check_trainer
@@ -65,6 +66,7 @@ class VisionCLI(FitCLI):
             raise ValueError("trainer.gradient_clip_val does not see component gradients; set model.clip_norm")
         if self.config["baseline"] is not None and trainer["fast_dev_run"]:
             raise ValueError("baseline repeats the run from its folder, and trainer.fast_dev_run writes none")
+        refuse_imports("baseline", self.config["baseline"] or ())
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer, which keeps the best epoch by the task's own metric."""
