@@ -62,7 +62,8 @@ def _import(name: str) -> None:
     try:
         import_module(name)
     except ModuleNotFoundError as error:
-        what = "no such module" if error.name in [*_prefixes(name)] else f"it needs {error.name}, which is not installed"
+        absent = error.name in [*_prefixes(name)]
+        what = "no such module" if absent else f"it needs {error.name}, which is not installed"
         raise ValueError(
             f"{FLAG} {name}: {what}; modules are looked for in the working directory and among installed packages"
         ) from error
