@@ -375,9 +375,12 @@ def test_a_worker_names_the_file(tmp_path):
 def test_a_long_strip_is_cut_before_it_is_scaled(monkeypatch, shape):
     """Scaled as a whole, a strip of a million pixels by one has 65 billion."""
     scaled, resize = [], F.resize
-    monkeypatch.setattr(
-        F, "resize", lambda image, *rest, **options: scaled.append(image) or resize(image, *rest, **options)
-    )
+
+    def recorded(image, *rest, **options):
+        scaled.append(image.numel())
+        return resize(image, *rest, **options)
+
+    monkeypatch.setattr(F, "resize", recorded)
     image = torch.full(shape, 9, dtype=torch.uint8)
     image.flatten(1)[:, 49_990:50_010] = 200
     assert clean_view(image, 0, size=8)["clean"].unique().tolist() == [200]
