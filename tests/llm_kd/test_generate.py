@@ -8,6 +8,7 @@ import torch
 from transformers import AutoTokenizer
 
 from kd_common.hub import ModelNotFoundError, load_causal_lm
+from kd_common.terminal import printable
 from llm_kd.generate import main
 from llm_kd.generation import Sampling, generate
 
@@ -40,7 +41,24 @@ def test_answers_and_prints_them(folder, tokenizer, capsys, flags, settings):
     text = tokenizer.decode(answer(folder, tokenizer, **settings), skip_special_tokens=True)
     assert found == text.strip()
     assert found
-    assert capsys.readouterr().out == text + "\n"
+    assert capsys.readouterr().out == printable(text) + "\n"
+
+
+def test_control_characters_of_an_answer_are_spelled_out(save_model, make_model, tokenizer, capsys):
+    """The terminal would obey them; the text itself is returned as it is."""
+    folder = save_model()
+    model = make_model()
+    [escape] = tokenizer("\x1b", add_special_tokens=False).input_ids
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.model.norm.weight.zero_()
+        model.model.norm.weight[0] = 1.0
+        model.lm_head.weight[escape, 0] = 1.0
+        model.model.embed_tokens.weight[:, 0] = 100.0
+    model.save_pretrained(folder)
+    flags = ["--temperature", "0", "--max_new_tokens", "3", "--device", "cpu"]
+    assert main(["--model", folder, "--prompt", "Hello", *flags]) == "\x1b" * 3
+    assert capsys.readouterr().out == r"\x1b\x1b\x1b" + "\n"
 
 
 def test_the_seed_decides(folder):

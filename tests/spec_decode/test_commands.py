@@ -2,7 +2,10 @@
 
 import copy
 import io
+import itertools
 import json
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -76,6 +79,59 @@ def test_chat_remembers_and_refuses_what_does_not_fit(standin):
     assert talk(session, read=end, out=out, **settings) == []
 
 
+def chatting(standin, said, monkeypatch=None, stop_at=None):
+    """A conversation with a model that is stopped by Ctrl-C at a token of its first answer, and what was printed."""
+    session = Session.open("prompt_lookup", str(standin), dtype="float32", device="cpu", tree="chain")
+    push, count, said, out = TextStream.push, itertools.count(), iter([*said, "/exit"]), io.StringIO()
+
+    def pushed(self, token):
+        if next(count) == stop_at:
+            raise KeyboardInterrupt
+        return push(self, token)
+
+    if stop_at is not None:
+        monkeypatch.setattr(TextStream, "push", pushed)
+    settings = {"max_new_tokens": 8, "temperature": 0.0, "top_p": 1.0, "seed": 0, "color": False}
+    return talk(session, read=lambda _: next(said), out=out, **settings), out.getvalue()
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(standin, monkeypatch):
+    whole, _ = chatting(standin, ["hi"])
+    messages, printed = chatting(standin, ["hi", "again"], monkeypatch, stop_at=5)
+    assert [m["role"] for m in messages] == ["user", "assistant"] * 2
+    assert "[stopped]" in printed
+    assert whole[1]["content"].startswith(messages[1]["content"])
+    assert 0 < len(messages[1]["content"]) < len(whole[1]["content"])
+    assert messages[2]["content"] == "again"
+    messages, printed = chatting(standin, ["hi", "again"], monkeypatch, stop_at=0)
+    assert [m["content"] for m in messages if m["role"] == "user"] == ["again"]
+    assert "this turn is left out" in printed
+
+
+@pytest.mark.parametrize("text", ["/help", "/NEW", "/new please", "/quit", "/"])
+def test_unknown_commands_are_refused_with_the_list(standin, text):
+    messages, printed = chatting(standin, [text])
+    assert messages == []
+    assert text.split()[0] in printed
+    assert "/new" in printed
+    assert "/exit" in printed
+
+
+def test_a_path_is_no_command(standin):
+    messages, _ = chatting(standin, ["/etc/hosts: what is it?"])
+    assert messages[0]["content"] == "/etc/hosts: what is it?"
+
+
+def test_control_characters_of_an_answer_are_spelled_out(standin, monkeypatch, capsys):
+    """On the terminal; the conversation keeps them as they are."""
+    monkeypatch.setattr(TextStream, "push", lambda self, token: "\x1b[2J")
+    messages, printed = chatting(standin, ["hi"])
+    assert messages[1]["content"] == "\x1b[2J" * 8
+    assert printed.startswith(r"\x1b[2J" * 8 + "\n")
+    generate("hi", drafter="none", target=str(standin), max_new_tokens=2, dtype="float32", color=True)
+    assert capsys.readouterr().out.startswith(r"\x1b[2J" * 2)
+
+
 @pytest.mark.parametrize(
     ("color", "terminal", "colored"), [(None, True, True), (None, False, False), (True, False, True)]
 )
@@ -87,7 +143,7 @@ def test_chat_says_how_it_ends_and_colours_terminals(color, terminal, colored, m
     chat(color=color)
     assert talked == [colored]
     said = capsys.readouterr().out
-    assert "/new starts over, /exit ends." in said
+    assert "/new starts over, /exit ends, Ctrl-C stops an answer." in said
     assert ("Green" in said) == colored
 
 
@@ -99,6 +155,14 @@ def test_text_streams_without_broken_characters(standin):
     assert "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
     assert "" in pieces  # bytes of a character that is not complete
+
+
+def test_what_a_stream_holds_back_is_shown_at_the_end(standin):
+    tokenizer = TargetSpec(str(standin)).tokenizer()
+    stream, tokens = TextStream(tokenizer), tokenizer("ab日")["input_ids"]
+    assert "".join(map(stream.push, tokens[:-1])) == "ab"
+    assert stream.rest() == "\ufffd"  # two of the character's three bytes
+    assert stream.rest() == ""
 
 
 @pytest.mark.parametrize(
@@ -156,6 +220,15 @@ def test_settings_out_of_range_are_refused_before_anything_is_loaded(extra, mess
             command(**extra)
 
 
+@pytest.mark.parametrize("strings", ["abc", [""], [3]])
+def test_stop_strings_are_a_list_of_texts(strings, tiny, monkeypatch):
+    monkeypatch.setattr(Session, "open", None)
+    with pytest.raises(ValueError, match=r"stop_strings must be a list|a stop string must not be empty"):
+        generate("Hello", stop_strings=strings)
+    with pytest.raises(ValueError, match=r"stop_strings must be a list|a stop string must not be empty"):
+        SpeculativeDecoder(tiny.target, tokenizer=object()).generate([[1]], stop_strings=strings)
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
@@ -187,6 +260,33 @@ def test_a_damaged_acceptance_is_refused_by_its_file(drafter, table):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"acceptance": table}))
     with pytest.raises(ValueError, match=r"drafter\.json is damaged: acceptance of level 0"):
         find_drafter(drafter, None)
+
+
+@pytest.mark.parametrize("changes", [{"num_hidden_layers": 2}, {"vocab_size": 300}, {"hidden_size": 64}])
+def test_another_target_than_the_drafters_is_refused_before_it_is_loaded(drafter, tiny, tmp_path, monkeypatch, changes):
+    sizes = {"vocab_size": 258, "num_hidden_layers": 4, "max_position_embeddings": 2048}
+    tiny.make(**(sizes | changes)).save_pretrained(tmp_path / "other")
+    monkeypatch.setattr(TargetSpec, "load", None)
+    [(name, value)] = changes.items()
+    reason = (
+        rf"{drafter} was trained for another target, .*standin.*, than {tmp_path / 'other'}: .*{name} {value} instead"
+    )
+    for command in (generate, partial(benchmark, drafters=[drafter])):
+        arguments = {"prompt": "hi", "drafter": drafter} if command is generate else {}
+        with pytest.raises(ValueError, match=reason):
+            command(target=str(tmp_path / "other"), **arguments)
+
+
+def test_commands_that_do_not_train_import_no_lightning(standin):
+    code = f"""
+import importlib, sys
+for name in ("benchmark", "chat", "export", "report"):
+    importlib.import_module("spec_decode." + name)
+from spec_decode.generate import generate
+generate("hi", target={str(standin)!r}, max_new_tokens=2, dtype="float32")
+assert not {{"lightning", "pytorch_lightning", "pandas", "torchmetrics"}} & set(sys.modules), sorted(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
 
 
 def test_a_language_model_drafts_when_its_tokenizer_is_the_targets(standin, tiny, tmp_path, byte_tokenizer):

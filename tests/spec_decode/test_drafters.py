@@ -1,11 +1,13 @@
 """Every trained drafter: lossless, drafting what it was trained to predict, and clean caches."""
 
 import json
+import zlib
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save
 from torch.nn import functional as F
 
 from spec_decode.decoder import SpeculativeDecoder
@@ -22,7 +24,7 @@ from spec_decode.drafters.base import DraftState, draft_from_levels
 from spec_decode.drafters.draft_model import PretrainedDraft
 from spec_decode.drafters.dynamic import DynamicCandidates
 from spec_decode.drafters.eagle3 import TrainingTimeTest
-from spec_decode.drafters.files import frequent_tokens
+from spec_decode.drafters.files import frequent_tokens, holds_language_model
 from spec_decode.models import CausalLM
 from spec_decode.models.causal_lm import States
 from spec_decode.models.layers import causal_attention
@@ -582,6 +584,87 @@ def test_saved_and_loaded(tiny, tmp_path, name):
     (tmp_path / "drafter.json").unlink()
     with pytest.raises(FileNotFoundError, match="holds no drafter"):
         load_drafter(tmp_path, tiny.target)
+
+
+def rewritten(folder, change):
+    """The drafter of a folder with other weights, whose checksum is right."""
+    content = save(change(load_file(folder / "drafter.safetensors")))
+    (folder / "drafter.safetensors").write_bytes(content)
+    config = json.loads((folder / "drafter.json").read_text())
+    (folder / "drafter.json").write_text(json.dumps(config | {"weights_crc32": zlib.crc32(content)}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("norms.1.weight", None, r"1 missing \(norms.1.weight\)"),
+        ("extra", torch.ones(2), r"1 left over \(extra\)"),
+        ("fuse.weight", torch.ones(2, 3), r"1 of another shape \(fuse.weight \(2, 3\) instead of"),
+        ("norms.0.weight", torch.ones(32, dtype=torch.int64), r"1 of another type \(norms.0.weight torch.int64"),
+        (
+            "norms.0.weight",
+            torch.ones(32, dtype=torch.complex64),
+            r"1 of another type \(norms.0.weight torch.complex64",
+        ),
+        ("norms.0.weight", torch.full((32,), torch.nan), r"1 not finite in torch.float32 \(norms.0.weight\)"),
+        ("norms.0.weight", torch.full((32,), torch.inf), r"1 not finite in torch.float32 \(norms.0.weight\)"),
+    ],
+)
+def test_a_drafter_is_never_loaded_in_part(tiny, tmp_path, name, value, message):
+    spec = DrafterSpec("fast_eagle", {"depth": 2})
+    save_drafter(make(tiny.target, "fast_eagle", depth=2), spec, tmp_path, {})
+    rewritten(tmp_path, lambda weights: {k: v for k, v in (weights | {name: value}).items() if v is not None})
+    with pytest.raises(ValueError, match=rf"drafter\.safetensors does not fit its drafter\.json: tensors .*{message}"):
+        load_drafter(tmp_path, tiny.target)
+
+
+def test_weights_under_other_names_are_listed_with_their_number(tiny, tmp_path):
+    spec = DrafterSpec("fast_eagle", {"depth": 2})
+    save_drafter(make(tiny.target, "fast_eagle", depth=2), spec, tmp_path, {})
+    rewritten(tmp_path, lambda weights: {f"other.{name}": value for name, value in weights.items()})
+    with pytest.raises(ValueError, match=r"missing \(fuse.* and \d+ more\); \d+ left over \(other.* and \d+ more"):
+        load_drafter(tmp_path, tiny.target)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module."])
+def test_names_that_a_wrapper_changed_are_understood(tiny, tmp_path, prefix):
+    spec = DrafterSpec("fast_eagle", {"depth": 2})
+    drafter = make(tiny.target, "fast_eagle", depth=2)
+    save_drafter(drafter, spec, tmp_path, {})
+    rewritten(tmp_path, lambda weights: {prefix + name: value for name, value in weights.items()})
+    for name, value in load_drafter(tmp_path, tiny.target).state_dict().items():
+        assert torch.equal(value, drafter.state_dict()[name])
+
+
+def test_a_drafter_that_overflows_in_the_targets_type_is_refused(tiny, tmp_path):
+    spec = DrafterSpec("fast_eagle", {"depth": 2})
+    target = CausalLM.from_transformers(tiny.make().to(torch.bfloat16).to(torch.float16))
+    drafter = make(target, "fast_eagle", depth=2)
+    with torch.no_grad():
+        drafter.norms[0].weight.fill_(1e6)
+    save_drafter(drafter, spec, tmp_path, {})
+    with pytest.raises(ValueError, match=r"1 not finite in torch.float16 \(norms.0.weight\)"):
+        load_drafter(tmp_path, target)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama"},
+        {"architectures": ["Eagle3Speculator"]},
+        {"model_type": "medusa"},
+        {"medusa_num_heads": 4, "base_model_name_or_path": "x"},
+        {"architectures": ["LlamaForCausalLM"], "draft_vocab_size": 100},
+    ],
+)
+def test_drafters_of_other_programs_are_no_language_models(tmp_path, config):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="another program wrote"):
+        holds_language_model(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}))
+    assert holds_language_model(tmp_path)
+    (tmp_path / "drafter.json").touch()
+    assert not holds_language_model(tmp_path)
 
 
 def test_half_precision_drafter_keeps_its_vocabulary(tiny, tmp_path):

@@ -1,5 +1,6 @@
 """Losses and acceptance against written-out references."""
 
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -192,7 +193,7 @@ def test_every_level_is_compared_with_the_targets_law_of_the_token_it_predicts(t
     module, batch = training_module(tiny, name, options, acceptance_weight=0.7, feature_weight=0.3, chunk=5)
     drafter = module.drafter
     vocabulary = torch.arange(40) if draft_vocab is None else drafter.vocabulary
-    losses, counts, hits = module.level_losses(batch)
+    losses, counts, hits = module.level_losses(batch, *module.outputs(batch))
     assert len(losses) == (1 if name == "draft_model" else 3)
     with torch.no_grad():
         theirs = tiny.model(batch.tokens, output_hidden_states=True)
@@ -223,7 +224,7 @@ def test_an_update_weighs_the_levels_and_is_divided_by_the_tokens_of_the_first(t
     parameters = list(module.drafter.parameters())
     total, tokens = 0.0, 0
     for batch in (first, second):
-        losses, counts, _ = module.level_losses(batch)
+        losses, counts, _ = module.level_losses(batch, *module.outputs(batch))
         total = total + losses[0] + losses[1] / 2 + losses[2] / 4
         tokens += int(counts[0])
     expected = torch.autograd.grad(total / tokens, parameters)
@@ -236,3 +237,30 @@ def test_an_update_weighs_the_levels_and_is_divided_by_the_tokens_of_the_first(t
     module.on_before_optimizer_step(None)
     for parameter, gradient in zip(parameters, expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_validation_runs_target_and_drafter_once_a_batch(tiny, monkeypatch):
+    """What it counts is what the level losses and the teacher-forced acceptance of the batch are."""
+    module, batch = training_module(tiny, "fast_eagle", {"depth": 3})
+    losses, counts, _ = module.level_losses(batch, *module.outputs(batch))
+    expected = AcceptanceTable.empty(3, module.ranks)
+    levels = module.drafter.level_states(batch.tokens, tiny.target(batch.tokens))
+    best = lambda level, x: module.drafter.level_logits(level, x).topk(module.ranks).indices  # noqa: E731
+    teacher_forced_acceptance(expected, batch.tokens, batch.answer, best, levels)
+    calls = Counter()
+
+    def counted(name, real):
+        def count(*arguments):
+            calls[name] += 1
+            return real(*arguments)
+
+        return count
+
+    for owner, name in ((type(tiny.target), "_run"), (type(module.drafter), "level_states")):
+        monkeypatch.setattr(owner, name, counted(name, getattr(owner, name)))
+    module.on_validation_start()
+    module.validation_step(batch, 0)
+    assert calls == {"_run": 1, "level_states": 1}
+    assert module._val.tolist() == pytest.approx([float(sum(losses).detach()), float(sum(counts))])
+    assert torch.equal(module._table.hits, expected.hits)
+    assert torch.equal(module._table.reached, expected.reached)

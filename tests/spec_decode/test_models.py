@@ -210,10 +210,49 @@ def test_fingerprint_tells_targets_apart_but_not_their_dtype():
     print_of = runner.fingerprint()
     assert CausalLM.from_transformers(model, feature_layers=(0, 1, 2)).fingerprint() != print_of
     half = CausalLM.from_transformers(tiny(CONFIGS["llama"]()).to(torch.bfloat16))
-    assert half.fingerprint() == print_of
+    assert half.fingerprint() == half.fingerprint(torch.bfloat16) == print_of
+    assert runner.fingerprint(torch.float32) not in (print_of, half.fingerprint(torch.float32))
     with torch.no_grad():
         half.norm.weight[0] += 0.5
     assert half.fingerprint() != print_of
+
+
+def test_every_weight_counts_in_the_fingerprint():
+    """Also one of thousands, also by less than bfloat16 can tell where nothing is rounded."""
+    runner = CausalLM.from_transformers(tiny(CONFIGS["llama"]()))
+    seen = {runner.fingerprint(torch.float32)}
+    for index, (name, value) in enumerate(sorted(runner.state_dict().items()), start=1):
+        place = (7919 * index) % value.numel()
+        value.view(-1)[place] *= 1 + 1e-5
+        seen.add(runner.fingerprint(torch.float32))
+        assert len(seen) == index + 1, name
+    rounded = runner.fingerprint()
+    with torch.no_grad():
+        runner.layers[1].mlp.up_proj.weight[3, 5] += 0.1
+    assert runner.fingerprint() != rounded
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+        {"rms_norm_eps": 1e-3},
+        {"hidden_act": "gelu"},
+    ],
+)
+def test_settings_without_weights_count_in_the_fingerprint(changes):
+    models = [hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, **extra)) for extra in ({}, changes)]
+    models[1].load_state_dict(models[0].state_dict())
+    first, second = (CausalLM.from_transformers(model) for model in models)
+    assert first.fingerprint() != second.fingerprint()
+
+
+def test_a_sliding_window_counts_in_the_fingerprint():
+    models = [hf.MistralForCausalLM(hf.MistralConfig(**SIZES, sliding_window=size)) for size in (8, 16)]
+    models[1].load_state_dict(models[0].state_dict())
+    first, second = (CausalLM.from_transformers(model) for model in models)
+    assert first.fingerprint() != second.fingerprint()
 
 
 def test_default_feature_layers():

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from kd_common.registry import UnknownNameError
+from kd_common.terminal import printable
 
 REFUSALS = (ValueError, OSError, ModuleNotFoundError, UnknownNameError)
 """What settings, data and files of a user are refused with: the message says what is wrong and what to do."""
@@ -45,7 +46,7 @@ def run_command(command: Callable[[], Any]) -> None:
     except _refusals() as error:
         if os.environ.get(TRACEBACK) or in_training(error):
             raise
-        print(f"error: {error}\n({TRACEBACK}=1 in the environment shows where)", file=sys.stderr)
+        print(f"error: {printable(str(error))}\n({TRACEBACK}=1 in the environment shows where)", file=sys.stderr)
         raise SystemExit(2) from None
     except (MemoryError, RuntimeError) as error:
         if out_of_memory(error):

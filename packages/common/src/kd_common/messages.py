@@ -18,6 +18,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from kd_common.imports import FLAG, ImportOption, guard, import_asked_for, import_named
 from kd_common.registry import suggest
+from kd_common.terminal import printable
 
 # What only says on which way the parser came to the cause.
 _WAY = re.compile(
@@ -70,7 +71,7 @@ class CommandParser(ArgumentParser):
             message = f"--{found[1]} is required"
         if self.example and message.endswith(" is required"):
             message += f", as in: {self.prog} {self.example}"
-        super().error(message + self.note if "has no setting" in message else message, ex)
+        super().error(printable(message + self.note if "has no setting" in message else message), ex)
 
     def print_usage(self, file: Any = None) -> None:
         """Print nothing: the error's last line would be out of sight, and the tip beside it names ``--help``."""

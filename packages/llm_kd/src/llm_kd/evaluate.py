@@ -24,6 +24,7 @@ from kd_common.errors import run_command
 from kd_common.files import write_atomically
 from kd_common.hub import load_config, load_tokenizer
 from kd_common.messages import CommandParser, check_device, check_file
+from kd_common.terminal import printable
 from llm_kd.answers import Answers, answer_prompts
 from llm_kd.data import TextDataModule
 from llm_kd.distiller import token_metric_means
@@ -206,7 +207,7 @@ def print_result(result: Mapping[str, Any], console: Console) -> None:
         lines["prompts answered"] = f"{rouge['prompts']:,}, {rouge['left_out']:,} longer than max_prompt not asked"
     lines["settings"] = ", ".join(f"{name} {value}" for name, value in settings.items())
     for name, value in lines.items():
-        console.print(f"{name:<{max(map(len, lines))}}  {escape(value)}", soft_wrap=True, highlight=False)
+        console.print(f"{name:<{max(map(len, lines))}}  {escape(printable(value))}", soft_wrap=True, highlight=False)
 
 
 def main(args: list[str] | None = None) -> dict[str, Any]:

@@ -13,10 +13,19 @@ from transformers import TextStreamer
 from kd_common.errors import run_command
 from kd_common.hub import load_causal_lm, load_tokenizer
 from kd_common.messages import CommandParser, check_device
+from kd_common.terminal import printable
 from llm_kd.answers import visible
 from llm_kd.data import Encoder, Message, Row
 from llm_kd.generation import Sampling, generate
 from llm_kd.models import vocabulary_size
+
+
+class PrintedAnswer(TextStreamer):
+    """Prints the answer while it is written, its control characters spelled out."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Print what is complete."""
+        super().on_finalized_text(printable(text), stream_end)
 
 
 def parser() -> CommandParser:
@@ -62,11 +71,11 @@ def main(args: list[str] | None = None) -> str:
         seed=settings.seed,
         batch_size=1,
         vocab_size=vocabulary_size(tokenizer),
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        streamer=PrintedAnswer(tokenizer, skip_prompt=True, skip_special_tokens=True),
     )
     text = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
     if not text:
-        print(visible(text, str(tokenizer.decode(tokens))), file=sys.stderr)
+        print(printable(visible(text, str(tokenizer.decode(tokens)))), file=sys.stderr)
     return text
 
 

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from kd_common.terminal import printable
 from llm_kd.answers import visible
 from llm_kd.data import TextDataModule
 from llm_kd.module import DistillationModule
@@ -88,7 +89,7 @@ def print_summary(
         lines["logs"] = f"{result.run_dir / 'metrics.csv'}, tensorboard --logdir {result.run_dir}"
         lines["configuration"] = str(result.run_dir / "config.yaml")
     for name, value in lines.items():
-        console.print(f"{name:<{max(map(len, lines))}}  {escape(value)}", soft_wrap=True, highlight=False)
+        console.print(f"{name:<{max(map(len, lines))}}  {escape(printable(value))}", soft_wrap=True, highlight=False)
 
 
 def is_whole(values: Mapping[str, float]) -> bool:

@@ -270,7 +270,7 @@ def benchmark(
     largest = max(tree_slots(decoder.tree) for decoder in decoders.values())
 
     settings = [
-        model.fingerprint(),
+        model.fingerprint(model.dtype),
         str(model.dtype),
         {entry: content_digest(drafter_folder(name)) for entry, (name, _) in entries.items()},
         tree,

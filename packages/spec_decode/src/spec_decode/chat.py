@@ -1,8 +1,12 @@
-"""``python -m spec_decode.chat``: talk to a model in the terminal; ``/new`` starts over, ``/exit`` ends."""
+"""``python -m spec_decode.chat``: talk to a model in the terminal.
 
+``/new`` starts over, ``/exit`` ends, Ctrl-C stops an answer.
+"""
+
+import re
 import sys
 from collections.abc import Callable
-from typing import TextIO
+from typing import Any, TextIO
 
 from jsonargparse import auto_cli
 
@@ -10,6 +14,8 @@ from kd_common.errors import run_command
 from kd_common.messages import CommandParser
 from spec_decode.generate import answer
 from spec_decode.session import Session, check_settings
+
+COMMANDS = {"/new": "starts over", "/exit": "ends"}
 
 
 def talk(
@@ -25,7 +31,8 @@ def talk(
 ) -> list[dict[str, str]]:
     """Read, answer, repeat; returns the conversation.
 
-    A turn that no longer fits the context is refused, and what was said before is kept.
+    A turn that no longer fits the context is refused, and what was said before is kept. Ctrl-C stops an answer, of
+    which what was written is kept.
     """
     out, messages = out or sys.stdout, list[dict[str, str]]()
     while True:
@@ -37,25 +44,44 @@ def talk(
             return messages
         if text == "/new":
             messages = []
-        if not text or text == "/new":
-            continue
-        asked = [*messages, {"role": "user", "content": text}]
-        if len(session.encode(asked)) >= session.target.context:
-            out.write(f"That exceeds the context of {session.target.context} tokens; start over with /new\n")
-            continue
-        reply, result = answer(
-            session,
-            asked,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=None,
-            top_p=top_p,
-            seed=seed,
-            color=color,
-            out=out,
-        )
+        elif unknown := re.match(r"/\w*(?!\S)", text):
+            out.write(f"No such command: {unknown[0]} ({help_text()})\n")
+        elif text:
+            messages = reply(
+                session,
+                [*messages, {"role": "user", "content": text}],
+                out,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+                color=color,
+            )
+
+
+def help_text() -> str:
+    """The commands and what they do."""
+    return ", ".join(f"{name} {effect}" for name, effect in COMMANDS.items())
+
+
+def reply(session: Session, asked: list[dict[str, str]], out: TextIO, **settings: Any) -> list[dict[str, str]]:
+    """Answer the last turn; returns the conversation with the answer, without that turn if there is none.
+
+    Args:
+        session: Target, drafter and tokenizer.
+        asked: The conversation, ending with the user's turn.
+        out: Where to write.
+        **settings: Of `answer`.
+    """
+    if len(session.encode(asked)) >= session.target.context:
+        out.write(f"That exceeds the context of {session.target.context} tokens; start over with /new\n")
+        return asked[:-1]
+    text, result = answer(session, asked, top_k=None, out=out, stoppable=True, **settings)
+    if result is not None:
         out.write(f"[{session.summary(result)}]\n")
-        messages = [*asked, {"role": "assistant", "content": reply}]
+    else:
+        out.write("[stopped]\n" if text else "[stopped before the first word: this turn is left out]\n")
+    return [*asked, {"role": "assistant", "content": text}] if text or result is not None else asked[:-1]
 
 
 def chat(
@@ -93,7 +119,8 @@ def chat(
         drafter, target, dtype=dtype, device=device, tree=tree, min_confidence=min_confidence, compile=compile
     )
     colored = sys.stdout.isatty() if color is None else color
-    print("/new starts over, /exit ends." + (" Green: drafted, and accepted by the target." if colored else ""))
+    legend = " Green: drafted, and accepted by the target." if colored else ""
+    print(f"{help_text()}, Ctrl-C stops an answer.{legend}")
     talk(
         session,
         max_new_tokens=max_new_tokens,

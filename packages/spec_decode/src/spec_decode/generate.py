@@ -11,6 +11,7 @@ from jsonargparse import auto_cli
 
 from kd_common.errors import run_command
 from kd_common.messages import CommandParser
+from kd_common.terminal import printable
 from spec_decode.decoder import Generation
 from spec_decode.session import Session, TextStream, check_settings
 
@@ -29,29 +30,56 @@ def answer(
     stop_strings: Sequence[str] = (),
     color: bool = False,
     out: TextIO | None = None,
-) -> tuple[str, Generation]:
-    """Stream the answer to a conversation; returns its text and what the decoder reports."""
+    stoppable: bool = False,
+) -> tuple[str, Generation | None]:
+    """Stream the answer to a conversation, its control characters spelled out.
+
+    Args:
+        session: Target, drafter and tokenizer.
+        messages: The conversation.
+        max_new_tokens: Longest answer in tokens.
+        temperature: See `Sampling`.
+        top_k: See `Sampling`.
+        top_p: See `Sampling`.
+        seed: Seed of the draws.
+        stop_strings: Texts that end the answer.
+        color: Show drafted and accepted tokens in green.
+        out: Where to write; standard output by default.
+        stoppable: Whether Ctrl-C ends the answer instead of the program.
+
+    Returns:
+        The text as far as it was written, and what the decoder reports; None for an answer that was stopped.
+    """
     out = out or sys.stdout
-    stream, pieces = TextStream(session.tokenizer), []
+    stream, pieces = TextStream(session.tokenizer), list[str]()
+
+    def show(text: str, *, drafted: bool) -> None:
+        if text:
+            pieces.append(text)
+            out.write(f"{GREEN}{printable(text)}{RESET}" if color and drafted else printable(text))
 
     def on_tokens(row: int, tokens: list[int], drafted: list[bool]) -> None:
         for token, from_draft in zip(tokens, drafted, strict=True):
-            if text := stream.push(token):
-                pieces.append(text)
-                out.write(f"{GREEN}{text}{RESET}" if color and from_draft else text)
+            show(stream.push(token), drafted=from_draft)
         out.flush()
 
-    result = session.decoder.generate(
-        [session.encode(messages)],
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        stop_tokens=session.stops,
-        stop_strings=stop_strings,
-        on_tokens=on_tokens,
-    )
+    result = None
+    try:
+        result = session.decoder.generate(
+            [session.encode(messages)],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            stop_tokens=session.stops,
+            stop_strings=stop_strings,
+            on_tokens=on_tokens,
+        )
+    except KeyboardInterrupt:
+        if not stoppable:
+            raise
+    show(stream.rest(), drafted=False)
     out.write("\n")
     return "".join(pieces), result
 
@@ -98,7 +126,14 @@ def generate(
         raise ValueError(
             "--prompt is empty: say what to answer, or talk to the model with `python -m spec_decode.chat`"
         )
-    check_settings(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    check_settings(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop_strings=stop_strings or (),
+    )
     session = Session.open(
         drafter,
         target,
@@ -121,6 +156,7 @@ def generate(
         stop_strings=stop_strings or (),
         color=color,
     )
+    assert result is not None
     print(session.summary(result))
     return result
 

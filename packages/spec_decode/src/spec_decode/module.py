@@ -162,11 +162,23 @@ class DrafterModule(pl.LightningModule):
         with torch.autocast(self.device.type, enabled=False):  # the target keeps the precision it decodes in
             return self.target(batch.tokens)
 
-    def level_losses(self, batch: DraftBatch) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Per level the summed loss, the number of supervised tokens, and the correct best candidates among them."""
-        states, drafter = self._states(batch), self.drafter
+    def outputs(self, batch: DraftBatch) -> tuple[States, list[Tensor]]:
+        """States of the target, and of every level of the drafter."""
+        states = self._states(batch)
+        return states, self(batch.tokens, states)
+
+    def level_losses(
+        self, batch: DraftBatch, states: States, levels: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Per level the summed loss, the number of supervised tokens, and the correct best candidates among them.
+
+        Args:
+            batch: Sequences to learn from.
+            states: See `outputs`.
+            levels: See `outputs`.
+        """
+        drafter = self.drafter
         final = states.final.flatten(0, 1)
-        levels = self(batch.tokens, states)[: drafter.supervised]
         with torch.no_grad():
             head = drafter.frozen_head()
             answered = batch.answer[:, 1:].flatten().nonzero().squeeze(1)  # the law of token t is read at t - 1
@@ -175,7 +187,7 @@ class DrafterModule(pl.LightningModule):
             place = torch.zeros(len(final), dtype=torch.int64, device=final.device)
             place[at] = torch.arange(len(at), device=final.device)
         losses, counts, hits = [], [], []
-        for level, x in enumerate(levels):
+        for level, x in enumerate(levels[: drafter.supervised]):
             wanted = level_batch(batch.tokens, batch.answer, level)
             tokens, known = self._draft_tokens(wanted.tokens)
             row, position = wanted.rows[:, known]
@@ -212,7 +224,7 @@ class DrafterModule(pl.LightningModule):
 
     def training_step(self, batch: DraftBatch, batch_idx: int) -> Tensor:
         """Weighted sum of the levels' losses of one micro-batch; it is normalised before the optimizer steps."""
-        losses, counts, hits = self.level_losses(batch)
+        losses, counts, hits = self.level_losses(batch, *self.outputs(batch))
         summed = torch.stack(losses)
         weights = torch.tensor(level_weights(len(losses), self.level_decay), device=summed.device, dtype=summed.dtype)
         loss = (weights * summed).sum()
@@ -261,9 +273,9 @@ class DrafterModule(pl.LightningModule):
 
     def validation_step(self, batch: DraftBatch, batch_idx: int) -> None:
         """Count losses and acceptance."""
-        losses, counts, _ = self.level_losses(batch)
+        states, levels = self.outputs(batch)
+        losses, counts, _ = self.level_losses(batch, states, levels)
         self._val += torch.stack([sum(losses).double(), sum(counts).double()])  # type: ignore[union-attr]
-        levels = self.drafter.level_states(batch.tokens, self._states(batch))
         vocabulary = self.drafter.vocabulary
 
         def candidates(level: int, states: Tensor) -> Tensor:

@@ -12,11 +12,12 @@ from spec_decode.data.corpus import encode_prompts, stop_tokens
 from spec_decode.decoder import Generation, SpeculativeDecoder
 from spec_decode.drafters import DRAFTERS, Drafter, DynamicTree, TrainableDrafter, load_drafter
 from spec_decode.drafters.draft_model import PretrainedDraft
-from spec_decode.drafters.files import CONFIG, read_config
+from spec_decode.drafters.files import CONFIG, check_target_sizes, holds_language_model, read_config
 from spec_decode.drafters.prompt_lookup import WithLookup
 from spec_decode.inputs import check_length
 from spec_decode.models import CausalLM
 from spec_decode.sampling import Sampling, row_seeds
+from spec_decode.stopping import check_stop_strings
 from spec_decode.target import TargetSpec
 
 
@@ -41,7 +42,6 @@ def parse_tree(text: str) -> tuple[int, ...] | DynamicTree | str | None:
 
 
 LOOKUP = "+lookup"
-LANGUAGE_MODEL = "config.json"  # what a folder that transformers wrote holds
 
 
 def drafter_folder(name: str) -> Path:
@@ -53,7 +53,8 @@ def check_drafter(name: str) -> None:
     """Refuse a drafter that `find_drafter` would not find, before anything is loaded for it.
 
     Raises:
-        ValueError: For a name whose drafter must be trained, a lookup beside nothing, or damaged settings.
+        ValueError: For a name whose drafter must be trained, a lookup beside nothing, damaged settings, or another
+            program's drafter.
         FileNotFoundError: If it is neither a name nor a drafter's folder.
     """
     if name == "none" + LOOKUP:
@@ -62,12 +63,18 @@ def check_drafter(name: str) -> None:
     if name in DRAFTERS.names():
         if issubclass(DRAFTERS.get(name), TrainableDrafter):
             raise ValueError(f"drafter {name!r} has to be trained; give the folder that `spec_decode.fit` wrote")
-    elif name != "none" and not (Path(name) / LANGUAGE_MODEL).is_file():
+    elif name != "none" and not holds_language_model(Path(name)):
         read_config(Path(name))
 
 
 def check_settings(
-    *, max_new_tokens: int, temperature: float, top_k: int | None = None, top_p: float = 1.0, seed: int = 0
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_strings: Sequence[str] = (),
 ) -> None:
     """Refuse what `SpeculativeDecoder.generate` would refuse, before anything is loaded for it.
 
@@ -77,6 +84,7 @@ def check_settings(
     check_length(max_new_tokens)
     Sampling(temperature, top_k, top_p)
     row_seeds(seed, 1)
+    check_stop_strings(stop_strings)
 
 
 def find_drafter(name: str, target: CausalLM, tokenizer: Any = None) -> Drafter | None:
@@ -106,7 +114,7 @@ def find_drafter(name: str, target: CausalLM, tokenizer: Any = None) -> Drafter 
 def _load(name: str, target: CausalLM, tokenizer: Any) -> Drafter:
     if name in DRAFTERS.names():
         return DRAFTERS.get(name)()
-    if (Path(name) / LANGUAGE_MODEL).is_file():
+    if holds_language_model(Path(name)):
         dtype = str(target.dtype).removeprefix("torch.")
         spec = TargetSpec(name, dtype)
         model = spec.load().to(target.device)
@@ -125,12 +133,17 @@ def find_target(drafter: str, target: str | None, dtype: str) -> tuple[TargetSpe
         drafter: See `find_drafter`.
         target: Name of the target; None means the one the drafter was trained for, else the embedded model.
         dtype: Precision of the target's weights.
+
+    Raises:
+        ValueError: If the target's sizes are not those of the one that the drafter was trained for.
     """
     folder = drafter_folder(drafter)
-    trained = read_config(folder) if (folder / CONFIG).is_file() else {}
-    layers = trained.get("feature_layers")
-    spec = TargetSpec(target or trained.get("target", EMBEDDED), dtype, None if layers is None else tuple(layers))
-    return spec, trained.get("chat_template")
+    if not (folder / CONFIG).is_file():
+        return TargetSpec(target or EMBEDDED, dtype), None
+    trained = read_config(folder)
+    name = target or trained.get("target", EMBEDDED)
+    check_target_sizes(folder, trained, load_config(name), name)
+    return TargetSpec(name, dtype, tuple(trained["feature_layers"])), trained.get("chat_template")
 
 
 @dataclass
@@ -226,6 +239,13 @@ class TextStream:
         if text.endswith("\ufffd") or len(text) <= len(before):
             return ""
         self._context, self._shown = self._shown, len(self._tokens)
+        return text[len(before) :]
+
+    def rest(self) -> str:
+        """What is still held back at the end, such as a character cut in the middle."""
+        before = self._decode(self._tokens[self._context : self._shown])
+        text = self._decode(self._tokens[self._context :])
+        self._context = self._shown = len(self._tokens)
         return text[len(before) :]
 
     def _decode(self, tokens: list[int]) -> str:

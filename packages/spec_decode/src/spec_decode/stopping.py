@@ -4,6 +4,18 @@ from collections.abc import Sequence
 from typing import Any
 
 
+def check_stop_strings(strings: Sequence[str]) -> None:
+    """Refuse what is no list of texts to stop at.
+
+    Raises:
+        ValueError: For a single text, whose letters would each be one, or an empty one.
+    """
+    if isinstance(strings, str):
+        raise ValueError(f"stop_strings must be a list of texts, as in [{strings!r}], got {strings!r}")
+    if not all(isinstance(string, str) and string for string in strings):
+        raise ValueError(f"a stop string must not be empty, and be text, got {list(strings)}")
+
+
 class StopStrings:
     """Watches the new text of every row.
 
@@ -13,14 +25,13 @@ class StopStrings:
         batch: Number of rows.
 
     Raises:
-        ValueError: Without a tokenizer, or for an empty string.
+        ValueError: Without a tokenizer, or for what `check_stop_strings` refuses.
     """
 
     def __init__(self, strings: Sequence[str], tokenizer: Any, batch: int) -> None:
         if tokenizer is None:
             raise ValueError("stop_strings need SpeculativeDecoder(..., tokenizer=...)")
-        if not all(strings):
-            raise ValueError("a stop string must not be empty")
+        check_stop_strings(strings)
         self.strings, self.tokenizer = tuple(strings), tokenizer
         # Byte-level tokenizers may spend up to four tokens on a character.
         self.tail = 4 * max(map(len, strings)) + 4

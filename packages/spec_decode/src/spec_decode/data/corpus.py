@@ -67,7 +67,8 @@ def corpus_path(
     folder: Path, target: CausalLM, prompts: Sequence[Sequence[int]], writing: Writing, stops: Sequence[int]
 ) -> Path:
     """File of the corpus that these settings determine."""
-    content = json.dumps([target.fingerprint(), str(target.dtype), list(map(list, prompts)), asdict(writing), [*stops]])
+    weights = (target.fingerprint(target.dtype), str(target.dtype))
+    content = json.dumps([*weights, list(map(list, prompts)), asdict(writing), [*stops]])
     return folder / f"text-{hashlib.sha256(content.encode()).hexdigest()[:16]}.jsonl"
 
 

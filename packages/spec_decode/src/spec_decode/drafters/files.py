@@ -3,8 +3,9 @@
 import inspect
 import json
 import os
+import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import UnionType
@@ -22,10 +23,23 @@ from spec_decode.drafters.trainable import TrainableDrafter, check_vocabulary
 from spec_decode.models import CausalLM
 
 WEIGHTS, CONFIG = "drafter.safetensors", "drafter.json"
-ENTRIES = {"drafter": dict, "target_fingerprint": str, "feature_layers": list, "acceptance": list | None}
+ENTRIES = {
+    "drafter": dict,
+    "target_fingerprint": str,
+    "target_sizes": dict,
+    "feature_layers": list,
+    "acceptance": list | None,
+    "weights_crc32": int,
+}
 """What a drafter's JSON file holds at least."""
 
+WRAPPER = re.compile(r"(?<![A-Za-z0-9_])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\.")
+"""What torch.compile, FSDP, activation checkpointing, DDP and averaged models put into the names of tensors."""
+
 REMEDY = "copy the folder again, or train the drafter again"
+
+FOREIGN = re.compile("eagle|medusa|hydra|draft|speculat|dflash|dspark", re.IGNORECASE)
+"""What names the kind, or a setting, in the config.json of other programs' drafters."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +95,7 @@ def save_drafter(drafter: TrainableDrafter, spec: DrafterSpec, folder: Path, met
         **meta,
         "drafter": asdict(spec),
         "target_fingerprint": drafter.target.fingerprint(),
+        "target_sizes": target_sizes(drafter.target),
         "feature_layers": list(drafter.target.feature_layers),
         "acceptance": drafter.acceptance,
         "weights_crc32": zlib.crc32(packed),
@@ -95,6 +110,57 @@ def save_drafter(drafter: TrainableDrafter, spec: DrafterSpec, folder: Path, met
     config.unlink(missing_ok=True)  # a kill between the two must not leave weights beside another's settings
     os.replace(f"{weights}.part", weights)
     os.replace(f"{config}.part", config)
+
+
+def target_sizes(target: CausalLM) -> dict[str, int]:
+    """Sizes that tell most targets apart, under the names that transformers' configurations have for them."""
+    return {
+        "num_hidden_layers": len(target.layers),
+        "hidden_size": target.shape.hidden_size,
+        "vocab_size": target.vocab_size,
+    }
+
+
+def check_target_sizes(folder: Path, config: Mapping[str, Any], target: Any, name: str) -> None:
+    """Refuse a target of other sizes than those of the one a drafter was trained for, before it is loaded.
+
+    Args:
+        folder: The drafter's folder.
+        config: What `read_config` returned.
+        target: transformers' configuration of the target.
+        name: The target's name.
+
+    Raises:
+        ValueError: Naming both targets.
+    """
+    trained = config["target_sizes"]
+    found = {size: getattr(target, size, None) for size in trained}
+    if found != trained:
+        differing = ", ".join(f"{size} {found[size]} instead of {trained[size]}" for size in trained)
+        raise ValueError(
+            f"the drafter in {folder} was trained for another target, {config.get('target', 'unnamed')}, than {name}: "
+            f"{differing}. Leave --target out, or train a drafter for {name}"
+        )
+
+
+def holds_language_model(folder: Path) -> bool:
+    """Whether a folder is one that transformers wrote for a language model, which drafts as it is.
+
+    Raises:
+        ValueError: For a drafter that another program wrote: read as a language model it would lack most weights.
+    """
+    path = folder / "config.json"
+    if (folder / CONFIG).is_file() or not path.is_file():
+        return False
+    settings = read_json(path, "copy the folder again")
+    kinds = [settings.get("model_type"), *(settings.get("architectures") or [])]
+    named = [word for word in map(str, [*kinds, *settings]) if FOREIGN.search(word)]
+    if named:
+        raise ValueError(
+            f"{folder} holds a drafter that another program wrote ({path.name}: {shortened(named)}), which is not read "
+            "here; train one with spec_decode.fit, or give a language model of the target's tokenizer"
+        )
+    return True
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -137,13 +203,55 @@ def read_weights(folder: Path, config: Mapping[str, Any]) -> dict[str, torch.Ten
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; {REMEDY}")
     content = path.read_bytes()
-    # Drafters of earlier versions carry no checksum.
-    if zlib.crc32(content) != config.get("weights_crc32", zlib.crc32(content)):
+    if zlib.crc32(content) != config["weights_crc32"]:
         raise ValueError(f"{path} is damaged, or not the file that its {CONFIG} was written with; {REMEDY}")
     try:
-        return load(content)
+        return {WRAPPER.sub("", name): value for name, value in load(content).items()}
     except (SafetensorError, ValueError, KeyError) as error:
         raise ValueError(f"{path} is damaged ({error}); {REMEDY}") from error
+
+
+def check_whole(
+    path: Path, found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> None:
+    """Refuse weights that are not exactly those a drafter is made of.
+
+    Args:
+        path: Their file.
+        found: What it holds.
+        expected: The state of a drafter of the same settings.
+        dtype: Precision that they will be used in.
+
+    Raises:
+        ValueError: Listing tensors that are missing, left over, of another shape or type, or not finite.
+    """
+    both = [(name, found[name], expected[name]) for name in sorted(found.keys() & expected.keys())]
+    faults = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "left over": sorted(found.keys() - expected.keys()),
+        "of another shape": [
+            f"{name} {tuple(ours.shape)} instead of {tuple(theirs.shape)}"
+            for name, ours, theirs in both
+            if ours.shape != theirs.shape
+        ],
+        "of another type": [
+            f"{name} {ours.dtype}"
+            for name, ours, theirs in both
+            if ours.is_floating_point() != theirs.is_floating_point() or ours.is_complex()
+        ],
+        f"not finite in {dtype}": [
+            name for name, ours, _ in both if ours.is_floating_point() and not ours.to(dtype).isfinite().all()
+        ],
+    }
+    listed = "; ".join(f"{len(names)} {what} ({shortened(names)})" for what, names in faults.items() if names)
+    if listed:
+        raise ValueError(f"{path} does not fit its {CONFIG}: tensors {listed}; {REMEDY}")
+
+
+def shortened(names: Sequence[str], count: int = 4) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
 
 
 def load_drafter(folder: Path, target: CausalLM) -> TrainableDrafter:
@@ -164,10 +272,9 @@ def load_drafter(folder: Path, target: CausalLM) -> TrainableDrafter:
         drafter = DrafterSpec(**config["drafter"]).build(target)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{folder / CONFIG} does not describe a drafter: {error}; {REMEDY}") from error
-    try:
-        drafter.load_state_dict(read_weights(folder, config))
-    except RuntimeError as error:
-        raise ValueError(f"{folder / WEIGHTS} does not fit its {CONFIG}: {error}") from error
+    weights = read_weights(folder, config)
+    check_whole(folder / WEIGHTS, weights, drafter.state_dict(), target.dtype)
+    drafter.load_state_dict(weights)
     if drafter.vocabulary is not None:
         check_vocabulary(drafter.vocabulary, drafter.draft_tokens, target.vocab_size)
     drafter.acceptance = config["acceptance"]

@@ -24,6 +24,8 @@ from spec_decode.tree import DraftTree
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # the others change their frequencies with the length
 
+_PART = 1 << 22  # weights that are rounded and hashed at once
+
 
 @dataclass(eq=False)  # not frozen, since Lightning's precision plugins replace the fields of a batch
 class States:
@@ -96,7 +98,8 @@ class CausalLM(nn.Module):
         self.norm = RMSNorm(shape.hidden_size, shape.norm_eps)
         self.lm_head = nn.Linear(shape.hidden_size, vocab_size, bias=False)
         self._compiled: list[Callable[..., States]] = []
-        self._fingerprint: str | None = None
+        self._fingerprints: dict[tuple[torch.dtype, Any], str] = {}
+        self._sharded = False
         self._packed_head: list[PackedLinear] = []  # in a list, so that it is no submodule: lm_head is what is saved
         self.register_buffer("frequencies", frequencies.float(), persistent=False)
 
@@ -275,7 +278,9 @@ class CausalLM(nn.Module):
             raise RuntimeError("packed or compiled layers cannot be sharded; load the target anew")
         if not dist.is_initialized():
             raise RuntimeError("sharding a target needs several processes; set trainer.devices or trainer.num_nodes")
-        self._fingerprint = self.fingerprint()  # it reads whole weights
+        # They read whole weights.
+        self._fingerprints = {(dtype, None): self.fingerprint(dtype) for dtype in (torch.bfloat16, self.dtype)}
+        self._sharded = True
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         for layer in self.layers:
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)
@@ -290,13 +295,22 @@ class CausalLM(nn.Module):
         states = self.step(tree.tokens, cache, tree.parents)
         return self.logits(states.final), states
 
-    def fingerprint(self) -> str:
-        """Digest of sizes and weights that tells targets apart, the same in fp32 as after rounding to bf16."""
-        if self._fingerprint is not None:
-            return self._fingerprint
-        digest = hashlib.sha256(repr((self.shape, self.vocab_size, len(self.layers), self.feature_layers)).encode())
-        for name, value in sorted(self.state_dict().items()):
-            flat = value.detach().flatten()
-            sample = flat[:: max(1, flat.numel() // 64)][:64].to(torch.bfloat16)
-            digest.update(name.encode() + sample.cpu().view(torch.int16).numpy().tobytes())
-        return digest.hexdigest()[:16]
+    def fingerprint(self, dtype: torch.dtype = torch.bfloat16) -> str:
+        """Digest of all that the states depend on, every weight included; a second per one or two gigabytes.
+
+        Args:
+            dtype: Precision that the weights are rounded to first. In bfloat16 they are the same however they were
+                loaded; caches take `self.dtype`, which rounds nothing.
+        """
+        state = self.state_dict()
+        stamp = None if self._sharded else tuple((value.data_ptr(), value._version) for value in state.values())
+        if (dtype, stamp) not in self._fingerprints:
+            rope = (self.frequencies.to(dtype).tolist(), self.rope_scale, self.windowed, self.window)
+            sizes = (self.shape, self.vocab_size, len(self.layers), self.feature_layers)
+            digest = hashlib.sha256(repr((dtype, sizes, rope)).encode())
+            for name, value in sorted(state.items()):
+                digest.update(f"{name} {tuple(value.shape)}".encode())
+                for part in value.detach().flatten().split(_PART):
+                    digest.update(part.to(dtype).cpu().view(torch.uint8).numpy().data)
+            self._fingerprints[dtype, stamp] = digest.hexdigest()[:16]
+        return self._fingerprints[dtype, stamp]

@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import functional as F
 
 from vision_kd.data.augment import ImageDraws
 from vision_kd.data.base import WORKERS, ImageDataModule, data_root
-from vision_kd.data.image_files import read_rgb
+from vision_kd.data.image_folder import read_rgb
 from vision_kd.data.loader import EpochSampler
 from vision_kd.detection.coco import Split, read_split
 from vision_kd.detection.scenes import build_scenes

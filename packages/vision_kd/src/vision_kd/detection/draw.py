@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from vision_kd.data.image_files import read_rgb
+from vision_kd.data.image_folder import read_rgb
 from vision_kd.detection.coco import Split
 
 

@@ -1,0 +1,11 @@
+"""Text of users and models on a terminal, which obeys the control characters in it."""
+
+import re
+
+# All but tab and line ends, also the eight-bit controls, what turns the direction of writing, and half characters.
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]|\r(?!\n)")
+
+
+def printable(text: str) -> str:
+    r"""The text with control characters spelled out, such as ``\x1b`` for escape; tabs and ends of lines stay."""
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
