@@ -5,7 +5,9 @@ Weights ``fc``, ``midlayer``, ``norm`` and ``lm_head`` with the vocabulary maps 
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from jsonargparse import auto_cli
@@ -16,10 +18,25 @@ from kd_common.errors import run_command
 from kd_common.files import write_atomically
 from kd_common.hub import DTYPES, load_config
 from kd_common.messages import CommandParser, check_folder
-from spec_decode.drafters.files import read_config, read_weights
+from spec_decode.drafters.files import check_target_sizes, read_config, read_weights, shortened
 from spec_decode.models.causal_lm import default_feature_layers
 
 _NAMES = {"fuse": "fc", "layer": "midlayer", "norm": "norm", "head": "lm_head"}
+LAYOUT = frozenset(
+    f"{name}.weight"
+    for name in (
+        "fc",
+        "midlayer.input_layernorm",
+        "midlayer.hidden_norm",
+        *(f"midlayer.self_attn.{part}_proj" for part in "qkvo"),
+        "midlayer.post_attention_layernorm",
+        *(f"midlayer.mlp.{part}_proj" for part in ("gate", "up", "down")),
+        "norm",
+        "lm_head",
+    )
+)
+"""What engines read beside the vocabulary maps; of other weights some take no notice, and draft wrongly."""
+
 _SHARED = (
     "hidden_size",
     "intermediate_size",
@@ -42,6 +59,9 @@ def eagle3_layout(state: dict[str, Tensor], vocab_size: int, dtype: torch.dtype)
         state: The drafter's state dictionary.
         vocab_size: Tokens of the target.
         dtype: Precision to store.
+
+    Raises:
+        ValueError: If the weights are not exactly those of `LAYOUT`, or not finite in this precision.
     """
     vocabulary = state.get("vocabulary", torch.arange(vocab_size))
     can_draft = torch.zeros(vocab_size, dtype=torch.bool)
@@ -51,7 +71,40 @@ def eagle3_layout(state: dict[str, Tensor], vocab_size: int, dtype: torch.dtype)
         if name != "vocabulary":
             part, rest = name.split(".", 1)
             weights[f"{_NAMES[part]}.{rest}"] = value.to(dtype).contiguous()
+    wrong = sorted(weights.keys() ^ LAYOUT) + sorted(n for n, w in weights.items() if not w.isfinite().all())
+    if wrong:
+        raise ValueError(
+            f"these weights are missing, unknown to the EAGLE-3 layout, or not finite in {dtype}: {shortened(wrong)}; "
+            "train the drafter again"
+        )
     return weights | {"d2t": vocabulary - torch.arange(len(vocabulary)), "t2d": can_draft}
+
+
+def check_servable(drafter: str, layers: Sequence[int], config: Any) -> None:
+    """Refuse what engines would draft wrongly with, or not at all.
+
+    Args:
+        drafter: The drafter's folder, for the message.
+        layers: Layers whose inputs it reads.
+        config: transformers' configuration of the target.
+
+    Raises:
+        ValueError: For other layers than the layout implies, layers that are not three different ones, or an activation
+            other than SiLU.
+    """
+    implied = default_feature_layers(config.num_hidden_layers)
+    if tuple(layers) != implied:
+        raise ValueError(
+            f"{drafter} reads the layers {list(layers)}; the EAGLE-3 layout implies {implied}, and engines count the "
+            "layers of a setting for others differently. Train with model.target.feature_layers null"
+        )
+    if len(set(implied)) < 3:
+        raise ValueError(
+            f"{drafter} reads the layers {implied} of a target of {config.num_hidden_layers} layers, and engines "
+            "collect each layer once; only drafters for targets of at least 7 layers can be exported"
+        )
+    if config.hidden_act != "silu":
+        raise ValueError(f"{drafter} has the target's activation {config.hidden_act}; engines' drafters have silu only")
 
 
 def export(drafter: str, output: str, dtype: str = "bfloat16") -> None:
@@ -64,7 +117,8 @@ def export(drafter: str, output: str, dtype: str = "bfloat16") -> None:
 
     Raises:
         FileNotFoundError: If the folder holds no drafter.
-        ValueError: For another kind of drafter, or one that reads other layers than EAGLE-3 does.
+        ValueError: For another kind of drafter, one that reads other layers than EAGLE-3 does, or a target whose layers
+            or activation engines do not draft for.
     """
     check_folder("--output", output)
     found = read_config(Path(drafter))
@@ -75,12 +129,11 @@ def export(drafter: str, output: str, dtype: str = "bfloat16") -> None:
         )
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    config = load_config(found["target"])
-    if tuple(found["feature_layers"]) != default_feature_layers(config.num_hidden_layers):
-        raise ValueError(
-            f"{drafter} reads the layers {found['feature_layers']}; the EAGLE-3 layout implies "
-            f"{default_feature_layers(config.num_hidden_layers)}"
-        )
+    if (name := found.get("target")) is None:
+        raise ValueError(f"{drafter} does not say which target it was trained for; train it with spec_decode.fit")
+    config = load_config(name)
+    check_target_sizes(Path(drafter), found, config, name)
+    check_servable(drafter, found["feature_layers"], config)
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     weights = eagle3_layout(read_weights(Path(drafter), found), config.vocab_size, DTYPES[dtype])
@@ -92,6 +145,14 @@ def export(drafter: str, output: str, dtype: str = "bfloat16") -> None:
         "model_type": "llama",
         "num_hidden_layers": 1,
         "draft_vocab_size": len(weights["d2t"]),
+        "target_hidden_size": config.hidden_size,
+        # Written out, for the defaults of engines differ and change.
+        "attention_bias": False,
+        "mlp_bias": False,
+        "norm_before_residual": False,
+        "norm_before_fc": False,
+        "norm_output": False,
+        "rope_parameters": dict(config.rope_parameters),
         "rope_theta": rope.pop("rope_theta"),
         "rope_scaling": None if rope["rope_type"] == "default" else rope,
         "tie_word_embeddings": False,

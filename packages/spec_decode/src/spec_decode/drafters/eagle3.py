@@ -1,5 +1,6 @@
 """EAGLE-3: one layer run autoregressively on its own output, trained as it is used (training-time test)."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,12 +17,15 @@ from spec_decode.models.layers import Attend, Attention, GatedMLP, Rotation
 class EagleLayer(nn.Module):
     """Decoder layer that attends over [normalised embedding, normalised feature] and adds to the raw feature.
 
+    It has no biases and no norms of queries and keys, whatever the target has: serving engines read none.
+
     Args:
         shape: Sizes of the target's layers.
     """
 
     def __init__(self, shape: LayerShape) -> None:
         super().__init__()
+        shape = replace(shape, qkv_bias=False, out_bias=False, mlp_bias=False, qk_norm=False)
         self.input_layernorm = RMSNorm(shape.hidden_size, shape.norm_eps)
         self.hidden_norm = RMSNorm(shape.hidden_size, shape.norm_eps)
         self.self_attn = Attention(shape, in_features=2 * shape.hidden_size)
