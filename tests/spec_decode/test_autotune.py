@@ -160,6 +160,50 @@ def test_the_first_plain_pass_of_a_generation_does_not_count():
     assert not any(guard.drafts() for _ in range(3))  # what a plain pass takes is still unknown
 
 
+def until_it_stops(guard: PayGuard, cost: float, tokens: float, behind: float) -> int:
+    """Drafted passes, each followed by a plain one of other seconds, until the account is empty; at most 50."""
+    for passes in range(50):
+        if not guard._drafting:
+            return passes
+        guard.drafted(tokens, cost)
+        guard.plain(behind)
+    return 50
+
+
+def test_a_slow_plain_pass_behind_a_draft_does_not_make_drafting_look_cheap():
+    """Every drafted pass loses one plain pass of the four that the account begins with."""
+    guard = PayGuard()
+    for _ in range(6):
+        guard.plain(1.0)
+    assert until_it_stops(guard, cost=3.0, tokens=2.0, behind=9.0) == 5
+
+
+def test_every_generation_times_plain_passes_before_it_drafts():
+    """Also one whose drafter has paid before."""
+    guard = PayGuard()
+    decode(guard, 50, 1.3, itertools.repeat(3.0), plain=2.0)
+    for _ in range(3):
+        guard.begin()
+        asked = []
+        for _ in range(6):
+            asked.append(guard.drafts())
+            guard.drafted(3.0, 1.3) if asked[-1] else guard.plain(1.0)
+        assert asked == [False] * 4 + [True] * 2  # the first one only warms up
+
+
+@pytest.mark.parametrize("probe", [3, 5, 16])
+def test_two_passes_in_a_row_of_so_many_are_plain(probe):
+    guard = PayGuard(probe=probe)
+    decode(guard, 3 * probe + 12, 1.3, itertools.repeat(3.0))
+    asked = []
+    for _ in range(6 * probe):
+        asked.append(guard.drafts())
+        guard.drafted(3.0, 1.3) if asked[-1] else guard.plain(1.0)
+    runs = [(drafts, len(list(run))) for drafts, run in itertools.groupby(asked)][1:-1]
+    assert len(runs) > 8
+    assert set(runs) == {(False, 2), (True, probe - 2)}
+
+
 @pytest.mark.parametrize("pays", [False, True])
 def test_a_guarded_generation_emits_the_same_tokens(tiny, drafter, monkeypatch, pays):
     drafter.acceptance = [[0.9, 0.0], [0.9, 0.0], [0.9, 0.0]]
@@ -239,6 +283,26 @@ def test_a_draft_after_a_pause_has_read_what_it_missed(tiny, monkeypatch, name, 
         decoder.generate([context[:-1] for context in contexts], max_new_tokens=2)
         assert drafts[0][0] == contexts
         assert torch.equal(drafts[0][1].tokens, draft.tokens)
+
+
+class DraftsLate(PayGuard):
+    """Drafts once behind the first plain passes and again behind a long pause."""
+
+    def drafts(self) -> bool:
+        """See the base class."""
+        self._passes += 1
+        return self._passes == 5 or self._passes > 30
+
+
+@pytest.mark.parametrize("name", ["fast_eagle", "eagle3", "draft_model"])
+def test_what_one_row_missed_fits_behind_another_that_is_full(tiny, name):
+    """The short row has much to read when the long one, finished, fills the context."""
+    drafter = DrafterSpec(name, {"depth": 2}).build(tiny.target).eval().requires_grad_(False)
+    decoder = SpeculativeDecoder(tiny.target, drafter, tree=(1,))
+    decoder.guards = defaultdict(DraftsLate)
+    prompts = [[5] * 60, [1, 2, 3]]
+    plain = SpeculativeDecoder(tiny.target).generate(prompts)
+    assert torch.equal(decoder.generate(prompts).sequences, plain.sequences)
 
 
 def test_the_choice_leaves_room_for_the_branch_of_lookup(tiny, drafter, monkeypatch):

@@ -111,6 +111,10 @@ def test_stop_tokens_inside_accepted_runs_and_rows_that_end_at_different_steps(t
         for drafter in (None, Oracle(full), PromptLookup()):
             out = generate(tiny, drafter, law, stop_tokens=stops, pad_token=39)
             assert out.new_tokens == wanted
+            if isinstance(drafter, Oracle):  # each of whose drafts has candidates in the first level
+                assert out.tested[0] == sum(map(len, out.acceptance_lengths))
+                assert out.matched[0] >= sum(length > 1 for row in out.acceptance_lengths for length in row)
+                assert out.matched[0] <= out.tested[0]
             assert out.lengths == [len(p) + len(w) for p, w in zip(PROMPTS, wanted, strict=True)]
             for row, length in zip(out.sequences, out.lengths, strict=True):
                 assert (row[length:] == 39).all()
