@@ -30,7 +30,7 @@ from llm_kd.data import responses
 from llm_kd.data.rows import read_rows
 from llm_kd.selection import TruncatedDistribution
 from llm_kd.teacher import CacheHeader, CacheWriter, TeacherCache
-from spec_decode.benchmark import read_results
+from spec_decode.benchmark import checksum, read_results
 from spec_decode.data.corpus import Writing, encode_prompts, write_corpus
 from spec_decode.data.features import DATA, PROGRESS, FeatureStore
 from spec_decode.data.prompts import read_prompts
@@ -119,7 +119,7 @@ def comparison(tmp_path, target):
 def benchmark_results(tmp_path, target):
     path = tmp_path / "results.json"
     rows = [{"set": "own", "temperature": 0.0, "drafter": "x", "tokens_per_second": 3.5}]
-    path.write_text(json.dumps({"key": "0123456789abcdef", "rows": rows}))
+    path.write_text(json.dumps({"key": "0123456789abcdef", "rows": rows, "crc32": checksum(rows)}))
     return Case(path, lambda: read_results(path), True)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from spec_decode.benchmark import benchmark, content_digest, margin
+from spec_decode.benchmark import benchmark, checksum, content_digest, margin, read_results
 from spec_decode.chat import chat, talk
 from spec_decode.decoder import SpeculativeDecoder
 from spec_decode.drafters import DrafterSpec, DynamicTree, PromptLookup, WithLookup, save_drafter
@@ -306,6 +306,10 @@ def test_a_language_model_drafts_when_its_tokenizer_is_the_targets(standin, tiny
 
 def test_a_digest_of_a_drafters_content_tells_drafters_apart(drafter, tmp_path):
     before = content_digest(tmp_path / "drafter")
+    (tmp_path / "drafter/pytorch_model.bin").write_bytes(b"1")
+    assert before != content_digest(tmp_path / "drafter")
+    (tmp_path / "drafter/pytorch_model.bin").unlink()
+    assert before == content_digest(tmp_path / "drafter")
     assert content_digest(tmp_path / "nowhere") == content_digest(Path("prompt_lookup")) == ""
     weights = tmp_path / "drafter/drafter.safetensors"
     content = bytearray(weights.read_bytes())
@@ -315,6 +319,24 @@ def test_a_digest_of_a_drafters_content_tells_drafters_apart(drafter, tmp_path):
 
 
 # --- benchmark ---
+
+
+@pytest.mark.parametrize("change", ["a number", "no checksum", "a row less"])
+def test_results_that_were_changed_are_refused(tmp_path, change):
+    rows = [{"set": "mine", "temperature": 0.0, "tau": 1.5}, {"set": "mine", "temperature": 1.0, "tau": 1.25}]
+    content = {"key": "abc", "rows": rows, "crc32": checksum(rows)}
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(content))
+    assert read_results(path)["rows"] == rows
+    if change == "a number":
+        rows[0]["tau"] = 2.5
+    elif change == "no checksum":
+        del content["crc32"]
+    else:
+        rows.pop()
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"results\.json is damaged or was changed"):
+        read_results(path)
 
 
 @pytest.mark.slow

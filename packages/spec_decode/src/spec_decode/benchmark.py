@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import time
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from kd_common.errors import run_command
 from kd_common.files import read_json, write_atomically
-from kd_common.hub import load_causal_lm, load_config
+from kd_common.hub import load_causal_lm, load_config, model_source
 from kd_common.memory import peak_bytes
 from kd_common.messages import CommandParser, check_device, check_folder
 from spec_decode.autotune import measure_passes
@@ -188,18 +189,24 @@ def read_results(path: Path) -> dict[str, Any]:
     content = read_json(path, remedy)
     if not isinstance(content.get("key"), str) or not isinstance(content.get("rows"), list):
         raise ValueError(f"{path} is damaged: it holds no key and rows; {remedy}")
-    if not all(isinstance(row, dict) and {"set", "temperature"} <= row.keys() for row in content["rows"]):
-        raise ValueError(f"{path} is damaged: a row is of no set and temperature; {remedy}")
+    if content.get("crc32") != checksum(content["rows"]):
+        raise ValueError(f"{path} is damaged or was changed: the checksum of its rows is wrong; {remedy}")
     return content
 
 
+def checksum(rows: Sequence[dict[str, Any]]) -> int:
+    """Checksum of results as JSON."""
+    return zlib.crc32(json.dumps(rows).encode())
+
+
 def content_digest(folder: Path) -> str:
-    """Digest of the settings and weights in a drafter's folder; empty for a drafter without one."""
+    """Digest of the files in a drafter's folder; empty for a drafter without one."""
     digest = hashlib.sha256()
-    files = sorted(p for p in folder.glob("*") if p.suffix in (".json", ".safetensors")) if folder.is_dir() else []
-    for file in files:
-        digest.update(file.name.encode() + file.read_bytes())
-    return digest.hexdigest() if files else ""
+    paths = sorted(path for path in folder.glob("*") if path.is_file())
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest() if paths else ""
 
 
 def benchmark(
@@ -243,7 +250,7 @@ def benchmark(
         dtype: Precision of the target's weights; ``auto`` is the one this machine is fastest in.
         device: Where to run.
         output: Folder for ``results.json``; finished blocks of the same settings in it are not run again,
-            those of other settings are kept in a file of their own.
+            those of other settings, or of another machine, are kept in a file of their own.
     """
     check_device(device)
     if count < 1:
@@ -281,9 +288,12 @@ def benchmark(
         batch_size,
         seed,
         sets,
+        stops,
         peers,
-        assistant,
+        assistant and model_source(assistant),
         compile,
+        device,
+        environment(),
     ]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     path = Path(output) / "results.json"
@@ -327,7 +337,7 @@ def benchmark(
                     if (row["set"], row["temperature"]) == (name, temperature):
                         row["speedup_over_transformers"] = row["end_to_end"] / speeds["transformers"]
                 rows += [{**block, "drafter": peer, "end_to_end": speed} for peer, speed in speeds.items()]
-            content = {"key": key, "environment": environment(), "rows": rows}
+            content = {"key": key, "environment": environment(), "rows": rows, "crc32": checksum(rows)}
             write_atomically(path, json.dumps(content, indent=1))
     print_tables(rows, Console())
     print(f"written to {path}")

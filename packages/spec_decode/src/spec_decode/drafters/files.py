@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from kd_common.files import read_json, write_aside
-from kd_common.registry import suggest
+from kd_common.registry import UnknownNameError, suggest
 from spec_decode.cost import check_acceptance
 from spec_decode.drafters.registry import DRAFTERS
 from spec_decode.drafters.trainable import TrainableDrafter, check_vocabulary
@@ -270,7 +270,7 @@ def load_drafter(folder: Path, target: CausalLM) -> TrainableDrafter:
         )
     try:
         drafter = DrafterSpec(**config["drafter"]).build(target)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, UnknownNameError) as error:
         raise ValueError(f"{folder / CONFIG} does not describe a drafter: {error}; {REMEDY}") from error
     weights = read_weights(folder, config)
     check_whole(folder / WEIGHTS, weights, drafter.state_dict(), target.dtype)
