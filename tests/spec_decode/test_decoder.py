@@ -53,6 +53,8 @@ def expected(tiny, law, count=24, stop_tokens=(), prompts=PROMPTS):
 
 
 def generate(tiny, drafter, law, count=24, prompts=PROMPTS, tree=(4, 4, 4), **options):
+    if isinstance(drafter, PromptLookup):
+        tree = (1,) * len(tree)
     decoder = SpeculativeDecoder(tiny.target, drafter, tree=tree)
     settings = {"temperature": law.temperature, "top_k": law.top_k, "top_p": law.top_p, "seed": SEED}
     return decoder.generate(prompts, max_new_tokens=count, **settings, **options)
@@ -223,6 +225,8 @@ def test_ngram_index_finds_the_longest_then_latest_match():
         ([[1], []], "prompt 1 is empty"),
         ([[1] * 64], "prompt 0 has 64 tokens, the target's context 64"),
         ([[1, 40]], r"outside the target's vocabulary \[0, 40\)"),
+        (torch.ones(1, 3), "whole numbers, got torch.float32"),
+        (torch.ones(1, 3, dtype=torch.bool), "whole numbers, got torch.bool"),
         (torch.ones(3, dtype=torch.int64), r"must have shape \(batch, length\)"),
     ],
 )
@@ -233,15 +237,26 @@ def test_bad_prompts(tiny, prompts, message):
 
 def test_bad_settings(tiny):
     decoder = SpeculativeDecoder(tiny.target)
-    for settings in ({"temperature": -1.0}, {"top_p": 0.0}, {"top_k": 0}, {"max_new_tokens": 0}):
+    wrong = [
+        {"temperature": -1.0},
+        {"top_p": 0.0},
+        {"top_k": 0},
+        {"top_k": 2.5},
+        {"top_k": True},
+        {"max_new_tokens": 0},
+    ]
+    wrong += [{"max_new_tokens": True}, {"seed": 1.5}, {"seed": True}, {"stop_tokens": [5.5]}, {"stop_tokens": ["a"]}]
+    for settings in wrong:
         with pytest.raises(ValueError, match=next(iter(settings))):
             decoder.generate([[1]], **settings)
     with pytest.raises(ValueError, match="max_new_tokens must be an int"):
         decoder.generate([[1]], max_new_tokens=2.5)
-    with pytest.raises(ValueError, match=r"seed must be in \[-2\^63, 2\^63\)"):
+    with pytest.raises(ValueError, match=r"seed must be a whole number in \[-2\^63, 2\^63\)"):
         decoder.generate([[1]], max_new_tokens=1, seed=2**63)
     with pytest.raises(ValueError, match="lists hold no padding"):
         decoder.generate([[1, 2]], attention_mask=torch.ones(1, 2))
+    with pytest.raises(ValueError, match="attention_mask must hold 0 and 1"):
+        decoder.generate(torch.ones(1, 2, dtype=torch.int64), attention_mask=torch.tensor([[-1e9, 0.0]]))
     for wrong in ([[1.5, 2.0]], [1, 2]):
         with pytest.raises(ValueError, match="must be lists of token ids"):
             decoder.generate(wrong)
@@ -258,11 +273,13 @@ def test_bad_settings(tiny):
     with pytest.raises(ValueError, match="does not draw its candidates"):
         SpeculativeDecoder(tiny.target, lookup, rejection=True)
     with pytest.raises(ValueError, match="number of candidates >= 1"):
-        SpeculativeDecoder(tiny.target, lookup, tree=(2, 0))
+        SpeculativeDecoder(tiny.target, lookup, tree=(1, 0))
     with pytest.raises(ValueError, match="or 'auto', got 'big'"):
         SpeculativeDecoder(tiny.target, lookup, tree="big")
     with pytest.raises(ValueError, match="longest must be >= 1"):
         PromptLookup(0)
+    with pytest.raises(ValueError, match="PromptLookup has 1 candidates for a level, the tree asks for 3"):
+        SpeculativeDecoder(tiny.target, lookup, tree=(1, 3))
     lookup.max_depth = 2
     with pytest.raises(ValueError, match="at most 2 levels, the tree has 3"):
         SpeculativeDecoder(tiny.target, lookup, tree=(1, 1, 1))

@@ -691,8 +691,18 @@ def test_half_precision_drafter_keeps_its_vocabulary(tiny, tmp_path):
 def test_bad_settings(tiny, spec, message):
     with pytest.raises(ValueError, match=message):
         DrafterSpec(*spec).build(tiny.target)
-    with pytest.raises(ValueError, match="must be >= 1"):
-        DynamicTree(depth=0)
+    for wrong in (0, 2.5, True):
+        with pytest.raises(ValueError, match="must be whole numbers >= 1"):
+            DynamicTree(depth=wrong)
+
+
+@pytest.mark.parametrize("draft_vocab", [None, 17])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_drafter_in_float32_drafts_for_a_target_in_bfloat16(tiny, name, draft_vocab):
+    """Also once both are packed."""
+    target = CausalLM.from_transformers(tiny.make().to(torch.bfloat16))
+    plain = decode(target, None, GREEDY).new_tokens
+    assert decode(target, make(target, name, draft_vocab=draft_vocab), GREEDY, tree=(2, 1)).new_tokens == plain
 
 
 def test_linear_in_eights():

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from spec_decode.drafters.base import Draft, Drafter, DraftState, DynamicTree, TreeShape, tree_depth, tree_slots
 from spec_decode.guard import PayGuard
-from spec_decode.inputs import check_length, prompt_lists
+from spec_decode.inputs import check_length, check_whole, prompt_lists
 from spec_decode.models import CausalLM, KVCache, States
 from spec_decode.proposals import SampledTree
 from spec_decode.sampling import Sampling, row_seeds
@@ -165,13 +165,13 @@ class SpeculativeDecoder:
             raise ValueError(f"this {name} was built for another target; build or load it with the one it drafts for")
         if isinstance(shape, tuple) and any(type(w) is not int or w < 1 for w in shape):
             raise ValueError(f"every level of the tree needs a number of candidates >= 1, got {shape}")
+        if isinstance(shape, DynamicTree) and not drafter.dynamic:
+            raise ValueError(f"{name} cannot draft a dynamic tree; give the candidates per level")
         widest = shape.top_k if isinstance(shape, DynamicTree) else max(shape, default=1)
         if drafter.max_width is not None and widest > drafter.max_width:
             raise ValueError(f"{name} has {drafter.max_width} candidates for a level, the tree asks for {widest}")
         if drafter.max_depth is not None and tree_depth(shape) > drafter.max_depth:
             raise ValueError(f"{name} drafts at most {drafter.max_depth} levels, the tree has {tree_depth(shape)}")
-        if isinstance(shape, DynamicTree) and not drafter.dynamic:
-            raise ValueError(f"{name} cannot draft a dynamic tree; give the candidates per level")
         if not 0 <= self.min_confidence < 1:
             raise ValueError(f"min_confidence must be in [0, 1), got {self.min_confidence}")
         if self.min_confidence and not drafter.confident:
@@ -224,6 +224,7 @@ class SpeculativeDecoder:
         sampling = Sampling(temperature, top_k, top_p)
         prompts = prompt_lists(input_ids, attention_mask, target.vocab_size, target.context)
         check_length(max_new_tokens)
+        check_whole("stop_tokens", *stop_tokens)
         batch, device = len(prompts), target.device
         room = [min(target.context - len(p), max_new_tokens or target.context) for p in prompts]
         run = _Run(

@@ -2,8 +2,21 @@
 
 from collections.abc import Sequence
 from operator import index
+from typing import Any
 
+import torch
 from torch import Tensor
+
+
+def check_whole(name: str, *values: Any) -> None:
+    """Refuse what is no whole number, such as 2.5, or True, which Python takes for 1.
+
+    Raises:
+        ValueError: Naming the setting.
+    """
+    for value in values:
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise ValueError(f"{name} must be made of whole numbers, got {value!r}")
 
 
 def check_length(max_new_tokens: int | None) -> None:
@@ -12,7 +25,7 @@ def check_length(max_new_tokens: int | None) -> None:
     Raises:
         ValueError: If it is no whole number >= 1, and not None.
     """
-    if max_new_tokens is not None and (not isinstance(max_new_tokens, int) or max_new_tokens < 1):
+    if max_new_tokens is not None and (type(max_new_tokens) is not int or max_new_tokens < 1):
         raise ValueError(f"max_new_tokens must be an int >= 1, or None to fill the context, got {max_new_tokens}")
 
 
@@ -34,9 +47,13 @@ def prompt_lists(
     if isinstance(input_ids, Tensor):
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids must have shape (batch, length), got {tuple(input_ids.shape)}")
+        if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
+            raise ValueError(f"input_ids must hold token ids, whole numbers, got {input_ids.dtype}")
         mask = input_ids.new_ones(input_ids.shape) if attention_mask is None else attention_mask
         if mask.shape != input_ids.shape:
             raise ValueError(f"attention_mask {tuple(mask.shape)} must have the shape of input_ids {input_ids.shape}")
+        if not ((mask == 0) | (mask == 1)).all():
+            raise ValueError("attention_mask must hold 0 and 1: 1 at the tokens that count")
         prompts = [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
     else:
         if attention_mask is not None:

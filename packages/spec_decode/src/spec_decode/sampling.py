@@ -48,10 +48,10 @@ def row_seeds(seed: int, batch: int) -> Tensor:
     """One seed per row, int64 of shape (B,); a row's seed does not depend on the size of the batch.
 
     Raises:
-        ValueError: For a seed of more than 64 bits.
+        ValueError: For a seed that is no whole number of 64 bits.
     """
-    if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed must be in [-2^63, 2^63), got {seed}")
+    if type(seed) is not int or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must be a whole number in [-2^63, 2^63), got {seed}")
     return _splitmix64(torch.tensor(seed), torch.arange(batch))
 
 
@@ -166,8 +166,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"temperature must be a finite number >= 0 (0 is greedy), got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be >= 1, or None to keep every token, got {self.top_k}")
+        if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
+            raise ValueError(f"top_k must be an int >= 1, or None to keep every token, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], 1 keeps every token, got {self.top_p}")
 

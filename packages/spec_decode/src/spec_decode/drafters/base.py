@@ -29,7 +29,7 @@ class DynamicTree:
         nodes: Draft nodes kept for verification, >= 1.
 
     Raises:
-        ValueError: If a setting is out of range.
+        ValueError: If a setting is no whole number or out of range.
     """
 
     depth: int = 7
@@ -37,8 +37,8 @@ class DynamicTree:
     nodes: int = 59
 
     def __post_init__(self) -> None:
-        if min(self.depth, self.top_k, self.nodes) < 1:
-            raise ValueError(f"depth, top_k and nodes of a dynamic tree must be >= 1, got {self}")
+        if any(type(size) is not int or size < 1 for size in (self.depth, self.top_k, self.nodes)):
+            raise ValueError(f"depth, top_k and nodes of a dynamic tree must be whole numbers >= 1, got {self}")
 
 
 TreeShape = tuple[int, ...] | DynamicTree

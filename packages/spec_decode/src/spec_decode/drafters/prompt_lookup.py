@@ -55,11 +55,12 @@ class PromptLookup(Drafter):
         Saxena, Prompt lookup decoding, 2023 (first match); the longest match is taken here.
     """
 
+    max_width = 1
     chain_depth = 7  # with the root a pass of eight nodes, which is what fewer are padded to
 
     def __init__(self, longest: int = 5) -> None:
-        if longest < 1:
-            raise ValueError(f"longest must be >= 1, got {longest}")
+        if type(longest) is not int or longest < 1:
+            raise ValueError(f"longest must be >= 1, a whole number, got {longest}")
         self.longest = longest
 
     def new_memory(self, batch: int, capacity: int) -> Any:

@@ -139,12 +139,12 @@ class TrainableDrafter(nn.Module, Drafter):
 
     def frozen_logits(self, x: Tensor) -> Tensor:
         """Logits of shape (..., C) through the frozen head, for the few rows of a draft, shape (..., h)."""
+        x = x.to(self.target.dtype)  # a drafter in training has its own
         if self._packed_rows:
             return self._packed_rows[0](x)
         if self.vocabulary is None and self.target.packed:
             return self.target.logits(x)
-        head = self.frozen_head()
-        return linear_in_eights(x.to(head.dtype), head)
+        return linear_in_eights(x, self.frozen_head())
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The target's frozen embeddings in the drafter's type; -1 is allowed."""
