@@ -397,7 +397,7 @@ def test_a_truncated_image_is_named(tmp_path, suffix):
     file.write_bytes(file.read_bytes()[:2000])
     data = ImageFolder(str(tmp_path), image_size=32, num_workers=0)
     data.setup()
-    with pytest.raises(ValueError, match=rf"dog.0\{suffix} is not a complete image"):
+    with pytest.raises(ValueError, match=rf"dog.0\{suffix} is not a usable image"):
         list(data.val_dataloader())
 
 

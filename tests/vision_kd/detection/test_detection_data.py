@@ -105,9 +105,22 @@ def test_annotations_of_unknown_images_or_categories(tools, tmp_path, entry, mes
 
 
 def test_clipping():
-    assert clipped([-5, 10, 20, 50], 40, 30) == [0, 10, 15, 30]
-    for box in ([5, 5, 0, 3], [40, 0, 5, 5], [0, -9, 5, 9], [5, 5, -3, 2]):
-        assert clipped(box, 40, 30) is None
+    corners = np.array([[-5, 10, 15, 60], [5, 5, 45, 20], [-3, -4, 50, 60]], dtype=np.float64)
+    sizes = np.array([[40, 30], [40, 30], [20, 10]])
+    assert clipped(corners, sizes).tolist() == [[0, 10, 15, 30], [5, 5, 40, 20], [0, 0, 20, 10]]
+
+
+@pytest.mark.parametrize("box", [[5, 5, 0, 3], [40, 0, 5, 5], [0, -9, 5, 9], [5, 5, 1e-9, 3]])
+def test_boxes_without_area_inside_their_image(tools, tmp_path, box):
+    """The last has none in float32, in which boxes are compared."""
+    entries = [
+        {"image_id": 10, "category_id": 3, "bbox": box},
+        {"image_id": 10, "category_id": 3, "bbox": [1, 1, 5, 5]},
+    ]
+    for split, what in (("train", "left out of training"), ("val", "count as missed")):
+        tools.write_coco(tmp_path, entries, split=f"{split}2017")
+        with pytest.warns(UserWarning, match=rf"1 of 2 boxes .*{what}.* \(annotations 1\)"):
+            assert read(tmp_path, split).boxes.tolist() == [[1, 1, 6, 6]]
 
 
 def test_a_few_boxes_without_area_are_left_out_with_a_warning(tools, tmp_path):
@@ -156,10 +169,10 @@ def test_what_follows_from_the_boxes_may_be_left_out(tools, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "key", "value", "message"),
     [
-        ("annotations", "bbox", None, "entry 1 of annotations lacks bbox"),
-        ("images", "width", None, "entry 1 of images lacks width"),
-        ("annotations", "id", 0, "must be distinct and at least 1"),
-        ("annotations", "id", 1, "must be distinct and at least 1"),
+        ("annotations", "bbox", None, r"entry 1 of annotations \(id 2\) lacks bbox"),
+        ("images", "width", None, r"entry 1 of images \(id 20\) lacks width"),
+        ("annotations", "id", 0, "entry 1 of annotations .* has id 0: .* at least 1"),
+        ("annotations", "id", 1, "ids of annotations must be distinct, got 1 "),
     ],
 )
 def test_incomplete_entries(tools, tmp_path, kind, key, value, message):
@@ -188,8 +201,14 @@ def test_splits_must_have_the_same_categories(tools, root):
 
 def test_an_image_of_another_size_than_annotated(root):
     Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(root / "train2017/1.png")
+    with pytest.raises(ValueError, match=r"1\.png is 20 x 20 pixels, its annotations say 40 x 30"):
+        module(root).setup("fit")
+
+
+def test_an_image_whose_size_changes_after_the_check(root):
     data = module(root)
     data.setup("fit")
+    Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(root / "train2017/1.png")
     with pytest.raises(ValueError, match=r"1\.png is 20 x 20 pixels, its annotations say 40 x 30"):
         list(data.train_dataloader())
 

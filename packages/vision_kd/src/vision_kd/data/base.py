@@ -3,6 +3,7 @@
 import copy
 import errno
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -19,6 +20,10 @@ from vision_kd.data.loader import DeviceLoader
 VIEWS = ("weak", "strong")
 WORKERS = min(4, os.cpu_count() or 1)
 """Processes that load images from files, unless a data set is told otherwise."""
+
+
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Control characters, and what is no text in any encoding: names with them cannot be shown or stored."""
 
 
 def data_root(root: str | None = None) -> Path:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from vision_kd.data.augment import random_crop_flip
 from vision_kd.data.base import TensorDataModule, data_root, fetching, missing_data
-from vision_kd.data.image_folder import list_images, read_rgb
+from vision_kd.data.image_files import read_rgb
+from vision_kd.data.image_folder import list_images
 
 _CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
 _CIFAR100 = """

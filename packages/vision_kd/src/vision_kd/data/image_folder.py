@@ -5,7 +5,6 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
@@ -13,18 +12,26 @@ from torchvision.transforms.v2 import functional as F
 
 from vision_kd.data.augment import SEED_RANGE, ImageDraws, distort
 from vision_kd.data.base import WORKERS, ImageDataModule, missing_data
+from vision_kd.data.image_files import (
+    endings,
+    find_images,
+    header_size,
+    is_clutter,
+    read_rgb,
+    spread,
+    warn_of_left_out,
+)
 from vision_kd.data.loader import EpochSampler
-
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
 
 
 def class_folders(split: Path) -> tuple[str, ...]:
-    """The sorted names of the folders in a split, one per class.
+    """The sorted names of the folders in a split, one per class; hidden folders are no classes.
 
     Raises:
         FileNotFoundError: when there is none.
     """
-    names = sorted(entry.name for entry in split.iterdir() if entry.is_dir()) if split.is_dir() else []
+    entries = split.iterdir() if split.is_dir() else ()
+    names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     if not names:
         raise missing_data(
             "A folder per class", [split], f"one sub-folder per class in {split}, each holding that class's images"
@@ -33,10 +40,10 @@ def class_folders(split: Path) -> tuple[str, ...]:
 
 
 def list_images(split: Path, class_names: Sequence[str]) -> tuple[list[Path], list[int]]:
-    """The image files of a split in a fixed order, with their labels.
+    """The image files of a split in a fixed order, with their labels; what is left out is named in a warning.
 
     Raises:
-        ValueError: when the class folders are not the expected ones.
+        ValueError: when the class folders are not the expected ones, or the header of an image is damaged.
         FileNotFoundError: when a class folder holds no image.
     """
     found, expected = set(class_folders(split)), set(class_names)
@@ -47,28 +54,22 @@ def list_images(split: Path, class_names: Sequence[str]) -> tuple[list[Path], li
         )
     paths: list[Path] = []
     labels: list[int] = []
+    left_out = [entry for entry in split.iterdir() if entry.name not in found and not is_clutter(entry.name)]
     for label, name in enumerate(class_names):
-        files = sorted(path for path in (split / name).rglob("*") if path.suffix.lower() in EXTENSIONS)
+        files, others = find_images(split / name)
         if not files:
-            raise FileNotFoundError(f"{split / name} holds no image ({', '.join(sorted(EXTENSIONS))})")
-        paths += files
+            there = f"; {min(others)} is none" if others else ""
+            raise FileNotFoundError(f"{split / name} holds no image ({', '.join(sorted(endings()))}){there}")
+        paths += sorted(files)
         labels += [label] * len(files)
+        left_out += others
+    warn_of_left_out(split, left_out)
+    for row in spread(len(paths)):
+        header_size(paths[row])
     return paths, labels
 
 
-def read_rgb(path: Path) -> Tensor:
-    """The image in a file, shape (3, H, W), uint8.
-
-    Raises:
-        ValueError: when the file is no image or is truncated.
-    """
-    try:
-        with Image.open(path) as image:
-            return F.pil_to_tensor(image.convert("RGB"))
-    except (OSError, SyntaxError) as error:  # PIL reports a damaged PNG as a SyntaxError
-        raise ValueError(f"{path} is not a complete image ({error}): replace or delete it") from error
-
-
+STRIP = 16  # times as long as wide
 Transform = Callable[[Tensor, int], dict[str, Tensor]]
 
 
@@ -120,6 +121,9 @@ def training_views(image: Tensor, seed: int, *, size: int, views: Sequence[str])
 
 def clean_view(image: Tensor, seed: int, *, size: int) -> dict[str, Tensor]:
     """The centre crop used for validation, from the image with its short side at 8/7 of the crop (256 for 224)."""
+    # The ends of a long strip are not seen; scaled with the rest they could fill the memory.
+    height, width = image.shape[-2:]
+    image = F.center_crop(image, [min(height, STRIP * width), min(width, STRIP * height)])
     return {"clean": F.center_crop(F.resize(image, [round(size * 8 / 7)], antialias=True), [size, size])}
 
 
@@ -151,6 +155,7 @@ class ImageFolder(ImageDataModule):
     ) -> None:
         super().__init__(batch_size, val_batch_size, seed)
         self.root, self.image_size, self.num_workers = Path(root).expanduser(), image_size, num_workers
+        self._files: dict[str, tuple[list[Path], list[int]]] = {}
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -158,7 +163,9 @@ class ImageFolder(ImageDataModule):
         return class_folders(self.root / "train")
 
     def setup(self, stage: str | None = None) -> None:
-        """List the files; both splits must have the same classes."""
+        """List the files, once; both splits must have the same classes."""
+        if self._files:
+            return
         for split in ("train", "val"):
             if not (self.root / split).is_dir():
                 raise missing_data(

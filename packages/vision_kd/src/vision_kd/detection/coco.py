@@ -1,28 +1,29 @@
-"""COCO annotation files: reading them through pycocotools, and checking them before any work is done."""
+"""COCO annotation files: reading and checking them before any work is done, and pycocotools' view of them."""
 
 import contextlib
 import io
 import json
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from pycocotools.coco import COCO as CocoApi  # noqa: N811 (`COCO` is our DataModule)
 from torch import Tensor
 
 from vision_kd.data.base import missing_data
+from vision_kd.data.image_files import header_size, read_rgb, spread
+from vision_kd.detection.detector import UNUSED
+from vision_kd.detection.entries import FIELDS, read_entries
 
 MOST_BAD_BOXES = 0.01  # COCO itself has a handful in a million; more means another box format
 FEW_BAD_BOXES = 3  # a slip in a small set is no other format
 MOST_BOXES_BEYOND = 0.1  # share of boxes that may end outside their image; corners taken for sizes mostly do
-REQUIRED = {
-    "images": ("id", "width", "height", "file_name"),
-    "annotations": ("id", "image_id", "category_id", "bbox"),
-    "categories": ("id", "name"),
-}
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,11 @@ class Split:
 
 
 def open_annotations(path: Path) -> CocoApi:
-    """Pycocotools' view of an annotation file.
+    """Pycocotools' view of an annotation file, every value of which has the type that it should have.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no JSON, or not in COCO's instances format.
+        ValueError: If it is no JSON, or not in COCO's instances format; the message names the entry.
     """
     if not path.is_file():
         raise missing_data(
@@ -77,47 +78,51 @@ def open_annotations(path: Path) -> CocoApi:
             "data.val_annotations name other files",
         )
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            api = CocoApi(str(path))
-    except (json.JSONDecodeError, UnicodeDecodeError, AssertionError, KeyError, TypeError, RecursionError) as error:
+        content = json.loads(path.read_bytes())  # from bytes, whatever Unicode encoding and byte order mark they have
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a COCO annotation file ({type(error).__name__}: {error})") from error
-    if missing := [
-        key for key in ("images", "annotations", "categories") if not isinstance(api.dataset.get(key), list)
-    ]:
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a COCO annotation file: it holds a {type(content).__name__}, no object")
+    if missing := [kind for kind in FIELDS if not isinstance(content.get(kind), list)]:
         raise ValueError(f"{path} has no list of {', '.join(missing)}: it is not in COCO's instances format")
-    complete_annotations(api, path)
+    for kind in FIELDS:
+        read_entries(content[kind], kind, path)
+    for annotation in content["annotations"]:
+        if annotation["area"] is None:
+            annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
+    names = [{"id": os.path.normpath(image["file_name"])} for image in content["images"]]
+    for kind, entries in (
+        ("ids of images", content["images"]),
+        ("ids of annotations", content["annotations"]),
+        ("file names", names),
+    ):
+        if doubled := repeated([entry["id"] for entry in entries]):
+            raise ValueError(f"{path}: {kind} must be distinct, got {_first(doubled)} more than once")
+    api = CocoApi()
+    api.dataset = content
+    with contextlib.redirect_stdout(io.StringIO()):
+        api.createIndex()
     return api
 
 
-def complete_annotations(api: CocoApi, path: Path) -> None:
-    """Check the entries for what is needed, and add what follows from it: ``iscrowd`` and ``area``.
-
-    Raises:
-        ValueError: If an entry lacks a key, or the ids of annotations are not positive and distinct.
-    """
-    for kind, keys in REQUIRED.items():
-        for place, entry in enumerate(api.dataset[kind]):
-            if lacking := [key for key in keys if key not in entry]:
-                raise ValueError(f"{path}: entry {place} of {kind} lacks {', '.join(lacking)}")
-    ids = [annotation["id"] for annotation in api.dataset["annotations"]]
-    # pycocotools takes a match with id 0 for none, and returns the last of several annotations with one id.
-    if len(set(ids)) < len(ids) or min(ids, default=1) < 1:
-        raise ValueError(f"{path}: the ids of annotations must be distinct and at least 1; number them anew")
-    for annotation in api.dataset["annotations"]:
-        annotation.setdefault("iscrowd", 0)
-        annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
+def repeated(values: Sequence[Any]) -> list[Any]:
+    """What occurs more than once, in the order of the second occurrences."""
+    seen: set[Any] = set()
+    return [value for value in values if value in seen or seen.add(value)]  # type: ignore[func-returns-value]
 
 
 def categories(api: CocoApi, path: Path) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Ids and names of the categories in the order of their ids, gaps left out.
 
     Raises:
-        ValueError: If there is none, or two share an id or a name.
+        ValueError: If there is none, if two share an id or a name, or if one is called as unused outputs are.
     """
     entries = sorted(api.dataset["categories"], key=lambda category: category["id"])
     ids, names = tuple(c["id"] for c in entries), tuple(c["name"] for c in entries)
-    if not ids or len(set(ids)) < len(ids) or len(set(names)) < len(names):
+    if not ids or repeated(ids) or repeated(names):
         raise ValueError(f"{path} must name at least one category, each with an id and a name of its own, got {names}")
+    if UNUSED in names:
+        raise ValueError(f"{path}: a category is named {UNUSED}, as outputs without a category are: rename it")
     return ids, names
 
 
@@ -125,7 +130,7 @@ def read_split(path: Path, folder: Path, *, train: bool) -> Split:
     """Images and boxes of a split. Training leaves out images without a box, which teach a detector little.
 
     Boxes are clipped to their image. Those without area inside it are left out of training with a warning; the
-    scores are computed by pycocotools from the file as it is.
+    scores are computed by pycocotools from the file as it is. The headers of some images are read, to compare sizes.
 
     Args:
         path: Annotation file.
@@ -140,76 +145,108 @@ def read_split(path: Path, folder: Path, *, train: bool) -> Split:
     api = open_annotations(path)
     ids, names = categories(api, path)
     label_of = {category: label for label, category in enumerate(ids, start=1)}
-    kept: list[tuple[dict, list[list[float]], list[int]]] = []
-    boxes_read, bad, beyond, extent = 0, [], [], 0.0
-    unknown = [a["id"] for a in api.dataset["annotations"] if a["image_id"] not in api.imgs]
-    strange = [a["id"] for a in api.dataset["annotations"] if a["category_id"] not in label_of]
-    for what, listed in (("images", unknown), ("categories", strange)):
-        if listed:
-            raise ValueError(f"{path}: annotations {_first(listed)} refer to {what} that the file does not list")
-    for image_id in sorted(api.imgs):
-        image, boxes, labels = api.imgs[image_id], [], []
-        for annotation in api.imgToAnns[image_id]:
-            if annotation.get("iscrowd"):
-                continue
-            boxes_read += 1
-            left, top, wide, high = annotation["bbox"]
-            extent = max(extent, left + wide, top + high)
-            if left + wide > image["width"] + 2 or top + high > image["height"] + 2:
-                beyond.append(annotation["id"])
-            box = clipped(annotation["bbox"], image["width"], image["height"])
-            if box is None:
-                bad.append(annotation["id"])
-            else:
-                boxes.append(box)
-                labels.append(label_of[annotation["category_id"]])
-        if boxes or not train:
-            kept.append((image, boxes, labels))
-    for what, found, most in (
-        ("have no area inside their image", bad, max(FEW_BAD_BOXES, MOST_BAD_BOXES * boxes_read)),
-        ("reach beyond their image", beyond, max(FEW_BAD_BOXES, MOST_BOXES_BEYOND * boxes_read)),
-    ):
-        if len(found) > most:
-            raise ValueError(
-                f"{path}: {len(found)} of {boxes_read} boxes {what} (annotations {_first(found)}); COCO boxes are "
-                "[left, top, width, height] in pixels"
-            )
-    if boxes_read and extent <= 1:
-        raise ValueError(
-            f"{path}: no box reaches further than {extent:g} pixels; COCO boxes are [left, top, width, height] in "
-            "pixels, not in shares of the image"
-        )
-    if not boxes_read and not train:
-        raise ValueError(f"{path} holds no box to score against")
-    if bad and train:
-        warnings.warn(
-            f"{path}: {len(bad)} of {boxes_read} boxes have no area inside their image and are left out of training "
-            f"(annotations {_first(bad)})",
-            stacklevel=2,
-        )
-    if not kept:
+    for key, known, what in (("image_id", api.imgs, "images"), ("category_id", label_of, "categories")):
+        if unknown := [a["id"] for a in api.dataset["annotations"] if a[key] not in known]:
+            raise ValueError(f"{path}: annotations {_first(unknown)} refer to {what} that the file does not list")
+    images = [api.imgs[image_id] for image_id in sorted(api.imgs)]
+    row_of = {image["id"]: row for row, image in enumerate(images)}
+    objects = [a for image in images for a in api.imgToAnns.get(image["id"], ()) if not a["iscrowd"]]
+    rows = np.array([row_of[a["image_id"]] for a in objects], dtype=np.int64)
+    sizes = np.array([[image["width"], image["height"]] for image in images], dtype=np.float64).reshape(-1, 2)
+    corners = np.array([a["bbox"] for a in objects], dtype=np.float64).reshape(-1, 4)
+    corners[:, 2:] += corners[:, :2]
+    boxes = clipped(corners, sizes[rows])
+    whole = np.asarray((boxes[:, 2:] > boxes[:, :2]).all(1))
+    check_boxes(path, corners, sizes[rows], whole, np.array([a["id"] for a in objects]), train=train)
+    counts = np.bincount(rows[whole], minlength=len(images))
+    used = (counts > 0) | (not train)
+    if not used.any():
         raise ValueError(f"{path} lists no image{' with a box' if train else ''}")
-    _require_files(folder, [image["file_name"] for image, _, _ in kept], path)
-    counts = torch.tensor([0, *(len(labels) for _, _, labels in kept)])
-    return Split(
+    if not used.all():
+        rank_zero_info(f"{path}: {(~used).sum():,} of {len(used):,} images have no box and are not trained on")
+    images = [image for image, use in zip(images, used, strict=True) if use]
+    split = Split(
         api=api,
         folder=folder,
-        image_ids=[image["id"] for image, _, _ in kept],
-        files=[image["file_name"] for image, _, _ in kept],
-        sizes=torch.tensor([[image["width"], image["height"]] for image, _, _ in kept]),
-        boxes=torch.tensor([box for _, boxes, _ in kept for box in boxes], dtype=torch.float32).view(-1, 4),
-        labels=torch.tensor([label for _, _, labels in kept for label in labels], dtype=torch.int64),
-        starts=counts.cumsum(0),
+        image_ids=[image["id"] for image in images],
+        files=[image["file_name"] for image in images],
+        sizes=torch.tensor([[image["width"], image["height"]] for image in images]),
+        boxes=torch.from_numpy(boxes[whole]),
+        labels=torch.tensor([label_of[a["category_id"]] for a in objects], dtype=torch.int64)[torch.from_numpy(whole)],
+        starts=torch.from_numpy(np.concatenate([[0], counts[used].cumsum()])),
         category_ids=ids,
         class_names=names,
     )
+    _require_files(folder, split.files, path)
+    for row in spread(len(split)):
+        if header_size(folder / split.files[row]) != tuple(split.sizes[row].tolist()):
+            read_image(split, row)  # the header alone may not tell how an image stands
+    return split
 
 
-def clipped(box: list[float], width: int, height: int) -> list[float] | None:
-    """A box [left, top, width, height] as x1, y1, x2, y2 inside its image; None when nothing of it is left."""
-    left, top, wide, high = box
-    corners = np.clip([left, top, left + wide, top + high], 0, [width, height] * 2).tolist()
-    return corners if corners[2] > corners[0] and corners[3] > corners[1] else None
+def clipped(corners: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Boxes x1, y1, x2, y2 cut off at the borders of images of width and height, (B, 4), float32."""
+    return np.clip(corners, 0, sizes[:, [0, 1, 0, 1]]).astype(np.float32)
+
+
+def check_boxes(
+    path: Path, corners: np.ndarray, sizes: np.ndarray, whole: np.ndarray, ids: np.ndarray, *, train: bool
+) -> None:
+    """Refuse boxes in another format, and warn of single ones that no detector can find.
+
+    Args:
+        path: Annotation file.
+        corners: Boxes x1, y1, x2, y2 as the file has them, (B, 4).
+        sizes: Width and height of their images, (B, 2).
+        whole: Whether some area of them lies inside the image, (B,).
+        ids: Of their annotations, (B,).
+        train: Whether they are trained on.
+
+    Raises:
+        ValueError: If there are more such boxes than slips explain, or none at all to score against.
+    """
+    beyond = ((corners[:, 2:] > sizes + 2) | (corners[:, :2] < -2)).any(1)
+    bad = ids[~whole].tolist()
+    for what, found, most in (
+        ("have no area inside their image", bad, max(FEW_BAD_BOXES, MOST_BAD_BOXES * len(ids))),
+        ("reach beyond their image", ids[beyond].tolist(), max(FEW_BAD_BOXES, MOST_BOXES_BEYOND * len(ids))),
+    ):
+        if len(found) > most:
+            raise ValueError(
+                f"{path}: {len(found)} of {len(ids)} boxes {what} (annotations {_first(found)}); COCO boxes are "
+                "[left, top, width, height] in pixels"
+            )
+    if len(ids) and corners.max() <= 1:
+        raise ValueError(
+            f"{path}: no box reaches further than {corners.max():g} pixels; COCO boxes are [left, top, width, height] "
+            "in pixels, not in shares of the image"
+        )
+    if not len(ids) and not train:
+        raise ValueError(f"{path} holds no box to score against")
+    if bad:
+        warnings.warn(
+            f"{path}: {len(bad)} of {len(ids)} boxes have no area inside their image and "
+            f"{'are left out of training' if train else 'count as missed by every detector'} "
+            f"(annotations {_first(bad)})",
+            stacklevel=3,
+        )
+
+
+def read_image(split: Split, row: int) -> Tensor:
+    """The upright image of a row, (3, H, W), uint8.
+
+    Raises:
+        ValueError: If it has another size than the annotations say, or cannot be read.
+    """
+    path, annotated = split.folder / split.files[row], split.sizes[row].tolist()
+    image = read_rgb(path)
+    if (found := list(image.shape[:0:-1])) != annotated:
+        remedy = ". Its EXIF orientation may turn it: annotate it as viewers show it, or remove the orientation"
+        raise ValueError(
+            f"{path} is {found[0]} x {found[1]} pixels, its annotations say {annotated[0]} x {annotated[1]}: the boxes "
+            f"would not fit{remedy if found == annotated[::-1] else ''}"
+        )
+    return image
 
 
 def _require_files(folder: Path, files: list[str], path: Path) -> None:
@@ -220,16 +257,21 @@ def _require_files(folder: Path, files: list[str], path: Path) -> None:
             f"the images that {path} lists, or data.train_images and data.val_images",
         )
     # One listing per folder: asking for each of COCO's 118,000 files takes minutes on a network drive.
-    present = {
-        parent: set(os.listdir(folder / parent)) if (folder / parent).is_dir() else set()
-        for parent in {os.path.dirname(name) for name in files}
-    }
+    present = {parent: _file_names(folder / parent) for parent in {os.path.dirname(name) for name in files}}
     absent = [name for name in files if os.path.basename(name) not in present[os.path.dirname(name)]]
     if absent:
+        hint = " (write / between folders, not \\)" if "\\" in absent[0] else ""
         raise FileNotFoundError(
-            f"{len(absent)} of {len(files)} images of {path} are not in {folder}: {_first(absent)}. Complete the "
+            f"{len(absent)} of {len(files)} images of {path} are not in {folder}: {_first(absent)}{hint}. Complete the "
             "folder, or take them out of the annotation file"
         )
+
+
+def _file_names(folder: Path) -> set[str]:
+    if not folder.is_dir():
+        return set()
+    with os.scandir(folder) as entries:
+        return {entry.name for entry in entries if entry.is_file()}
 
 
 def _first(items: list) -> str:

@@ -11,9 +11,8 @@ from torchvision.transforms.v2 import functional as F
 
 from vision_kd.data.augment import ImageDraws
 from vision_kd.data.base import WORKERS, ImageDataModule, data_root
-from vision_kd.data.image_folder import read_rgb
 from vision_kd.data.loader import EpochSampler
-from vision_kd.detection.coco import Split, read_split
+from vision_kd.detection.coco import Split, read_image, read_split
 from vision_kd.detection.scenes import build_scenes
 
 SAMPLER_SEEDS = 2**31
@@ -79,13 +78,7 @@ class DetectionImages(Dataset[Sample]):
     def __getitem__(self, item: tuple[int, int]) -> Sample:
         row, seed = item
         draws = ImageDraws(torch.tensor([seed]))
-        path = self.split.folder / self.split.files[row]
-        original = read_rgb(path)
-        if list(original.shape[:0:-1]) != self.split.sizes[row].tolist():
-            raise ValueError(
-                f"{path} is {original.shape[2]} x {original.shape[1]} pixels, its annotations say "
-                f"{' x '.join(map(str, self.split.sizes[row].tolist()))}: the boxes would not fit"
-            )
+        original = read_image(self.split, row)
         short = self.sizes[int(draws.below(len(self.sizes)))]
         width, height = scaled_size(original.shape[2], original.shape[1], short, self.longest)
         image = F.resize(original, [height, width], antialias=True)

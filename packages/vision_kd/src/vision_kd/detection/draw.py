@@ -9,8 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from vision_kd.data.image_folder import read_rgb
-from vision_kd.detection.coco import Split
+from vision_kd.detection.coco import Split, read_image
 
 
 def draw_detections(
@@ -29,7 +28,7 @@ def draw_detections(
     figure = Figure(figsize=(9, 3.6 * len(image_ids)), layout="constrained")
     for line, image_id in zip(figure.subplots(len(image_ids), 2, squeeze=False), image_ids, strict=True):
         row = split.image_ids.index(image_id)
-        pixels = read_rgb(split.folder / split.files[row]).permute(1, 2, 0).numpy()
+        pixels = read_image(split, row).permute(1, 2, 0).numpy()
         boxes, labels = split.truth(row)
         truth = [
             (box.tolist(), split.class_names[label - 1], label)
@@ -52,4 +51,5 @@ def draw_detections(
 def _draw_box(axes: Axes, box: Sequence[float], text: str, label: int) -> None:
     colour = colormaps["tab20"](label % 20)
     axes.add_patch(Rectangle((box[0], box[1]), box[2] - box[0], box[3] - box[1], fill=False, color=colour, lw=2))
-    axes.text(box[0], box[1], text, fontsize=8, color="white", va="bottom", bbox={"color": colour, "pad": 0.5})
+    label_box = {"color": colour, "pad": 0.5}
+    axes.text(box[0], box[1], text, fontsize=8, color="white", va="bottom", bbox=label_box, parse_math=False)

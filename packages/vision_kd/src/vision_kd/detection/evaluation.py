@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pycocotools.coco import COCO as CocoApi  # noqa: N811 (`COCO` is our DataModule)
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
@@ -34,6 +35,7 @@ class DetectionRecord:
     def __init__(self, split: Split, class_names: Sequence[str]) -> None:
         self.split = split
         ids = dict(zip(split.class_names, split.category_ids, strict=True))
+        self._known = torch.tensor([False, *(name in ids for name in class_names)])
         self._category = torch.tensor([0, *(ids.get(name, 0) for name in class_names)], dtype=torch.float64)
         self._seen: list[int] = []
         self._rows: list[Tensor] = []
@@ -48,10 +50,11 @@ class DetectionRecord:
         for found, target in zip(detections, targets, strict=True):
             boxes = found["boxes"].detach().cpu().double() / target["ratio"].cpu()
             corner, size = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
-            rest = [found["scores"].cpu().double(), self._category[found["labels"].cpu()]]
+            labels = found["labels"].cpu()
+            rest = [found["scores"].cpu().double(), self._category[labels]]
             image = torch.full((len(boxes), 1), target["image_id"], dtype=torch.float64)
             rows = torch.cat([image, corner, size, torch.stack(rest, dim=1)], dim=1)
-            self._rows.append(rows[rows[:, -1] > 0])
+            self._rows.append(rows[self._known[labels]])
             self._seen.append(target["image_id"])
 
     def gather(self, device: torch.device | str = "cpu") -> tuple[Tensor, list[int]]:
@@ -80,16 +83,33 @@ def average_precision(split: Split, rows: Tensor, image_ids: Sequence[int]) -> d
     Returns:
         The metrics; one for whose size the images have no box is left out.
     """
+    results = CocoApi()
+    results.dataset = split.api.dataset | {"annotations": _annotations(rows)}
     with contextlib.redirect_stdout(io.StringIO()):
-        # pycocotools cannot load an empty list; a box of another image leaves these images without detections.
-        results = rows.numpy() if len(rows) else torch.tensor([[split.image_ids[0], 0, 0, 1, 1, 0, 1]]).double().numpy()
-        evaluation = COCOeval(split.api, split.api.loadRes(results), "bbox")
+        results.createIndex()
+        evaluation = COCOeval(split.api, results, "bbox")
         evaluation.params.imgIds = list(image_ids)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
     values = {name: float(evaluation.stats[place]) for name, place in METRICS.items()}
     return {name: value for name, value in values.items() if value >= 0}
+
+
+def _annotations(rows: Tensor) -> list[dict[str, Any]]:
+    """Detections as pycocotools' ``loadRes`` enters them, which takes no empty list."""
+    return [
+        {
+            "id": number,
+            "image_id": int(image),
+            "category_id": int(category),
+            "bbox": box,
+            "area": box[2] * box[3],
+            "score": score,
+            "iscrowd": 0,
+        }
+        for number, (image, *box, score, category) in enumerate(rows.tolist(), start=1)
+    ]
 
 
 def evaluate_detector(detector: Detector, data: COCO, device: torch.device | str = "cpu") -> DetectionRecord:

@@ -1,0 +1,190 @@
+"""Image files: which files of a folder are images, and their pixels as a viewer shows them."""
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, TiffImagePlugin
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "PPM", "TIFF", "AVIF", "JPEG2000")
+"""Pillow's names of the formats that are read. Others, such as EPS, would start another program on the file."""
+
+CHECKED = 500
+"""Images of a split whose headers are read before a run; this takes less than a tenth of a second."""
+
+CLUTTER = {".DS_Store", "Thumbs.db", "desktop.ini"}
+"""Files that file managers write into folders; those of macOS that start with ``._`` are others."""
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What brings the stored pixels of an EXIF orientation upright."""
+
+
+@cache
+def endings() -> frozenset[str]:
+    """The endings of the files that are read, in lower case."""
+    return frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS)
+
+
+@cache
+def _decoders() -> tuple[str, ...]:
+    Image.init()
+    return tuple(kind for kind in FORMATS if kind in Image.OPEN)  # an older Pillow has no AVIF
+
+
+def is_clutter(name: str) -> bool:
+    """Whether a file manager wrote the file of this name."""
+    return name in CLUTTER or name.startswith("._")
+
+
+def find_images(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> tuple[list[Path], list[Path]]:
+    """The images in a folder and in its sub-folders, linked ones included, and the paths that are left out.
+
+    Left out are files without the ending of an image, hidden files and folders, and broken links. The clutter of file
+    managers is in neither list.
+
+    Args:
+        folder: Where to look.
+        above: Device and inode of the folders that lead here.
+
+    Raises:
+        ValueError: If a link leads back to a folder that holds it.
+        OSError: If a folder cannot be read.
+    """
+    status = folder.stat()
+    here = (*above, (status.st_dev, status.st_ino))
+    if here[-1] in above:
+        raise ValueError(f"a link leads from {folder} back to a folder that holds it: remove the link")
+    images: list[Path] = []
+    left_out: list[Path] = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            path = Path(entry.path)
+            if is_clutter(entry.name):
+                continue
+            if entry.name.startswith("."):
+                left_out.append(path)
+            elif entry.is_dir():
+                more, rest = find_images(path, here)
+                images += more
+                left_out += rest
+            else:
+                is_image = path.suffix.lower() in endings() and entry.is_file()
+                (images if is_image else left_out).append(path)
+    return images, left_out
+
+
+def warn_of_left_out(folder: Path, left_out: Sequence[Path]) -> None:
+    """Warn of files and folders that are not used, if there are any."""
+    if left_out:
+        kinds = Counter(path.suffix.lower() or path.name for path in left_out).most_common()
+        counts = ", ".join(f"{count} {kind}" for kind, count in kinds[:5]) + (", ..." if len(kinds) > 5 else "")
+        warnings.warn(
+            f"{folder}: {len(left_out)} files or folders are left out ({counts}), such as {min(left_out)}: they are "
+            f"hidden, in no class, broken links or without the ending of an image ({', '.join(sorted(endings()))})",
+            stacklevel=2,
+        )
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """An image file whose header has been read; what goes wrong with it inside names the file.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it is damaged, or no single image.
+    """
+    try:
+        with Image.open(path, formats=_decoders()) as image:
+            # The further images of an MPO are previews and depth maps of the first.
+            if image.format != "MPO" and getattr(image, "is_animated", False):
+                raise ValueError("it holds several frames or pages, of which one would be taken")
+            yield image
+    except Exception as error:  # Pillow reports damage with whatever error its decoder ends in
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.filename):
+            raise
+        raise ValueError(f"{path} is not a usable image ({error}): save it anew, replace or delete it") from error
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What brings the pixels upright. Damaged EXIF data turn nothing, as in viewers."""
+    try:
+        # Pillow's PNG reader would decode all pixels here, to find what may follow them.
+        exif = Image.Image.getexif(image) if image.format == "PNG" else image.getexif()
+        return TURNS.get(exif.get(ExifTags.Base.Orientation, 1))
+    except Exception:  # of any kind, as the data are
+        return None
+
+
+def header_size(path: Path) -> tuple[int, int]:
+    """Width and height of the upright image, from the file's header.
+
+    Raises:
+        ValueError: If the header is damaged, or the file no single image.
+        OSError: If the file cannot be read.
+    """
+    with _opened(path) as image:
+        width, height = image.size
+        turned = image.format != "TIFF" and _turn(image) in list(TURNS.values())[3:]  # Pillow turns TIFF itself
+        return (height, width) if turned else (width, height)
+
+
+def spread(count: int) -> range:
+    """At most `CHECKED` evenly spaced numbers below ``count``, or all of them."""
+    return range(0, count, max(1, -(-count // CHECKED)))
+
+
+def read_rgb(path: Path) -> Tensor:
+    """The image in a file as a viewer shows it: upright by its EXIF orientation, transparent parts on white.
+
+    Greys of 16 bits keep their upper 8. Colour profiles are not applied.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Shape (3, H, W), uint8.
+
+    Raises:
+        ValueError: If the file is damaged, too large, no single image, wholly transparent, or if its pixels have no
+            defined black and white.
+        OSError: If the file cannot be read.
+    """
+    with _opened(path) as image:
+        image.load()
+        upright = _turn(image)
+        rgb = _eight_bits(image)
+        if rgb.has_transparency_data:
+            rgb = rgb.convert("RGBA")
+            if rgb.getchannel("A").getextrema()[1] == 0:
+                raise ValueError("it is wholly transparent")
+            rgb = Image.alpha_composite(Image.new("RGBA", rgb.size, "white"), rgb)
+        rgb = rgb.convert("RGB")
+        return F.pil_to_tensor(rgb if upright is None else rgb.transpose(upright))
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """An image of one byte a channel; Pillow's own conversion cuts 16 bits off at 255."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    tags = getattr(image, "tag_v2", {})
+    sixteen_bits = image.mode.startswith("I;16") or image.format in ("PNG", "PPM")  # in "I" where Pillow is older
+    black_is_zero = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 1) == 1
+    filled = tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,)) == (16,)
+    if image.mode == "F" or not (sixteen_bits and black_is_zero and filled) or "transparency" in image.info:
+        raise ValueError(f"its pixels are numbers whose white is not defined, Pillow's mode {image.mode}")
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
