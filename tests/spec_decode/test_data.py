@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from kd_common.hub import load_tokenizer
 from spec_decode.data import datamodule
 from spec_decode.data import features as features_module
-from spec_decode.data.corpus import Writing, corpus_path, encode_prompts, read_corpus, stop_tokens, write_corpus
+from spec_decode.data.corpus import Writing, corpus_path, encode_prompts, read_corpus, write_corpus
 from spec_decode.data.datamodule import Sequences, StreamSampler, TargetText, collate
 from spec_decode.data.features import FeatureStore, split_states
 from spec_decode.data.prompts import read_answers, read_prompts
@@ -86,9 +86,6 @@ def test_prompts_become_turns_of_the_chat_template():
     assert encode_prompts(tokenizer, ["abc"], longest=5, chat_template="own") == [[3, 3]]
     with pytest.raises(ValueError, match="no prompt has 1 to 1 tokens"):
         encode_prompts(tokenizer, ["abc"], longest=1)
-    assert stop_tokens(SimpleNamespace(eos_token_id=4), [4, 9]) == (4, 9)
-    assert stop_tokens(SimpleNamespace(eos_token_id=None), 7) == (7,)
-    assert stop_tokens(SimpleNamespace(eos_token_id=3)) == (3,)
 
 
 def test_prompt_files(tmp_path):

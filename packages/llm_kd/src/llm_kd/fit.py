@@ -23,7 +23,7 @@ from kd_common.memory import peak_memory_gib
 from llm_kd.answers import Answers, answer_prompts
 from llm_kd.callbacks import StudentExport
 from llm_kd.data import SPLITS, TextDataModule
-from llm_kd.models import Body, TeacherSpec, load_teacher
+from llm_kd.models import Body, TeacherSpec, check_packing, load_teacher
 from llm_kd.module import DistillationModule
 from llm_kd.positions import check_conversations, check_positions
 from llm_kd.summary import print_summary
@@ -143,6 +143,8 @@ def run(cli: LanguageCLI) -> Result:
     parameters = {"student": count_parameters(model.distiller.student)}
     check_lengths(model, data)
     data.check_batch(trainer.world_size)
+    if data.packing:
+        check_packing(model.distiller.student, "student")
     body = prepare_teacher(model, data, trainer.strategy.root_device)
     if body is not None:
         parameters["teacher"] = count_parameters(body)
@@ -205,6 +207,8 @@ def prepare_teacher(model: DistillationModule, data: TextDataModule, device: tor
     # Whose cache of an earlier version it is only the weights themselves tell.
     needed = cache is None or cache.source is None or data.responses == "teacher"
     body = load_teacher(spec) if needed else None
+    if body is not None and data.packing and cache is None:
+        check_packing(body, "teacher")
     if body is not None and data.responses == "teacher":
         body.to(device)
         data.write_responses(body.model)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
+from kd_common.vocabulary import configured_ends
 from llm_kd.positions import positions
 
 
@@ -65,14 +66,15 @@ def generate(
     """Responses of a causal language model to prompts.
 
     Prompts are sorted by length, so that a batch holds little padding. The model generates in evaluation mode with a
-    key-value cache, whatever it was set to, and is set back afterwards. Its own generation settings, which checkpoints
-    bring along, are not used. The random state of the CPU and of the model's device stays as it was.
+    key-value cache, whatever it was set to, and is set back afterwards. Of the generation settings in its folder, only
+    the tokens that end a response are used (:func:`response_ends`): nothing is forced, suppressed or penalised. The
+    random state of the CPU and of the model's device stays as it was.
 
     Args:
         model: A transformers model that generates, or a peft model around one.
         prompts: Token ids, at least one per prompt.
         sampling: How tokens are drawn.
-        eos_ids: Tokens that end a response.
+        eos_ids: Tokens that end a response, besides those that the model's configurations name.
         pad_id: Token that fills up the prompts of a batch.
         seed: Seed of the drawing; the same call with the same seed gives the same responses.
         batch_size: Prompts per batch.
@@ -90,6 +92,7 @@ def generate(
     """
     _check_lengths(model, prompts, sampling)
     device = next(model.parameters()).device
+    eos_ids = response_ends(model, eos_ids)
     settings = _generation_config(sampling, eos_ids, pad_id)
     beyond = LogitsProcessorList() if vocab_size is None else LogitsProcessorList([_Forbid(vocab_size)])
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]), reverse=True)  # longest first: if
@@ -109,6 +112,11 @@ def generate(
             for number, tokens in zip(batch, output[:, input_ids.shape[1] :].tolist(), strict=True):
                 responses[number] = _until_end(tokens, eos_ids)
     return responses
+
+
+def response_ends(model: Any, eos_ids: Collection[int]) -> list[int]:
+    """Tokens at which a response of a model ends: those given, and those that its configurations name, sorted."""
+    return sorted({*eos_ids, *configured_ends(model.config, model.config.get_text_config(), model.generation_config)})
 
 
 def room_for_prompt(model: Any, sampling: Sampling) -> int:

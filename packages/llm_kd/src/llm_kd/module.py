@@ -15,13 +15,14 @@ from torch import distributed as dist
 
 from kd_common.distributed import world_size
 from kd_common.errors import NonFiniteLossError, last_checkpoint
-from kd_common.hub import load_config, load_tokenizer
+from kd_common.hub import load_config, load_tokenizer, model_ends
 from kd_common.optim import decay_groups
 from kd_common.schedules import CosineDecay, Schedule
 from llm_kd.data.batch import TokenBatch, collate
 from llm_kd.data.encode import Encoder, padding_token
 from llm_kd.data.example import Example, answered, nothing
 from llm_kd.distiller import Distiller, validation_means
+from llm_kd.generation import response_ends
 from llm_kd.head import KDHead
 from llm_kd.models import Body, StudentSpec, TeacherSpec, build_student, shared_vocabulary
 from llm_kd.objectives import Objective
@@ -112,8 +113,9 @@ class DistillationModule(pl.LightningModule):
         student_name = student.name or teacher.name
         # The teacher's: the data are written in its chat template, so the student is saved with it.
         self.tokenizer = load_tokenizer(teacher.name)
-        self._template_ends = Encoder(self.tokenizer).eos_ids  # a chat template may close turns with a token of its own
-        self._pad_id = padding_token(self.tokenizer, self._template_ends)
+        closing = Encoder(self.tokenizer).eos_ids
+        self._teachers_ends = (*closing, *model_ends(teacher.name, self.tokenizer))
+        self._pad_id = padding_token(self.tokenizer, closing)
         self.vocab_size = shared_vocabulary(
             self.tokenizer, load_tokenizer(student_name), load_config(teacher.name), load_config(student_name)
         )
@@ -269,10 +271,8 @@ class DistillationModule(pl.LightningModule):
 
     @property
     def eos_ids(self) -> list[int]:
-        """Tokens that end a response."""
-        configured = self.distiller.student.causal_lm.generation_config.eos_token_id
-        more = configured if isinstance(configured, list) else [configured]
-        return sorted({*self._template_ends, *(token for token in more if token is not None)})
+        """Tokens that end a response: the chat template's and tokenizer's, and those of the two models' settings."""
+        return response_ends(self.distiller.student.causal_lm, self._teachers_ends)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Normalise the gradient by the tokens of the whole update, and let objective and selector follow the loss.

@@ -22,12 +22,12 @@ from tqdm import tqdm
 
 from kd_common.errors import run_command
 from kd_common.files import read_json, write_atomically
-from kd_common.hub import load_causal_lm, load_config, model_source
+from kd_common.hub import load_causal_lm, model_ends, model_source
 from kd_common.memory import peak_bytes
 from kd_common.messages import CommandParser, check_device, check_folder
 from spec_decode.autotune import measure_passes
 from spec_decode.cost import speedup
-from spec_decode.data.corpus import encode_prompts, stop_tokens
+from spec_decode.data.corpus import encode_prompts
 from spec_decode.data.prompts import packaged_prompts, read_prompts
 from spec_decode.decoder import SpeculativeDecoder
 from spec_decode.drafters.base import tree_slots
@@ -265,7 +265,7 @@ def benchmark(
     spec, template = find_target(trained, target, dtype)
     model, tokenizer = spec.load().to(device), spec.tokenizer()
     tokenizer.chat_template = tokenizer.chat_template or template
-    stops = stop_tokens(tokenizer, load_config(spec.name).eos_token_id)
+    stops = model_ends(spec.name, tokenizer)
     files = {n: read_prompts(Path(p)) for n, p in (prompts or {}).items()}
     texts = files or {"packaged": packaged_prompts()[::-1]}  # `fit` trains on the first ones
     sets = {n: encode_prompts(tokenizer, t[:count], longest=longest_prompt) for n, t in texts.items()}

@@ -13,10 +13,9 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 
 from kd_common.cli import FitCLI, fixed_seed
 from kd_common.errors import run_command
-from kd_common.hub import load_config
+from kd_common.hub import model_ends
 from spec_decode.callbacks import DrafterExport
 from spec_decode.data import TargetText
-from spec_decode.data.corpus import stop_tokens
 from spec_decode.decoder import SpeculativeDecoder
 from spec_decode.drafters.files import for_inference
 from spec_decode.measure import Measurement, measure
@@ -116,7 +115,7 @@ def run(cli: DrafterCLI) -> Result:
     model, data, trainer = cli.model, cli.datamodule, cli.trainer
     tokenizer = model.target_spec.tokenizer()
     data.progress = cli.config["trainer"]["enable_progress_bar"] is not False
-    stops = stop_tokens(tokenizer, load_config(model.target_spec.name).eos_token_id)
+    stops = model_ends(model.target_spec.name, tokenizer)
     data.attach(model.target, tokenizer, stops, trainer.world_size)
     parameters = {  # before the target is packed: packed weights are no parameters
         "target": sum(p.numel() for p in model.target.parameters()),

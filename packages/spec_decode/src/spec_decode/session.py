@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kd_common.hub import EMBEDDED, load_config
+from kd_common.hub import EMBEDDED, model_ends
 from kd_common.messages import check_device
 from kd_common.vocabulary import shared_vocabulary
-from spec_decode.data.corpus import encode_prompts, stop_tokens
+from spec_decode.data.corpus import encode_prompts
 from spec_decode.decoder import Generation, SpeculativeDecoder
 from spec_decode.drafters import DRAFTERS, Drafter, DynamicTree, TrainableDrafter, load_drafter
 from spec_decode.drafters.draft_model import PretrainedDraft
@@ -201,7 +201,7 @@ class Session:
             compile=compile,
             tokenizer=tokenizer,
         )
-        return cls(model, tokenizer, decoder, stop_tokens(tokenizer, load_config(spec.name).eos_token_id))
+        return cls(model, tokenizer, decoder, model_ends(spec.name, tokenizer))
 
     def encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Tokens of a conversation that the model is to answer."""

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from kd_common.files import cache_root, checksummed_line, locked, naming, read_checksummed_line
 from kd_common.hub import CONFIG_WITHOUT_EFFECT
 from llm_kd.fingerprint import tensors_fingerprint
-from llm_kd.generation import Sampling, generate
+from llm_kd.generation import Sampling, generate, response_ends
 from llm_kd.models import vocabulary_size
 
 CACHE_FORMAT = 1
@@ -127,7 +127,7 @@ def responses_path(
         "config": config,
         "prompts": list(prompts),
         "sampling": asdict(sampling),
-        "eos_ids": sorted(eos_ids),
+        "eos_ids": response_ends(model, eos_ids),
         "vocab_size": vocab_size,
         "seed": seed,
     }

@@ -4,13 +4,27 @@ import copy
 from typing import Any, cast
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from kd_common.hub import load_causal_lm
 from llm_kd.head import LMHead
 from llm_kd.models.prune import decoder_layers, depth_prune
 from llm_kd.models.specs import LoRASpec, StudentSpec, TeacherSpec
+
+SAMPLING_ONLY = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+"""Settings of generation without effect unless ``do_sample``."""
+
+BEAMS_ONLY = ("early_stopping", "length_penalty")
+"""Settings of generation without effect unless ``num_beams`` > 1."""
+
+
+LARGE_LOGIT = 100.0
+"""Size of the logits at which the head is compared: beyond the caps in use, 30 for Gemma 2."""
+
+PROBE = 12
+"""Tokens of each conversation on which packing is tried: more than the convolutions of state-space models span."""
 
 
 class Body(nn.Module):
@@ -53,6 +67,8 @@ class Body(nn.Module):
             Shape (B, S, H).
         """
         inner = self.causal_lm.base_model
+        if inner is self.causal_lm:  # as Llama 4, whose prefix is that of its multimodal whole
+            inner = self.causal_lm.model
         return inner(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
 
     def lm_head(self) -> LMHead:
@@ -70,7 +86,10 @@ class Body(nn.Module):
 
 @torch.no_grad()
 def _check_head(body: Body) -> None:
-    """Compare the head with the model's own logits on a few tokens: some architectures scale theirs."""
+    """Compare the head with the model's own logits on a few tokens: some architectures scale or cap theirs.
+
+    The second row enters the output layer so large that a cap shows, whatever its name.
+    """
     model = body.causal_lm
     layer = model.get_output_embeddings()
     if not isinstance(layer, nn.Linear):
@@ -78,21 +97,62 @@ def _check_head(body: Body) -> None:
             f"{type(model).__name__}: the output layer is a {type(layer).__name__}, which the distillation head cannot "
             "run; leave the output layer out of student.lora.targets"
         )
-    tokens = torch.arange(4, device=layer.weight.device)[None]
+    tokens = torch.arange(4, device=layer.weight.device).expand(2, -1)
     head = body.lm_head()
-    logits = nn.functional.linear(body(tokens, tokens), head.weight, head.bias).float()
+    hidden = body(tokens, tokens).to(head.weight.dtype)
+    plain = nn.functional.linear(hidden[1], head.weight, head.bias)
+    factor = torch.ones_like(hidden[:, :1, :1])
+    factor[1] = LARGE_LOGIT / plain.abs().max().clamp(min=torch.finfo(plain.dtype).tiny)
+    with layer.register_forward_pre_hook(lambda _, inputs: (inputs[0] * factor, *inputs[1:])):
+        expected = model(input_ids=tokens, position_ids=tokens, use_cache=False).logits.float()
+    logits = nn.functional.linear(hidden * factor, head.weight, head.bias).float()
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
-    expected = model(input_ids=tokens, position_ids=tokens, use_cache=False).logits.float()
     if not expected.isfinite().all():
         raise ValueError(
             f"{model.config.name_or_path}: the logits are not finite: the weights hold NaN or infinity, or overflow in "
             f"{model.dtype}; try float32"
         )
-    if not torch.allclose(logits, expected, atol=0.05 * float(expected.abs().max()), rtol=0):
+    # Of the same operations in another order, for one may compute in float32 what the other rounds to its precision.
+    tolerance = 8 * torch.finfo(model.dtype).eps
+    for mine, theirs in zip(logits, expected, strict=True):
+        if not torch.allclose(mine, theirs, atol=tolerance * float(theirs.abs().max()), rtol=0):
+            raise ValueError(
+                f"{type(model).__name__} turns hidden states into logits in a way the distillation head does not know; "
+                "supported are a linear layer with an optional bias and soft-cap"
+            )
+
+
+@torch.no_grad()
+def check_packing(body: Body, role: str) -> None:
+    """Refuse to pack conversations for a model that lets them see each other, found out on a few tokens.
+
+    Args:
+        body: The model.
+        role: What it is called in the message.
+
+    Raises:
+        ValueError: If its hidden states in a packed row are not those of the conversations on their own.
+    """
+    weight = body.lm_head().weight
+    first, second, other = (torch.arange(3 * PROBE, device=weight.device) % len(weight)).split(PROBE)
+    places = torch.arange(PROBE, device=weight.device)
+    was_training = body.training
+    body.eval()
+    rows = torch.stack([torch.cat([first, second]), torch.cat([other, second])])
+    one, another = body.forward(rows, places.repeat(2).expand(2, -1))[:, PROBE:].double()
+    alone = body.forward(second[None], places[None])[0].double()
+    body.train(was_training)
+    # Medians: rounding may send a token to other experts of a mixture.
+    moved, shifted = (
+        float(((one - states).norm(dim=1) / alone.norm(dim=1).clamp(min=1e-30)).median()) for states in (another, alone)
+    )
+    eps = torch.finfo(body.causal_lm.dtype).eps
+    # Behind another conversation the same is computed in the same order; on its own, in another one.
+    if moved > 8 * eps or shifted > eps**0.5:
         raise ValueError(
-            f"{type(model).__name__} turns hidden states into logits in a way the distillation head does not know; "
-            "supported are a linear layer with an optional bias and soft-cap"
+            f"data.packing: in the {role}, {type(body.causal_lm).__name__}, the conversations of a packed row would see "
+            "each other; set data.packing to false"
         )
 
 
@@ -117,12 +177,44 @@ def build_student(spec: StudentSpec, teacher_name: str) -> Body:
         ModelNotFoundError: If the model cannot be found.
         ValueError: If it cannot be used or has too few layers.
     """
-    model = load_causal_lm(spec.name or teacher_name, spec.dtype, attention=spec.attention)
+    name = spec.name or teacher_name
+    model = load_causal_lm(name, spec.dtype, attention=spec.attention)
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError(f"student {name}: its weights are quantised and cannot be trained; give an unquantised model")
+    make_savable(model.generation_config, name)
     if spec.layers != "all":
         model = depth_prune(model, spec.layers)
     if spec.lora is not None:
         model = add_adapters(model, spec.lora)
     return Body(model)
+
+
+def make_savable(settings: GenerationConfig, name: str) -> None:
+    """Leave out what settings of generation say of modes that they do not choose: transformers refuses to save that.
+
+    Args:
+        settings: Changed in place; they generate as before.
+        name: The model's, for messages.
+
+    Raises:
+        ValueError: If they contradict themselves in another way.
+    """
+    unused = {} if settings.do_sample is True else dict.fromkeys(SAMPLING_ONLY)
+    if settings.num_beams in (None, 1):
+        unused |= dict.fromkeys(BEAMS_ONLY)
+    dropped = {key: value for key in unused if (value := getattr(settings, key, None)) is not None}
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        settings.update(**dict.fromkeys(dropped))
+        listed = ", ".join(f"{key} {value}" for key, value in dropped.items())
+        rank_zero_info(
+            f"{name}: generation_config.json sets {listed} without effect; the student is saved without them"
+        )
+    try:
+        settings.validate(strict=True)
+    except ValueError as error:
+        raise ValueError(f"{name}: generation_config.json cannot be saved again: {error}. Mend it first") from error
 
 
 def add_adapters(model: PreTrainedModel, spec: LoRASpec) -> PreTrainedModel:

@@ -231,11 +231,3 @@ def _not_empty(found: list[T], longest: int) -> list[T]:
     if not found:
         raise ValueError(f"no prompt has 1 to {longest} tokens; allow longer ones or shorten the prompts")
     return found
-
-
-def stop_tokens(tokenizer: Any, config_ids: int | Sequence[int] | None = None) -> tuple[int, ...]:
-    """Tokens that end an answer: the tokenizer's end of text and those of the model's configuration."""
-    found: Iterator[int | None] = iter(
-        [tokenizer.eos_token_id, *([config_ids] if isinstance(config_ids, int) else config_ids or [])]
-    )
-    return tuple(dict.fromkeys(token for token in found if token is not None))
