@@ -1,8 +1,10 @@
 """Models by name: local folders, errors that say what to do, and the embedded model."""
 
+import copy
 import json
 import shutil
 import time
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -11,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kd_common import hub
 from kd_common.hub import _unusable
+from kd_common.vocabulary import configured_ends
 
 
 @pytest.fixture
@@ -123,3 +126,29 @@ def test_a_model_without_sdpa_names_the_setting():
     )
     assert "--attention" in message
     assert "damaged" not in message
+
+
+def test_ends_are_those_of_all_files(folder, byte_tokenizer):
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
+    end, turn_end = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for file, named in {"config.json": 3, "generation_config.json": [7, end]}.items():
+        content = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(content | {"eos_token_id": named}))
+    assert sorted(hub.model_ends(str(folder), tokenizer)) == sorted([3, 7, end, turn_end])
+    (folder / "generation_config.json").unlink()
+    assert sorted(hub.model_ends(str(folder), tokenizer)) == sorted([3, end, turn_end])
+    tokenizer.chat_template = None
+    assert sorted(hub.model_ends(str(folder), tokenizer)) == sorted([3, end])
+
+
+@pytest.mark.parametrize("named", [True, "</s>", [1, "</s>"], {"id": 2}])
+def test_ends_are_numbers(named):
+    with pytest.raises(ValueError, match="eos_token_id"):
+        configured_ends(SimpleNamespace(eos_token_id=named))
+
+
+def test_an_end_that_cannot_occur_is_none():
+    assert (
+        configured_ends(SimpleNamespace(eos_token_id=-1), SimpleNamespace(), SimpleNamespace(eos_token_id=None)) == []
+    )

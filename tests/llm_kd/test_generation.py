@@ -24,7 +24,9 @@ PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6], [5, 3, 5, 8, 9, 7, 9, 3], [2, 3], [8, 4
 
 def model(family="Llama", **settings):
     torch.manual_seed(5)
-    config = getattr(transformers, f"{family}Config")(vocab_size=V, **CONFIGS[family], **settings)
+    config = getattr(transformers, f"{family}Config")(
+        **{"vocab_size": V, "eos_token_id": None, **CONFIGS[family], **settings}
+    )
     made = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
     for weight in made.parameters():
         weight.data.mul_(8 if weight.ndim > 1 else 1)  # far from uniform, so that greedy choices are clear
@@ -153,10 +155,30 @@ def test_padding_of_the_head_is_never_generated():
 def test_the_checkpoints_own_settings_are_neither_used_nor_lost():
     network = model()
     expected = respond(network)
-    own = GenerationConfig(repetition_penalty=50.0, suppress_tokens=[expected[0][0]], min_new_tokens=5, top_k=1)
+    first = expected[0][0]
+    own = GenerationConfig(
+        repetition_penalty=50.0, suppress_tokens=[first], begin_suppress_tokens=[first], min_new_tokens=5, top_k=1,
+        forced_bos_token_id=7, forced_eos_token_id=7, sequence_bias={(first,): -100.0}, max_length=3, num_beams=2,
+    )  # fmt: skip
     network.generation_config = own
     assert respond(network) == expected
     assert network.generation_config is own
+
+
+@pytest.mark.parametrize("place", ["config", "generation_config"])
+def test_ends_of_the_models_own_settings_are_those_of_transformers(place):
+    network = model()
+    free = [plain_greedy(network, prompt) for prompt in PROMPTS]
+    ends = [free[0][3], free[1][1]]
+    getattr(network, place).eos_token_id = ends
+    expected = [plain_greedy(network, prompt, eos_ids=ends) for prompt in PROMPTS]
+    assert respond(network) == expected != free
+    more = free[2][0]
+    assert respond(network, eos_ids=[more]) == [plain_greedy(network, p, eos_ids=[*ends, more]) for p in PROMPTS]
+    if place == "generation_config":
+        ids = torch.tensor([PROMPTS[0]])
+        theirs = network.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+        assert theirs[0, len(PROMPTS[0]) :].tolist() == expected[0]
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21 asks for it

@@ -85,5 +85,6 @@ def teacher(text):
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=256,
+        eos_token_id=None,
     )
     return LlamaForCausalLM(config).eval()

@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from tokenizers import decoders
 
 from kd_common.files import cache_root
 from llm_kd.data import responses as module
@@ -25,7 +26,9 @@ SAMPLING = Sampling(max_new_tokens=5)
 def write(text, teacher):
     tokenizer = text.tokenizer()
 
-    def write(model=teacher, prompts=PROMPTS, sampling=SAMPLING, eos_ids=(1,), seed=0, batch_size=4):
+    def write(
+        model=teacher, prompts=PROMPTS, sampling=SAMPLING, eos_ids=(1,), seed=0, batch_size=4, tokenizer=tokenizer
+    ):
         return write_responses(
             model,
             prompts,
@@ -106,6 +109,25 @@ def test_another_model_has_its_own_file(write, files, teacher, change):
     change(teacher)
     write()
     assert len(files()) == 2
+
+
+def test_ends_that_the_model_names_are_ends(write, files, teacher):
+    free = write(sampling=Sampling(max_new_tokens=5, temperature=0))
+    end = free[0].tokens[1]
+    teacher.generation_config.eos_token_id = [end]
+    ended = write(sampling=Sampling(max_new_tokens=5, temperature=0))
+    assert ended[0].tokens == free[0].tokens[: free[0].tokens.index(end) + 1]
+    assert len(files()) == 2
+
+
+def test_the_text_is_that_of_the_tokenizer_at_hand(write, text):
+    first = write()
+    tokenizer = text.tokenizer()
+    tokenizer._tokenizer.decoder = decoders.Sequence([tokenizer._tokenizer.decoder, decoders.Replace("a", "A")])
+    again = write(tokenizer=tokenizer)
+    assert [response.tokens for response in again] == [response.tokens for response in first]
+    texts = [tokenizer.decode(response.tokens, skip_special_tokens=True) for response in first]
+    assert [response.text for response in again] == texts
 
 
 def test_a_fingerprint_depends_on_names_shapes_precisions_and_values():

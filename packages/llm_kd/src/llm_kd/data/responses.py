@@ -107,7 +107,8 @@ def write_responses(
     found = _read(path.read_bytes(), order, path)
     if len(found) != len(prompts):
         raise ResponsesError(f"{path}: {len(found)} responses to {len(prompts)} prompts; delete it to write it again")
-    return [found[number] for number in range(len(prompts))]
+    texts = (str(tokenizer.decode(found[number], skip_special_tokens=True)) for number in range(len(prompts)))
+    return [Response(found[number], text) for number, text in enumerate(texts)]
 
 
 def responses_path(
@@ -136,6 +137,7 @@ def responses_path(
 
 
 def _line(number: int, tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> bytes:
+    # The text is for people: another tokenizer of the same ids may write it otherwise, so it is not read again.
     text = tokenizer.decode(tokens, skip_special_tokens=True)
     return checksummed_line({"prompt": number, "tokens": tokens, "text": text})
 
@@ -154,16 +156,16 @@ def _resume(partial: Path, order: Sequence[int], batch_size: int) -> int:
     return whole
 
 
-def _read(content: bytes, order: Sequence[int], path: Path) -> dict[int, Response]:
-    """Responses by the number of their prompt; they stand in the order they were written in."""
+def _read(content: bytes, order: Sequence[int], path: Path) -> dict[int, list[int]]:
+    """Tokens of responses by the number of their prompt; they stand in the order they were written in."""
     found = {}
     for number, line in enumerate(content.splitlines(), 1):
         try:
             record = read_checksummed_line(line)
-            expected, response = order[number - 1], Response(record["tokens"], record["text"])
+            expected, tokens = order[number - 1], list(record["tokens"])
             if record["prompt"] != expected:
                 raise ValueError(f"answers prompt {record['prompt']} where {expected} belongs")
         except (ValueError, LookupError, TypeError) as error:
             raise ResponsesError(f"{path}, line {number}: damaged ({error}); delete it to write it again") from error
-        found[expected] = response
+        found[expected] = tokens
     return found

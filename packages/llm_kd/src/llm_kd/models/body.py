@@ -151,8 +151,8 @@ def check_packing(body: Body, role: str) -> None:
     # Behind another conversation the same is computed in the same order; on its own, in another one.
     if moved > 8 * eps or shifted > eps**0.5:
         raise ValueError(
-            f"data.packing: in the {role}, {type(body.causal_lm).__name__}, the conversations of a packed row would see "
-            "each other; set data.packing to false"
+            f"data.packing: in the {role}, {type(body.causal_lm).__name__}, the conversations of a packed row would "
+            "see each other; set data.packing to false"
         )
 
 
@@ -203,18 +203,23 @@ def make_savable(settings: GenerationConfig, name: str) -> None:
     if settings.num_beams in (None, 1):
         unused |= dict.fromkeys(BEAMS_ONLY)
     dropped = {key: value for key in unused if (value := getattr(settings, key, None)) is not None}
-    try:
-        settings.validate(strict=True)
-    except ValueError:
-        settings.update(**dict.fromkeys(dropped))
-        listed = ", ".join(f"{key} {value}" for key, value in dropped.items())
-        rank_zero_info(
-            f"{name}: generation_config.json sets {listed} without effect; the student is saved without them"
-        )
+    if _fault(settings) is None:
+        return
+    for key in dropped:
+        setattr(settings, key, None)
+    if (fault := _fault(settings)) is not None:
+        raise ValueError(f"{name}: generation_config.json cannot be saved again: {fault}. Mend it first")
+    listed = ", ".join(f"{key} {value}" for key, value in dropped.items())
+    rank_zero_info(f"{name}: generation_config.json sets {listed} without effect; the student is saved without")
+
+
+def _fault(settings: GenerationConfig) -> str | None:
+    """Why settings of generation would not be saved; None if they would."""
     try:
         settings.validate(strict=True)
     except ValueError as error:
-        raise ValueError(f"{name}: generation_config.json cannot be saved again: {error}. Mend it first") from error
+        return str(error)
+    return None
 
 
 def add_adapters(model: PreTrainedModel, spec: LoRASpec) -> PreTrainedModel:
