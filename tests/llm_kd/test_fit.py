@@ -1,6 +1,7 @@
 """Whole runs from the command line's arguments: results, files, resuming, stored teachers, refusals."""
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -12,12 +13,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from transformers import GenerationConfig
 
-from kd_common.hub import load_causal_lm, load_tokenizer
+from kd_common.hub import load_causal_lm, load_tokenizer, model_ends
 from llm_kd import answers, fit
 from llm_kd.cache_teacher import main as cache_teacher_main
 from llm_kd.callbacks import StudentExport
 from llm_kd.fit import build, main, run
+from llm_kd.models import Body
 from llm_kd.summary import print_summary
 from llm_kd.teacher import CacheError
 
@@ -260,6 +263,40 @@ def test_settings_are_refused_before_anything_is_measured(arguments, monkeypatch
     monkeypatch.setattr("llm_kd.fit.validate", lambda cli: pytest.fail("measured"))
     with pytest.raises(ValueError, match=message):
         run(build(arguments(*settings)))
+
+
+def rewrite_settings(folder, **changed):
+    """Change entries of the generation_config.json of a model."""
+    path = Path(folder) / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+
+
+def test_the_ends_and_settings_of_the_teacher_reach_the_saved_student(arguments, tmp_path, caplog):
+    teacher = tmp_path / "teacher"
+    odd = {"do_sample": False, "temperature": 0.9, "top_p": 0.6, "repetition_penalty": 1.1}
+    settings = arguments("--trainer.max_epochs=1")
+    rewrite_settings(teacher, eos_token_id=[5, 9], **odd)
+    with caplog.at_level(logging.INFO):
+        cli = build(settings)
+    assert "temperature 0.9, top_p 0.6" in caplog.text
+    assert str(teacher) in caplog.text
+    ends = [5, 9, 257]
+    assert cli.model.eos_ids == ends
+    run(cli)
+    for name in ("student_best", "student_last"):
+        folder = tmp_path / "run" / name
+        kept = GenerationConfig.from_pretrained(folder)
+        assert (kept.eos_token_id, kept.temperature, kept.repetition_penalty) == (ends, None, 1.1)
+        assert sorted(model_ends(str(folder), load_tokenizer(str(folder)))) == ends
+
+
+def test_packing_is_tried_on_both_models_before_anything_is_measured(arguments, monkeypatch):
+    tried = []
+    monkeypatch.setattr("llm_kd.fit.check_packing", lambda body, role: tried.append((type(body), role)))
+    monkeypatch.setattr("llm_kd.fit.validate", lambda cli: pytest.fail("measured"))
+    with pytest.raises(pytest.fail.Exception, match="measured"):
+        run(build(arguments("--data.packing=true", "--data.max_length=64", "--data.batch_size=1")))
+    assert tried == [(Body, "student"), (Body, "teacher")]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -13,6 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from kd_common.hub import load_causal_lm
 from spec_decode.benchmark import benchmark, checksum, content_digest, margin, read_results
 from spec_decode.chat import chat, talk
 from spec_decode.decoder import SpeculativeDecoder
@@ -49,6 +51,24 @@ def test_generate_streams_the_plain_text(standin, drafter, capsys):
     assert "tau 1.00 (accepted + 1 per target pass)" in printed
     for name in (drafter, f"{drafter}+lookup"):  # the target is the one it was trained for
         generate(drafter=name, **(shared | {"target": None}))
+
+
+@pytest.mark.parametrize("drafter", ["none", "prompt_lookup"])
+def test_a_session_stops_where_transformers_does(standin, tmp_path, drafter):
+    """The end that only generation_config.json names."""
+    folder = shutil.copytree(standin, tmp_path / "target")
+    prompt = [5, 6, 7, 5, 6, 7]
+    free = Session.open("none", str(folder), dtype="float32", device="cpu", tree="chain")
+    written = free.decoder.generate([prompt], max_new_tokens=12, temperature=0.0).new_tokens[0]
+    end = next(token for place, token in enumerate(written) if place > 2 and token not in written[:place])
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": [end]}))
+    model = load_causal_lm(str(folder))
+    ids = torch.tensor([prompt])
+    theirs = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    session = Session.open(drafter, str(folder), dtype="float32", device="cpu", tree="chain")
+    out = session.decoder.generate([prompt], max_new_tokens=12, temperature=0.0, stop_tokens=session.stops)
+    assert list(out.new_tokens[0]) == theirs[0, len(prompt) :].tolist() == list(written[: written.index(end) + 1])
 
 
 def test_an_empty_prompt_is_refused():

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kd_common.hub import EMBEDDED, model_ends
+from kd_common.hub import EMBEDDED, load_config, model_ends
 from kd_common.messages import check_device
 from kd_common.vocabulary import shared_vocabulary
 from spec_decode.data.corpus import encode_prompts
