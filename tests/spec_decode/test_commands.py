@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from rich.console import Console
 
 from kd_common.hub import load_causal_lm
-from spec_decode.benchmark import benchmark, checksum, content_digest, margin, read_results
+from spec_decode.benchmark import benchmark, checksum, content_digest, margin, read_results, transformers_peers
 from spec_decode.chat import chat, talk
 from spec_decode.decoder import SpeculativeDecoder
 from spec_decode.drafters import DrafterSpec, DynamicTree, PromptLookup, WithLookup, save_drafter
@@ -307,6 +308,36 @@ generate("hi", target={str(standin)!r}, max_new_tokens=2, dtype="float32")
 assert not {{"lightning", "pytorch_lightning", "pandas", "torchmetrics"}} & set(sys.modules), sorted(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+
+
+def test_settings_of_generation_that_are_not_applied_are_named(standin, tmp_path, capsys):
+    """Its text is that of the plain model, which transformers' generate gives without them."""
+    shutil.copytree(standin, tmp_path / "target")
+    generation = {"repetition_penalty": 1.5, "min_p": 0.1, "temperature": 0.7, "do_sample": True, "top_k": 20}
+    (tmp_path / "target/generation_config.json").write_text(json.dumps(generation))
+    settings = {"dtype": "float32", "max_new_tokens": 12, "drafter": "none"}
+    plain = generate("hi", target=str(standin), **settings)
+    assert capsys.readouterr().err == ""
+    found = generate("hi", target=str(tmp_path / "target"), **settings)
+    assert found.new_tokens == plain.new_tokens
+    said = capsys.readouterr().err
+    assert "repetition_penalty 1.5, min_p 0.1" in said
+    assert "temperature" not in said
+
+
+def test_transformers_peers_decode_by_the_same_law(standin, tmp_path, monkeypatch):
+    shutil.copytree(standin, tmp_path / "target")
+    (tmp_path / "target/generation_config.json").write_text(json.dumps({"repetition_penalty": 1.5}))
+    texts, run = [], transformers.GenerationMixin.generate
+    monkeypatch.setattr(
+        transformers.GenerationMixin, "generate", lambda *a, **k: texts.append(run(*a, **k)) or texts[-1]
+    )
+    prompt = [5, 7, 9, 5, 7]
+    transformers_peers(str(tmp_path / "target"), "float32", [prompt], max_new_tokens=20, temperature=0.0, stops=[257])
+    target = TargetSpec(str(standin), "float32").load()
+    plain = SpeculativeDecoder(target).generate([prompt], max_new_tokens=20, stop_tokens=[257])
+    assert len(texts) == 4
+    assert all(torch.equal(text, plain.sequences) for text in texts)
 
 
 def test_a_language_model_drafts_when_its_tokenizer_is_the_targets(standin, tiny, tmp_path, byte_tokenizer):

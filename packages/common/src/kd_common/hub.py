@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import socket
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ from transformers.utils import logging as transformers_logging
 
 from kd_common.files import beside, cache_root, locked, read_json, replacing_stopped
 from kd_common.model_files import REMEDY, WRAPPER, ModelFilesError, check_no_adapter, check_whole, stored_weights
+from kd_common.terminal import printable
 from kd_common.vocabulary import end_tokens
 
 EMBEDDED = "smollm2-135m-instruct"
@@ -50,6 +52,30 @@ UNWRAPPED = {WRAPPER + count * "(?:)": "" for count in range(4)}
 
 CONFIG_WITHOUT_EFFECT = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
 """Entries of a model's configuration that change neither its logits nor, beyond the weights, their precision."""
+
+CHANGES_THE_LAW: dict[str, Any] = {
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "sequence_bias": None,
+    "exponential_decay_length_penalty": None,
+    "guidance_scale": 1.0,
+    "watermarking_config": None,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "min_p": 0.0,
+    "top_h": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "num_beams": 1,
+    "penalty_alpha": 0.0,
+}
+"""Settings of generation that only transformers' ``generate`` knows, with the value that changes nothing."""
 
 T = TypeVar("T")
 
@@ -108,6 +134,23 @@ def model_ends(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]
     """
     config = load_config(name)
     return end_tokens(tokenizer, config, config.get_text_config(), _load(_generation_config, name))
+
+
+def note_unapplied(name: str) -> None:
+    """Say on the standard error which settings of a model's ``generation_config.json`` are not applied.
+
+    They change the law of tokens in transformers' ``generate`` and not in these packages. Temperature, top-k and
+    top-p are not among them: every command has its own.
+
+    Args:
+        name: The model; see :func:`load_causal_lm` for the names and errors.
+    """
+    config = _load(_generation_config, name)
+    found = {setting: getattr(config, setting, None) for setting in CHANGES_THE_LAW}
+    named = [f"{setting} {value}" for setting, value in found.items() if value not in (None, CHANGES_THE_LAW[setting])]
+    if named:
+        note = f"note: {name} has settings in generation_config.json that are not applied here: {', '.join(named)}"
+        print(printable(note), file=sys.stderr)
 
 
 def _generation_config(name: str, **settings: Any) -> GenerationConfig:

@@ -11,7 +11,7 @@ import torch
 from transformers import TextStreamer
 
 from kd_common.errors import run_command
-from kd_common.hub import load_causal_lm, load_tokenizer
+from kd_common.hub import load_causal_lm, load_tokenizer, note_unapplied
 from kd_common.messages import CommandParser, check_device
 from kd_common.terminal import printable
 from llm_kd.answers import visible
@@ -60,6 +60,7 @@ def main(args: list[str] | None = None) -> str:
         raise ValueError("the prompt is empty; give --prompt TEXT, or --prompt - and the text on standard input")
     tokenizer = load_tokenizer(settings.model)
     encoder = Encoder(tokenizer, settings.system)
+    note_unapplied(settings.model)
     model = load_causal_lm(settings.model, settings.dtype, attention=settings.attention).to(settings.device)
     sampling = Sampling(**{field.name: settings[field.name] for field in dataclasses.fields(Sampling)})
     [tokens] = generate(

@@ -19,10 +19,11 @@ from jsonargparse import auto_cli
 from rich.console import Console
 from torch import Tensor
 from tqdm import tqdm
+from transformers import GenerationConfig
 
 from kd_common.errors import run_command
 from kd_common.files import read_json, write_atomically
-from kd_common.hub import load_causal_lm, model_ends, model_source
+from kd_common.hub import load_causal_lm, model_ends, model_source, note_unapplied
 from kd_common.memory import peak_bytes
 from kd_common.messages import CommandParser, check_device, check_folder
 from spec_decode.autotune import measure_passes
@@ -35,7 +36,14 @@ from spec_decode.drafters.files import CONFIG
 from spec_decode.measure import Measurement, first_divergence, measure
 from spec_decode.models import CausalLM
 from spec_decode.sampling import Sampling, Stream, gumbel_noise, row_seeds
-from spec_decode.session import check_drafter, check_settings, drafter_folder, find_drafter, find_target, parse_tree
+from spec_decode.session import (
+    check_drafter,
+    check_settings,
+    drafter_folder,
+    find_drafter,
+    find_target,
+    parse_tree,
+)
 from spec_decode.tables import print_tables
 
 PLAIN = "plain"
@@ -108,7 +116,13 @@ def transformers_peers(
     device: str = "cpu",
 ) -> dict[str, float]:
     """Tokens per second from prompt to end of transformers' `generate`: alone, with prompt lookup, assisted."""
-    model: Any = load_causal_lm(name, dtype).to(device)  # type: ignore[arg-type]
+
+    def loaded(name: str) -> Any:
+        model: Any = load_causal_lm(name, dtype)
+        model.generation_config = GenerationConfig()  # the law of the other decoders, without penalties of its own
+        return model.to(device)
+
+    model = loaded(name)
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "do_sample": temperature > 0,
@@ -122,7 +136,7 @@ def transformers_peers(
         "transformers prompt lookup": {"prompt_lookup_num_tokens": 4},
     }
     if assistant is not None:
-        ways["transformers assisted"] = {"assistant_model": load_causal_lm(assistant, dtype).to(device)}  # type: ignore[arg-type]
+        ways["transformers assisted"] = {"assistant_model": loaded(assistant)}
     for label, extra in ways.items():
         tokens, seconds = 0, 0.0
         for index, prompt in enumerate([prompts[0], *prompts]):
@@ -263,6 +277,7 @@ def benchmark(
     check_folder("--output", output)
     trained = next((name for name, _ in entries.values() if (drafter_folder(name) / CONFIG).is_file()), "none")
     spec, template = find_target(trained, target, dtype)
+    note_unapplied(spec.name)
     model, tokenizer = spec.load().to(device), spec.tokenizer()
     tokenizer.chat_template = tokenizer.chat_template or template
     stops = model_ends(spec.name, tokenizer)

@@ -18,7 +18,8 @@ from kd_common.errors import run_command
 from kd_common.files import write_atomically
 from kd_common.hub import DTYPES, load_config
 from kd_common.messages import CommandParser, check_folder
-from spec_decode.drafters.files import check_target_sizes, read_config, read_weights, shortened
+from kd_common.model_files import shown
+from spec_decode.drafters.files import check_target_sizes, read_config, read_weights
 from spec_decode.models.causal_lm import default_feature_layers
 
 _NAMES = {"fuse": "fc", "layer": "midlayer", "norm": "norm", "head": "lm_head"}
@@ -74,7 +75,7 @@ def eagle3_layout(state: dict[str, Tensor], vocab_size: int, dtype: torch.dtype)
     wrong = sorted(weights.keys() ^ LAYOUT) + sorted(n for n, w in weights.items() if not w.isfinite().all())
     if wrong:
         raise ValueError(
-            f"these weights are missing, unknown to the EAGLE-3 layout, or not finite in {dtype}: {shortened(wrong)}; "
+            f"these weights are missing, unknown to the EAGLE-3 layout, or not finite in {dtype}: {shown(wrong)}; "
             "train the drafter again"
         )
     return weights | {"d2t": vocabulary - torch.arange(len(vocabulary)), "t2d": can_draft}

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kd_common.hub import EMBEDDED, load_config, model_ends
+from kd_common.hub import EMBEDDED, load_config, model_ends, note_unapplied
 from kd_common.messages import check_device
 from kd_common.vocabulary import shared_vocabulary
 from spec_decode.data.corpus import encode_prompts
@@ -190,6 +190,7 @@ class Session:
         check_device(device)
         check_drafter(drafter)
         shape, (spec, template) = parse_tree(tree), find_target(drafter, target, dtype)
+        note_unapplied(spec.name)
         model, tokenizer = spec.load().to(device), spec.tokenizer()
         tokenizer.chat_template = tokenizer.chat_template or template
         decoder = SpeculativeDecoder(

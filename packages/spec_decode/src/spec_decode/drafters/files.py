@@ -5,7 +5,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import UnionType
@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from kd_common.files import read_json, write_aside
+from kd_common.model_files import WRAPPER, shown
 from kd_common.registry import UnknownNameError, suggest
 from spec_decode.cost import check_acceptance
 from spec_decode.drafters.registry import DRAFTERS
@@ -32,9 +33,6 @@ ENTRIES = {
     "weights_crc32": int,
 }
 """What a drafter's JSON file holds at least."""
-
-WRAPPER = re.compile(r"(?<![A-Za-z0-9_])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\.")
-"""What torch.compile, FSDP, activation checkpointing, DDP and averaged models put into the names of tensors."""
 
 REMEDY = "copy the folder again, or train the drafter again"
 
@@ -157,7 +155,7 @@ def holds_language_model(folder: Path) -> bool:
     named = [word for word in map(str, [*kinds, *settings]) if FOREIGN.search(word)]
     if named:
         raise ValueError(
-            f"{folder} holds a drafter that another program wrote ({path.name}: {shortened(named)}), which is not read "
+            f"{folder} holds a drafter that another program wrote ({path.name}: {shown(named)}), which is not read "
             "here; train one with spec_decode.fit, or give a language model of the target's tokenizer"
         )
     return True
@@ -206,7 +204,7 @@ def read_weights(folder: Path, config: Mapping[str, Any]) -> dict[str, torch.Ten
     if zlib.crc32(content) != config["weights_crc32"]:
         raise ValueError(f"{path} is damaged, or not the file that its {CONFIG} was written with; {REMEDY}")
     try:
-        return {WRAPPER.sub("", name): value for name, value in load(content).items()}
+        return {re.sub(WRAPPER, "", name): value for name, value in load(content).items()}
     except (SafetensorError, ValueError, KeyError) as error:
         raise ValueError(f"{path} is damaged ({error}); {REMEDY}") from error
 
@@ -243,15 +241,9 @@ def check_whole(
             name for name, ours, _ in both if ours.is_floating_point() and not ours.to(dtype).isfinite().all()
         ],
     }
-    listed = "; ".join(f"{len(names)} {what} ({shortened(names)})" for what, names in faults.items() if names)
+    listed = "; ".join(f"{len(names)} {what} ({shown(names)})" for what, names in faults.items() if names)
     if listed:
         raise ValueError(f"{path} does not fit its {CONFIG}: tensors {listed}; {REMEDY}")
-
-
-def shortened(names: Sequence[str], count: int = 4) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
 
 
 def load_drafter(folder: Path, target: CausalLM) -> TrainableDrafter:
