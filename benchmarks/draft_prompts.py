@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kd_common.errors import run_command
+from kd_common.text import Row
 from spec_decode.data.prompts import packaged_prompts, read_prompts
 
 ASK = (
@@ -39,6 +40,12 @@ def library_functions(longest: int = 900) -> Iterator[str]:
                     yield code
 
 
+def record(prompt: str | Row) -> dict:
+    if isinstance(prompt, str):
+        return {"prompt": prompt}
+    return {"messages": [{"role": turn.role, "content": turn.content} for turn in prompt.messages]}
+
+
 def main() -> None:
     """Write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -56,7 +63,7 @@ def main() -> None:
         print(f"{len(taken):5d} of {len(source):5d}  {name}")
         prompts += taken
     rng.shuffle(prompts)
-    args.output.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+    args.output.write_text("".join(json.dumps(record(p)) + "\n" for p in prompts))
     print(f"{len(prompts):5d} in {args.output}")
 
 

@@ -26,8 +26,7 @@ from kd_common.files import CHECKSUM, checksummed_line, read_checksummed_line
 from kd_common.hub import load_causal_lm, load_config, load_tokenizer
 from kd_common.report import read_config as read_run_config
 from kd_common.report import read_metrics
-from llm_kd.data import responses
-from llm_kd.data.rows import read_rows
+from llm_kd.data import read_rows, responses
 from llm_kd.selection import TruncatedDistribution
 from llm_kd.teacher import CacheHeader, CacheWriter, TeacherCache
 from spec_decode.benchmark import checksum, read_results

@@ -8,10 +8,10 @@ import torch
 from rouge_score.rouge_scorer import RougeScorer
 
 from kd_common.hub import ModelNotFoundError, load_causal_lm, load_tokenizer
+from kd_common.text import EncodingError
 from llm_kd import answers, evaluate, fit
 from llm_kd.answers import answer_prompts, questions
 from llm_kd.data import TextDataModule, responses
-from llm_kd.data.encode import EncodingError
 from llm_kd.evaluate import main, token_means
 from llm_kd.generation import Sampling, generate
 from llm_kd.models import Body, TeacherSpec, load_teacher

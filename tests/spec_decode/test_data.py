@@ -1,5 +1,6 @@
 """The target's text and its stored features: what they hold, and what a kill or a full disk does."""
 
+import copy
 import json
 import os
 import shutil
@@ -10,12 +11,20 @@ import torch
 from filelock import FileLock, Timeout
 
 from kd_common.hub import load_tokenizer
+from kd_common.text import Message, Row
 from spec_decode.data import datamodule
 from spec_decode.data import features as features_module
-from spec_decode.data.corpus import Writing, corpus_path, encode_prompts, read_corpus, write_corpus
+from spec_decode.data.corpus import (
+    Writing,
+    corpus_path,
+    encode_answers,
+    encode_prompts,
+    read_corpus,
+    write_corpus,
+)
 from spec_decode.data.datamodule import Sequences, StreamSampler, TargetText, collate
 from spec_decode.data.features import FeatureStore, split_states
-from spec_decode.data.prompts import read_answers, read_prompts
+from spec_decode.data.prompts import read_answers, read_asked, read_prompts
 from spec_decode.decoder import SpeculativeDecoder
 from spec_decode.models import CausalLM
 from spec_decode.sampling import Sampling, row_seeds
@@ -76,16 +85,16 @@ def test_other_settings_are_another_file(tiny, tmp_path):
     assert len(paths) == 4
 
 
-def test_prompts_become_turns_of_the_chat_template():
-    tokenizer = SimpleNamespace(
-        chat_template="x",
-        apply_chat_template=lambda messages, chat_template, **_: [len(messages[0]["content"]), len(chat_template)],
-        __call__=None,
-    )
-    assert encode_prompts(tokenizer, ["abc", "de"], longest=5) == [[3, 1], [2, 1]]
-    assert encode_prompts(tokenizer, ["abc"], longest=5, chat_template="own") == [[3, 3]]
+def test_prompts_become_turns_of_the_chat_template(byte_tokenizer):
+    def text(prompts, **settings):
+        return [byte_tokenizer.decode(ids) for ids in encode_prompts(byte_tokenizer, prompts, **settings)]
+
+    end = "<|im_end|>\n<|im_start|>assistant\n"
+    assert text(["abc", "de"], longest=99) == [f"<|im_start|>user\nabc{end}", f"<|im_start|>user\nde{end}"]
+    own = "{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}"
+    assert text(["abc"], longest=99, chat_template=own) == ["user: abc"]
     with pytest.raises(ValueError, match="no prompt has 1 to 1 tokens"):
-        encode_prompts(tokenizer, ["abc"], longest=1)
+        encode_prompts(byte_tokenizer, ["abc"], longest=1)
 
 
 def test_prompt_files(tmp_path):
@@ -97,11 +106,42 @@ def test_prompt_files(tmp_path):
         {"instruction": "e", "input": ""},
         {"question": "f"},
         {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "g"}]},
+        {"conversations": [{"from": "human", "value": "h"}, {"from": "gpt", "value": "i"}]},
+        {"data": ["j", "k", "l", "m"]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "n"}, {"type": "text", "text": "o"}]}]},
+        {"prompt": [{"role": "user", "content": "p"}], "answer": "q"},
     ]
     path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    assert read_prompts(path) == ["a", "b", "c\n\nd", "e", "f", "g"]
+    asked = read_asked(path)
+    turns = [[(m.role, m.content + (f"+{m.input}" if m.input else "")) for m in one.prompt.messages] for one in asked]
+    alone = ["a", "b", "c+d", "e", "f", None, "h", "j", "no", "p"]
+    expected = [[("user", text)] if text else [("system", "s"), ("user", "g")] for text in alone]
+    assert turns == expected
+    assert [one.prompt for one in asked] == read_prompts(path)
+    assert [one.prompt.source for one in asked][-1] == f"{path}, line 10"
+    assert [one.answer and one.answer.message.content for one in asked] == [None] * 6 + ["i", "k", None, "q"]
+    assert [one.later for one in asked] == [0, 1, 0, 0, 0, 0, 0, 2, 0, 0]
     path.write_text("\n")
-    with pytest.raises(ValueError, match="holds no prompt"):
+    with pytest.raises(ValueError, match="holds no rows"):
+        read_prompts(path)
+
+
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
+        ({"text": "a"}, "needs prompt, .* has text"),
+        ({"prompt": 3}, "must be text, is a number"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "a part of type 'image_url'"),
+        ({"prompt": "a", "output_token_ids": "12"}, "output_token_ids must be a list of token ids"),
+        ({"prompt": "a", "images": ["x.png"]}, "has 'images': only text can be read"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]}, "turn 2 is empty"),
+        ({"prompt": "half \ud83d"}, r"holds half of a character \(U\+D83D"),
+    ],
+)
+def test_bad_prompts_are_counted_and_named(tmp_path, record, problem):
+    path = tmp_path / "p.jsonl"
+    path.write_text("\n".join(map(json.dumps, [{"prompt": "fine"}, record, record])))
+    with pytest.raises(ValueError, match=rf"(?s)p.jsonl: 2 of 3 rows are malformed.* line 2: .*{problem}.* line 3: "):
         read_prompts(path)
 
 
@@ -117,7 +157,12 @@ def test_answers_written_elsewhere(tmp_path, tiny, standin):
         {"messages": [{"role": r, "content": c} for r, c in CHAT]},
     ]
     path.write_text("\n".join(map(json.dumps, lines)))
-    assert read_answers(path) == ["one", "two", "its prompt is too long", "x" * 150]
+    assert [answer.message.content for answer in read_answers(path)] == [
+        "one",
+        "two",
+        "its prompt is too long",
+        "x" * 150,
+    ]
     how = {"features": "online", "val_prompts": 1, "max_length": 130, "batch_size": 2}
     data = TargetText(str(path), answers="file", writing=Writing(max_new_tokens=12), **how)
     tokenizer = load_tokenizer(str(standin))
@@ -138,6 +183,42 @@ def test_answers_written_elsewhere(tmp_path, tiny, standin):
         TargetText(str(path), answers="file", val_prompts=1)
     with pytest.raises(ValueError, match=r"set data\.prompts"):
         TargetText(answers="file")
+
+
+def answered(tmp_path, tokenizer, *lines, longest=99):
+    """Texts of the answers of a file, as they are learnt."""
+    path = tmp_path / "p.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    samples = encode_answers(tokenizer, read_prompts(path), read_answers(path), longest=longest, max_length=200)
+    return [tokenizer.decode(sample.tokens[sample.answer_start :]) for sample in samples]
+
+
+def test_tokens_that_a_server_wrote_are_taken_and_cut_answers_get_no_end(tmp_path, byte_tokenizer):
+    ids = byte_tokenizer("two<|im_end|>", add_special_tokens=False).input_ids
+    assert answered(
+        tmp_path,
+        byte_tokenizer,
+        {"prompt": "a", "answer": "one", "finish_reason": "stop"},
+        {"prompt": "a", "answer": "on", "finish_reason": "length"},
+        {"prompt": "a", "answer": "two", "output_token_ids": ids},
+        {"prompt": "a", "output_token_ids": ids[:2], "finish_reason": "length"},
+    ) == ["one<|im_end|>", "on", "two<|im_end|>", "tw"]
+    with pytest.raises(ValueError, match=r"line 1: output_token_ids read 'two' .* the answer beside them 'three'"):
+        answered(tmp_path, byte_tokenizer, {"prompt": "a", "answer": "three", "output_token_ids": ids})
+    with pytest.raises(ValueError, match=r"line 1: output_token_ids must lie in \[0, 258\)"):
+        answered(tmp_path, byte_tokenizer, {"prompt": "a", "output_token_ids": [999]})
+
+
+def test_prompts_equal_those_of_llm_kd(byte_tokenizer):
+    encode = pytest.importorskip("llm_kd.data").Encoder(byte_tokenizer).prompt
+    row = Row((Message("system", "Be <|im_end|> brief."), Message("user", "Hi <|im_start|>")), "line 1")
+    [ids] = encode_prompts(byte_tokenizer, [row], longest=99)
+    assert ids == encode(row)
+    assert ids.count(byte_tokenizer.eos_token_id) == 2  # those of the template alone
+    plain = copy.deepcopy(byte_tokenizer)
+    plain.chat_template = None
+    [ids] = encode_prompts(plain, ["Hi"], longest=99)
+    assert plain.decode(ids) == "### Instruction:\nHi\n\n### Response:\n"
 
 
 # --- features ---

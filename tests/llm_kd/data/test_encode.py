@@ -9,9 +9,10 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from llm_kd.data.encode import INSTRUCTION_TEMPLATE, TODAY, Encoder, EncodingError
+from kd_common.text import EncodingError, Message, Row
+from kd_common.text.template import DATE, INSTRUCTION_TEMPLATE
+from llm_kd.data.encode import Encoder
 from llm_kd.data.example import Example, answered
-from llm_kd.data.rows import Message, Row
 
 LONG = 10_000
 TURNS = ("Name the capital of France.", "The answer is\n\nParis.", "And of Italy?", "Rome.")
@@ -86,7 +87,7 @@ def test_generation_ends_at_the_templates_closing_token_and_at_eos(text):
 def test_a_template_that_prints_the_date_gives_the_same_tokens_every_day(text):
     tokenizer = text.tokenizer(text.templates["llama3"])
     example = Encoder(tokenizer).example(text.row("Hi", "Ho"), LONG)
-    assert f"<s>{TODAY}\n" in tokenizer.decode(example.input_ids)
+    assert f"<s>{DATE:%d %b %Y}\n" in tokenizer.decode(example.input_ids)
 
 
 def test_the_instruction_layout(text):

@@ -8,9 +8,9 @@ from jsonargparse import ArgumentParser
 from lightning import LightningModule, Trainer
 from tokenizers import Tokenizer
 
+from kd_common.text import EncodingError
 from llm_kd.data import TextDataModule, read_rows
 from llm_kd.data import module as module_file
-from llm_kd.data.encode import EncodingError
 from llm_kd.data.module import find_data
 from llm_kd.generation import Sampling
 

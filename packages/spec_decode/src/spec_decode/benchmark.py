@@ -10,7 +10,7 @@ import os
 import platform
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from kd_common.files import read_json, write_atomically
 from kd_common.hub import load_causal_lm, model_ends, model_source, note_unapplied
 from kd_common.memory import peak_bytes
 from kd_common.messages import CommandParser, check_device, check_folder
+from kd_common.text import Row
 from spec_decode.autotune import measure_passes
 from spec_decode.cost import speedup
 from spec_decode.data.corpus import encode_prompts
@@ -282,7 +283,9 @@ def benchmark(
     tokenizer.chat_template = tokenizer.chat_template or template
     stops = model_ends(spec.name, tokenizer)
     files = {n: read_prompts(Path(p)) for n, p in (prompts or {}).items()}
-    texts = files or {"packaged": packaged_prompts()[::-1]}  # `fit` trains on the first ones
+    texts: Mapping[str, Sequence[str | Row]] = files or {
+        "packaged": packaged_prompts()[::-1]
+    }  # `fit` trains on the first ones
     sets = {n: encode_prompts(tokenizer, t[:count], longest=longest_prompt) for n, t in texts.items()}
     decoders = {PLAIN: SpeculativeDecoder(model, compile=compile)}
     for entry, (name, shape) in entries.items():

@@ -14,6 +14,8 @@ from rich.console import Console
 from kd_common.errors import run_command
 from kd_common.messages import CommandParser, check_folder
 from kd_common.report import Section, check_validated, read_config, read_metrics, run_names, write_report
+from kd_common.text import Row, encode_each
+from spec_decode.data.corpus import prompt_rows
 from spec_decode.data.prompts import packaged_prompts, read_prompts
 from spec_decode.decoder import SpeculativeDecoder
 from spec_decode.figures import Passes, plot_acceptance, plot_time, plot_training, plot_trees
@@ -23,13 +25,13 @@ from spec_decode.session import Session, find_drafter, parse_tree
 
 
 def decode(
-    runs: Mapping[str, Path], prompts: Sequence[str], *, tree: str | None, max_new_tokens: int
+    runs: Mapping[str, Path], prompts: Sequence[str | Row], *, tree: str | None, max_new_tokens: int
 ) -> tuple[dict[str, Measurement], dict[str, Passes], Any]:
     """What was measured while decoding prompts plainly and with every run's drafter, first passes, and the tokenizer.
 
     Args:
         runs: Folders by name, all for one target.
-        prompts: Texts.
+        prompts: Conversations, or texts of users.
         tree: See `spec_decode.session.parse_tree`; None for 3 candidates in the first level and 2 in every other one.
         max_new_tokens: Tokens per prompt.
     """
@@ -41,7 +43,7 @@ def decode(
         assert drafter is not None
         shape = parse_tree(tree) if tree else (3, *[2] * ((drafter.max_depth or 1) - 1))
         decoders[name] = SpeculativeDecoder(session.target, drafter, tree=shape)
-    encoded = [session.encode([{"role": "user", "content": prompt}]) for prompt in prompts]
+    encoded = encode_each(prompt_rows(prompts), session.encoder.prompt)
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop_tokens": session.stops}
     measured = measure(decoders, encoded, **settings)
     pictures = {}
@@ -99,7 +101,8 @@ def report(
         Section("Training", "Dark: the first level; light: the last.", plot_training(metrics)),
     ]
     if count:
-        texts = (packaged_prompts()[::-1] if prompts is None else read_prompts(prompts))[:count]
+        texts: Sequence[str | Row] = packaged_prompts()[::-1] if prompts is None else read_prompts(prompts)
+        texts = texts[:count]
         measured, pictures, tokenizer = decode(names, texts, tree=tree, max_new_tokens=max_new_tokens)
         plain = measured["plain decoding"]
         speeds = [

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from kd_common.hub import EMBEDDED, load_config, model_ends, note_unapplied
 from kd_common.messages import check_device
+from kd_common.text import ChatEncoder, Message, Row
 from kd_common.vocabulary import shared_vocabulary
-from spec_decode.data.corpus import encode_prompts
 from spec_decode.decoder import Generation, SpeculativeDecoder
 from spec_decode.drafters import DRAFTERS, Drafter, DynamicTree, TrainableDrafter, load_drafter
 from spec_decode.drafters.draft_model import PretrainedDraft
@@ -205,10 +206,18 @@ class Session:
         return cls(model, tokenizer, decoder, model_ends(spec.name, tokenizer))
 
     def encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Tokens of a conversation that the model is to answer."""
-        if not self.tokenizer.chat_template:
-            return encode_prompts(self.tokenizer, [messages[-1]["content"]], longest=self.target.context)[0]
-        return self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+        """Tokens of a conversation that the model is to answer.
+
+        Raises:
+            EncodingError: If the chat template refuses it.
+        """
+        turns = tuple(Message(message["role"], message["content"]) for message in messages)
+        return self.encoder.prompt(Row(turns, "the conversation"))
+
+    @cached_property
+    def encoder(self) -> ChatEncoder:
+        """How conversations become tokens."""
+        return ChatEncoder(self.tokenizer)
 
     def summary(self, out: Generation) -> str:
         """Tokens per second and tau of a generation."""

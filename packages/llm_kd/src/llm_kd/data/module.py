@@ -11,11 +11,11 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from kd_common.hub import load_tokenizer
 from kd_common.messages import check_batch_size
+from kd_common.text import Row, encode_each, read_rows
 from llm_kd.data.encode import Encoder, padding_token
 from llm_kd.data.example import Example, answered
 from llm_kd.data.loader import TextLoader
 from llm_kd.data.responses import write_responses
-from llm_kd.data.rows import Row, read_rows
 from llm_kd.generation import Sampling
 from llm_kd.models import vocabulary_size
 
@@ -310,13 +310,13 @@ class TextDataModule(LightningDataModule):
             prompts = self._prompts(rows, self.max_length)
             self._keep(split, rows, [answered(prompt, [], "") for _, prompt in prompts], self.max_length)
         else:
-            examples = [self.encoder.example(row, self.max_length, self.truncate) for row in rows]
+            examples = encode_each(rows, lambda row: self.encoder.example(row, self.max_length, self.truncate))
             self._keep(split, rows, [example for example in examples if example is not None], self.max_length)
 
     def _prompts(self, rows: Sequence[Row], room: int) -> list[tuple[Row, list[int]]]:
         """Those rows whose prompt has at most ``room`` tokens, with these."""
-        prompts = [(row, self.encoder.prompt(row)) for row in rows]
-        return [(row, prompt) for row, prompt in prompts if len(prompt) <= room]
+        prompts = encode_each(rows, self.encoder.prompt)
+        return [(row, prompt) for row, prompt in zip(rows, prompts, strict=True) if len(prompt) <= room]
 
     def _keep(self, split: str, rows: Sequence[Row], examples: list[Example], room: int) -> None:
         found = Split(examples, rows=len(rows), dropped=len(rows) - len(examples), room=room)

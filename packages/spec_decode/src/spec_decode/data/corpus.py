@@ -8,14 +8,15 @@ settings never meet old text.
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jinja2 import TemplateError
 from tqdm import tqdm
 
 from kd_common.files import checksummed_line, complete_lines, naming, read_checksummed_line
+from kd_common.text import ChatEncoder, EncodingError, Message, Row, encode_each
+from spec_decode.data.prompts import Answer
 from spec_decode.decoder import SpeculativeDecoder
 from spec_decode.models import CausalLM
 from spec_decode.sampling import Sampling
@@ -159,72 +160,87 @@ def write_corpus(
 
 
 def encode_prompts(
-    tokenizer: Any, prompts: Sequence[str], *, longest: int, chat_template: str | None = None
+    tokenizer: Any, prompts: Sequence[str | Row], *, longest: int, chat_template: str | None = None
 ) -> list[list[int]]:
-    """Prompts as the user's turn of the model's chat template; as plain text for a tokenizer without one.
+    """Prompts as conversations in the model's chat template; see :class:`kd_common.text.ChatEncoder`.
 
     Args:
         tokenizer: transformers tokenizer.
-        prompts: Texts.
+        prompts: Conversations, or texts of users.
         longest: Prompts of more tokens are left out.
         chat_template: Jinja template for a model that comes without one.
 
     Raises:
-        ValueError: If no prompt is left, or the template fails.
+        ValueError: If no prompt is left, or the template fails; rows are counted.
     """
-    return _not_empty([ids for ids in _turns(tokenizer, prompts, chat_template) if 0 < len(ids) <= longest], longest)
+    encoder = ChatEncoder(tokenizer, chat_template=chat_template)
+    encoded = encode_each(prompt_rows(prompts), encoder.prompt)
+    return _not_empty([ids for ids in encoded if len(ids) <= longest], longest)
 
 
 def encode_answers(
     tokenizer: Any,
-    prompts: Sequence[str],
-    answers: Sequence[str],
+    prompts: Sequence[str | Row],
+    answers: Sequence[str | Answer],
     *,
     longest: int,
     max_length: int,
-    stops: Sequence[int],
     chat_template: str | None = None,
 ) -> list[Sample]:
-    """Prompts as in `encode_prompts` with given answers behind them, ended by the first stop token.
+    """Prompts as in `encode_prompts` with given answers behind them.
+
+    Where the file holds the tokens of an answer, these are taken. A text is tokenised anew, which need not give the
+    tokens that the target wrote, and closed as the template closes it unless its length limit cut it.
 
     Args:
         tokenizer: transformers tokenizer.
-        prompts: Texts.
-        answers: The target's answer to each, as text. Its tokens are those the tokenizer makes of it, which need not be
-            the ones the target wrote, and every answer gets an end, also one that a length limit cut.
+        prompts: Conversations, or texts of users.
+        answers: The target's answer to each.
         longest: Prompts of more tokens are left out.
         max_length: Where a sequence is cut, > `longest`.
-        stops: Tokens that end an answer; none is added if there are none.
         chat_template: Jinja template for a model that comes without one.
 
     Raises:
-        ValueError: If no prompt is left, or the template fails.
+        ValueError: If no prompt is left, the template fails, or tokens are not those of the text beside them.
     """
-    samples = []
-    for ids, answer in zip(_turns(tokenizer, prompts, chat_template), answers, strict=True):
-        if 0 < len(ids) <= longest:
-            answered = [*ids, *tokenizer(answer, add_special_tokens=False)["input_ids"], *stops[:1]]
-            samples.append(Sample(answered[:max_length], len(ids)))
-    return _not_empty(samples, longest)
+    encoder = ChatEncoder(tokenizer, chat_template=chat_template)
+    rows = prompt_rows(prompts)
+    given = [Answer(Message("assistant", answer)) if isinstance(answer, str) else answer for answer in answers]
+    samples = encode_each(list(zip(rows, given, strict=True)), lambda pair: _answered(encoder, *pair))
+    fitting = [sample for sample in samples if sample.answer_start <= longest]
+    return _not_empty([Sample(s.tokens[:max_length], s.answer_start) for s in fitting], longest)
 
 
-def _turns(tokenizer: Any, prompts: Sequence[str], chat_template: str | None) -> Iterator[list[int]]:
-    """Token ids of every prompt, in the model's chat template where there is one."""
-    template = chat_template or tokenizer.chat_template
-    for text in prompts:
-        if not template:
-            yield tokenizer(text)["input_ids"]
-            continue
-        turn = [{"role": "user", "content": text}]
-        try:
-            yield tokenizer.apply_chat_template(
-                turn, chat_template=template, add_generation_prompt=True, return_dict=False
-            )
-        except TemplateError as error:
-            where = "data.chat_template" if chat_template else f"the chat template of {tokenizer.name_or_path}"
-            raise ValueError(
-                f"{where} fails on a prompt ({type(error).__name__}: {error}); give another one"
-            ) from error
+def _answered(encoder: ChatEncoder, row: Row, answer: Answer) -> Sample:
+    """A prompt with its answer behind it."""
+    if answer.tokens is not None:
+        _check_tokens(encoder.tokenizer, row, answer)
+        prompt = encoder.prompt(row)
+        return Sample([*prompt, *answer.tokens], len(prompt))
+    encoded = encoder.encoded(replace(row, messages=(*row.messages, answer.message)))
+    start, end, _ = encoded.answers[-1]
+    return Sample(encoded.ids[: end - answer.cut], start)
+
+
+def _check_tokens(tokenizer: Any, row: Row, answer: Answer) -> None:
+    """Refuse tokens of an answer that are none of the tokenizer's, or another's."""
+    tokens, text = list(answer.tokens or ()), answer.message.content.strip()
+    if not all(0 <= token < len(tokenizer) for token in tokens):
+        raise EncodingError(f"{row.source}: output_token_ids must lie in [0, {len(tokenizer)}), the target's tokens")
+    written = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+    if text and "".join(written.split()) != "".join(text.split()):
+        raise EncodingError(
+            f"{row.source}: output_token_ids read {written!r:.60} with the target's tokenizer, the answer beside them "
+            f"{text!r:.60}; give the target that wrote them, or remove the ids"
+        )
+
+
+def prompt_rows(prompts: Sequence[str | Row]) -> list[Row]:
+    """Prompts as conversations."""
+    return [
+        Row((Message("user", prompt),), f"prompt {number}") if isinstance(prompt, str) else prompt
+        for number, prompt in enumerate(prompts, 1)
+    ]
 
 
 def _not_empty(found: list[T], longest: int) -> list[T]:

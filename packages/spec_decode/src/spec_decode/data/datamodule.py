@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from kd_common.files import cache_root, locked
 from kd_common.messages import check_batch_size
+from kd_common.text import Row
 from spec_decode.data.corpus import (
     Sample,
     Writing,
@@ -23,7 +24,7 @@ from spec_decode.data.corpus import (
     write_corpus,
 )
 from spec_decode.data.features import FeatureStore, split_states
-from spec_decode.data.prompts import packaged_prompts, read_answers, read_prompts
+from spec_decode.data.prompts import packaged_prompts, read_asked
 from spec_decode.models import CausalLM, States
 
 
@@ -124,7 +125,7 @@ class TargetText(LightningDataModule):
     """The target's own answers to prompts.
 
     Args:
-        prompts: JSONL file of prompts; None means the packaged ones.
+        prompts: JSONL or Parquet file of prompts (see `read_asked`); None means the packaged ones.
         limit: Take at most so many prompts.
         val_prompts: Prompts, the last ones, kept for validation and the final measurement.
         answers: ``target`` has the target answer the prompts; ``file`` takes the answers beside them in the file, which
@@ -170,8 +171,15 @@ class TargetText(LightningDataModule):
             )
         if answers == "file" and prompts is None:
             raise ValueError("data.answers file needs the file: set data.prompts")
-        self.texts = (packaged_prompts() if prompts is None else read_prompts(Path(prompts)))[:limit]
-        self.answers = read_answers(Path(str(prompts)))[:limit] if answers == "file" else None
+        asked = [] if prompts is None else read_asked(Path(prompts), answered=answers == "file")[:limit]
+        self.texts: Sequence[str | Row] = [one.prompt for one in asked] if prompts else packaged_prompts()[:limit]
+        self.answers = [one.answer for one in asked if one.answer] if answers == "file" else None
+        if later := sum(one.later > 0 for one in asked):
+            rank_zero_info(
+                f"{later:,} of {len(asked):,} conversations go on behind their first answer: what follows is left out"
+            )
+        if own := sum(one.answer is not None for one in asked if answers == "target"):
+            rank_zero_info(f"{own:,} prompts have answers in the file: left out, the target answers (data.answers)")
         if len(self.texts) <= val_prompts:
             raise ValueError(f"{len(self.texts)} prompts leave none to train on beside data.val_prompts {val_prompts}")
         self.val_prompts, self.features, self.max_length = val_prompts, features, max_length
@@ -207,7 +215,6 @@ class TargetText(LightningDataModule):
                 self.answers,
                 longest=longest,
                 max_length=self.max_length,
-                stops=self.stops,
                 chat_template=self.chat_template,
             )
             self.encoded = [sample.tokens[: sample.answer_start] for sample in self.samples]

@@ -1,11 +1,49 @@
 """Prompts for the target to answer: a packaged set made of templates and topics, or a file of one's own."""
 
-import json
 import random
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from kd_common.text import Message, Row
+from kd_common.text.records import MalformedError, check_text, read_records
+from kd_common.text.rows import conversations
 from spec_decode.data.topics import TEMPLATES, TOPICS
+
+ASKED = ("instruction", "prompt", "question")
+ANSWERED = ("answer", "response", "output")
+CHATS = ("messages", "conversations")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer that stands in a file beside its prompt.
+
+    Attributes:
+        message: The assistant's turn.
+        tokens: The tokens that the target drew, as its server wrote them; None where the file holds text alone.
+        cut: Whether a limit on its length ended it, so that nothing closes it.
+    """
+
+    message: Message
+    tokens: tuple[int, ...] | None = None
+    cut: bool = False
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A conversation up to its first answer, and that.
+
+    Attributes:
+        prompt: What is asked: the turns before the answer, the system's among them.
+        answer: The answer in the file, if there is one.
+        later: Number of turns behind it, which are left out.
+    """
+
+    prompt: Row
+    answer: Answer | None
+    later: int
 
 
 def packaged_prompts() -> list[str]:
@@ -15,63 +53,92 @@ def packaged_prompts() -> list[str]:
     return prompts
 
 
-def read_prompts(path: Path) -> list[str]:
-    """Prompts of a JSONL file whose lines hold "prompt", or a conversation whose first user turn is taken.
-
-    Accepted are ``{"prompt": ...}``, ``{"turns": [...]}``, ``{"instruction": ..., "input": ...}``,
-    ``{"question": ...}`` and ``{"messages": [{"role": "user", "content": ...}, ...]}``.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: For a line that is none of these, or a file without lines.
-    """
-    return _read(path, _prompt, "prompt, turns, instruction, question or messages")
+def read_prompts(path: Path) -> list[Row]:
+    """Prompts of a file; see :func:`read_asked`."""
+    return [asked.prompt for asked in read_asked(path)]
 
 
-def read_answers(path: Path) -> list[str]:
-    """Answers beside the prompts of such a file.
-
-    That is ``answer``, ``response``, ``output``, or the assistant's message behind the first user turn.
+def read_answers(path: Path) -> list[Answer]:
+    """Answers beside the prompts of a file; see :func:`read_asked`.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: For a line without one, or a file without lines.
+        ValueError: For rows without one.
     """
-    return _read(path, _answer, "for data.answers file an answer, response, output or assistant message")
+    return [asked.answer for asked in read_asked(path, answered=True) if asked.answer is not None]
 
 
-def _read(path: Path, parse: Callable[[dict], str], what: str) -> list[str]:
-    if not path.is_file():
+def read_asked(path: Path, *, answered: bool = False) -> list[Asked]:
+    """Prompts of a JSONL or Parquet file, with the answers beside them.
+
+    A record holds ``messages`` or ``conversations`` (ShareGPT) as :func:`kd_common.text.read_rows` reads them; or
+    ``turns`` (MT-bench) or ``data`` (UltraChat), a list of texts; or ``prompt``, ``instruction`` (with ``input``) or
+    ``question``, with the answer as ``answer``, ``response`` or ``output``. A conversation is asked up to its first
+    answer. ``output_token_ids`` holds an answer's tokens, and ``finish_reason: length`` says that it was cut.
+
+    Args:
+        path: The file.
+        answered: Refuse rows without an answer.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: For rows that are none of these, or a file without rows; the message counts them.
+    """
+    if not path.is_file() and not path.is_dir():
         raise FileNotFoundError(f"prompts {path}: no such file; leave it out for the packaged prompts")
-    texts = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            text = parse(json.loads(line))
-            if not isinstance(text, str) or not text:
-                raise TypeError
-            texts.append(text)
-        except (ValueError, KeyError, IndexError, TypeError, StopIteration, RecursionError) as error:
-            raise ValueError(f"prompts {path}, line {number}: needs {what}") from error
-    if not texts:
-        raise ValueError(f"prompts {path} holds no prompt")
-    return texts
+
+    def parse(record: Mapping[str, Any], source: str) -> list[Asked]:
+        found = [_asked(row, later, record) for row, later in _rows(record, source)]
+        if answered and any(asked.answer is None for asked in found):
+            raise MalformedError("needs for data.answers file an answer, response, output or assistant message")
+        return found
+
+    return read_records(path, parse)
 
 
-def _prompt(record: dict) -> str:
-    if "messages" in record:
-        return next(m["content"] for m in record["messages"] if m["role"] == "user")
-    if "turns" in record:
-        return record["turns"][0]
-    if "instruction" in record:
-        return "\n\n".join(filter(None, (record["instruction"], record.get("input", ""))))
-    return record["prompt"] if "prompt" in record else record["question"]
+def _rows(record: Mapping[str, Any], source: str) -> list[tuple[Row, int]]:
+    """The conversations of a record, each with the number of turns that were left out behind it."""
+    later = 0
+    if isinstance(record.get("turns"), list) and record["turns"]:
+        record, later = {**record, "messages": [_said("user", record["turns"][0])]}, len(record["turns"]) - 1
+    elif isinstance(record.get("prompt"), list):
+        record = {"messages": record["prompt"], **record}
+    elif isinstance(record.get("data"), list):
+        turns = [_said(("user", "assistant")[n % 2], text) for n, text in enumerate(record["data"])]
+        record = {"messages": turns, **record}
+    output = next((name for name in ANSWERED if record.get(name) is not None), None)
+    if any(record.get(key) for key in CHATS):
+        [row] = conversations(record, source, {})
+        if output and not row.answered:
+            given = Message("assistant", check_text(record[output], output))
+            row = replace(row, messages=(*row.messages, given))
+        return [(row, later)]
+    name = next((name for name in ASKED if record.get(name) is not None), None)
+    if name is None:
+        raise MalformedError(
+            f"needs prompt, instruction, question, turns, data, messages or conversations; has {', '.join(record)}"
+        )
+    rows = conversations(record, source, {"instruction": name} | ({"output": output} if output else {}))
+    return [(row, later) for row in rows]
 
 
-def _answer(record: dict) -> str:
-    if "messages" in record:
-        turns = iter(record["messages"])
-        next(m for m in turns if m["role"] == "user")  # the prompt; what stands before it answers something else
-        return next(m["content"] for m in turns if m["role"] == "assistant")
-    return next(record[key] for key in ("answer", "response", "output") if key in record)
+def _said(role: str, text: Any) -> dict[str, Any]:
+    return {"role": role, "content": text}
+
+
+def _asked(row: Row, later: int, record: Mapping[str, Any]) -> Asked:
+    """A conversation cut at its first answer that may be learnt from."""
+    tokens, cut = record.get("output_token_ids"), record.get("finish_reason") == "length"
+    if tokens is not None:
+        if not isinstance(tokens, list) or not tokens or not all(type(token) is int for token in tokens):
+            raise MalformedError("output_token_ids must be a list of token ids, at least one")
+        tokens = tuple(tokens)
+    places = [place for place, message in enumerate(row.messages) if message.role == "assistant" and message.learnt]
+    if not places:
+        answer = None if tokens is None else Answer(Message("assistant", ""), tokens, cut)
+        return Asked(row, answer, later)
+    later += len(row.messages) - places[0] - 1
+    if tokens is not None and later:
+        raise MalformedError("output_token_ids belong to one answer, but the conversation goes on behind its first")
+    prompt = replace(row, messages=row.messages[: places[0]])
+    return Asked(prompt, Answer(row.messages[places[0]], tokens, cut), later)

@@ -6,7 +6,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from llm_kd.data.rows import Message, RowsError, read_rows
+from kd_common.text import Message, RowsError, read_rows
 
 CHAT = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]}
 
@@ -70,6 +70,11 @@ def test_every_instance_is_a_row_of_its_line(write):
     assert {row.source for row in rows} == {f"{path}, line 1"}
 
 
+def test_blank_lines_hold_no_row_but_are_counted(write):
+    path = write(b"", {"instruction": "Hi"}, b"  \t", {"instruction": "Ho"}, b"")
+    assert [row.source for row in read_rows(path)] == [f"{path}, line 2", f"{path}, line 4"]
+
+
 def test_parquet_equals_jsonl(write, tmp_path):
     records = [
         {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]},
@@ -93,8 +98,6 @@ def test_a_damaged_parquet_file_is_refused(tmp_path, damage):
 @pytest.mark.parametrize(
     ("record", "problem"),
     [
-        (b"", "is empty"),
-        (b"   ", "is empty"),
         (b'{"instruction": "cut', "is not JSON"),
         (b'{"instruction": "\xff"}', "is not JSON"),
         ([1], "must be a JSON object, is a list"),

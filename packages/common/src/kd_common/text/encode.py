@@ -1,0 +1,376 @@
+"""Conversations to tokens through a tokenizer's chat template, and where in them the assistant's answers stand."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from kd_common.text.records import EncodingError, broken_text
+from kd_common.text.rows import REASONING, Message, Row
+from kd_common.text.special import BREAK, MARK, broken, special_tokens
+from kd_common.text.template import FIXED_DATE, INSTRUCTION_TEMPLATE, check_template
+
+Turns = list[dict[str, Any]]
+
+APART = "Write a row for each answer, with weight 0 on the answers before it"
+FRAMES = 32
+PROBE: Turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A conversation as tokens.
+
+    Attributes:
+        ids: Token ids, up to the end of the last answer that is learnt.
+        answers: Start of every answer that is learnt, the place behind the token that closes it, and its text.
+    """
+
+    ids: list[int]
+    answers: list[tuple[int, int, str]]
+
+
+class ChatEncoder:
+    """Tokens of conversations.
+
+    An answer is what the template writes behind the prompt that a model would answer, up to the token that closes the
+    turn. It must hold the text as it stands in the file, but for white space around it, which templates may cut. The
+    text is found by marking its end and rendering once more. Where a template rewrites the last answer, the text
+    follows its prompt as it is; a row with another answer that is rewritten is refused.
+
+    Where a token would span the place at which an answer starts, the text is cut there: a generation starts behind the
+    tokens of its prompt. Special tokens in the texts of the user, of tools and of the system are encoded as text.
+
+    Args:
+        tokenizer: Tokenizer, with or without a chat template.
+        system: System turn for conversations that have none.
+        chat_template: Jinja template that takes the place of the tokenizer's.
+
+    Attributes:
+        closing_id: Token that closes an assistant's turn; None if no special one does.
+
+    Raises:
+        EncodingError: If the template does not end, or there is neither a template nor an EOS token.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, system: str | None = None, *, chat_template: str | None = None
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.system = system
+        self._given = chat_template
+        self._own_template = chat_template is not None or tokenizer.chat_template is not None
+        self._name = f"the chat template of {tokenizer.name_or_path}"
+        self._add_bos = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+        if not self._own_template and tokenizer.eos_token is None:
+            raise EncodingError(f"tokenizer {tokenizer.name_or_path} has neither a chat template nor an EOS token")
+        try:
+            check_template(self._template(), self._apply, tokenizer.name_or_path)
+        except ValueError as error:
+            raise EncodingError(str(error)) from error
+        self._frames: dict[tuple[str, str], None] = {}  # what was found to stand before and behind answers
+        self.closing_id = self._find_closing()
+        self._ends = [str(tokenizer.convert_ids_to_tokens(number)) for number in self.eos_ids]
+        asked, opened = (self._probed(PROBE[:1], prompt=prompt) for prompt in (False, True))
+        self._structure, self._foreign = special_tokens(tokenizer, asked, opened, self._ends)
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Tokens at which a generation ends: the template's closing token, and the tokenizer's EOS if it is another."""
+        ends = (self.closing_id, self.tokenizer.eos_token_id)
+        return tuple(dict.fromkeys(end for end in ends if end is not None))
+
+    def prompt(self, row: Row) -> list[int]:
+        """Tokens of a conversation before its last answer, with the generation prompt.
+
+        Raises:
+            EncodingError: If the template refuses the conversation, or leaves out a part of it.
+        """
+        turns = self._turns(row.messages[:-1] if row.answered else row.messages, row)
+        text = self._render(turns, row, prompt=True)
+        self._check_written(turns, text, row)
+        return self._tokenised(text, self._befores(turns, row))[0]
+
+    def encoded(self, row: Row) -> Encoded:
+        """Tokens of a conversation up to its last answer that is learnt, and where its answers stand.
+
+        Raises:
+            EncodingError: If there is no answer to learn, or the template cannot be used; the row is named.
+        """
+        learnt = [place for place, message in enumerate(row.messages) if message.role == "assistant" and message.learnt]
+        if not learnt:
+            raise EncodingError(
+                f"{row.source}: no assistant turn to learn from. Give answers, or set responses to teacher to have "
+                "them written"
+            )
+        turns = self._turns(row.messages[: learnt[-1] + 1], row)
+        added = len(turns) - learnt[-1] - 1  # a system turn that the conversation lacks
+        places = [place + added for place in learnt]
+        befores = self._befores(turns, row)
+        text = self._text(turns, places, befores, row)
+        self._check_written(turns[:-1], text, row)
+        ids, starts = self._tokenised(text, befores)
+        spans = [(starts[place], self._end(ids, starts[place], row)) for place in places]
+        return Encoded(ids, [(*span, row.messages[place].content) for span, place in zip(spans, learnt, strict=True)])
+
+    def check_learnable(self) -> None:
+        """Refuse a template whose answers cannot be learnt from.
+
+        Raises:
+            EncodingError: If it closes an assistant's turn with no special token, so that a student could not learn to
+                stop, or does not open one in a prompt, so that its opening would be learnt.
+        """
+        answered = self._render(PROBE, self._probe, prompt=False)
+        if self.closing_id is None:
+            raise EncodingError(
+                f"{self._name}: no special token closes an assistant's turn, so a student could not learn to stop. Set "
+                "the tokenizer's chat_template to one that appends the EOS token"
+            )
+        asked, before = (self._render(PROBE[:1], self._probe, prompt=prompt) for prompt in (False, True))
+        self._located(answered, PROBE, 1, before, self._probe)
+        if asked == before and any(lead.strip() for lead, _ in self._frames):
+            raise EncodingError(
+                f"{self._name} does not open an answer where add_generation_prompt asks for it, so a model would have "
+                "to write its own role. Set the tokenizer's chat_template to one that does"
+            )
+
+    # --- the conversation as text ---
+
+    def _befores(self, turns: Turns, row: Row) -> dict[int, str]:
+        """The prompt of every answer to a user, by the answer's place."""
+        first = next(place for place, turn in enumerate(turns) if turn["role"] == "user")
+        places = [place for place, turn in enumerate(turns) if turn["role"] == "assistant" and place > first]
+        return {place: self._render(turns[:place], row, prompt=True) for place in places}
+
+    def _text(self, turns: Turns, learnt: Sequence[int], befores: Mapping[int, str], row: Row) -> str:
+        """A conversation in which all answers that are learnt stand as they are given; it ends with the last one."""
+        rendered = self._render(turns, row, prompt=False)
+        last = learnt[-1]
+        end = self._located(rendered, turns, last, befores[last], row)
+        text = self._composed(turns, befores[last], row) if end is None else rendered[:end]
+        self._check_more(turns, last, text[len(befores[last]) :], row)
+        for place in learnt[:-1]:
+            end = self._located(rendered, turns, place, befores[place], row)
+            if end is None or not text.startswith(rendered[:end]):
+                raise EncodingError(
+                    f"{row.source}: {self._name} rewrites turn {place + 1}, or what comes before it, once another turn "
+                    f"follows, so that answer cannot be learnt there. {APART}"
+                )
+            self._check_more(turns, place, rendered[len(befores[place]) : end], row)
+        return text
+
+    def _located(self, text: str, turns: Turns, place: int, before: str, row: Row) -> int | None:
+        """Where an answer ends, with what closes it, in a rendering; None if it does not stand there as given."""
+        content = turns[place]["content"]
+        forms = dict.fromkeys((content, content.strip(), content.rstrip(), content.lstrip()))
+        if not text.startswith(before):
+            return None
+        for lead, close in self._frames:
+            for form in forms:
+                if text.startswith(lead + form + close, len(before)):
+                    return len(before) + len(lead + form + close)
+        if not content.strip():  # calls alone
+            return len(before) + self._closed(text[len(before) :], place, row, calls=True)
+        head, found, tail = self._render(_with(turns, place, content + MARK), row, prompt=False).partition(MARK)
+        stop = len(text) - len(tail)
+        if not found or MARK in tail or not text.endswith(tail) or text[:stop] not in (head, head.rstrip()):
+            return None
+        calls = "tool_calls" in turns[place]
+        close = tail[: self._closed(tail, place, row, calls=calls)]
+        starts = [stop - len(form) for form in forms if text.endswith(form, 0, stop)]
+        if behind := [start for start in starts if start >= len(before)]:
+            if not turns[place].keys() - {"role", "content"} and len(self._frames) < FRAMES:
+                self._frames[text[len(before) : behind[0]], close] = None
+        # The prompt may open the answer, as one that ends with <think> does.
+        elif not starts or max(starts) < len(self._render(turns[:place], row, prompt=False)) or stop < len(before):
+            return None
+        return stop + len(close)
+
+    def _composed(self, turns: Turns, before: str, row: Row) -> str:
+        """A conversation whose last answer the template rewrites, with that answer as it is given."""
+        place, content = len(turns) - 1, turns[-1]["content"]
+        head, found, tail = self._render(_with(turns, place, MARK), row, prompt=False).partition(MARK)
+        if not found or MARK in tail or turns[place].keys() - {"role", "content"}:
+            raise EncodingError(f"{row.source}: {self._name} does not write turn {place + 1} as it is given")
+        if not before.startswith(head):
+            raise EncodingError(
+                f"{row.source}: {self._name} renders what comes before turn {place + 1} differently on its own than "
+                "within the conversation, so the tokens of that turn are not known. Set the tokenizer's chat_template "
+                "to one that only appends"
+            )
+        if not content.startswith(opening := before[len(head) :]):
+            raise EncodingError(
+                f"{row.source}: {self._name} lets a generation go on behind {opening!r}, with which turn {place + 1} "
+                "does not start: write it into the answer, or set the tokenizer's chat_template to one without it"
+            )
+        return head + content + tail[: self._closed(tail, place, row, calls=False)]
+
+    def _closed(self, tail: str, place: int, row: Row, *, calls: bool) -> int:
+        """Place behind the token that closes an answer, in what follows its text; calls may stand before it."""
+        found = [(tail.index(end), len(end)) for end in self._ends if end in tail]
+        if not found or (tail[: min(found)[0]].strip() and not calls):
+            raise EncodingError(
+                f"{row.source}: {self._name} does not close this answer with {' or '.join(self._ends)} (turn "
+                f"{place + 1}), where a generation would end. {APART}, or set the tokenizer's chat_template to another"
+            )
+        return sum(min(found))
+
+    def _check_written(self, turns: Turns, text: str, row: Row) -> None:
+        """Refuse a rendering that lacks what the user, a tool or the system said, or what the row holds besides."""
+        for place, turn in enumerate(turns):
+            shown = turn["role"] == "assistant" or turn["content"].strip() in text
+            if not (shown or MARK in self._render(_with(turns, place, turn["content"] + MARK), row, prompt=True)):
+                raise EncodingError(
+                    f"{row.source}: {self._name} leaves out turn {place + 1}, the {turn['role']}'s. Write it into "
+                    "another turn, or set the tokenizer's chat_template to one that takes it"
+                )
+            for call in turn.get("tool_calls", ()):
+                if call.get("function", call)["name"] not in text:
+                    raise EncodingError(f"{row.source}: {self._name} leaves out the tool_calls of turn {place + 1}")
+        for key in row.more:
+            without = {other: value for other, value in row.more.items() if other != key}
+            if self._rendered(turns, row, without, prompt=True) == self._rendered(turns, row, row.more, prompt=True):
+                raise EncodingError(
+                    f"{row.source}: {self._name} leaves out the row's {key}; remove them, or set another"
+                )
+
+    def _check_more(self, turns: Turns, place: int, answer: str, row: Row) -> None:
+        """Refuse an answer whose reasoning or calls the template leaves out."""
+        turn = turns[place]
+        calls = turn.get("tool_calls", [])
+        names = [call.get("function", call)["name"] for call in calls]
+        parts = {key: [turn[key]] for key in REASONING if key in turn} | {"tool_calls": names}
+        for key, texts in parts.items():
+            if not all(text.strip() in answer for text in texts):
+                raise EncodingError(
+                    f"{row.source}: {self._name} leaves out the {key} of turn {place + 1}. Write it into the content, "
+                    "remove it, or set the tokenizer's chat_template to one that writes it"
+                )
+        bare = [_without_arguments(call) for call in calls]
+        changed = [*turns[:place], {**turn, "tool_calls": bare}, *turns[place + 1 :]]
+        if bare != calls and answer in self._render(changed, row, prompt=False):
+            raise EncodingError(
+                f"{row.source}: {self._name} leaves out the arguments of the tool_calls of turn {place + 1}"
+            )
+
+    def _render(self, turns: Turns, row: Row, *, prompt: bool) -> str:
+        return self._rendered(turns, row, row.more, prompt=prompt)
+
+    def _rendered(self, turns: Turns, row: Row, more: Mapping[str, Any], *, prompt: bool) -> str:
+        try:
+            return self._apply(turns, prompt=prompt, more=more)
+        except Exception as error:  # a template may fail in any way
+            raise EncodingError(
+                f"{row.source}: the chat template refuses this conversation: {error or type(error).__name__}"
+            ) from error
+
+    def _apply(self, turns: Turns, *, prompt: bool, more: Mapping[str, Any] | None = None) -> str:
+        text = self.tokenizer.apply_chat_template(
+            turns,
+            chat_template=self._template((more or {}).get("tools")),
+            add_generation_prompt=prompt,
+            tokenize=False,
+            add_bos=self._add_bos,
+            **(more or {}),
+        )
+        return str(text)
+
+    def _template(self, tools: Any = None) -> str:
+        if not self._own_template:
+            return FIXED_DATE + INSTRUCTION_TEMPLATE
+        return FIXED_DATE + str(self._given or self.tokenizer.get_chat_template(tools=tools))
+
+    def _turns(self, messages: Sequence[Message], row: Row) -> Turns:
+        turns = [self._turn(message, number, row) for number, message in enumerate(messages, 1)]
+        if self.system is not None and turns[0]["role"] != "system":
+            turns.insert(0, self._turn(Message("system", self.system), 0, row))
+        return turns
+
+    def _turn(self, message: Message, number: int, row: Row) -> dict[str, Any]:
+        texts = {"content": message.content, "input": message.input}
+        if self._own_template:
+            joined = "\n\n".join(filter(None, texts.values()))
+            texts = {"content": joined}
+        for text in (*texts.values(), json.dumps(message.more, ensure_ascii=False) if message.more else ""):
+            if problem := broken_text(text):
+                raise EncodingError(f"{row.source}: a text {problem}")
+            if BREAK in text or MARK in text:
+                raise EncodingError(f"{row.source}: turn {number} contains U+FDD0 or U+FDD1, which are no characters")
+        if message.role == "assistant":
+            if found := self._structure.search(message.content):
+                what = "the token that closes turns" if found[0] in self._ends else "a token that structures turns"
+                raise EncodingError(f"{row.source}: a turn contains {found[0]}, {what} (turn {number}); remove it")
+        else:
+            texts = {key: broken(text, self._foreign) for key, text in texts.items()}
+        return {"role": message.role, **texts, **message.more}
+
+    # --- from text to tokens ---
+
+    def _tokenised(self, text: str, befores: Mapping[int, str]) -> tuple[list[int], dict[int, int]]:
+        """Tokens of a rendering, and the number of them before each answer whose prompt it begins with."""
+        head: list[int] = []
+        starts, cut, rest = {}, 0, self._tokens(text)
+        for place, before in befores.items():
+            if not text.startswith(before):
+                continue
+            leading = self._tokens(text[cut : len(before)], inside=cut > 0)
+            starts[place] = len(head) + len(leading)
+            if rest[: len(leading)] != leading:
+                head, cut = head + leading, len(before)
+                rest = self._tokens(text[cut:], inside=True)
+        return head + rest, starts
+
+    def _tokens(self, text: str, *, inside: bool = False) -> list[int]:
+        """Tokens of a text; broken special tokens come in two parts, so that the tokenizer does not see them."""
+        first, *others = text.split(BREAK)
+        ids = self._inside(first) if inside else self._ids(first)
+        for part in others:
+            ids += self._inside(part)
+        return ids
+
+    def _inside(self, text: str) -> list[int]:
+        """Tokens of a text within another: some tokenizers put a blank before the first word of a text."""
+        line_end = self._ids("\n")
+        ids = self._ids("\n" + text)
+        return ids[len(line_end) :] if ids[: len(line_end)] == line_end else self._ids(text)
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+    def _end(self, ids: list[int], start: int, row: Row) -> int:
+        """Place behind the token that closes the answer which starts at some place."""
+        end = next(place for place in range(start, len(ids)) if ids[place] in self.eos_ids) + 1
+        unknown = self.tokenizer.unk_token_id
+        if unknown is not None and unknown in ids[start : end - 1]:
+            raise EncodingError(f"{row.source}: an answer holds characters that the tokenizer has no token for")
+        return end
+
+    # --- what a template writes ---
+
+    def _find_closing(self) -> int | None:
+        tail = self._ids(self._probed(PROBE, prompt=False).rpartition(PROBE[1]["content"])[2])
+        added = self.tokenizer.added_tokens_decoder.items()  # Gemma adds white space, too
+        special = {self.tokenizer.eos_token_id, *(number for number, token in added if token.content.strip())}
+        return next((token for token in tail if token in special), None)
+
+    def _probed(self, turns: Turns, *, prompt: bool) -> str:
+        """A short conversation as text; empty for a template that wants other turns."""
+        try:
+            return self._render(turns, self._probe, prompt=prompt)
+        except EncodingError:
+            return ""
+
+    @property
+    def _probe(self) -> Row:
+        return Row((), self._name)
+
+
+def _with(turns: Turns, place: int, content: str) -> Turns:
+    return [*turns[:place], {**turns[place], "content": content}, *turns[place + 1 :]]
+
+
+def _without_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = {**call.get("function", call), "arguments": {}}
+    return {**call, "function": function} if "function" in call else function

@@ -1,0 +1,42 @@
+"""Special tokens that stand in texts, where they are text: a tokenizer would take them for its own."""
+
+import re
+from collections.abc import Collection
+
+from transformers import PreTrainedTokenizerBase
+
+# Two of Unicode's noncharacters, which stand in no text. One breaks special tokens in a text, one marks a text's end.
+BREAK, MARK = "\ufdd0", "\ufdd1"
+
+
+def special_tokens(
+    tokenizer: PreTrainedTokenizerBase, asked: str, opened: str, ends: Collection[str]
+) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """Tokens that an answer may not hold, and those that are text wherever others hold them.
+
+    The first are those that structure a conversation. An answer may hold others, such as the marks of thoughts and
+    calls, because the model itself writes them there; in the texts of others all special tokens are text.
+
+    Args:
+        tokenizer: The tokenizer.
+        asked: A user's turn in the chat template.
+        opened: The same with the beginning of an answer.
+        ends: Tokens that end answers.
+    """
+    tokens = [token for token in tokenizer.added_tokens_decoder.values() if len(token.content.strip()) > 1]
+    named = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token]
+    structure = {*filter(None, named), *ends, *(token.content for token in tokens if token.content in asked)}
+    foreign = structure | {token.content for token in tokens if token.special or token.content in opened}
+    return _pattern(structure), _pattern(foreign)
+
+
+def _pattern(tokens: Collection[str]) -> re.Pattern[str]:
+    longest_first = sorted((token for token in tokens if len(token) > 1), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+def broken(text: str, tokens: re.Pattern[str]) -> str:
+    """A text in which all of some tokens are broken behind their first character."""
+    while tokens.search(text):
+        text = tokens.sub(lambda found: found[0][:1] + BREAK + found[0][1:], text)
+    return text

@@ -1,0 +1,101 @@
+"""Chat templates: one for tokenizers without, a fixed date, and bounds on what a downloaded one may use."""
+
+import datetime
+import multiprocessing
+import os
+import resource
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+INSTRUCTION_TEMPLATE = (
+    "{% if add_bos %}{{ bos_token }}{% endif %}"
+    "{% for message in messages %}"
+    "{% if message.role == 'system' %}{{ message.content + '\n\n' }}"
+    "{% elif message.role == 'user' %}{{ '### Instruction:\n' + message.content + '\n\n' }}"
+    "{% if message.input %}{{ '### Input:\n' + message.input + '\n\n' }}{% endif %}"
+    "{% else %}{{ '### Response:\n' + message.content + eos_token + '\n\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
+)
+"""Layout for tokenizers without a chat template, such as GPT-2's; the headings are Alpaca's. A system turn comes first
+as it is."""
+
+DATE = datetime.datetime(2025, 1, 1)
+"""The date in every prompt whose template prints today's: else all sequences and cache keys would change overnight."""
+
+_FORMATTED = "".join(f".replace('%{code}', '{DATE.strftime(f'%{code}')}')" for code in "AaBbdHIjMmpSYy")
+# The line end keeps what a template begins with as it is: jinja cuts one behind a block, and blanks before one.
+FIXED_DATE = f"{{% macro strftime_now(format) %}}{{{{ format{_FORMATTED} }}}}{{% endmacro %}}\n"
+"""What stands before a template so that it prints :data:`DATE`."""
+
+SECONDS, BYTES, CHARACTERS = 5.0, 2**30, 1_000_000
+"""What a template may use, and write, about the short conversations it is tried on."""
+
+_TOO_MUCH_MEMORY, _TOO_MUCH_TEXT = 3, 4
+_tried: set[str] = set()
+
+
+def check_template(template: str, render: Callable[..., str], name: str) -> None:
+    """Refuse a template that does not end, or that writes without end: it is a program that comes with a model.
+
+    It is rendered once in a process of its own, with bounds on time and memory.
+
+    Args:
+        template: The template, by which it is remembered.
+        render: Renders a conversation with it, as ``render(turns, prompt=True)``.
+        name: Whose template it is, for the message.
+
+    Raises:
+        ValueError: If it exceeds a bound; the model is named.
+    """
+    if template in _tried or "fork" not in multiprocessing.get_all_start_methods():
+        return
+    child = multiprocessing.get_context("fork").Process(target=_try, args=(render,))
+    with warnings.catch_warnings():  # the child computes nothing with what other threads may hold
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child.start()
+    child.join(SECONDS)
+    problem = None
+    if child.is_alive():
+        child.kill()
+        child.join()
+        problem = f"does not end within {SECONDS:g} s"
+    elif child.exitcode == _TOO_MUCH_TEXT:
+        problem = f"writes more than {CHARACTERS:,} characters"
+    elif child.exitcode == _TOO_MUCH_MEMORY:
+        problem = f"needs more than {BYTES / 2**30:g} GiB of memory"
+    if problem:
+        raise ValueError(
+            f"the chat template of {name} {problem} about a short conversation. It is broken or hostile: set the "
+            "tokenizer's chat_template to another one"
+        )
+    _tried.add(template)
+
+
+def _try(render: Callable[..., str]) -> None:
+    """Render some conversations under a limit on memory; the exit code says what was exceeded."""
+    if sys.platform == "linux":
+        with open("/proc/self/statm") as file:
+            limit = int(file.read().split()[0]) * resource.getpagesize() + BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    for turns in _conversations():
+        for prompt in (True, False):
+            try:
+                text = render(turns, prompt=prompt)
+            except MemoryError:
+                os._exit(_TOO_MUCH_MEMORY)
+            except Exception:  # what it refuses is said where it is asked for
+                continue
+            if len(text) > CHARACTERS:
+                os._exit(_TOO_MUCH_TEXT)
+    os._exit(0)
+
+
+def _conversations() -> Iterator[list[dict[str, Any]]]:
+    """Conversations of one to nine turns, with and without a system turn."""
+    turns = [{"role": ("user", "assistant")[n % 2], "content": f"{n} " + "word " * 40} for n in range(9)]
+    for count in (1, 2, 3, 4, 9):
+        yield turns[:count]
+        yield [{"role": "system", "content": "Be brief."}, *turns[:count]]
