@@ -18,7 +18,8 @@ CHATML = (
 # The system's text within the user's first turn; turns alternate.
 LLAMA2 = (
     "{% if messages[0].role == 'system' %}{% set rest = messages[1:] %}{% set system = '<<SYS>>\n' + "
-    "messages[0].content + '\n<</SYS>>\n\n' %}{% else %}{% set rest = messages %}{% set system = '' %}{% endif %}{% for m in rest %}"
+    "messages[0].content + '\n<</SYS>>\n\n' %}{% else %}{% set rest = messages %}{% set system = '' %}{% endif %}"
+    "{% for m in rest %}"
     "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
     "{% set content = system + m.content if loop.first else m.content %}{% if m.role == 'user' %}"
     "{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}{% else %}{{ ' ' + content.strip() + ' ' + eos_token }}"
@@ -28,7 +29,8 @@ LLAMA2 = (
 LLAMA3 = (
     "{{ bos_token }}{% if messages[0].role == 'system' %}{% set s = messages[0].content %}"
     "{% set messages = messages[1:] %}{% else %}{% set s = 'Be kind.' %}{% endif %}"
-    "{{ '<|h|>system<|/h|>\n\nToday: ' + strftime_now('%d %b %Y') + '\n' + s + '<|eot|>' }}" + LOOP + "{{ '<|h|>' + m.role + '<|/h|>\n\n' + m.content | trim + '<|eot|>' }}{% endfor %}"
+    "{{ '<|h|>system<|/h|>\n\nToday: ' + strftime_now('%d %b %Y') + '\n' + s + '<|eot|>' }}" + LOOP +
+    "{{ '<|h|>' + m.role + '<|/h|>\n\n' + m.content | trim + '<|eot|>' }}{% endfor %}"
     + OPEN + "{{ '<|h|>assistant<|/h|>\n\n' }}{% endif %}"
 )  # fmt: skip
 # Cuts thoughts before the last question, writes empty ones into the last answer.
