@@ -395,6 +395,14 @@ def test_rollouts_that_could_outgrow_the_positions_are_refused(arguments):
         run(build(arguments("--config=rollouts/on_policy", "--model.rollout.sampling.max_new_tokens=500")))
 
 
+def test_answers_that_no_prompt_leaves_positions_for_are_refused_before_training(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(fit, "load_teacher", lambda spec: pytest.fail("loaded"))
+    path = write_jsonl(tmp_path / "short.jsonl", [{"instruction": "Say a.", "output": "a"}] * 4)
+    files = ["--data.responses=dataset", f"--data.train={path}", f"--data.val={path}"]
+    with pytest.raises(ValueError, match=r"data.sampling.max_new_tokens 500, .* the student's 512 .* answers to 0"):
+        run(build(arguments(*files, "--data.sampling.max_new_tokens=500")))
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("role", ["student", "teacher"])
 def test_conversations_beyond_the_positions_are_refused(arguments, tmp_path, save_model, monkeypatch, role, split):

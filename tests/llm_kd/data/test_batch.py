@@ -5,6 +5,7 @@ import torch
 import transformers
 from lightning.fabric.utilities import move_data_to_device
 from transformers import AutoModelForCausalLM
+from transformers.masking_utils import find_packed_sequence_indices
 
 from llm_kd.data.batch import collate, pack
 from llm_kd.data.example import Example, answered, nothing
@@ -47,7 +48,7 @@ def test_every_field_of_a_packed_batch():
     third = Example([12, 13], [False, True], 1)
     batch = collate([[first, second], [third]], PAD)
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 10, 11], [12, 13, 0, 0, 0, 0, 0]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2], [0, 1, 0, 1, 2, 3, 4]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2], [0, 1, 2, 3, 4, 5, 6]]
     assert batch.predict.int().tolist() == [[0, 1, 1, 0, 1, 0, 0], [1, 0, 0, 0, 0, 0, 0]]
     x = -100
     assert batch.labels.tolist() == [[x, 7, 8, x, 10, x, x], [13, x, x, x, x, x, x]]
@@ -55,6 +56,11 @@ def test_every_field_of_a_packed_batch():
     assert batch.prompts == [[5, 6], [9], [12]]
     assert [t.dtype for t in (batch.input_ids, batch.position_ids, batch.labels)] == [torch.int64] * 3
     assert batch.predict.dtype == torch.bool
+
+
+def test_transformers_needs_no_mask_unless_a_row_is_packed():
+    assert find_packed_sequence_indices(collate([[A], [B], [C]], PAD).position_ids) is None
+    assert find_packed_sequence_indices(collate([[A, B], [C]], PAD).position_ids) is not None
 
 
 def test_rows_of_hidden_states_follow_the_keys():

@@ -94,6 +94,24 @@ def test_whatever_determines_them_has_its_own_file(write, files, changed):
     assert len(files()) == 2
 
 
+def test_only_new_prompts_are_answered(write, files, monkeypatch):
+    first = write()
+    asked = []
+    monkeypatch.setattr(module, "generate", lambda m, p, *a, **k: asked.extend(p) or generate(m, p, *a, **k))
+    new = [[30, 31], [32]]
+    again = write(prompts=[*PROMPTS[::-1], *new, PROMPTS[0]])
+    assert again[: len(PROMPTS)] == first[::-1]
+    assert sorted(asked) == sorted([*new, PROMPTS[0]])  # one that occurs once more is drawn once more
+    assert len(files()) == 2
+    asked.clear()
+    write(seed=1)
+    write(sampling=Sampling(max_new_tokens=6))
+    assert len(asked) == 2 * len(PROMPTS)
+    files()[0].write_bytes(b"{}\n")
+    with pytest.raises(ResponsesError, match=r"line 1: damaged .* delete it"):
+        [write(prompts=[[40]], **how) for how in ({}, {"seed": 1}, {"sampling": Sampling(max_new_tokens=6)})]
+
+
 def change_a_weight(model):
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 5] += 1e-3
@@ -200,7 +218,7 @@ def test_lines_are_readable(write, files):
     write()
     (path,) = files()
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    assert {tuple(record) for record in records} == {("prompt", "tokens", "text", "crc32")}
+    assert {tuple(record) for record in records} == {("prompt", "asked", "tokens", "text", "crc32")}
     assert sorted(record["prompt"] for record in records) == list(range(len(PROMPTS)))
 
 

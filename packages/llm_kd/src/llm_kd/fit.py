@@ -141,7 +141,7 @@ def run(cli: LanguageCLI) -> Result:
         )
     data.prompts_only = not model.rollout.reads_answers
     parameters = {"student": count_parameters(model.distiller.student)}
-    check_lengths(model, data)
+    check_lengths(model, data, cli.config["answers"])
     data.check_batch(trainer.world_size)
     if data.packing:
         check_packing(model.distiller.student, "student")
@@ -170,8 +170,13 @@ def run(cli: LanguageCLI) -> Result:
     return Result(before, model.history, answers, parameters, peak_memory_gib(), cli.run_dir)
 
 
-def check_lengths(model: DistillationModule, data: TextDataModule) -> None:
+def check_lengths(model: DistillationModule, data: TextDataModule, answers: int) -> None:
     """Refuse what would outgrow the positions of student or teacher, before the teacher is loaded.
+
+    Args:
+        model: The training module.
+        data: The data.
+        answers: Number of validation prompts that the student is to answer.
 
     Raises:
         FileNotFoundError, RowsError, EncodingError: From the data.
@@ -186,6 +191,11 @@ def check_lengths(model: DistillationModule, data: TextDataModule) -> None:
         written = model.rollout.sampling.max_new_tokens
         what = f"training prompts with responses of model.rollout.sampling.max_new_tokens {written}"
         check_positions(configs, data.longest_prompt("train") + written, what, "lower that, or data.max_length")
+    if answers:
+        written = data.sampling.max_new_tokens
+        what = f"all validation prompts with answers of data.sampling.max_new_tokens {written}, sequences"
+        remedy = "lower that, or set answers to 0"
+        check_positions(configs, min(data.prompt_lengths("val")) + written, what, remedy)
 
 
 def prepare_teacher(model: DistillationModule, data: TextDataModule, device: torch.device) -> Body | None:

@@ -22,7 +22,8 @@ class TokenBatch:
 
     Attributes:
         input_ids: Token ids, shape (B, S), int64.
-        position_ids: Position within the sequence, shape (B, S), int64; the padding counts as a sequence.
+        position_ids: Position within the sequence, shape (B, S), int64. The padding counts on from the last one:
+            as a sequence of its own, it would make transformers build a mask for every batch of unequal rows.
         predict: True where the next token of the same sequence carries a loss, shape (B, S). It is aligned with the
             hidden state that predicts that token, hence already shifted.
         labels: The next token where ``predict``, else -100, shape (B, S), int64.
@@ -70,10 +71,9 @@ def collate(rows: Sequence[Sequence[Example]], pad_id: int) -> TokenBatch:
         for example in row:
             end = start + len(example.input_ids)
             input_ids[number, start:end] = torch.tensor(example.input_ids)
-            position_ids[number, start:end] = torch.arange(end - start)
+            position_ids[number, start:] = torch.arange(length - start)
             supervised[number, start:end] = torch.tensor(example.loss_mask)
             start = end
-        position_ids[number, start:] = torch.arange(length - start)
     # The first token of a sequence carries no loss, so the shift never reaches across from the sequence before it.
     predict = torch.nn.functional.pad(supervised[:, 1:], (0, 1))
     examples = [example for row in rows for example in row]

@@ -240,14 +240,18 @@ class TextDataModule(LightningDataModule):
 
     def longest_prompt(self, split: str) -> int:
         """Tokens of the longest prompt of ``train`` or ``val``; see :meth:`longest`."""
+        return max(self.prompt_lengths(split))
+
+    def prompt_lengths(self, split: str) -> list[int]:
+        """Tokens of every prompt of ``train`` or ``val``; see :meth:`longest`."""
         if self._awaits_answers(split):
             rows = self.rows(split)
             prompts = self._prompts(rows, self._teachers_room)
             if not prompts:
                 raise self._none_fits(split, len(rows))
-            return max(len(prompt) for _, prompt in prompts)
+            return [len(prompt) for _, prompt in prompts]
         self._read(split)
-        return max(example.prompt_length for example in self.splits[split].examples)
+        return [example.prompt_length for example in self.splits[split].examples]
 
     def train_dataloader(self) -> TextLoader:
         """Batches of this rank's share, in a new order every epoch."""

@@ -18,7 +18,7 @@ from llm_kd.fingerprint import tensors_fingerprint
 from llm_kd.generation import Sampling, generate, response_ends
 from llm_kd.models import vocabulary_size
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 
 
 class ResponsesError(ValueError):
@@ -53,9 +53,10 @@ def write_responses(
     """A teacher's responses to prompts, from the cache as far as they are there.
 
     They are kept in ``$KD_CACHE/responses`` (default ``~/.cache/kd/responses``), one JSON object a line, in a file
-    named after model, prompts, sampling and seed. It is written batch by batch beside its final place; a run that was
-    killed continues there and ends with the file that an uninterrupted run writes. Of several processes one writes, the
-    others wait for it.
+    named after model, sampling, seed and prompts. What other files answered alike is taken from there, so that the
+    teacher answers new prompts only. A file is written batch by batch beside its final place; a run that was killed
+    continues there and ends with the file that an uninterrupted run writes. Of several processes one writes, the others
+    wait for it.
 
     Args:
         model: Teacher, as :func:`llm_kd.generation.generate` takes it.
@@ -65,7 +66,8 @@ def write_responses(
         eos_ids: Tokens that end a response.
         pad_id: Token that fills up the prompts of a batch.
         seed: Seed of the drawing.
-        batch_size: Prompts per batch; it only changes which random numbers a prompt gets.
+        batch_size: Prompts per batch. This, and what was answered before, only changes which random numbers a prompt
+            gets.
         progress_bar: Show one while writing.
 
     Returns:
@@ -82,6 +84,7 @@ def write_responses(
         with locked(path, "the teacher's responses"):
             if not path.is_file():  # another process may have written it meanwhile
                 partial = path.with_suffix(".partial")
+                known = _answered_before(path, prompts, order)
                 done = _resume(partial, order, batch_size)
                 settings: dict[str, Any] = {"eos_ids": eos_ids, "pad_id": pad_id, "vocab_size": vocab_size}
                 with (
@@ -91,15 +94,17 @@ def write_responses(
                 ):
                     for start in range(done, len(order), batch_size):
                         batch = order[start : start + batch_size]
+                        asked = [number for number in batch if number not in known]
                         answers = generate(
                             model,
-                            [prompts[number] for number in batch],
+                            [prompts[number] for number in asked],
                             sampling,
                             seed=np.random.SeedSequence((seed, start)).generate_state(1).item(),
                             batch_size=batch_size,
                             **settings,
                         )
-                        file.writelines(_line(n, tokens, tokenizer) for n, tokens in zip(batch, answers, strict=True))
+                        all_known = known | dict(zip(asked, answers, strict=True))
+                        file.writelines(_line(n, prompts[n], all_known[n], tokenizer) for n in batch)
                         file.flush()
                         bar.update(len(batch))
                     os.fsync(file.fileno())
@@ -120,26 +125,42 @@ def responses_path(
     vocab_size: int,
     seed: int,
 ) -> Path:
-    """File of a teacher's responses; its name is a hash of everything that determines them, but for the batches."""
+    """File of a teacher's responses; its name holds a hash of what determines them, and one of the prompts."""
     config = {key: value for key, value in model.config.to_dict().items() if key not in CONFIG_WITHOUT_EFFECT}
     content = {
         "format": CACHE_FORMAT,
         "weights": tensors_fingerprint(model.state_dict()),
         "config": config,
-        "prompts": list(prompts),
         "sampling": asdict(sampling),
         "eos_ids": response_ends(model, eos_ids),
         "vocab_size": vocab_size,
         "seed": seed,
     }
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    return cache_root() / "responses" / f"{Path(model.config.name_or_path).name or 'model'}-{digest}.jsonl"
+    name = Path(model.config.name_or_path).name or "model"
+    return cache_root() / "responses" / f"{name}-{_digest(content)}-{_digest(list(prompts))}.jsonl"
 
 
-def _line(number: int, tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> bytes:
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _answered_before(path: Path, prompts: Sequence[list[int]], order: Sequence[int]) -> dict[int, list[int]]:
+    """Tokens of responses in complete files beside one that differ in the prompts alone, by the prompt's number.
+
+    A response is taken once, so that a prompt that occurs several times is answered as often.
+    """
+    alike, found = path.name.rpartition("-")[0], dict[str, list[list[int]]]()
+    for other in sorted(path.parent.glob("*.jsonl")):
+        if other.name.rpartition("-")[0] == alike:
+            for record in _records(other.read_bytes(), other):
+                found.setdefault(record["asked"], []).append(record["tokens"])
+    return {n: same.pop(0) for n in order if (same := found.get(_digest(prompts[n])))}
+
+
+def _line(number: int, prompt: list[int], tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> bytes:
     # The text is for people: another tokenizer of the same ids may write it otherwise, so it is not read again.
     text = tokenizer.decode(tokens, skip_special_tokens=True)
-    return checksummed_line({"prompt": number, "tokens": tokens, "text": text})
+    return checksummed_line({"prompt": number, "asked": _digest(prompt), "tokens": tokens, "text": text})
 
 
 def _resume(partial: Path, order: Sequence[int], batch_size: int) -> int:
@@ -159,13 +180,22 @@ def _resume(partial: Path, order: Sequence[int], batch_size: int) -> int:
 def _read(content: bytes, order: Sequence[int], path: Path) -> dict[int, list[int]]:
     """Tokens of responses by the number of their prompt; they stand in the order they were written in."""
     found = {}
+    for line, record in enumerate(_records(content, path), 1):
+        if line > len(order) or record["prompt"] != order[line - 1]:
+            problem = f"answers prompt {record['prompt']} out of order"
+            raise ResponsesError(f"{path}, line {line}: damaged ({problem}); delete it to write it again")
+        found[record["prompt"]] = list(record["tokens"])
+    return found
+
+
+def _records(content: bytes, path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of responses."""
+    records = []
     for number, line in enumerate(content.splitlines(), 1):
         try:
-            record = read_checksummed_line(line)
-            expected, tokens = order[number - 1], list(record["tokens"])
-            if record["prompt"] != expected:
-                raise ValueError(f"answers prompt {record['prompt']} where {expected} belongs")
-        except (ValueError, LookupError, TypeError) as error:
+            records.append(read_checksummed_line(line))
+            if missing := {"prompt", "asked", "tokens", "text"} - records[-1].keys():
+                raise ValueError(f"lacks {', '.join(sorted(missing))}")
+        except ValueError as error:
             raise ResponsesError(f"{path}, line {number}: damaged ({error}); delete it to write it again") from error
-        found[expected] = tokens
-    return found
+    return records

@@ -64,7 +64,7 @@ def supervised_counts(batch: "TokenBatch") -> list[int]:
     """
     sequence = (batch.position_ids.flatten() == 0).cumsum(dim=0)
     counts = sequence[batch.predict.flatten()].bincount()
-    counts = counts[counts > 0]  # padding is a sequence without supervised tokens
+    counts = counts[counts > 0]  # some sequences are there without a supervised token
     if len(counts) != len(batch.keys):
         raise ValueError(
             f"the batch has {len(batch.keys)} keys but {len(counts)} sequences with supervised tokens; every example "
