@@ -283,9 +283,8 @@ def benchmark(
     tokenizer.chat_template = tokenizer.chat_template or template
     stops = model_ends(spec.name, tokenizer)
     files = {n: read_prompts(Path(p)) for n, p in (prompts or {}).items()}
-    texts: Mapping[str, Sequence[str | Row]] = files or {
-        "packaged": packaged_prompts()[::-1]
-    }  # `fit` trains on the first ones
+    # `fit` trains on the first ones of the packaged prompts.
+    texts: Mapping[str, Sequence[str | Row]] = files or {"packaged": packaged_prompts()[::-1]}
     sets = {n: encode_prompts(tokenizer, t[:count], longest=longest_prompt) for n, t in texts.items()}
     decoders = {PLAIN: SpeculativeDecoder(model, compile=compile)}
     for entry, (name, shape) in entries.items():
