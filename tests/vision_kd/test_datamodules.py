@@ -198,6 +198,20 @@ def test_a_damaged_idx_file_is_named(tmp_path, file, damage):
         FashionMNIST(str(tmp_path)).setup()
 
 
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_an_idx_file_that_unpacks_to_more_than_is_possible_is_refused(tmp_path, monkeypatch, suffix):
+    write_fashion(tmp_path, suffix)
+    monkeypatch.setattr(fashion_mnist, "MOST_BYTES", 40 * 28 * 28 + 15)  # one byte less than the training images take
+    with pytest.raises(ValueError, match=rf"train-images-idx3-ubyte{suffix} unpacks to more"):
+        FashionMNIST(str(tmp_path)).setup()
+
+
+def test_a_data_set_without_images_is_refused(tmp_path):
+    write_fashion(tmp_path, counts=(0, 20))
+    with pytest.raises(ValueError, match="train-images"):
+        FashionMNIST(str(tmp_path)).setup()
+
+
 def test_images_and_labels_of_different_length_are_refused(tmp_path):
     write_fashion(tmp_path)
     write_idx(tmp_path / "train-labels-idx1-ubyte.gz", np.zeros(39, dtype=np.uint8))

@@ -341,6 +341,14 @@ def test_names_outside_utf8(tmp_path):
     assert len(next(iter(data.train_dataloader()))[1]) == 2
 
 
+@pytest.mark.parametrize("name", [b"caf\xe9", b"a\x1b[2Jb", b"c\nd"])
+def test_a_class_whose_name_cannot_be_shown_is_refused(tmp_path, name):
+    write(tree(tmp_path) / "train" / os.fsdecode(name) / "1.png")
+    with pytest.raises(ValueError, match=r"train: .*rename it") as caught:
+        files(tmp_path)
+    assert str(caught.value).isprintable()
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_damaged_image_is_named_before_the_run(tmp_path, split):
     (tree(tmp_path) / split / "dog/1.png").write_bytes(b"<html>")

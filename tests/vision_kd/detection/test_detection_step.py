@@ -232,3 +232,18 @@ def test_one_seed_per_image(tools):
     sampler = SeededSampler(8, 0.5)
     with pytest.raises(ValueError, match="1 images need as many seeds, got 0"):
         sampler([torch.zeros(4)])
+
+
+def test_box_losses_are_those_of_torchvision(tools, monkeypatch):
+    """On proposals beside the objects; those of an untrained RPN overlap none, so that nothing is to be regressed."""
+    student, (images, targets) = tools.detector().train(), tools.batch()
+    nudge = torch.tensor([3.0, -2.0, 4.0, 1.0], dtype=torch.float64)
+    beside = [torch.cat([target["boxes"] + nudge, target["boxes"] - nudge]) for target in targets]
+    monkeypatch.setattr(student.network.rpn, "filter_proposals", lambda *_: (beside, None))
+    found = student.training_pass(images, targets)
+    losses = torchvision_losses(student, images, targets)
+    torch.testing.assert_close(found.box_loss, losses["loss_box_reg"])
+    torch.testing.assert_close(F.cross_entropy(found.class_logits, found.labels), losses["loss_classifier"])
+    assert found.rpn_losses.keys() == losses.keys() - {"loss_box_reg", "loss_classifier"}
+    for name, value in found.rpn_losses.items():
+        torch.testing.assert_close(value, losses[name])

@@ -14,6 +14,7 @@ from vision_kd.data.augment import random_crop_flip
 from vision_kd.data.base import TensorDataModule, data_root, fetching, missing_data
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+MOST_BYTES = 2**28  # Fashion-MNIST has 47 million; a small packed file can unpack to more than the memory holds
 FILES = {
     True: ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     False: ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
@@ -30,16 +31,19 @@ def read_idx(path: Path) -> Tensor:
         A uint8 tensor of the shape that the file's header states.
 
     Raises:
-        ValueError: when the file is damaged, truncated or holds something else.
+        ValueError: when the file is damaged, truncated, too large or holds something else.
     """
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path} is truncated or damaged ({error}): delete it and fetch it again") from error
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"{path} unpacks to more than {MOST_BYTES:,} bytes: delete it and fetch it again")
     dimensions = content[3] if len(content) > 3 else 0
     start = 4 + 4 * dimensions
     shape = [int.from_bytes(content[at : at + 4], "big") for at in range(4, start, 4)]
-    if content[:3] != b"\x00\x00\x08" or len(content) != start + math.prod(shape):
+    if content[:3] != b"\x00\x00\x08" or len(content) != start + math.prod(shape) or len(content) == start:
         raise ValueError(
             f"{path} is not a complete idx file of unsigned bytes: its header states {shape}, "
             f"it holds {len(content)} bytes. Delete it and fetch it again"

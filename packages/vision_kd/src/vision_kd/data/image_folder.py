@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from vision_kd.data.augment import SEED_RANGE, ImageDraws, distort
-from vision_kd.data.base import WORKERS, ImageDataModule, missing_data
+from vision_kd.data.base import UNPRINTABLE, WORKERS, ImageDataModule, missing_data
 from vision_kd.data.image_files import (
     endings,
     find_images,
@@ -29,12 +29,17 @@ def class_folders(split: Path) -> tuple[str, ...]:
 
     Raises:
         FileNotFoundError: when there is none.
+        ValueError: when a name cannot be shown and stored.
     """
     entries = split.iterdir() if split.is_dir() else ()
     names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     if not names:
         raise missing_data(
             "A folder per class", [split], f"one sub-folder per class in {split}, each holding that class's images"
+        )
+    if strange := [name for name in names if UNPRINTABLE.search(name)]:
+        raise ValueError(
+            f"{split}: {strange[0]!r}, the name of a class, has control characters or is no UTF-8: rename it"
         )
     return tuple(names)
 
