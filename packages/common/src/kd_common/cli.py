@@ -12,7 +12,6 @@ On top of LightningCLI it adds
 import atexit
 import contextlib
 import itertools
-import json
 import logging
 import re
 import sys
@@ -22,7 +21,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -125,7 +123,6 @@ class FitCLI(LightningCLI):
             try:
                 command_line = resumed_config(command_line) + command_line
                 command_line = resolve_config_names(command_line, self.config_dir)
-                check_config_files(command_line)
             except (FileNotFoundError, ValueError) as error:
                 parser.error(str(error))
             configs = [place for place, arg in enumerate(command_line) if arg.startswith("--config")]
@@ -278,26 +275,6 @@ def resolve_config_names(args: Sequence[str], config_dir: Path) -> list[str]:
     return resolved
 
 
-def check_config_files(args: Sequence[str]) -> None:
-    """Refuse configuration files that hold no settings, by name; jsonargparse would show their content instead.
-
-    Raises:
-        ValueError: If a file is no YAML mapping.
-    """
-    flags = itertools.pairwise([*args, ""])
-    for path in (following if arg in ("--config", "-c") else arg.partition("--config=")[2] for arg, following in flags):
-        if not path:
-            continue
-        try:
-            content = yaml.safe_load(Path(path).read_bytes())
-            json.dumps(content, default=str)  # anchors may make a mapping contain itself
-        except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"--config {path}: not a readable YAML file ({error})") from error
-        if not isinstance(content, dict):
-            found = "nothing" if content is None else type(content).__name__
-            raise ValueError(f"--config {path}: must hold settings by name, such as `trainer: {{...}}`, holds {found}")
-
-
 def find_config(name: str, config_dir: Path) -> str:
     """Path of a configuration given as a path or as the name of a packaged file (``.yaml`` may be left out)."""
     candidates = [Path(name), config_dir / name, config_dir / f"{name}.yaml"]
@@ -311,6 +288,8 @@ def find_config(name: str, config_dir: Path) -> str:
     # The name without its folder is close to none by its letters alone.
     elsewhere = [other for other in packaged if other.endswith(f"/{last}")]
     hint = f"; did you mean {', '.join(elsewhere)}?" if elsewhere else suggest(stem, listed)
+    if Path(name).is_dir():
+        raise FileNotFoundError(f"--config {name}: is a folder; give a file of settings in it")
     raise FileNotFoundError(
         f"--config {name}: no such file, and no packaged configuration{hint} (packaged: {', '.join(listed)})"
     )

@@ -18,6 +18,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from kd_common.imports import FLAG, ImportOption, guard, import_asked_for, import_named
 from kd_common.registry import suggest
+from kd_common.settings_text import check_config_files, keep_text
 from kd_common.terminal import printable
 
 # What only says on which way the parser came to the cause.
@@ -53,6 +54,7 @@ class CommandParser(ArgumentParser):
         """Parse a command line, after the imports that it asks for."""
         try:
             args = import_asked_for(sys.argv[1:] if args is None else args)
+            check_config_files(args)
         except ValueError as error:
             self.error(str(error))
         return super().parse_args(args, *rest, **settings)
@@ -78,6 +80,7 @@ class CommandParser(ArgumentParser):
 
 
 guard(CommandParser)
+keep_text(CommandParser)
 
 
 def by_flag(message: str, options: Collection[str]) -> str:
@@ -127,6 +130,8 @@ def _explained(cause: str, message: str, given: str) -> str:
         if found[1] in ("dict", "Mapping"):
             return f"Expected a dict, as in '{{name: {value if plain else 'value'}}}'{found[2] or ''}"
         return f"Expected a list, as in '[{value if plain else 'a, b'}]'{found[2] or ''}"
+    if cause.startswith("Expected a <class 'str'>. Got value: "):
+        return f"{_readable_types(cause)}; text that YAML takes for something else stands in quotes"
     if found := re.match(r"Option '(.*)' is not accepted", cause):
         (*_, owner) = re.findall(r"given class_path '(.*)'", message)
         return f"{owner} has no setting {found[1]!r}{suggest(found[1], _parameters(import_named(owner)))}"
@@ -146,6 +151,10 @@ def _explained(cause: str, message: str, given: str) -> str:
         return "class_path must be a name"
     if re.match("Unable to load config", cause):
         return f"expected settings by name, or a file of them ({cause[0].lower()}{cause[1:]})"
+    return _readable_types(cause)
+
+
+def _readable_types(cause: str) -> str:
     return re.sub(r"<class '([\w.]+)'>|typing\.", r"\1", cause)
 
 
