@@ -6,8 +6,6 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from kd_common.registry import UnknownNameError
 from kd_common.terminal import printable
 
@@ -62,8 +60,9 @@ def _refusals() -> tuple[type[Exception], ...]:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a processor or a GPU has no memory left."""
-    # torch's allocator of the processor raises a bare RuntimeError.
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    # torch's allocator of the processor raises a bare RuntimeError, that of a GPU one of its own.
+    of_gpu = type(error).__name__ == "OutOfMemoryError"
+    return of_gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
 
 def in_training(error: BaseException) -> bool:

@@ -7,13 +7,13 @@ import inspect
 import os
 import re
 import sys
+from argparse import SUPPRESS
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from jsonargparse import ArgumentParser, Namespace
 
 from kd_common.imports import FLAG, ImportOption, guard, import_asked_for, import_named
@@ -48,7 +48,7 @@ class CommandParser(ArgumentParser):
         super().__init__(*args, **settings)
         if self.exit_on_error:  # the parsers of nested classes raise instead
             about = "Import this module first, for classes of your own; repeat it for several."
-            self.add_argument(FLAG, action=ImportOption, metavar="MODULE", help=about)
+            self.add_argument(FLAG, action=ImportOption, metavar="MODULE", default=SUPPRESS, help=about)
 
     def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **settings: Any) -> Namespace:  # type: ignore[override]
         """Parse a command line, after the imports that it asks for."""
@@ -222,6 +222,8 @@ def check_accelerator(name: Any) -> None:
     Raises:
         ValueError: If PyTorch finds no GPU.
     """
+    import torch  # seconds, which a mistyped option need not wait for
+
     if name in ("gpu", "cuda") and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
         raise ValueError(
             f"--trainer.accelerator {name}: PyTorch {torch.__version__} finds no GPU here; set it to auto or cpu, or "
@@ -270,12 +272,21 @@ def check_batch_size(rows: int, what: str, batch_size: int, world_size: int) -> 
         )
 
 
+def default_device() -> str:
+    """A GPU if there is one, else the processor."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def check_device(name: str) -> None:
     """Refuse a ``--device`` that this machine does not have.
 
     Raises:
         ValueError: If PyTorch cannot use it.
     """
+    import torch
+
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:  # the latter from builds for other hardware

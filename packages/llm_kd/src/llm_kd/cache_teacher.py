@@ -4,6 +4,11 @@ The rest of the command line is that of ``llm_kd.fit``, configurations included;
 ``--model.teacher.cache F``.
 """
 
+from kd_common.early import answer_early
+
+if __name__ == "__main__":
+    answer_early("llm_kd.cache_teacher")  # before the imports below, which take seconds
+
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -14,7 +19,7 @@ from tqdm.auto import tqdm
 
 from kd_common.errors import run_command
 from kd_common.hub import load_config
-from kd_common.messages import check_device, check_folder
+from kd_common.messages import check_device, check_folder, default_device
 from llm_kd.data import SPLITS, TokenBatch
 from llm_kd.data.loader import TextLoader
 from llm_kd.fit import LanguageCLI, build
@@ -119,11 +124,12 @@ class CacheCLI(LanguageCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add where and how to store."""
         super().add_arguments_to_parser(parser)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         parser.add_argument("--folder", type=str, required=True, help="Where to write; continued if interrupted.")
         parser.add_argument("--size", type=int, default=64, help="Tokens stored per position, K.")
         parser.add_argument("--dtype", type=str, default="float16", help="float16, bfloat16 or float32, as stored.")
-        parser.add_argument("--device", type=str, default=device, help="Where the teacher runs.")
+        parser.add_argument(
+            "--device", type=str | None, default=None, help="Where the teacher runs; a GPU if there is one."
+        )
 
     def instantiate_classes(self) -> None:
         """Build the data."""
@@ -134,6 +140,7 @@ def main(args: ArgsType = None) -> TeacherCache:
     """Write the cache for the training and validation examples, and say how to use it."""
     cli = build(args, CacheCLI)
     settings, data = cli.config, cli.datamodule
+    settings["device"] = settings["device"] or default_device()
     check_device(settings["device"])
     check_folder("--folder", settings["folder"])
     # The layout refuses a size or dtype that cannot be stored: before the teacher is loaded and answers the prompts.

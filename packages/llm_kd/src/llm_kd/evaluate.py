@@ -4,6 +4,11 @@ On the answers in the file: NLL, and with ``--teacher`` the KL to it, agreement 
 that the student writes: ROUGE-L, by default in the MiniLLM protocol.
 """
 
+from kd_common.early import answer_early
+
+if __name__ == "__main__":
+    answer_early("llm_kd.evaluate")  # before the imports below, which take seconds
+
 import dataclasses
 import json
 import math
@@ -23,7 +28,7 @@ from kd_common.compare import mean_and_spread
 from kd_common.errors import run_command
 from kd_common.files import write_atomically
 from kd_common.hub import load_config, load_tokenizer
-from kd_common.messages import CommandParser, check_device, check_file
+from kd_common.messages import CommandParser, check_device, check_file, default_device
 from kd_common.terminal import printable
 from llm_kd.answers import Answers, answer_prompts
 from llm_kd.data import TextDataModule
@@ -107,7 +112,7 @@ def parser() -> CommandParser:
     parser.add_argument("--dtype", type=str, default="float32", help="Precision of the student's weights.")
     parser.add_argument("--teacher_dtype", type=str | None, default=None, help="The teacher's, if it is another.")
     parser.add_argument("--attention", type=str, default="sdpa", help="Attention of transformers; Gemma 2 needs eager.")
-    parser.add_argument("--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu", help="Device.")
+    parser.add_argument("--device", type=str | None, default=None, help="Device; by default a GPU if there is one.")
     return parser
 
 
@@ -225,6 +230,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         ValueError: For settings that cannot be used.
     """
     settings = parser().parse_args(args)
+    settings.device = settings.device or default_device()
     check_device(settings.device)
     sampling = check(settings)
     output = None if settings.output is None else Path(settings.output)

@@ -4,15 +4,19 @@ The prompt becomes a user's turn of the tokenizer's chat template, or of the ins
 template are trained on.
 """
 
+from kd_common.early import answer_early
+
+if __name__ == "__main__":
+    answer_early("llm_kd.generate")  # before the imports below, which take seconds
+
 import dataclasses
 import sys
 
-import torch
 from transformers import TextStreamer
 
 from kd_common.errors import run_command
 from kd_common.hub import load_causal_lm, load_tokenizer, note_unapplied
-from kd_common.messages import CommandParser, check_device
+from kd_common.messages import CommandParser, check_device, default_device
 from kd_common.terminal import printable
 from llm_kd.answers import visible
 from llm_kd.data import Encoder, Message, Row
@@ -40,7 +44,7 @@ def parser() -> CommandParser:
     parser.add_argument("--seed", type=int, default=0, help="Seed of the drawing.")
     parser.add_argument("--dtype", type=str, default="float32", help="Precision of the weights.")
     parser.add_argument("--attention", type=str, default="sdpa", help="Attention of transformers; Gemma 2 needs eager.")
-    parser.add_argument("--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu", help="Device.")
+    parser.add_argument("--device", type=str | None, default=None, help="Device; by default a GPU if there is one.")
     return parser
 
 
@@ -54,6 +58,7 @@ def main(args: list[str] | None = None) -> str:
         ValueError: If the prompt is empty or too long, or a setting is out of its range.
     """
     settings = parser().parse_args(args)
+    settings.device = settings.device or default_device()
     check_device(settings.device)
     prompt = (sys.stdin.read() if settings.prompt == "-" else settings.prompt).strip()
     if not prompt:

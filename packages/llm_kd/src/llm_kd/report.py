@@ -4,6 +4,11 @@ From the logs: KL, NLL and acceptance over the updates. From the saved students,
 tokens in place, acceptance by the teacher's entropy, loss by position. Several runs are laid over each other.
 """
 
+from kd_common.early import answer_early
+
+if __name__ == "__main__":
+    answer_early("llm_kd.report")  # before the imports below, which take seconds
+
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -4,6 +4,11 @@ Every prompt set and temperature is a block in which all decoders take turns on 
 when a run is interrupted.
 """
 
+from kd_common.early import answer_early
+
+if __name__ == "__main__":
+    answer_early("spec_decode.benchmark")  # before the imports below, which take seconds
+
 import hashlib
 import json
 import os

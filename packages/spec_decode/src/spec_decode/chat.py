@@ -3,6 +3,11 @@
 ``/new`` starts over, ``/exit`` ends, Ctrl-C stops an answer.
 """
 
+from kd_common.early import answer_early
+
+if __name__ == "__main__":
+    answer_early("spec_decode.chat")  # before the imports below, which take seconds
+
 import re
 import sys
 from collections.abc import Callable

@@ -12,6 +12,11 @@ The target's text and features are written once, by the first run. Every finishe
 once; an interrupted comparison continues where it stopped.
 """
 
+from kd_common.early import answer_early
+
+if __name__ == "__main__":
+    answer_early("spec_decode.compare")  # before the imports below, which take seconds
+
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -4,6 +4,11 @@ Weights ``fc``, ``midlayer``, ``norm`` and ``lm_head`` with the vocabulary maps 
 ``t2d`` (whether a target token can be drafted). Nothing else reads the other drafters; their own folder is the format.
 """
 
+from kd_common.early import answer_early
+
+if __name__ == "__main__":
+    answer_early("spec_decode.export")  # before the imports below, which take seconds
+
 import json
 from collections.abc import Sequence
 from pathlib import Path

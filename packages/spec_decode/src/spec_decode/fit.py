@@ -4,6 +4,11 @@
 and tests call ``build([...])`` with the same arguments as the command line.
 """
 
+from kd_common.early import answer_early
+
+if __name__ == "__main__":
+    answer_early("spec_decode.fit")  # before the imports below, which take seconds
+
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path

@@ -3,6 +3,11 @@
 Drafted tokens that the target accepted are green where colours are shown.
 """
 
+from kd_common.early import answer_early
+
+if __name__ == "__main__":
+    answer_early("spec_decode.generate")  # before the imports below, which take seconds
+
 import sys
 from collections.abc import Sequence
 from typing import TextIO

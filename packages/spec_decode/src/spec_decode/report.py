@@ -5,6 +5,11 @@ prompts: acceptance per level, where the time goes, and draft trees with their a
 target are compared.
 """
 
+from kd_common.early import answer_early
+
+if __name__ == "__main__":
+    answer_early("spec_decode.report")  # before the imports below, which take seconds
+
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

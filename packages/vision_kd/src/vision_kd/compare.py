@@ -11,6 +11,11 @@ A comparison file names the configurations all runs share and those each variant
 Every finished run is written to ``results.json`` at once; an interrupted comparison continues where it stopped.
 """
 
+from kd_common.early import answer_early
+
+if __name__ == "__main__":
+    answer_early("vision_kd.compare")  # before the imports below, which take seconds
+
 import statistics
 from collections.abc import Sequence
 from pathlib import Path

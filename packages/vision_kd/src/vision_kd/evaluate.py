@@ -5,6 +5,11 @@ teacher of the public bundle, safetensors) name both: ``--model.name resnet32x4 
 detections are written as COCO results beside the weights; ``--images FOLDER`` draws them.
 """
 
+from kd_common.early import answer_early
+
+if __name__ == "__main__":
+    answer_early("vision_kd.evaluate")  # before the imports below, which take seconds
+
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +21,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from kd_common.errors import run_command
-from kd_common.messages import CommandParser, check_device, check_file, check_folder
+from kd_common.messages import CommandParser, check_device, check_file, check_folder, default_device
 from vision_kd.data import ImageDataModule
 from vision_kd.detection.data import COCO
 from vision_kd.detection.detector import Detector
@@ -66,7 +71,7 @@ def parser() -> CommandParser:
     parser.add_argument("--ckpt", type=str, required=True, help="Weight file.")
     parser.add_argument("--model", type=ModelSpec | None, default=None, help="Network, for files that do not name it.")
     parser.add_argument("--data", type=ImageDataModule | None, default=None, help="Data to evaluate on.")
-    parser.add_argument("--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu", help="Device.")
+    parser.add_argument("--device", type=str | None, default=None, help="Device; by default a GPU if there is one.")
     parser.add_argument("--export", type=str | None, default=None, help="Also write a torch.export program (.pt2).")
     parser.add_argument("--results", type=str | None, default=None, help="COCO results; default CKPT.detections.json.")
     parser.add_argument("--images", type=str | None, default=None, help="Folder for pictures of detections.")
@@ -120,6 +125,7 @@ def detect(settings: Namespace, detector: Detector, data: COCO) -> dict[str, flo
 def main(args: list[str] | None = None) -> dict[str, float]:
     """Evaluate, print and return the metrics."""
     settings = parser().parse_args(args)
+    settings.device = settings.device or default_device()
     check_device(settings.device)
     for flag in ("results", "export"):  # before what is to be written there is computed
         if settings[flag] is not None:

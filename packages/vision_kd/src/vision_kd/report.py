@@ -5,6 +5,11 @@ students of classifiers: correlation of logits beside the teacher's, calibration
 Several runs are laid over each other; give them in the order in which they should be compared, the reference first.
 """
 
+from kd_common.early import answer_early
+
+if __name__ == "__main__":
+    answer_early("vision_kd.report")  # before the imports below, which take seconds
+
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
