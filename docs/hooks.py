@@ -2,12 +2,15 @@
 
 Every page is written for reading in the repository, where links are relative to its own file. On the site, links to
 other pages lead to their places there; links to folders and source files, which the site does not hold, become text.
+Formulas become MathML, which browsers draw without a script: pages need nothing from a network.
 """
 
+import html
 import os
 import re
 from pathlib import Path
 
+from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -15,6 +18,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parents[1]
 OUTSIDE = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "benchmarks/README.md": "benchmarks.md"}
 OUTSIDE |= {f"notebooks/{file.name}": f"notebooks/{file.stem}.md" for file in sorted(ROOT.glob("notebooks/*.py"))}
+FORMULA = re.compile(r'(<(?:span|div) class="arithmatex">)\\([(\[])(.*?)\\[)\]](</(?:span|div)>)', re.S)
 LINK = re.compile(r"(?P<text>!?\[[^\]]*\])\((?P<path>[^)#\s]*)(?P<anchor>#[^)\s]*)?\)")
 
 
@@ -59,3 +63,13 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return f"{link['text']}({os.path.relpath(place, here)}{link['anchor'] or ''})"
 
     return LINK.sub(fit, markdown)
+
+
+def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Set the formulas of a page that arithmatex has marked."""
+
+    def draw(found: re.Match[str]) -> str:
+        start, bracket, formula, end = found.groups()
+        return start + convert(html.unescape(formula), display="inline" if bracket == "(" else "block") + end
+
+    return FORMULA.sub(draw, content)
