@@ -334,11 +334,15 @@ def test_a_required_setting_of_a_class_is_named_in_full():
     assert readable(message) == "--model.student.name is required"
 
 
-def test_a_setting_that_must_not_be_null_is_named(build):
+def test_a_setting_that_must_not_be_null_is_named(build, tmp_path, capsys):
+    (tmp_path / "null.yaml").write_text("model: {init_args: {width: null}}")
     with pytest.raises(
         ValueError, match=r"^model\.width must not be null; give a value, or leave it out for the default$"
     ):
+        build("--config", str(tmp_path / "null.yaml"))
+    with pytest.raises(SystemExit, match="2"):
         build("--model.width", "null")
+    assert "error: --model.width: must not be null; give a value" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

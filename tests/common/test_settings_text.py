@@ -172,7 +172,7 @@ def test_elements_of_lists_are_text(flag):
     ("args", "said"),
     [
         (["--stop=# x"], "--stop: .*null for none"),
-        (["--stop=x"], r"--stop: Expected a list, as in '\[x\]'"),
+        (["--stop=x"], r"--stop.*: Expected a list, as in '\[x\]'"),
         (["--stop=[a: b]"], "--stop.*stands in quotes"),
         (["--stop=[a"], "--stop"),
         (["--group.count=# x"], r"--group\.count: .*null for none"),

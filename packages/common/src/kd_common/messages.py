@@ -67,9 +67,7 @@ class CommandParser(ArgumentParser):
             message = f"Unrecognized arguments: --{'.'.join(filter(None, found.groups()))}"
         message = readable(by_flag(message, self._option_string_actions))
         # One that is linked to another is asked for its type before it is missed.
-        if (found := re.fullmatch(r"--(\S+): Expected a .* Got value: None", message)) and found[
-            1
-        ] in self.required_args:
+        if (found := re.fullmatch(r"--(\S+): must not be null.*", message)) and found[1] in self.required_args:
             message = f"--{found[1]} is required"
         if self.example and message.endswith(" is required"):
             message += f", as in: {self.prog} {self.example}"
@@ -130,6 +128,8 @@ def _explained(cause: str, message: str, given: str) -> str:
         if found[1] in ("dict", "Mapping"):
             return f"Expected a dict, as in '{{name: {value if plain else 'value'}}}'{found[2] or ''}"
         return f"Expected a list, as in '[{value if plain else 'a, b'}]'{found[2] or ''}"
+    if re.match(r"Expected a .*\. Got value: None$", cause):
+        return "must not be null; give a value, or leave it out for the default"
     if cause.startswith("Expected a <class 'str'>. Got value: "):
         return f"{_readable_types(cause)}; text that YAML takes for something else stands in quotes"
     if found := re.match(r"Option '(.*)' is not accepted", cause):

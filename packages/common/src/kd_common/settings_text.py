@@ -240,9 +240,8 @@ def keep_text(parser: type) -> None:
         if isinstance(value, str) and isinstance(parent_parser.get(), parser):
             if _only_text(hint):
                 return value if settings.get("serialize") else _as_text(value, hint)
-            members = [member for member in _members(hint) if member is not type(None)]
-            if value != NULL and type(None) in _members(hint):
-                hint = Union[tuple(members)]  # noqa: UP007 (of types that are known only now)
+            if hint is type(None) and value != NULL:  # jsonargparse takes a comment for null
+                raise ValueError(f"Expected a {hint}. Got value: {value}")
         return adapt(value, hint, *args, **settings)
 
     ActionTypeHint.__call__ = marked_call  # type: ignore[method-assign]
@@ -252,7 +251,8 @@ def keep_text(parser: type) -> None:
 
 def _only_text(hint: Any) -> bool:
     """Whether a type takes text and nothing else but null; jsonargparse reads that as YAML, again and again."""
-    return all(member is type(None) or _is_text(member) for member in _members(hint))
+    members = {*_members(hint)} - {type(None)}
+    return bool(members) and all(map(_is_text, members))
 
 
 def _as_text(value: str, hint: Any) -> Any:
