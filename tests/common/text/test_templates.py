@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from kd_common.text import ChatEncoder, EncodingError, Message, Row, encode_each, read_rows, template
 from kd_common.text.template import DATE
+from kd_common.vocabulary import end_tokens
 
 LOOP = "{% for m in messages %}"
 OPEN = "{% if add_generation_prompt %}"
@@ -336,6 +337,13 @@ def test_all_refused_rows_are_counted():
     assert len(encode_each(rows[:1], encoder.encoded)) == 1
 
 
+def test_ends_are_those_at_which_answers_are_learnt_to_end():
+    for chat_template, eos, _ in FAMILIES.values():
+        made = tokenizer(chat_template, eos)
+        assert set(end_tokens(made)) == set(ChatEncoder(made).eos_ids)
+    assert ChatEncoder(tokenizer("nothing <|im_start|>")).closing_id is None
+
+
 def test_dates_are_those_of_one_day_in_the_templates_own_format():
     chat_template = "{{ strftime_now('%Y-%m-%d, %A %H:%M') }}\n" + CHATML
     encoder = ChatEncoder(tokenizer(chat_template))
@@ -371,6 +379,8 @@ def test_templates_without_end_are_refused(monkeypatch, extra, problem):
     monkeypatch.setattr(template, "SECONDS", 1.0)
     with pytest.raises(EncodingError, match=rf"the chat template of tiny ({problem})"):
         ChatEncoder(tokenizer(CHATML + extra))
+    with pytest.raises(EncodingError, match=rf"the chat template of tiny ({problem})"):
+        end_tokens(tokenizer(CHATML + extra))
 
 
 @pytest.mark.parametrize(

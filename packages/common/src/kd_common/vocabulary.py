@@ -1,12 +1,13 @@
 """The vocabulary that two models of one tokenizer share, and the tokens at which an answer ends.
 
-Needs the extra ``kd-common[hub]``.
+Needs the extras ``kd-common[hub,text]``.
 """
 
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+
+from kd_common.text import ChatEncoder
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -63,7 +64,7 @@ def end_tokens(tokenizer: Any, *settings: Any) -> tuple[int, ...]:
             number, a list of numbers or nothing.
 
     Raises:
-        ValueError: If a configuration names something else.
+        ValueError: If a configuration names something else, or the template does not end.
     """
     found = [tokenizer.eos_token_id, _closing(tokenizer), *configured_ends(*settings)]
     return tuple(dict.fromkeys(token for token in found if token is not None))
@@ -83,16 +84,4 @@ def configured_ends(*settings: Any) -> list[int]:
 
 def _closing(tokenizer: Any) -> int | None:
     """The special token by which the chat template closes an answer; None if there is no such template or token."""
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    answer = "answer"
-    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
-    try:
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except TemplateError:  # shows where the template is used
-        return None
-    added = tokenizer.added_tokens_decoder.items()  # Gemma adds white space, too
-    special = {tokenizer.eos_token_id, *(number for number, token in added if token.content.strip())}
-    _, found, tail = text.rpartition(answer)
-    ids = tokenizer(tail, add_special_tokens=False, verbose=False).input_ids if found else []
-    return next((token for token in ids if token in special), None)
+    return ChatEncoder(tokenizer).closing_id if getattr(tokenizer, "chat_template", None) else None

@@ -350,10 +350,10 @@ class ChatEncoder:
     # --- what a template writes ---
 
     def _find_closing(self) -> int | None:
-        tail = self._ids(self._probed(PROBE, prompt=False).rpartition(PROBE[1]["content"])[2])
+        _, found, tail = self._probed(PROBE, prompt=False).rpartition(PROBE[1]["content"])
         added = self.tokenizer.added_tokens_decoder.items()  # Gemma adds white space, too
         special = {self.tokenizer.eos_token_id, *(number for number, token in added if token.content.strip())}
-        return next((token for token in tail if token in special), None)
+        return next((token for token in self._ids(tail if found else "") if token in special), None)
 
     def _probed(self, turns: Turns, *, prompt: bool) -> str:
         """A short conversation as text; empty for a template that wants other turns."""
