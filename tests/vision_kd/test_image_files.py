@@ -94,8 +94,9 @@ def test_greys_of_16_bits_keep_their_upper_8(tmp_path, kind):
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])
 def test_numbers_without_a_defined_white_are_refused(tmp_path, dtype):
     path = write(tmp_path / "scan.tif", np.ones((4, 5), dtype))
-    with pytest.raises(ValueError, match=r"scan\.tif .*white is not defined"):
-        read_rgb(path)
+    for read in (read_rgb, header_size):
+        with pytest.raises(ValueError, match=r"scan\.tif .*white is not defined"):
+            read(path)
 
 
 @pytest.mark.parametrize("tag", [{262: 0}, {258: 12}], ids=["white is zero", "12 bits"])
@@ -106,8 +107,9 @@ def test_greys_of_16_bits_that_mean_something_else_are_refused(tmp_path, tag):
     place = content.index(struct.pack("<HHI", number, 3, 1))
     content[place + 8 : place + 10] = struct.pack("<H", value)
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"scan\.tif"):
-        read_rgb(path)
+    for read in (read_rgb, header_size):
+        with pytest.raises(ValueError, match=r"scan\.tif .*white is not defined"):
+            read(path)
 
 
 def test_transparent_parts_are_shown_on_white(tmp_path):

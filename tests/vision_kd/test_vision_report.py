@@ -1,9 +1,11 @@
 """The report of real runs: every section is there, students and teacher are compared, wrong folders are refused."""
 
+import numpy as np
 import pytest
 
 from vision_kd.fit import main as fit
 from vision_kd.report import main
+from vision_kd.run_figures import plot_class_changes, plot_correlations
 
 ARGUMENTS = [
     "--trainer.max_epochs=2",
@@ -54,3 +56,10 @@ def test_a_folder_without_a_run(tmp_path):
     (tmp_path / "metrics.csv").write_text("epoch,step,val/tar\n0,1,0.5\n")
     with pytest.raises(ValueError, match=r"no run of vision_kd\.fit"):
         main([str(tmp_path)])
+
+
+def test_names_of_classes_are_no_formulas(tmp_path):
+    """matplotlib would refuse this one while it saves a figure."""
+    names = ["$\\frac$", "US$5"]
+    plot_correlations({"student": np.eye(2)}, names).savefig(tmp_path / "a.png")
+    plot_class_changes({"student": np.zeros(2)}, names, "reference").savefig(tmp_path / "b.png")

@@ -1,6 +1,7 @@
 """Average precision, against pycocotools used by hand; result files; gathering; pictures."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -128,4 +129,11 @@ def test_evaluation_finds_what_a_detector_knows(tools, path):
 
 def test_pictures(split, tmp_path):
     draw_detections(tmp_path / "p.png", split, PERFECT, [10, 30], threshold=0.85)
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_names_are_drawn_as_they_are(split, tmp_path):
+    """No formulas: matplotlib refuses this one."""
+    named = replace(split, class_names=("$\\frac$", "US$5", "c9"))
+    draw_detections(tmp_path / "p.png", named, PERFECT, [10], threshold=0.5)
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")

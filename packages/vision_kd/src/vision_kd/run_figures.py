@@ -112,8 +112,8 @@ def plot_correlations(correlations: Mapping[str, np.ndarray], classes: Sequence[
                 colour = "white" if abs(value) > 0.6 else "black"
                 axes.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=6, color=colour)
         if len(classes) <= 20:
-            axes.set_xticks(range(len(classes)), classes, rotation=_turn(classes), fontsize=8)
-            axes.set_yticks(range(len(classes)), classes, fontsize=8)
+            axes.set_xticks(range(len(classes)), classes, rotation=_turn(classes), fontsize=8, parse_math=False)
+            axes.set_yticks(range(len(classes)), classes, fontsize=8, parse_math=False)
         else:
             axes.set(xlabel="class", ylabel="class")
     figure.colorbar(image, ax=panels, label="correlation of logits over the validation samples", shrink=0.8)
@@ -149,7 +149,9 @@ def plot_class_changes(changes: Mapping[str, np.ndarray], classes: Sequence[str]
     axes.axhline(0, color="0.3", lw=0.8)
     axes.set(ylabel=f"accuracy minus that of {reference} (points)")
     if len(order) <= 40:
-        axes.set_xticks(range(len(order)), [classes[i] for i in order], rotation=_turn(classes), fontsize=8)
+        axes.set_xticks(
+            range(len(order)), [classes[i] for i in order], rotation=_turn(classes), fontsize=8, parse_math=False
+        )
     else:
         axes.set(xlabel="classes, sorted")
     axes.grid(alpha=0.3, axis="y")

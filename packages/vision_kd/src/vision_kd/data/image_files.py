@@ -113,6 +113,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             # The further images of an MPO are previews and depth maps of the first.
             if image.format != "MPO" and getattr(image, "is_animated", False):
                 raise ValueError("it holds several frames or pages, of which one would be taken")
+            if image.mode.startswith(("I", "F")) and not _has_16_bits(image):
+                raise ValueError(f"its pixels are numbers whose white is not defined, Pillow's mode {image.mode}")
             yield image
     except Exception as error:  # Pillow reports damage with whatever error its decoder ends in
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.filename):
@@ -177,14 +179,15 @@ def read_rgb(path: Path) -> Tensor:
         return F.pil_to_tensor(rgb if upright is None else rgb.transpose(upright))
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """An image of one byte a channel; Pillow's own conversion cuts 16 bits off at 255."""
-    if not image.mode.startswith(("I", "F")):
-        return image
+def _has_16_bits(image: Image.Image) -> bool:
+    """Whether an image is grey from 0, black, to 65,535, white."""
     tags = getattr(image, "tag_v2", {})
-    sixteen_bits = image.mode.startswith("I;16") or image.format in ("PNG", "PPM")  # in "I" where Pillow is older
     black_is_zero = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 1) == 1
     filled = tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,)) == (16,)
-    if image.mode == "F" or not (sixteen_bits and black_is_zero and filled) or "transparency" in image.info:
-        raise ValueError(f"its pixels are numbers whose white is not defined, Pillow's mode {image.mode}")
-    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    return sixteen and black_is_zero and filled and "transparency" not in image.info
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """An image of one byte a channel; Pillow's own conversion cuts 16 bits off at 255."""
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if image.mode.startswith("I") else image
