@@ -4,6 +4,7 @@ import inspect
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -777,3 +778,53 @@ def test_settings_that_a_class_hands_on_as_keywords_are_none_of_its_own():
     config = Namespace(trainer=Namespace(logger=logger))
     check_groups(config)
     assert null_settings(config) == []
+
+
+# ---------------------------------------------------------------- settings without effect
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--model.rule=Strong", "--model.rule.power=3", "--model.rule=Mild"],
+        ["--model.rule=Strong", "--model.rule.power", "3", "--model.rule=null"],
+        ["--model.rule=Strong", "--model.init_args.rule.init_args.power=3", "--model.rule=Mild"],
+    ],
+)
+def test_a_setting_of_a_class_that_is_replaced_behind_it_is_refused(build, capsys, args):
+    with pytest.raises(SystemExit, match="2"):
+        build(*args)
+    assert "power has no effect" in capsys.readouterr().err
+    assert build("--model.rule=Mild", "--model.rule=Strong", "--model.rule.power=3").model.rule.power == 3
+
+
+def test_lightnings_environment_variables_are_refused(build, monkeypatch, capsys):
+    monkeypatch.setenv("PL_TRAINER_MAX_EPOCHS", "7")
+    with pytest.raises(SystemExit, match="2"):
+        build()
+    assert (
+        "PL_TRAINER_MAX_EPOCHS has no effect here; unset it, and give --trainer.max_epochs" in capsys.readouterr().err
+    )
+
+
+def test_a_checkpoint_given_twice_or_empty_is_refused(build, capsys):
+    for args, said in ((["--ckpt_path", "a", "--ckpt_path=b"], "2 times (a, b)"), (["--ckpt_path="], "is empty")):
+        with pytest.raises(SystemExit, match="2"):
+            build(*args)
+        assert f"--ckpt_path {said}" in capsys.readouterr().err.replace("is given ", "")
+
+
+def test_a_resumed_run_says_which_settings_it_reads(build, last_checkpoint, caplog):
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        build("--ckpt_path", str(last_checkpoint), "--trainer.max_epochs", "2")
+    assert str(last_checkpoint.parents[1] / "config.yaml") in caplog.text
+
+
+def test_a_checkpoint_that_would_unpack_to_more_than_it_holds_is_refused(tmp_path):
+    path = tmp_path / "bomb.ckpt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(2**26))
+    with pytest.raises(
+        ValueError, match=r"bomb\.ckpt: not a readable checkpoint \(damaged: archive/data\.pkl, compressed"
+    ):
+        check_resumable(path)

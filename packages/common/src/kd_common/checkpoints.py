@@ -1,6 +1,7 @@
 """Checkpoints of a run: written in one step, and checked before anything is built on them."""
 
 import io
+import itertools
 import json
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_info
 
 from kd_common.files import damaged_entry, write_atomically
 
@@ -41,13 +43,24 @@ def resumed_config(args: Sequence[str]) -> list[str]:
     """``--config`` for the configuration saved beside the checkpoint that ``--ckpt_path`` names, if there is one.
 
     A resumed run thus continues with its own settings; what else is on the command line still wins.
+
+    Raises:
+        ValueError: If the flag is given twice, or empty.
     """
-    for i, arg in enumerate(args):
-        value = args[i + 1] if arg == "--ckpt_path" and i + 1 < len(args) else arg.partition("--ckpt_path=")[2]
-        config = Path(value).parent.parent / "config.yaml"
-        if value and config.is_file():
-            return [f"--config={config}"]
-    return []
+    given = [
+        following if arg == "--ckpt_path" else arg.removeprefix("--ckpt_path=")
+        for arg, following in itertools.pairwise([*args, ""])
+        if arg == "--ckpt_path" or arg.startswith("--ckpt_path=")
+    ]
+    if len(given) > 1:
+        raise ValueError(f"--ckpt_path is given {len(given)} times ({', '.join(given)}); a run resumes from one file")
+    if "" in given:
+        raise ValueError("--ckpt_path is empty; give a file, or null to start anew")
+    config = Path(given[0]).parent.parent / "config.yaml" if given else None
+    if config is None or not config.is_file():
+        return []
+    rank_zero_info(f"Settings of the run that is resumed: {config}; what the command line gives goes before them.")
+    return [f"--config={config}"]
 
 
 def check_same_settings(path: Path, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ import atexit
 import contextlib
 import itertools
 import logging
+import os
 import re
 import sys
 import warnings
@@ -141,7 +142,10 @@ class FitCLI(LightningCLI):
         if not isinstance(self.config["trainer"], Mapping | Namespace):
             parser.error(f"trainer: expected its settings, such as {{max_epochs: 3}}, got {self.config['trainer']!r}")
         try:
+            check_environment()
             check_groups(self.config)
+            if not isinstance(args, dict):
+                check_effect(self.config, command_line)
         except ValueError as error:
             parser.error(str(error))
 
@@ -195,6 +199,50 @@ class FitCLI(LightningCLI):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # nobody chose another one
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer
+
+
+def check_environment() -> None:
+    """Refuse Lightning's variables for trainer settings: the configuration gives every setting, so they do nothing.
+
+    Raises:
+        ValueError: Naming a variable and the flag to use.
+    """
+    prefix = "PL_TRAINER_"
+    if found := next((name for name in os.environ if name.startswith(prefix)), None):
+        flag = f"--trainer.{found.removeprefix(prefix).lower()}"
+        raise ValueError(f"the environment variable {found} has no effect here; unset it, and give {flag}")
+
+
+def check_effect(config: Namespace, command_line: Sequence[str]) -> None:
+    """Refuse a setting inside a class that something behind it replaced; jsonargparse drops it.
+
+    Args:
+        config: The parsed configuration.
+        command_line: What it was parsed from.
+
+    Raises:
+        ValueError: Naming the flag.
+    """
+    for word in command_line:
+        flag = word.partition("=")[0]
+        parts = flag.removeprefix("--").removesuffix("+").split(".")
+        if flag.startswith("--") and len(parts) > 2 and parts[0] in config and not _is_set(config, parts):
+            raise ValueError(
+                f"{flag} has no effect: what stands behind it replaces the class that it sets; put it last"
+            )
+
+
+def _is_set(settings: Any, parts: Sequence[str]) -> bool:
+    """Whether a configuration holds a setting, given by the parts of its name with or without ``init_args``."""
+    for part in parts:
+        if not isinstance(settings, Namespace):
+            return settings is not None  # inside a list or a mapping
+        if "class_path" in settings and part not in ("class_path", "init_args", "dict_kwargs"):
+            settings = settings.get("init_args") or Namespace()
+        if part not in settings:
+            return False
+        settings = settings[part]
+    return True
 
 
 def check_strategy(name: Any) -> None:
