@@ -490,6 +490,16 @@ def test_tables_fit_a_terminal():
     assert sum("mt_bench, temperature 1" in line for line in lines) == 2
 
 
+def test_names_in_tables_are_shown_as_they_are():
+    """Neither the terminal obeys control characters in them, nor the table marks of its own."""
+    rows = [{"set": "a[bold]\x1b[2J", "temperature": 0.0, "drafter": "x[red]\x1b[2J", "end_to_end": 1.0}]
+    out = io.StringIO()
+    print_tables(rows, Console(file=out, width=80))
+    assert "\x1b" not in out.getvalue()
+    assert r"a[bold]\x1b[2J" in out.getvalue()
+    assert r"x[red]\x1b[2J" in out.getvalue()
+
+
 def test_first_divergence():
     assert first_divergence([[1, 2], [1, 2, 3], [4], [1, 5]], [[1, 2], [1, 2], [4, 5], [1, 6]]) == [None, 2, 1, 1]
 

@@ -24,6 +24,7 @@ from kd_common.cli import resolve_config_names
 from kd_common.files import read_json, write_atomically
 from kd_common.imports import asked_for, import_asked_for, refuse_imports
 from kd_common.messages import CommandParser, check_folder
+from kd_common.terminal import printable
 
 Row = dict[str, Any]
 RunOne = Callable[[str, int, Sequence[str], int], Row]
@@ -201,7 +202,7 @@ def write_table(lines: Sequence[Mapping[str, str]], path: Path, title: str) -> N
     for column in columns:
         table.add_column(column, justify="left" if column == columns[0] else "right")
     for line in lines:
-        table.add_row(*(escape(value) for value in line.values()))
+        table.add_row(*(escape(printable(value)) for value in line.values()))
     Console().print(table)
     cells = [columns, ["---"] * len(columns), *(list(line.values()) for line in lines)]
     write_atomically(path, "\n".join("| " + " | ".join(row) + " |" for row in cells) + "\n")

@@ -195,7 +195,9 @@ def over_seeds(answers: Mapping[int, Answers]) -> dict[str, Any]:
 def print_result(result: Mapping[str, Any], console: Console) -> None:
     """Print a result of :func:`main` as a table, with every setting below it."""
     tokens, settings, rouge, data = (result.get(name, {}) for name in ("tokens", "settings", "rouge_l", "data"))
-    table = Table(title=f"{settings['student']}: {data['supervised_tokens']:,} tokens of {data['rows']:,} rows")
+    table = Table(
+        title=f"{escape(printable(settings['student']))}: {data['supervised_tokens']:,} tokens of {data['rows']:,} rows"
+    )
     for column in ("", "NLL", "KL", "agreement", f"TAR, top-{settings['k']}", "ROUGE-L"):
         table.add_column(column, justify="right" if column else "left")
     compared = (

@@ -20,6 +20,7 @@ from kd_common.errors import run_command
 from kd_common.hub import load_causal_lm, load_config, load_tokenizer
 from kd_common.messages import CommandParser, check_folder
 from kd_common.report import Section, check_validated, read_config, read_metrics, run_names, write_report
+from kd_common.terminal import printable
 from llm_kd.data import TextDataModule
 from llm_kd.figures import Metrics, mark_tokens, plot_entropy, plot_positions, plot_progress
 from llm_kd.models import Body, shared_vocabulary
@@ -176,7 +177,7 @@ def main(args: list[str] | None = None) -> Path:
     settings = parser.parse_args(args)
     check_folder("--output", settings.output)
     page = report(settings.runs, settings.output, limit=settings.limit, k=settings.k, texts=settings.texts)
-    Console().print(f"written to {page}", soft_wrap=True, highlight=False)
+    Console().print(printable(f"written to {page}"), markup=False, soft_wrap=True, highlight=False)
     return page
 
 

@@ -19,6 +19,7 @@ from rich.console import Console
 from kd_common.errors import run_command
 from kd_common.messages import CommandParser, check_folder
 from kd_common.report import Section, check_validated, read_config, read_metrics, run_names, write_report
+from kd_common.terminal import printable
 from kd_common.text import Row, encode_each
 from spec_decode.data.corpus import prompt_rows
 from spec_decode.data.prompts import packaged_prompts, read_prompts
@@ -153,7 +154,7 @@ def main(args: list[str] | None = None) -> Path:
         tree=settings.tree,
         max_new_tokens=settings.max_new_tokens,
     )
-    Console().print(f"written to {page}", soft_wrap=True, highlight=False)
+    Console().print(printable(f"written to {page}"), markup=False, soft_wrap=True, highlight=False)
     return page
 
 

@@ -3,8 +3,10 @@
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from kd_common.terminal import printable
 from spec_decode.module import DrafterModule
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ def print_summary(result: "Result", model: DrafterModule, console: Console | Non
     """
     console = console or Console()
     depth = len(result.last["acceptance"])
-    table = Table(title=f"{type(model.drafter).__name__} for {model.target_spec.name}")
+    table = Table(title=f"{type(model.drafter).__name__} for {escape(printable(model.target_spec.name))}")
     for column in ("", *(f"level {level}" for level in range(1, depth + 1)), "tau", "tokens/s", "speed-up"):
         table.add_column(column, justify="left" if not column else "right")
     for name, epoch in {"last epoch": result.last, f"best epoch ({result.best['epoch'] + 1})": result.best}.items():
@@ -53,4 +55,4 @@ def print_summary(result: "Result", model: DrafterModule, console: Console | Non
         lines["logs"] = f"{result.run_dir / 'metrics.csv'}, tensorboard --logdir {result.run_dir}"
         lines["configuration"] = str(result.run_dir / "config.yaml")
     for name, value in lines.items():
-        console.print(f"{name:<{max(map(len, lines))}}  {value}", soft_wrap=True, highlight=False)
+        console.print(f"{name:<{max(map(len, lines))}}  {escape(printable(value))}", soft_wrap=True, highlight=False)

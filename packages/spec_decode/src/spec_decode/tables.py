@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from kd_common.terminal import printable
+
 Row = dict[str, Any]
 PHASES = ("draft", "target", "verify", "commit", "overhead")
 
@@ -55,13 +57,13 @@ def print_tables(rows: Sequence[Row], console: Console) -> None:
 
 def _print(rows: Sequence[Row], columns: dict[str, Callable[[Row], str]], caption: str, console: Console) -> None:
     for (name, temperature), block in groupby(rows, lambda row: (row["set"], row["temperature"])):
-        title = f"{escape(name)}, temperature {temperature:g}"
+        title = f"{escape(printable(name))}, temperature {temperature:g}"
         table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column("decoder", overflow="fold")
         for column in columns:
             table.add_column(column, justify="right", no_wrap=column not in ("tree", "acceptance"))
         for row in block:
-            table.add_row(escape(row["drafter"]), *(show(row) for show in columns.values()))
+            table.add_row(escape(printable(row["drafter"])), *(show(row) for show in columns.values()))
         console.print(table)
     console.print(f"{caption}\n", style="italic", highlight=False)
 

@@ -22,6 +22,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from kd_common.errors import run_command
 from kd_common.messages import CommandParser, check_device, check_file, check_folder, default_device
+from kd_common.terminal import printable
 from vision_kd.data import ImageDataModule
 from vision_kd.detection.data import COCO
 from vision_kd.detection.detector import Detector
@@ -145,14 +146,17 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     headers = {"top1": "top-1", "top5": "top-5"}
     console = Console(highlight=False)
     console.print(
-        f"{settings.ckpt}: {count_parameters(model):,} parameters, {type(data).__name__} validation set: "
+        printable(f"{settings.ckpt}: ")
+        + f"{count_parameters(model):,} parameters, {type(data).__name__} validation set: "
         + ", ".join(f"{headers.get(name, name)} {value:.2%}" for name, value in result.items()),
+        markup=False,
         soft_wrap=True,
     )
     if settings.export is not None and isinstance(model, Classifier):
         views, _ = next(iter(data.val_dataloader()))
         export(model, settings.export, views["clean"])
-        console.print(f"exported to {settings.export}; load with torch.export.load(...).module()", soft_wrap=True)
+        shown = printable(f"exported to {settings.export}")
+        console.print(f"{shown}; load with torch.export.load(...).module()", markup=False, soft_wrap=True)
     return result
 
 

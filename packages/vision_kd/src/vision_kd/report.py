@@ -24,6 +24,7 @@ from tqdm import tqdm
 from kd_common.errors import run_command
 from kd_common.messages import CommandParser, check_folder
 from kd_common.report import Section, Series, check_validated, read_config, read_metrics, run_names, write_report
+from kd_common.terminal import printable
 from vision_kd.data import ImageDataModule
 from vision_kd.diagnosis import calibration_error, class_accuracy, class_correlation, collect_logits
 from vision_kd.fit import VisionCLI, build
@@ -275,7 +276,7 @@ def main(args: list[str] | None = None) -> Path:
         extent=settings.extent,
         samples=settings.samples,
     )
-    Console().print(f"written to {page}", soft_wrap=True, highlight=False)
+    Console().print(printable(f"written to {page}"), markup=False, soft_wrap=True, highlight=False)
     return page
 
 

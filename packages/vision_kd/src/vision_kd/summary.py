@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from kd_common.terminal import printable
 from vision_kd.training import ComponentTraining
 
 if TYPE_CHECKING:
@@ -59,7 +61,7 @@ def print_summary(result: "Result", model: ComponentTraining, console: Console |
         lines["logs"] = f"{result.run_dir / 'metrics.csv'}, tensorboard --logdir {result.run_dir}"
         lines["configuration"] = str(result.run_dir / "config.yaml")
     for name, value in lines.items():
-        console.print(f"{name:<{max(map(len, lines))}}  {value}", soft_wrap=True, highlight=False)
+        console.print(f"{name:<{max(map(len, lines))}}  {escape(printable(value))}", soft_wrap=True, highlight=False)
 
 
 def percentage(metrics: Mapping[str, float], name: str, digits: int = 2) -> str:
