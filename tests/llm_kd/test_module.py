@@ -19,7 +19,7 @@ from llm_kd.module import DistillationModule
 from llm_kd.objectives.fkl import ForwardKL
 from llm_kd.objectives.rkl import ReverseKL
 from llm_kd.objectives.taid import TAID
-from llm_kd.rollout import AdaptiveReplay, OnPolicy
+from llm_kd.rollout import AdaptiveReplay, OnPolicy, Rollout
 from llm_kd.selectors.adakd import AdaKD
 from llm_kd.selectors.speck import SpecK
 from llm_kd.selectors.topk import TopK
@@ -250,6 +250,114 @@ def test_replay_keeps_and_reuses_responses(folder):
     fit(model, epochs=4)
     assert rollout.threshold == 1.0
     assert len(rollout.memory) == 16
+
+
+class Recorder(Rollout):
+    """Asks for the student's answers and for replayed ones in turn, and notes what it is given."""
+
+    sampling = Sampling(max_new_tokens=3)
+
+    def __init__(self):
+        self.seeds, self.draws, self.progress, self.replays, self.followed = [], [], [], [], []
+
+    def choose(self, draw, progress):
+        self.seeds.append(torch.initial_seed())
+        self.draws.append(draw)
+        self.progress.append(progress)
+        return "generate" if len(self.draws) % 2 else "replay"
+
+    def keep(self, examples):
+        self.written = examples
+
+    def replay(self, count, rng):
+        self.replays.append(rng.random())
+        return self.written
+
+    def on_validation(self, loss):
+        self.followed.append(loss)
+
+
+def recorded(folder, seed=0):
+    """A run of 2 epochs of 6 batches, an update for every batch."""
+    model = module(folder, rollout=Recorder(), seed=seed)
+    sampled = []
+    generate = model.distiller.generate
+    model.distiller.generate = lambda *args, **settings: sampled.append(settings["seed"]) or generate(*args, **settings)
+    fit(model, batch_size=4, epochs=2)
+    return model, sampled
+
+
+def test_every_batch_of_every_epoch_draws_anew(folder):
+    model, sampled = recorded(folder)
+    rollout = model.rollout
+    drawn = {"model": rollout.seeds, "rollout": rollout.draws, "replay": rollout.replays, "sampling": sampled}
+    for name, values in drawn.items():
+        assert len(values) == len(set(values)) == (12 if name in ("model", "rollout") else 6), name
+    assert all(0 <= draw < 1 for draw in rollout.draws)
+    other, other_sampled = recorded(folder, seed=1)
+    assert not set(rollout.draws) & set(other.rollout.draws)
+    assert not set(sampled) & set(other_sampled)
+
+
+def test_the_rollout_is_told_how_far_training_is_and_the_kl(folder):
+    model, _ = recorded(folder)
+    assert model.rollout.progress == pytest.approx([step / 12 for step in range(12)])
+    assert model.rollout.followed == [epoch["kl"] for epoch in model.history]
+    assert all(epoch["kl"] != pytest.approx(epoch["nll"], rel=0.01) for epoch in model.history)
+
+
+@pytest.mark.parametrize("normalize", ["valid", "selected"])
+def test_what_follows_an_update_is_its_own_mean(folder, normalize):
+    """Loss, acceptance and the selected tokens' loss against sums of the heads' outputs."""
+    model = module(folder, selector=TopK(k=20, beta=0.1), normalize=normalize, objective=ReverseKL())
+    outputs, told, shown = [], [], []
+    model.distiller.register_forward_hook(lambda _, inputs, output: outputs.append(output))
+    on_step = model.distiller.head.on_step
+    model.distiller.head.on_step = lambda *args: (told.append(args), on_step(*args))
+    log_dict = model.log_dict
+    model.log_dict = lambda values, **more: (shown.append(values), log_dict(values, **more))
+    fit(model, 4, 2, epochs=2)
+    outputs = [output for output in outputs if output.loss_sum.requires_grad]
+
+    def means(outputs):
+        loss, accepted, weights = (
+            sum(value(output).item() for output in outputs)
+            for value in (lambda o: o.loss_sum, lambda o: o.accepted_sum, lambda o: o.weights.sum())
+        )
+        tokens = sum(output.num_tokens for output in outputs)
+        return loss / (tokens if normalize == "valid" else weights), accepted / tokens, loss / weights
+
+    updates = [means(outputs[start : start + 2]) for start in range(0, 12, 2)]
+    tars = [values["tar"] for values in shown if "tar" in values]
+    for (loss, tar, selected), (told_loss, _, _, told_selected), rate in zip(updates, told, tars, strict=True):
+        assert (told_loss, told_selected, rate) == pytest.approx((loss, selected, tar))
+        assert normalize == "selected" or tar == 1 or selected > 1.01 * loss
+    assert min(tars) < 0.9
+    for epoch, of_epoch in zip(model.history, (outputs[:6], outputs[6:]), strict=True):
+        loss, tar, _ = means(of_epoch)
+        assert (epoch["train_loss"], epoch["train_tar"]) == pytest.approx((loss, tar))
+
+
+def test_an_end_that_only_the_template_knows_is_an_end(save_model, tokenizer):
+    """ChatML closes a turn with another token than the tokenizer's and the configuration's end of text."""
+    folder = save_model(vocab=259, eos_token_id=258)
+    other = copy.deepcopy(tokenizer)
+    other.add_special_tokens({"eos_token": "<|endoftext|>"})
+    other.save_pretrained(folder)
+    model = module(folder, rollout=OnPolicy(sampling=Sampling(max_new_tokens=5)))
+    assert model.eos_ids == [257, 258]
+    assert model.distiller.student.causal_lm.generation_config.eos_token_id == [257, 258]
+    body = model.distiller.student.causal_lm
+    with torch.no_grad():
+        body.model.norm.weight.fill_(1.0)
+        body.lm_head.weight.zero_()
+        body.model.embed_tokens.weight.fill_(1.0)
+        for layer in body.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        body.lm_head.weight[257] = 50.0
+    body.generation_config.eos_token_id = None
+    assert [example.input_ids for example in model._write([[65, 66]], seed=0)] == [[65, 66, 257]]
 
 
 def test_adapters_move_and_the_base_does_not(folder):

@@ -59,6 +59,18 @@ def assert_holds(cache, numbers):
         assert torch.equal(stored.tail_mass, rows.tail_mass)
 
 
+def test_a_new_writer_knows_what_is_stored(tmp_path):
+    write(tmp_path / "cache", range(5))
+    with CacheWriter(tmp_path / "cache", HEADER) as writer:
+        assert [key(number) in writer for number in range(6)] == [True] * 5 + [False]
+        name, tokens, rows = example(3)
+        with pytest.raises(ValueError, match="stored once only"):
+            writer.add([name], [len(tokens)], tokens, rows)
+        add(writer, [5])
+    assert_holds(TeacherCache(tmp_path / "cache"), range(6))
+    assert sum(shard.examples for shard in TeacherCache(tmp_path / "cache").shards) == 6
+
+
 def test_written_and_read(tmp_path):
     cache = write(tmp_path / "new" / "folder")
     assert_holds(cache, range(12))

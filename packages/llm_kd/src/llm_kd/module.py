@@ -113,9 +113,8 @@ class DistillationModule(pl.LightningModule):
         student_name = student.name or teacher.name
         # The teacher's: the data are written in its chat template, so the student is saved with it.
         self.tokenizer = load_tokenizer(teacher.name)
-        closing = Encoder(self.tokenizer).eos_ids
-        self._teachers_ends = (*closing, *model_ends(teacher.name, self.tokenizer))
-        self._pad_id = padding_token(self.tokenizer, closing)
+        self._teachers_ends = model_ends(teacher.name, self.tokenizer)
+        self._pad_id = padding_token(self.tokenizer, Encoder(self.tokenizer).eos_ids)
         self.vocab_size = shared_vocabulary(
             self.tokenizer, load_tokenizer(student_name), load_config(teacher.name), load_config(student_name)
         )
