@@ -320,6 +320,19 @@ def test_a_cache_of_another_teacher_is_refused(arguments, tmp_path, save_model):
         run(build(arguments(f"--model.teacher.cache={tmp_path / 'cache'}")))
 
 
+def test_a_cache_of_the_same_weights_with_other_settings_is_refused(arguments, tmp_path):
+    """Other positions make another teacher of the same tensors."""
+    cache_teacher_main(cached(arguments, tmp_path / "cache", "--size=8"))
+    path = tmp_path / "teacher" / "config.json"
+    config = json.loads(path.read_text())
+    config["rope_parameters"] = {**config["rope_parameters"], "rope_theta": 500.0}
+    path.write_text(json.dumps(config))
+    with pytest.raises(CacheError, match="holds another"):
+        run(build(arguments(f"--model.teacher.cache={tmp_path / 'cache'}")))
+    with pytest.raises(CacheError, match="holds another"):
+        cache_teacher_main(cached(arguments, tmp_path / "cache", "--size=8"))
+
+
 @pytest.fixture
 def answered(arguments, tmp_path):
     """Settings of a run on a data set's answers, and a cache for them."""

@@ -138,3 +138,10 @@ def test_other_refusals(folder, capsys):
     with pytest.raises(SystemExit):
         main(["--model", folder])
     assert "--prompt" in capsys.readouterr().err
+
+
+def test_a_tokenizer_beyond_the_models_vocabulary_is_refused(save_model, monkeypatch):
+    folder = save_model(vocab=200, pad_token_id=0, eos_token_id=1)
+    monkeypatch.setattr("llm_kd.generate.load_causal_lm", lambda *args, **more: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match="model has 200 rows, but its tokenizer has ids up to 257"):
+        main(["--model", folder, "--prompt", "Hello", "--device", "cpu"])

@@ -53,11 +53,15 @@ class Model(nn.Module):
         self.embedding = nn.Parameter(torch.randn(V, hidden, generator=generator))
         self.weight = nn.Parameter(torch.randn(V + 2, hidden, generator=generator))
         self.calls = 0
+        self.rope_theta = 1e4
 
     def forward(self, input_ids, position_ids):
         assert not self.training
         self.calls += 1
         return self.embedding[input_ids] * (1 + position_ids[..., None]).sqrt()
+
+    def settings(self):
+        return {"rope_theta": self.rope_theta}
 
     def lm_head(self):
         return LMHead(self.weight)
@@ -259,7 +263,10 @@ def test_fingerprints_tell_teachers_and_vocabularies_apart():
         model = Model()
         model.lm_head = lambda head=head: head
         seen.add(weights_fingerprint(model))
-    assert len(seen) == 7
+    model = Model()
+    model.rope_theta = 1e6
+    seen.add(weights_fingerprint(model))
+    assert len(seen) == 8
     names = [vocabulary_fingerprint(v) for v in ({"a": 0, "b": 1}, {"b": 1, "a": 0}, {"a": 1, "b": 0}, {"a": 0})]
     assert names[0] == names[1]
     assert len(set(names)) == 3

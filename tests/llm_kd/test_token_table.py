@@ -13,7 +13,7 @@ from kd_common.hub import load_causal_lm
 from llm_kd.data.example import Example
 from llm_kd.fit import main as fit
 from llm_kd.models import Body
-from llm_kd.report import main, summary
+from llm_kd.report import label, main, summary
 from llm_kd.token_table import token_table
 
 
@@ -92,6 +92,9 @@ def test_report_of_two_runs(tmp_path, save_model, assert_live, monkeypatch):
     assert "<td>Uniform</td>" in html
     assert "<td>TopK</td>" in html
     assert "Say &lt;0&gt;." in html
+    for method, name in {"Uniform": "uniform", "TopK": "topk"}.items():
+        called = f"ForwardKL, {method}, OffPolicy on rows.jsonl ({name})"
+        assert f"The data set&#39;s answer, coloured by the student of {called}</b>" in html.replace("'s", "&#39;s")
     assert html.count('<span style="background:') > 20
     with pytest.raises(FileNotFoundError, match="is no run"):
         main([str(tmp_path)])
@@ -120,6 +123,18 @@ def test_report_of_two_runs(tmp_path, save_model, assert_live, monkeypatch):
     (Path(runs[0]) / "metrics.csv").write_text("epoch,step,val/top1\n0,1,0.5\n")
     with pytest.raises(ValueError, match=r"no run of llm_kd\.fit"):
         main(runs[:1])
+
+
+def test_runs_are_called_after_method_and_data():
+    def config(train, **parts):
+        model = dict.fromkeys(("objective", "selector", "rollout"))
+        return {"model": {"init_args": model | parts}, "data": {"init_args": {"train": train}}}
+
+    jsd = {"class_path": "llm_kd.objectives.JSD", "init_args": {}}
+    assert label("run_0", config("prompts/train")) == "ForwardKL, TopK, OffPolicy on train (run_0)"
+    assert label("b", config(["x/a.jsonl", "c.parquet"], objective=jsd)) == (
+        "JSD, TopK, OffPolicy on a.jsonl + c.parquet (b)"
+    )
 
 
 def test_the_kl_of_a_truncated_teacher_is_marked_in_the_report():

@@ -13,7 +13,7 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -161,6 +161,11 @@ def _generation_config(name: str, **settings: Any) -> GenerationConfig:
         return GenerationConfig()
 
 
+def settings_with_effect(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a model's configuration that, besides its weights, decide on its logits."""
+    return {key: value for key, value in config.items() if key not in CONFIG_WITHOUT_EFFECT}
+
+
 def model_source(name: str) -> str:
     """What tells a model from others without loading its weights; see :func:`load_causal_lm` for the names and errors.
 
@@ -174,8 +179,7 @@ def model_source(name: str) -> str:
         load_config(name)  # brings at least this file to the local cache, whose folders are named after revisions
         return f"{name} at revision {_snapshot(name).name}"
     config = read_json(folder / SETTINGS[0], REMEDY)
-    told = {key: value for key, value in config.items() if key not in CONFIG_WITHOUT_EFFECT}
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(settings_with_effect(config), sort_keys=True).encode())
     for path in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())

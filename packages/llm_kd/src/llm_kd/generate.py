@@ -15,13 +15,13 @@ import sys
 from transformers import TextStreamer
 
 from kd_common.errors import run_command
-from kd_common.hub import load_causal_lm, load_tokenizer, note_unapplied
+from kd_common.hub import load_causal_lm, load_config, load_tokenizer, note_unapplied
 from kd_common.messages import CommandParser, check_device, default_device
 from kd_common.terminal import printable
 from llm_kd.answers import visible
 from llm_kd.data import Encoder, Message, Row
 from llm_kd.generation import Sampling, generate
-from llm_kd.models import vocabulary_size
+from llm_kd.models import shared_vocabulary
 
 
 class PrintedAnswer(TextStreamer):
@@ -66,6 +66,8 @@ def main(args: list[str] | None = None) -> str:
     tokenizer = load_tokenizer(settings.model)
     encoder = Encoder(tokenizer, settings.system)
     note_unapplied(settings.model)
+    config = load_config(settings.model)
+    vocab_size = shared_vocabulary(tokenizer, tokenizer, config, config, roles=("model", "model"))
     model = load_causal_lm(settings.model, settings.dtype, attention=settings.attention).to(settings.device)
     sampling = Sampling(**{field.name: settings[field.name] for field in dataclasses.fields(Sampling)})
     [tokens] = generate(
@@ -76,7 +78,7 @@ def main(args: list[str] | None = None) -> str:
         pad_id=tokenizer.pad_token_id,
         seed=settings.seed,
         batch_size=1,
-        vocab_size=vocabulary_size(tokenizer),
+        vocab_size=vocab_size,
         streamer=PrintedAnswer(tokenizer, skip_prompt=True, skip_special_tokens=True),
     )
     text = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()

@@ -26,10 +26,21 @@ from llm_kd.figures import Metrics, mark_tokens, plot_entropy, plot_positions, p
 from llm_kd.models import Body, shared_vocabulary
 from llm_kd.token_table import token_table
 
+METHOD = {"objective": "ForwardKL", "selector": "TopK", "rollout": "OffPolicy"}
+"""Parts of a method, with the default of each."""
+
 
 def class_name(settings: Any, default: str) -> str:
     """Last part of the class path of a block of a configuration."""
     return settings["class_path"].rpartition(".")[2] if settings else default
+
+
+def label(name: str, config: Mapping[str, Any]) -> str:
+    """What a run is called in figures: its method and data, and the name of its folder."""
+    model, train = config["model"]["init_args"], config["data"]["init_args"]["train"]
+    method = ", ".join(class_name(model[part], default) for part, default in METHOD.items())
+    data = " + ".join(Path(file).name for file in ([train] if isinstance(train, str) else train))
+    return f"{method} on {data} ({name})"
 
 
 def summary(name: str, config: Mapping[str, Any], metrics: Metrics) -> dict[str, str]:
@@ -38,9 +49,7 @@ def summary(name: str, config: Mapping[str, Any], metrics: Metrics) -> dict[str,
     bound = "" if "val/teacher_nll" in metrics else "≥ "  # a stored teacher that lacks tokens
     return {
         "run": name,
-        "objective": class_name(model["objective"], "ForwardKL"),
-        "selector": class_name(model["selector"], "TopK"),
-        "rollout": class_name(model["rollout"], "OffPolicy"),
+        **{part: class_name(model[part], default) for part, default in METHOD.items()},
         "updates": f"{metrics['val/kl'][0][-1] + 1:.0f}",
         **{
             f"{label}, start → last": mark + " → ".join(f"{metrics[key][1][i]:.3f}" for i in (0, -1))
@@ -108,6 +117,7 @@ def student_sections(
         student = Body(load_causal_lm(str(folder), "float32", attention=attention)).eval()
         tables[name] = token_table(student, teacher, examples, vocab_size=vocab_size, k=k)
     tokens = sum(example.num_supervised for example in examples)
+    author = "teacher" if data.responses == "teacher" else "data set"
     about = f"{tokens:,} tokens of {len(examples)} held-out answers. "
     sections = [
         Section(
@@ -123,10 +133,12 @@ def student_sections(
         prompt = str(tokenizer.decode(example.input_ids[: example.prompt_length], skip_special_tokens=True))
         parts = [Markup("<p><b>Prompt</b></p>") + escape(prompt.strip())]
         for name, table in tables.items():
-            parts.append(Markup("<p><b>{}</b></p>").format(name) + mark_tokens(table, tokenizer, number))
+            heading = Markup("<p><b>The {}'s answer, coloured by the student of {}</b></p>").format(author, name)
+            parts.append(heading + mark_tokens(table, tokenizer, number))
         text = (
-            f"Green: Top-{k} accepts what the student would have said here; red, in a dashed box: it does not. The "
-            "thicker the line below a token, the larger the teacher's entropy."
+            f"The answer is the {author}'s, the same for every run; colours tell the students apart. Green: "
+            f"Top-{k} accepts what the student would have said here; red, in a dashed box: it does not. The thicker "
+            "the line below a token, the larger the teacher's entropy."
         )
         sections.append(Section(f"Tokens of text {number + 1}", text, markup=Markup("").join(parts)))
     return sections
@@ -151,17 +163,20 @@ def report(runs: Sequence[Path], output: Path, *, limit: int = 16, k: int = 5, t
     metrics = {name: read_metrics(run) for name, run in names.items()}
     for name, run in names.items():
         check_validated(run, metrics[name], "llm_kd.fit", "val/tar")
+    labels = {name: label(name, configs[name]) for name in names}
     sections = [
         Section("Runs", table=[summary(name, configs[name], metrics[name]) for name in names]),
         Section(
             "Progress",
             "TAR: the share of tokens for which the student's likeliest one is among the teacher's five likeliest. In "
             "training it is the acceptance of the run's own selector.",
-            plot_progress(metrics),
+            plot_progress({labels[name]: values for name, values in metrics.items()}),
         ),
     ]
     if limit:
-        sections += student_sections(names, configs, limit=limit, k=k, texts=texts)
+        folders = {labels[name]: run for name, run in names.items()}
+        called = {labels[name]: config for name, config in configs.items()}
+        sections += student_sections(folders, called, limit=limit, k=k, texts=texts)
     return write_report(output, "Distillation of " + ", ".join(names), sections)
 
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from kd_common.files import cache_root, checksummed_line, locked, naming, read_checksummed_line
-from kd_common.hub import CONFIG_WITHOUT_EFFECT
+from kd_common.hub import settings_with_effect
 from llm_kd.fingerprint import tensors_fingerprint
 from llm_kd.generation import Sampling, generate, response_ends
 from llm_kd.models import vocabulary_size
@@ -126,11 +126,10 @@ def responses_path(
     seed: int,
 ) -> Path:
     """File of a teacher's responses; its name holds a hash of what determines them, and one of the prompts."""
-    config = {key: value for key, value in model.config.to_dict().items() if key not in CONFIG_WITHOUT_EFFECT}
     content = {
         "format": CACHE_FORMAT,
         "weights": tensors_fingerprint(model.state_dict()),
-        "config": config,
+        "config": settings_with_effect(model.config.to_dict()),
         "sampling": asdict(sampling),
         "eos_ids": response_ends(model, eos_ids),
         "vocab_size": vocab_size,

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from kd_common.hub import load_causal_lm
+from kd_common.hub import load_causal_lm, settings_with_effect
 from llm_kd.head import LMHead
 from llm_kd.models.prune import decoder_layers, depth_prune
 from llm_kd.models.specs import LoRASpec, StudentSpec, TeacherSpec
@@ -75,6 +75,10 @@ class Body(nn.Module):
         """The output layer: weight (V, H), bias and soft-cap."""
         layer = self.causal_lm.get_output_embeddings()
         return LMHead(layer.weight, layer.bias, getattr(self.causal_lm.config, "final_logit_softcapping", None))
+
+    def settings(self) -> dict[str, Any]:
+        """What decides on its output besides the weights: the configuration."""
+        return settings_with_effect(self.causal_lm.config.to_dict())
 
     def merged(self) -> PreTrainedModel:
         """The model to save: adapters merged into a copy of the weights; the model itself when there are none."""

@@ -1,6 +1,7 @@
 """What a teacher is: a signal for the supervised tokens of a batch."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -20,6 +21,9 @@ class TeacherBody(Protocol):
 
     def lm_head(self) -> LMHead:
         """The output layer."""
+
+    def settings(self) -> Mapping[str, Any]:
+        """What decides on its output besides the weights."""
 
     def eval(self) -> nn.Module:
         """Set evaluation mode."""

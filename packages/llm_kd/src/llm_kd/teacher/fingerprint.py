@@ -9,14 +9,17 @@ from llm_kd.teacher.base import TeacherBody
 
 
 def weights_fingerprint(body: TeacherBody) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of a teacher's weights, its output layer's included.
+    """SHA-256 over a teacher's settings and the names, dtypes, shapes and bytes of its weights, its head's, too.
+
+    The same weights are another teacher where the base of the rotary embedding, a window or a norm's epsilon differs.
 
     Returns:
         64 hexadecimal digits.
     """
     head = body.lm_head()
     tensors = {**body.state_dict(), "head.weight": head.weight, "head.bias": head.bias}
-    return tensors_fingerprint(tensors, note=f"softcap {head.softcap}")
+    note = json.dumps({"softcap": head.softcap, **body.settings()}, sort_keys=True, default=str)
+    return tensors_fingerprint(tensors, note=note)
 
 
 def vocabulary_fingerprint(vocabulary: Mapping[str, int]) -> str:
