@@ -24,15 +24,24 @@ from vision_kd.models import (
     load_classifier,
     save_student,
 )
-from vision_kd.models.checkpoints import read_checkpoint
 
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 TINY_TORCHVISION = "shufflenet_v2_x0_5"
 
 
-def build(name="resnet8", num_classes=10, mean=MEAN, std=STD, in_channels=3, **spec):
-    spec = ModelSpec(name, **spec)
-    return build_classifier(spec, num_classes=num_classes, in_channels=in_channels, mean=mean, std=std)
+def build(
+    name="resnet8",
+    num_classes=10,
+    mean=MEAN,
+    std=STD,
+    in_channels=3,
+    mean_of_file=None,
+    std_of_file=None,
+    facts=None,
+    **spec,
+):
+    spec = ModelSpec(name, mean=mean_of_file, std=std_of_file, **spec)
+    return build_classifier(spec, num_classes=num_classes, in_channels=in_channels, mean=mean, std=std, **(facts or {}))
 
 
 @pytest.fixture
@@ -156,7 +165,7 @@ def test_published_weights_of_other_classes_are_refused(name):
         build(name, pretrained=True)
 
 
-def test_torchvision_weights_come_with_their_normalisation(tmp_path, monkeypatch):
+def test_torchvision_weights_come_with_their_normalisation(tmp_path, monkeypatch, caplog):
     weights = torchvision.models.get_model_weights(TINY_TORCHVISION).DEFAULT
     published = torchvision.models.get_model(TINY_TORCHVISION)
     cached = tmp_path / "hub/checkpoints" / Path(weights.url).name
@@ -169,6 +178,7 @@ def test_torchvision_weights_come_with_their_normalisation(tmp_path, monkeypatch
         assert same_weights(classifier.network, published)
         assert (classifier.mean, classifier.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert build(name, num_classes=1000, checkpoint=str(cached)).mean == MEAN
+    assert f"{cached} does not say with which mean and std it was trained" in caplog.text
 
 
 def test_timm_weights_come_with_their_normalisation(tmp_path):
@@ -180,7 +190,9 @@ def test_timm_weights_come_with_their_normalisation(tmp_path):
     classifier = build("timm/test_vit", pretrained=True, **spec)
     assert same_weights(classifier.network, published)
     assert (classifier.mean, classifier.std) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    assert build("timm/test_vit", **spec).mean == MEAN
+    assert build("timm/test_vit", **spec).mean == (0.5, 0.5, 0.5)  # as timm's training takes them
+    stated = build("timm/test_vit", mean_of_file=(0.1, 0.2, 0.3), std_of_file=(0.4, 0.5, 0.6), **spec)
+    assert (stated.mean, stated.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
 
 
 def test_failed_torchvision_download_names_file_and_remedy(tmp_path, monkeypatch):
@@ -236,11 +248,167 @@ def test_files_older_than_the_batch_counter(tmp_path, trained):
     assert all(torch.equal(loaded[key], state[key]) for key in state)
 
 
-def test_prefix_is_kept_unless_every_key_shares_it(tmp_path, trained):
-    state = {f"module.{key}": t for key, t in trained.state_dict().items()} | {"epoch": torch.tensor(3)}
-    torch.save(state, tmp_path / "mixed.pth")
-    with pytest.raises(CheckpointError, match=r"not in the model: module\.conv1\.weight"):
-        build(checkpoint=str(tmp_path / "mixed.pth"))
+PREFIXES = [
+    "module.",
+    "_orig_mod.",
+    "module._orig_mod.",
+    "_orig_mod.module.",
+    "model.",
+    "student.",
+    "network.",
+    "model.network.module.",
+    "ema.",
+    "anything.else.",
+]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_prefixes_of_wrappers(tmp_path, trained, prefix):
+    torch.save({"state_dict": {f"{prefix}{k}": t for k, t in trained.state_dict().items()}}, tmp_path / "x.ckpt")
+    assert same_weights(build(checkpoint=str(tmp_path / "x.ckpt")).network, trained)
+
+
+def test_prefixes_inside_of_names(tmp_path, trained):
+    """As torch.compile, FSDP and activation checkpointing of single blocks leave them."""
+    state = {
+        key.replace("layer1.0.", "layer1.0._orig_mod.").replace("layer2.0.", "layer2._fsdp_wrapped_module.0."): tensor
+        for key, tensor in trained.state_dict().items()
+    }
+    torch.save(state, tmp_path / "x.pth")
+    assert same_weights(build(checkpoint=str(tmp_path / "x.pth")).network, trained)
+
+
+def test_averaged_model(tmp_path, trained):
+    averaged = torch.optim.swa_utils.AveragedModel(trained, use_buffers=True)
+    torch.save(averaged.state_dict(), tmp_path / "swa.pth")
+    assert same_weights(build(checkpoint=str(tmp_path / "swa.pth")).network, trained)
+
+
+def test_tensors_beside_the_network_are_listed_unless_it_is_named(tmp_path, trained):
+    state = {f"model.{k}": t for k, t in trained.state_dict().items()} | {"criterion.weight": torch.ones(4)}
+    path = str(tmp_path / "x.ckpt")
+    torch.save({"state_dict": state}, path)
+    with pytest.raises(CheckpointError, match=r"behind the prefix 'model\.' .*criterion\.weight.*entry"):
+        build(checkpoint=path)
+    for entry in ("state_dict.model", "model", "model."):
+        assert same_weights(build(checkpoint=path, entry=entry).network, trained)
+    with pytest.raises(CheckpointError, match=r"no entry 'modle'; it holds state_dict"):
+        build(checkpoint=path, entry="modle")
+
+
+def other_weights(network):
+    return {key: tensor + 1 for key, tensor in network.state_dict().items()}
+
+
+AVERAGES = {
+    "timm": lambda plain, average: {"state_dict": plain, "state_dict_ema": average},
+    "torchvision": lambda plain, average: {
+        "model": plain,
+        "model_ema": {f"module.{k}": t for k, t in average.items()} | {"n_averaged": torch.tensor(3)},
+    },
+    "RT-DETR": lambda plain, average: {"model": plain, "ema": {"module": average, "updates": 7}},
+    "Lightning": lambda plain, average: {
+        "state_dict": {f"model.{k}": t for k, t in plain.items()} | {f"model_ema.{k}": t for k, t in average.items()}
+    },
+    "ours": lambda plain, average: {
+        "state_dict": {f"student.network.{k}": t for k, t in plain.items()}
+        | {f"ema.module.network.{k}": t for k, t in average.items()}
+        | {"ema.n_averaged": torch.tensor(3), "helpers.0.weight": torch.ones(2)}
+    },
+}
+
+
+@pytest.mark.parametrize("layout", AVERAGES)
+def test_a_moving_average_goes_before_what_it_averages_and_is_named(tmp_path, trained, layout, caplog):
+    average = other_weights(trained)
+    torch.save(AVERAGES[layout](trained.state_dict(), average), tmp_path / "x.ckpt")
+    loaded = build(checkpoint=str(tmp_path / "x.ckpt")).network.state_dict()
+    assert all(torch.equal(loaded[key], average[key]) for key in average)
+    assert "holds several networks that fit" in caplog.text
+    assert "ema" in caplog.text
+
+
+def test_the_plain_weights_beside_an_average_can_be_named(tmp_path, trained, caplog):
+    torch.save({"model": trained.state_dict(), "model_ema": other_weights(trained)}, tmp_path / "x.pth")
+    assert same_weights(build(checkpoint=str(tmp_path / "x.pth"), entry="model").network, trained)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda one, two: {"student": one, "teacher": two},
+        lambda one, two: {"state_dict": {f"a.{k}": t for k, t in one.items()} | {f"b.{k}": t for k, t in two.items()}},
+    ],
+)
+def test_several_networks_that_fit_are_refused_unless_one_is_named(tmp_path, trained, layout):
+    content = layout(trained.state_dict(), other_weights(trained))
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=r"several networks that fit: .*entry"):
+        build(checkpoint=str(tmp_path / "x.pth"))
+    entry = "student" if "student" in content else "state_dict.a"
+    assert same_weights(build(checkpoint=str(tmp_path / "x.pth"), entry=entry).network, trained)
+
+
+def test_copies_of_one_network_are_one(tmp_path, trained, caplog):
+    torch.save({"student": trained.state_dict(), "best": trained.state_dict(), "epoch": 4}, tmp_path / "x.pth")
+    assert same_weights(build(checkpoint=str(tmp_path / "x.pth")).network, trained)
+    assert not caplog.text
+
+
+def test_the_network_that_fits_is_taken(tmp_path, trained):
+    """A distillation checkpoint of another teacher and optimizer."""
+    teacher = MODELS.get("resnet14")(num_classes=10)
+    torch.save(
+        {
+            "model": {f"module.student.{k}": t for k, t in trained.state_dict().items()}
+            | {f"module.teacher.{k}": t for k, t in teacher.state_dict().items()},
+            "optimizer": {"state": {0: {"momentum_buffer": torch.ones(3)}}, "param_groups": []},
+        },
+        tmp_path / "x.pth",
+    )
+    path = str(tmp_path / "x.pth")
+    assert same_weights(build(checkpoint=path).network, trained)
+    assert same_weights(build("resnet14", checkpoint=path).network, teacher)
+
+
+# ---- tensors that cannot be used --------------------------------------------------------------------------------
+
+BAD = {
+    "nan": lambda t: torch.full_like(t, float("nan")),
+    "infinite": lambda t: t.index_fill(0, torch.tensor([0]), float("inf")),
+    "overflow": lambda t: t.double() * 1e300,
+    "complex": lambda t: t.to(torch.complex64),
+    "integers": lambda t: t.round().to(torch.int8),
+    "boolean": lambda t: t > 0,
+    "meta": lambda t: t.to("meta"),
+    "sparse": lambda t: t.to_sparse(),
+    "quantised": lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize_per_tensor.*", "ignore:.*TypedStorage is deprecated")
+@pytest.mark.filterwarnings("ignore:.*sparse tensor")
+@pytest.mark.parametrize("kind", BAD)
+def test_tensors_that_are_no_weights_are_listed(tmp_path, trained, kind):
+    state = trained.state_dict()
+    state["layer2.0.conv1.weight"] = BAD[kind](state["layer2.0.conv1.weight"])
+    message = error_of(tmp_path, state)
+    assert "layer2.0.conv1.weight" in message
+    assert "cannot use" in message
+
+
+def test_a_broken_running_variance_is_listed(tmp_path, trained):
+    state = trained.state_dict()
+    state["bn1.running_var"][2] = float("nan")
+    assert "bn1.running_var (1 of 16 values are not finite)" in error_of(tmp_path, state)
+
+
+def test_counts_that_were_averaged_as_numbers_load(tmp_path, trained):
+    state = trained.state_dict()
+    state["bn1.num_batches_tracked"] = torch.tensor(12.0)
+    torch.save(state, tmp_path / "x.pth")
+    assert build(checkpoint=str(tmp_path / "x.pth")).network.state_dict()["bn1.num_batches_tracked"] == 12
 
 
 # ---- weight files that do not fit -------------------------------------------------------------------------------
@@ -260,6 +428,17 @@ def test_other_class_count_names_both(tmp_path, trained):
     assert "has 10 classes and does not fit 'resnet8' with 100 classes" in message
     assert "other shapes: fc.weight (file (10, 64), model (100, 64)), fc.bias (file (10,), model (100,))." in message
     assert "missing in the file: none; not in the model: none" in message
+
+
+def test_a_file_without_the_head_says_so(tmp_path, trained):
+    state = {key: t for key, t in trained.state_dict().items() if not key.startswith("fc.")}
+    message = error_of(tmp_path, {f"backbone.{key}": t for key, t in state.items()})
+    assert "without its head (fc.weight, fc.bias)" in message
+
+
+def test_the_names_of_another_library_are_explained(tmp_path, trained):
+    state = {f"part{n}.x": t for n, t in enumerate(trained.state_dict().values())}
+    assert "shapes in the model's order" in error_of(tmp_path, state)
 
 
 def test_other_network_names_first_keys(tmp_path, trained):
@@ -467,14 +646,3 @@ def test_export_wants_its_own_suffix(tmp_path, trained):
 def test_unknown_set_of_published_weights_lists_those_there_are():
     with pytest.raises(ValueError, match="no weights 'IMAGENET1K_V9'; pretrained can be IMAGENET1K_V1, IMAGENET1K_V2"):
         build("torchvision/resnet50", num_classes=1000, pretrained="IMAGENET1K_V9")
-
-
-def test_training_checkpoint_with_a_moving_average_gives_the_average(tmp_path):
-    fresh = MODELS.get("resnet8")(num_classes=3).state_dict()
-    student, average = ({key: torch.full_like(value, n) for key, value in fresh.items()} for n in (1, 2))
-    state = {f"student.network.{k}": v for k, v in student.items()}
-    state |= {f"ema.module.network.{k}": v for k, v in average.items()} | {"ema.n_averaged": torch.tensor(3)}
-    torch.save({"state_dict": state}, tmp_path / "last.ckpt")
-    found = read_checkpoint(tmp_path / "last.ckpt").state
-    assert found.keys() == average.keys()
-    assert all((tensor == 2).all() for tensor in found.values())

@@ -11,6 +11,7 @@ if __name__ == "__main__":
     answer_early("vision_kd.evaluate")  # before the imports below, which take seconds
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,15 @@ from vision_kd.detection.detector import Detector
 from vision_kd.detection.draw import draw_detections
 from vision_kd.detection.evaluation import average_precision, evaluate_detector, write_results
 from vision_kd.detection.zoo import build_detector, load_detector
-from vision_kd.models import Classifier, ModelSpec, build_classifier, count_parameters, export, load_classifier
+from vision_kd.models import (
+    DATA_FACTS,
+    Classifier,
+    ModelSpec,
+    build_classifier,
+    count_parameters,
+    export,
+    load_classifier,
+)
 from vision_kd.models.checkpoints import read_checkpoint
 
 
@@ -94,19 +103,16 @@ def load(settings: Namespace) -> tuple[Classifier | Detector, ImageDataModule]:
                 f"{settings.ckpt} does not say which data it was trained on; give --data, as in --data Digits"
             )
         settings.data = parser().parse_object({"ckpt": settings.ckpt, "data": meta["data"]}).data
-    data = parser().instantiate_classes(settings).data
-    spec = settings.model and ModelSpec(
-        settings.model.name, settings.model.args, settings.ckpt, settings.model.pretrained
-    )
+    made = parser().instantiate_classes(settings)
+    data, spec = made.data, made.model and replace(made.model, checkpoint=settings.ckpt)
     facts: dict[str, Any] = {"mean": data.mean, "std": data.std}
     if isinstance(data, COCO):
         if spec is None:
             return load_detector(settings.ckpt), data
         return build_detector(spec, class_names=data.class_names, **facts), data
-    facts |= {"num_classes": data.num_classes, "in_channels": data.in_channels}
-    model = load_classifier(settings.ckpt) if spec is None else build_classifier(spec, **facts)
-    if model.num_classes != data.num_classes:
-        raise ValueError(f"{settings.ckpt} has {model.num_classes} classes, the data {data.num_classes}")
+    shared = {name: getattr(data, name) for name in DATA_FACTS}
+    model = load_classifier(settings.ckpt) if spec is None else build_classifier(spec, **shared, **facts)
+    model.check_data(settings.ckpt, **shared)
     return model, data
 
 

@@ -52,7 +52,7 @@ class VisionCLI(FitCLI):
             help="Also train the student alone, for the table at the end: arguments of that run, [] for none.",
         )
         # A model that does not take one of these is given the others.
-        for name in ("num_classes", "class_names", "in_channels", "mean", "std"):
+        for name in ("num_classes", "class_names", "in_channels", "image_size", "mean", "std"):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
         for target in ("data.init_args.seed", "model.init_args.seed"):
             parser.link_arguments("seed_everything", target, compute_fn=fixed_seed)

@@ -14,7 +14,7 @@ from kd_common.functional.logits import at_least_fp32
 from vision_kd.data import ImageDataModule
 from vision_kd.evaluate import accuracy
 from vision_kd.methods.base import cross_entropy
-from vision_kd.models import Classifier, ModelSpec, NormalizedNetwork, build_classifier, load_classifier
+from vision_kd.models import DATA_FACTS, Classifier, ModelSpec, NormalizedNetwork, build_classifier, load_classifier
 from vision_kd.step import StepOutput, distillation_step
 from vision_kd.training import ComponentTraining
 
@@ -28,6 +28,8 @@ class DistillationModule(ComponentTraining):
         in_channels: Image channels; linked from the data.
         mean: Per-channel mean of the images in [0, 1], the student's normalisation; linked from the data.
         std: Per-channel standard deviation; linked from the data.
+        class_names: Names of the classes, in the order of the labels; linked from the data.
+        image_size: Side of an image in pixels; linked from the data.
         settings: The rest, as in :class:`vision_kd.training.ComponentTraining`.
 
     Raises:
@@ -35,7 +37,7 @@ class DistillationModule(ComponentTraining):
     """
 
     metrics: ClassVar[dict[str, str]] = {"top1": "top-1", "top5": "top-5"}
-    fact_names = ("num_classes", "in_channels", "mean", "std")
+    fact_names = (*DATA_FACTS, "mean", "std")
 
     def __init__(
         self,
@@ -44,9 +46,12 @@ class DistillationModule(ComponentTraining):
         in_channels: int,
         mean: tuple[float, ...],
         std: tuple[float, ...],
+        class_names: tuple[str, ...] = (),
+        image_size: int | None = None,
         **settings: Any,
     ) -> None:
         facts = {"num_classes": num_classes, "in_channels": in_channels, "mean": mean, "std": std}
+        facts |= {"class_names": class_names, "image_size": image_size}
         super().__init__(student, facts, **settings)
         self.top1 = MulticlassAccuracy(num_classes, top_k=1, average="micro")
         self.top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro")
@@ -68,9 +73,11 @@ class DistillationModule(ComponentTraining):
         return accuracy(network, data.val_dataloader(), data.num_classes, device)
 
     def check_teacher(self, teacher: NormalizedNetwork) -> None:
-        """The teacher must have the student's number of classes."""
-        if teacher.num_classes != self.num_classes:
-            raise ValueError(f"the teacher has {teacher.num_classes} classes, the student and data {self.num_classes}")
+        """The teacher must have the student's classes, in their order, and take its images."""
+        if not isinstance(teacher, Classifier):
+            raise ValueError(f"the teacher of a classifier must be one, got a {type(teacher).__name__}")
+        own: Any = self.student
+        teacher.check_data("the teacher", **{name: getattr(own, name) for name in DATA_FACTS})
 
     def component_step(
         self,

@@ -1,7 +1,6 @@
 """Plain settings that configurations fill in: the dynamic mask and the teacher."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, fields
 
 from vision_kd.models import ModelSpec
 
@@ -23,17 +22,13 @@ class DynamicTopK:
 
 
 @dataclass(frozen=True)
-class TeacherSpec:
-    """A teacher: which network, and where its weights come from.
+class TeacherSpec(ModelSpec):
+    """A teacher: which network, and where its weights come from; name to std as in :class:`vision_kd.models.ModelSpec`.
 
     Weights are taken from ``checkpoint``, else from the library the network comes from (``pretrained``), else from the
     cache, else the teacher is trained on the labels of the run's own data with the settings below and cached.
 
     Attributes:
-        name: Model name as in :class:`vision_kd.models.ModelSpec`.
-        args: Arguments of the model's constructor.
-        checkpoint: Weight file.
-        pretrained: Take the weights that timm or torchvision provide; a string names one of torchvision's sets.
         epochs: Length of training when it has to be trained.
         learning_rate: Its peak learning rate (cosine schedule, SGD).
         weight_decay: Its weight decay.
@@ -42,10 +37,6 @@ class TeacherSpec:
         seed: Its seed; independent of the student's, so that all seeds of a comparison share one teacher.
     """
 
-    name: str
-    args: dict[str, Any] = field(default_factory=dict)
-    checkpoint: str | None = None
-    pretrained: bool | str = False
     epochs: int = 30
     learning_rate: float = 0.05
     weight_decay: float = 5e-4
@@ -56,4 +47,4 @@ class TeacherSpec:
     @property
     def model(self) -> ModelSpec:
         """The network alone."""
-        return ModelSpec(self.name, self.args, self.checkpoint, self.pretrained)
+        return ModelSpec(**{field.name: getattr(self, field.name) for field in fields(ModelSpec)})

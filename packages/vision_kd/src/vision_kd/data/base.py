@@ -90,7 +90,7 @@ class ImageDataModule(LightningDataModule):
         num_classes: number of classes.
         class_names: their names, in the order of the labels.
         in_channels: channels of an image.
-        image_size: height and width of an image in pixels.
+        image_size: height and width of an image in pixels; None where images differ in size.
         mean: mean of every channel in [0, 1].
         std: standard deviation of every channel.
 
@@ -100,7 +100,7 @@ class ImageDataModule(LightningDataModule):
 
     class_names: tuple[str, ...]
     in_channels: int
-    image_size: int
+    image_size: int | None = None
     mean: tuple[float, ...]
     std: tuple[float, ...]
 

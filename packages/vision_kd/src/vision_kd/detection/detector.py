@@ -12,6 +12,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.rpn import RPNHead
+from torchvision.ops import FrozenBatchNorm2d
 
 from kd_common.functional.logits import at_least_fp32
 from vision_kd.detection.sampling import SeededSampler
@@ -103,7 +104,8 @@ class Detector(NormalizedNetwork):
 
     def facts(self) -> dict[str, Any]:
         """See `NormalizedNetwork.facts`."""
-        return super().facts() | {"class_names": list(self.class_names)}
+        frozen = (module.eps for module in self.network.modules() if isinstance(module, FrozenBatchNorm2d))
+        return super().facts() | {"class_names": list(self.class_names), "batchnorm_eps": next(frozen, None)}
 
     def columns(self, class_names: Sequence[str]) -> list[int]:
         """Outputs of these classes, in their order, after that of the background.

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,15 +21,23 @@ from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 from kd_common.registry import Registry
 from vision_kd.detection.detector import Detector, WideAnchorGenerator, WidePredictor, WideRPNHead
 from vision_kd.models import CheckpointError, ModelSpec
-from vision_kd.models.checkpoints import Checkpoint, load_weights, read_checkpoint
+from vision_kd.models.checkpoints import Checkpoint, read_checkpoint
+from vision_kd.models.classifier import choose_normalization
+from vision_kd.models.normalized import Normalization
+from vision_kd.models.weights import load_weights, rows
 
 FPN_LEVELS = ("0", "1", "2", "3")
 FPN_CHANNELS = 256
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 GROUPS = 16
+OLD_RPN = re.compile(r"rpn\.head\.conv\.(weight|bias)$")
+"""Names in the files that torchvision publishes, which are older than its code."""
 CLASS_HEAD = "roi_heads.box_predictor.cls_score.weight"
 COCO_OUTPUTS: list[str] = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
 """Names of torchvision's 91 outputs for COCO, the background first."""
+
+TORCHVISION = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""With which torchvision trains its detectors."""
 
 Norm = Literal["frozen", "group"]
 
@@ -188,11 +197,9 @@ def build_detector(
         published = _published_detector(spec)
         class_names = published.meta["categories"][1:]
     checkpoint = _read(spec.checkpoint) if spec.checkpoint is not None else None
-    if checkpoint is not None and checkpoint.meta.get("format") == Detector.format:
-        class_names, mean, std = (checkpoint.meta[key] for key in ("class_names", "mean", "std"))
-    elif (
-        checkpoint is not None and len(checkpoint.state.get(CLASS_HEAD, ())) == len(COCO_OUTPUTS) > len(class_names) + 1
-    ):
+    if checkpoint is not None and checkpoint.class_names:
+        class_names = checkpoint.class_names
+    elif checkpoint is not None and rows(checkpoint, CLASS_HEAD) == len(COCO_OUTPUTS) > len(class_names) + 1:
         class_names = COCO_OUTPUTS[1:]
     args = dict(spec.args)
     if published is not None or checkpoint is not None:
@@ -202,12 +209,17 @@ def build_detector(
     except TypeError as error:
         raise ValueError(f"detector {spec.name!r} rejects args {spec.args}: {error}") from error
     if checkpoint is not None:
-        load_weights(network, checkpoint, model=spec.name, num_classes=len(class_names) + 1, head=CLASS_HEAD)
+        load_weights(network, checkpoint, model=spec.name, num_classes=len(class_names) + 1, entry=spec.entry)
     elif published is not None:
         network.load_state_dict(_download(published, "checkpoint (pretrained stays true)"))
     if published is not None:
         overwrite_eps(network, 0.0)  # they were trained before torchvision added it to the variance
-    return Detector(network, class_names, mean, std)
+    if checkpoint is not None and (eps := checkpoint.meta.get("batchnorm_eps")) is not None:
+        overwrite_eps(network, eps)
+    data = Normalization(tuple(mean), tuple(std))
+    return Detector(
+        network, class_names, *choose_normalization(spec, checkpoint, Detector.format, TORCHVISION, data, usual=True)
+    )
 
 
 def load_detector(path: str | Path) -> Detector:
@@ -240,15 +252,14 @@ def _load_backbone(body: nn.Module, backbone: Backbone, name: str, weights: str)
                 f"backbone_weights of {name!r} is neither a file nor one of {', '.join(sets) or '(none published)'}, "
                 f"got {weights!r}"
             )
-        checkpoint = Checkpoint(Path(sets[weights].url), _download(sets[weights], "backbone_weights"), {})
+        checkpoint = Checkpoint(Path(sets[weights].url), {"": _download(sets[weights], "backbone_weights")}, {})
     used = {module for stage in backbone.stages for module in stage}
-    features = {key.removeprefix("features."): tensor for key, tensor in checkpoint.state.items()}
-    state = {
-        key: tensor
-        for key, tensor in features.items()
-        if key.partition(".")[0] in used and not key.endswith("num_batches_tracked")
-    }
-    load_weights(body, checkpoint._replace(state=state), model=f"the backbone of {name}")
+
+    def surplus(name: str) -> bool:
+        """Layers of the classifier that feed no level, and what frozen BatchNorm does not count."""
+        return name.split(".")[0] not in used or name.endswith("num_batches_tracked")
+
+    load_weights(body, checkpoint, model=f"the backbone of {name}", surplus=surplus)
 
 
 def _read(path: str) -> Checkpoint:
@@ -265,10 +276,15 @@ def _read(path: str) -> Checkpoint:
     if Path(path).suffix == ".pkl":
         raise CheckpointError(hint)
     checkpoint = read_checkpoint(path)
-    if any(key.startswith(("backbone.bottom_up.", "proposal_generator.")) for key in checkpoint.state):
+    if any(
+        "backbone.bottom_up." in key or "proposal_generator." in key for s in checkpoint.states.values() for key in s
+    ):
         raise CheckpointError(hint)
-    old = {f"rpn.head.conv.{kind}": f"rpn.head.conv.0.0.{kind}" for kind in ("weight", "bias")}
-    return checkpoint._replace(state={old.get(key, key): tensor for key, tensor in checkpoint.state.items()})
+    states = {
+        entry: {OLD_RPN.sub(r"rpn.head.conv.0.0.\1", key): tensor for key, tensor in state.items()}
+        for entry, state in checkpoint.states.items()
+    }
+    return checkpoint._replace(states=states)
 
 
 def _published_detector(spec: ModelSpec) -> WeightsEnum:

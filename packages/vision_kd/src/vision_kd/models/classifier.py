@@ -1,16 +1,26 @@
-"""Classifiers: built-in networks and those of timm and torchvision, with their weights and normalisation."""
+"""Classifiers: a network with its classes, its normalisation and the images that it takes."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kd_common.registry import UnknownNameError, suggest
-from vision_kd.models.checkpoints import STUDENT_FORMAT, load_weights, read_checkpoint
-from vision_kd.models.normalized import Normalization, NormalizedNetwork
-from vision_kd.models.registry import MODELS
+from vision_kd.models.checkpoints import Checkpoint, read_checkpoint
+from vision_kd.models.libraries import build_network, current_name
+from vision_kd.models.normalized import Normalization, NormalizedNetwork, check_class_names
+from vision_kd.models.weights import load_weights
+
+logger = logging.getLogger(__name__)
+
+STUDENT_FORMAT = "vision_kd.student/1"
+"""Marks the description of a classifier in the files that `save_student` writes, and in training checkpoints."""
+
+
+DATA_FACTS = ("num_classes", "in_channels", "class_names", "image_size")
+"""What data and classifiers have to agree on, as both call it."""
 
 
 @dataclass(frozen=True)
@@ -23,12 +33,18 @@ class ModelSpec:
         checkpoint: weight file; with `pretrained`, a local copy of the published weights.
         pretrained: use the library's published weights and their normalisation; a string names one of torchvision's
             sets, such as IMAGENET1K_V1, instead of its default.
+        entry: which network of a weight file that holds several, by the name of its entry or prefix.
+        mean: mean of each channel with which the weights of a file were trained; files written here know their own.
+        std: standard deviation of each channel to go with it.
     """
 
     name: str
     args: dict[str, Any] = field(default_factory=dict)
     checkpoint: str | None = None
     pretrained: bool | str = False
+    entry: str | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
 
 class Classifier(NormalizedNetwork):
@@ -39,17 +55,91 @@ class Classifier(NormalizedNetwork):
         mean: mean of each channel, for intensities in [0, 1].
         std: standard deviation of each channel, positive.
         num_classes: number of logits.
+        class_names: names of the classes in the order of the logits; empty if they are not known.
+        image_size: side in pixels of the images it is trained on; None if it is not known.
+        name: what messages call it; the network's class by default.
+
+    Raises:
+        ValueError: mean and std do not fit, or there are more or fewer names than logits.
     """
 
     format = STUDENT_FORMAT
 
-    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float], num_classes: int) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        mean: Sequence[float],
+        std: Sequence[float],
+        num_classes: int,
+        *,
+        class_names: Sequence[str] = (),
+        image_size: int | None = None,
+        name: str = "",
+    ) -> None:
         super().__init__(network, mean, std)
-        self.num_classes = num_classes
+        if class_names and len(class_names) != num_classes:
+            raise ValueError(f"{len(class_names)} class names do not fit {num_classes} classes")
+        self.num_classes, self.class_names, self.image_size = num_classes, tuple(class_names), image_size
+        self.name = name or type(network).__name__
 
     def facts(self) -> dict[str, Any]:
         """See `NormalizedNetwork.facts`."""
-        return super().facts() | {"num_classes": self.num_classes, "in_channels": self.in_channels}
+        known = {"class_names": list(self.class_names), "image_size": self.image_size}
+        return (
+            super().facts()
+            | {"num_classes": self.num_classes, "in_channels": self.in_channels}
+            | {name: value for name, value in known.items() if value}
+        )
+
+    def check_data(
+        self, what: str, *, num_classes: int, in_channels: int, class_names: Sequence[str], image_size: int | None
+    ) -> None:
+        """Refuse data on which the logits would mean something else, or that the network cannot take.
+
+        Another image size is said, not refused: convolutional networks take it, with another accuracy.
+
+        Args:
+            what: what to call this classifier, such as a file or "the teacher".
+            num_classes: classes of the data.
+            in_channels: channels of their images.
+            class_names: names of the classes; empty if they are not known.
+            image_size: side of the images in pixels; None if it is not known.
+
+        Raises:
+            ValueError: classes, their names or their order, channels or size do not fit.
+        """
+        if self.num_classes != num_classes:
+            raise ValueError(f"{what} has {self.num_classes} classes, the data {num_classes}")
+        check_class_names(what, self.class_names, class_names)
+        if self.in_channels != in_channels:
+            raise ValueError(f"{what} takes images of {self.in_channels} channels, the data have {in_channels}")
+        if image_size is None:
+            return
+        if self.image_size not in (None, image_size):
+            logger.warning("%s was trained on images of %s pixels, the data have %s", what, self.image_size, image_size)
+        self.check_images(image_size)
+
+    def check_images(self, image_size: int) -> None:
+        """Run the network, in evaluation mode, on one empty image of this size.
+
+        Raises:
+            ValueError: it does not take such images; the message names network and size.
+        """
+        training, where = self.training, self._mean
+        images = where.new_zeros(1, self.in_channels, image_size, image_size)
+        try:
+            with torch.no_grad():
+                self.eval()(images)
+        except ValueError as error:
+            raise ValueError(f"{error} (for images of {image_size} x {image_size} pixels)") from error
+        # Each network has its own error for a wrong size: AssertionError, RuntimeError, IndexError, ...
+        except Exception as error:
+            raise ValueError(
+                f"model {self.name!r} does not take images of {image_size} x {image_size} pixels "
+                f"({type(error).__name__}: {error}): change the data's image_size, or args of the model, as img_size"
+            ) from error
+        finally:
+            self.train(training)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of images.
@@ -61,23 +151,55 @@ class Classifier(NormalizedNetwork):
             Logits (N, num_classes).
 
         Raises:
-            ValueError: the images are not floating point, or have another number of channels.
+            ValueError: the images are not floating point, or have another number of channels; or the network returns
+                several outputs of which none is known to be the logits.
         """
         if not images.is_floating_point() or images.ndim != 4 or images.shape[1] != self.in_channels:
             raise ValueError(
                 f"expected floating-point images (N, {self.in_channels}, H, W) in [0, 1], "
                 f"got {images.dtype} {tuple(images.shape)}"
             )
-        return self.network(self.normalize(images).contiguous(memory_format=torch.channels_last))
+        output = self.network(self.normalize(images).contiguous(memory_format=torch.channels_last))
+        logits = main_output(output)
+        if logits is None or logits.ndim != 2 or logits.shape[-1] != self.num_classes:
+            raise ValueError(
+                f"model {self.name!r} returns {_described(output)}{' while training' if self.training else ''}, not "
+                f"logits (N, {self.num_classes}): choose arguments, or wrap it, so that it returns its logits alone or "
+                "as `logits` of a named tuple, dataclass or dict"
+            )
+        return logits
+
+
+def main_output(output: Any) -> Tensor | None:
+    """The logits among what a network returns, without auxiliary ones; None if nothing says which they are."""
+    if isinstance(output, Tensor):
+        return output
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    return logits if isinstance(logits, Tensor) else None
+
+
+def _described(output: Any) -> str:
+    if isinstance(output, Tensor):
+        return f"a tensor of shape {tuple(output.shape)}"
+    entries = f" of {len(output)} entries" if hasattr(output, "__len__") else ""
+    return f"a {type(output).__name__}{entries}"
 
 
 def build_classifier(
-    spec: ModelSpec, *, num_classes: int, in_channels: int = 3, mean: Sequence[float], std: Sequence[float]
+    spec: ModelSpec,
+    *,
+    num_classes: int,
+    in_channels: int = 3,
+    mean: Sequence[float],
+    std: Sequence[float],
+    class_names: Sequence[str] = (),
+    image_size: int | None = None,
 ) -> Classifier:
-    """Build a network, load its weights and attach the normalisation that belongs to them.
+    """Build a network, load its weights and attach the classes and the normalisation that belong to them.
 
-    The normalisation is that of the published weights (`pretrained`) or of the student file (`checkpoint`
-    written by `save_student`) where there is one, else `mean` and `std`.
+    The normalisation is that of the file (written by `save_student`, or stated as `spec.mean` and `spec.std`), of the
+    published weights (`pretrained`), or that with which the library trains such a network (other files of timm and
+    torchvision networks). Networks without weights, and other files of built-in ones, take `mean` and `std`.
 
     Args:
         spec: network and weights.
@@ -85,103 +207,114 @@ def build_classifier(
         in_channels: channels of the images.
         mean: mean of each channel of the data, for intensities in [0, 1].
         std: standard deviation of each channel of the data.
+        class_names: names of the classes of the data, with which those of the file are compared.
+        image_size: side of the data's images in pixels, which the network is then tried on.
 
     Raises:
         UnknownNameError: no network has this name.
-        ValueError: the network rejects its arguments, channels or classes, or has no published weights.
+        ValueError: the network rejects its arguments, channels, classes or images, or has no published weights; or the
+            weights were trained on other classes.
         CheckpointError: the weight file is damaged or does not fit.
         ConnectionError: the published weights could not be downloaded.
     """
-    library, _, name = spec.name.rpartition("/")
-    builders = {"": _build_own, "timm": _build_timm, "torchvision": _build_torchvision}
-    if library not in builders:
-        raise UnknownNameError(f"unknown model {spec.name!r}: write a built-in name, timm/<name> or torchvision/<name>")
-    try:
-        network, published = builders[library](name, spec, num_classes, in_channels)
-    except TypeError as error:
-        raise ValueError(f"model {spec.name!r} rejects args {spec.args}: {error}") from error
-    normalization = published or Normalization(mean, std)
-    if spec.checkpoint is not None:
-        checkpoint = read_checkpoint(spec.checkpoint)
-        load_weights(network, checkpoint, model=spec.name, num_classes=num_classes)
-        if checkpoint.meta.get("format") == STUDENT_FORMAT:
-            normalization = Normalization(checkpoint.meta["mean"], checkpoint.meta["std"])
+    built = build_network(
+        spec.name,
+        num_classes=num_classes,
+        in_channels=in_channels,
+        args=spec.args,
+        pretrained=spec.pretrained,
+        download=spec.checkpoint is None,
+    )
+    names, size = tuple(class_names), image_size
+    what = spec.checkpoint or f"model {spec.name!r}"
+    file = None if spec.checkpoint is None else read_checkpoint(spec.checkpoint)
+    if file is not None:
+        check_class_names(what, file.class_names, names)
+        states = {
+            entry: {current_name(name): tensor for name, tensor in state.items()}
+            for entry, state in file.states.items()
+        }
+        load_weights(
+            built.network,
+            file._replace(states=states),
+            model=spec.name,
+            num_classes=num_classes,
+            entry=spec.entry,
+            surplus=built.surplus,
+        )
+        names = file.class_names or names
+        size = file.meta.get("image_size") if file.meta.get("format") == STUDENT_FORMAT else size
+    if spec.pretrained and built.published is not None:
+        built.published.check_classes(what, names)
+        size = built.published.image_size
+    library = built.published and built.published.normalization
+    normalization = choose_normalization(
+        spec,
+        file,
+        STUDENT_FORMAT,
+        library,
+        Normalization(tuple(mean), tuple(std)),
+        usual=spec.name.startswith("timm/"),  # whose training takes the network's own unless told otherwise
+    )
     if len(normalization.mean) != in_channels:
         raise ValueError(f"model {spec.name!r}: mean {normalization.mean} does not fit {in_channels} image channels")
-    return Classifier(network, *normalization, num_classes)
-
-
-Built = tuple[nn.Module, Normalization | None]
-
-
-def _build_own(name: str, spec: ModelSpec, num_classes: int, in_channels: int) -> Built:
-    builder = MODELS.get(name)
-    if spec.pretrained:
-        raise ValueError(f"model {name!r} has no published weights: set pretrained to false and give a checkpoint")
-    return builder(num_classes=num_classes, in_channels=in_channels, **spec.args), None
-
-
-def _build_torchvision(name: str, spec: ModelSpec, num_classes: int, in_channels: int) -> Built:
-    from torchvision import models
-
-    names = models.list_models(module=models)
-    if name not in names:
-        raise UnknownNameError(f"unknown torchvision classifier {name!r}{suggest(name, names)}")
-    if in_channels != 3:
-        raise ValueError(f"{spec.name!r} takes 3 channels, the images have {in_channels}: use a built-in or timm model")
-    arguments = dict(num_classes=num_classes, **spec.args)
-    if not spec.pretrained:
-        return models.get_model(name, **arguments), None
-    published = models.get_model_weights(name)
-    tag = "DEFAULT" if spec.pretrained is True else str(spec.pretrained)
-    if tag not in published.__members__:
-        raise ValueError(
-            f"model {spec.name!r} has no weights {tag!r}; pretrained can be {', '.join(published.__members__)}"
-        )
-    weights = published[tag]
-    _require_classes(spec, len(weights.meta["categories"]), num_classes)
-    try:
-        network = models.get_model(name, weights=weights if spec.checkpoint is None else None, **arguments)
-    except OSError as error:
-        raise _not_downloaded(spec, weights.url) from error
-    transforms = weights.transforms()
-    return network, Normalization(transforms.mean, transforms.std)
-
-
-def _build_timm(name: str, spec: ModelSpec, num_classes: int, in_channels: int) -> Built:
-    import timm  # imported here because it takes seconds
-
-    if not timm.is_model(name):
-        raise UnknownNameError(f"unknown timm model {name!r}{suggest(name, timm.list_models())}")
-    arguments = dict(num_classes=num_classes, in_chans=in_channels, **spec.args)
-    if not spec.pretrained:
-        return timm.create_model(name, **arguments), None
-    published = timm.models.get_pretrained_cfg(name)
-    if published is None or not published.has_weights:
-        raise ValueError(f"model {spec.name!r} has no published weights: set pretrained to false")
-    _require_classes(spec, published.num_classes, num_classes)
-    try:
-        network = timm.create_model(name, pretrained=spec.checkpoint is None, **arguments)
-    except OSError as error:
-        hub = f"https://huggingface.co/{published.hf_hub_id}"
-        raise _not_downloaded(spec, hub if published.hf_hub_id else str(published.url)) from error
-    return network, Normalization(published.mean, published.std)
-
-
-def _require_classes(spec: ModelSpec, published: int, num_classes: int) -> None:
-    # Both libraries would otherwise put a random classifier on top without a word, or fail obscurely.
-    if published != num_classes:
-        raise ValueError(
-            f"the published weights of {spec.name!r} have {published} classes, the data have {num_classes}: "
-            "set pretrained to false, or give a checkpoint fine-tuned on these data"
-        )
-
-
-def _not_downloaded(spec: ModelSpec, url: str) -> ConnectionError:
-    return ConnectionError(
-        f"could not download the published weights of {spec.name!r} from {url}: "
-        "fetch the file elsewhere and set checkpoint to its local path (pretrained stays true)"
+    made = Classifier(built.network, *normalization, num_classes, class_names=names, image_size=size, name=spec.name)
+    made.check_data(
+        what, num_classes=num_classes, in_channels=in_channels, class_names=class_names, image_size=image_size
     )
+    made.image_size = image_size or size
+    return made
+
+
+def choose_normalization(
+    spec: ModelSpec,
+    file: Checkpoint | None,
+    own_format: str,
+    library: Normalization | None,
+    data: Normalization,
+    *,
+    usual: bool,
+) -> Normalization:
+    """Mean and standard deviation with which the weights were trained.
+
+    Args:
+        spec: network and weights.
+        file: the weight file, if there is one.
+        own_format: what marks a file whose description holds them.
+        library: those of the weights that the network's library publishes; None for a built-in one.
+        data: those of the data, for networks without weights and files that do not say.
+        usual: whether files that do not say were trained with the library's.
+
+    Raises:
+        ValueError: the settings state only one of the two, or others than the file.
+    """
+    stated = None
+    if spec.mean is not None or spec.std is not None:
+        if spec.mean is None or spec.std is None:
+            raise ValueError(f"model {spec.name!r}: set mean and std together, got {spec.mean} and {spec.std}")
+        stated = Normalization(tuple(spec.mean), tuple(spec.std))
+    if file is not None and file.meta.get("format") == own_format:
+        own = Normalization(tuple(file.meta["mean"]), tuple(file.meta["std"]))
+        if stated not in (None, own):
+            raise ValueError(
+                f"{file.path} was trained with mean {own.mean} and std {own.std}; leave out the settings mean and std"
+            )
+        return own
+    if stated is not None or library is None or (file is None and not spec.pretrained):
+        return stated or data
+    if spec.pretrained:
+        return library
+    taken = library if usual and len(library.mean) == len(data.mean) else data
+    if library != data:
+        logger.warning(
+            "%s does not say with which mean and std it was trained: %s and %s are taken, its library publishes "
+            "weights of %s with %s and %s. The settings mean and std beside checkpoint state others",
+            spec.checkpoint,
+            *taken,
+            spec.name,
+            *library,
+        )
+    return taken
 
 
 def count_parameters(module: nn.Module) -> int:

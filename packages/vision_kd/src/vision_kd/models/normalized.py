@@ -11,8 +11,38 @@ from torch import Tensor, nn
 class Normalization(NamedTuple):
     """Mean and standard deviation of each channel, for intensities in [0, 1]."""
 
-    mean: Sequence[float]
-    std: Sequence[float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def check_class_names(what: str, known: Sequence[str], asked: Sequence[str]) -> None:
+    """Refuse a network whose outputs stand for other classes than the data's; unknown names pass.
+
+    Args:
+        what: what to call the network, such as its file.
+        known: names of its classes in the order of its outputs; empty if they are not known.
+        asked: names of the data's classes in the order of their labels; empty if they are not known.
+
+    Raises:
+        ValueError: the names or their order differ.
+    """
+    if not known or not asked or tuple(known) == tuple(asked):
+        return
+    theirs, ours = ([name for name in one if name not in set(other)] for one, other in ((known, asked), (asked, known)))
+    if theirs or ours:
+        raise ValueError(
+            f"{what} was trained on other classes than the data's {len(asked)}: only there {_first(theirs)}; only in "
+            f"the data {_first(ours)}. Take weights trained on these classes"
+        )
+    place = next(n for n, (one, other) in enumerate(zip(known, asked, strict=True)) if one != other)
+    raise ValueError(
+        f"{what} was trained on the data's classes in another order: its output {place} stands for {known[place]!r}, "
+        f"label {place} of the data for {asked[place]!r}. Name the classes of the data as they were named in training"
+    )
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "none"
 
 
 class NormalizedNetwork(nn.Module):

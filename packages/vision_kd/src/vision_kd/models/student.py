@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kd_common.files import write_atomically
-from vision_kd.models.checkpoints import STUDENT_FORMAT, CheckpointError, read_checkpoint
-from vision_kd.models.classifier import Classifier, ModelSpec, build_classifier
+from vision_kd.models.checkpoints import DESCRIPTION, CheckpointError, read_checkpoint
+from vision_kd.models.classifier import STUDENT_FORMAT, Classifier, ModelSpec, build_classifier
 from vision_kd.models.normalized import NormalizedNetwork
 
 
@@ -31,7 +31,7 @@ def save_student(
         TypeError: a value could not be read back without running code, or takes the name of one of our entries.
         OSError: it cannot be written; the message names the file.
     """
-    meta = dict(format=student.format, name=spec.name, args=spec.args, **student.facts(), **(extra or {}))
+    meta = dict(**describe(student, spec), **(extra or {}))
     for key, value in meta.items():
         if not _is_plain(value):
             raise TypeError(f"{key!r} of a student file must be text, numbers, lists or dicts, got {value!r}")
@@ -43,8 +43,13 @@ def save_student(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()
-    torch.save({"model": state, "meta": meta}, content)
+    torch.save({"model": state, DESCRIPTION: meta}, content)
     write_atomically(path, content.getbuffer())
+
+
+def describe(network: NormalizedNetwork, spec: ModelSpec) -> dict[str, Any]:
+    """What rebuilds a network around its weights, in plain values."""
+    return dict(format=network.format, name=spec.name, args=spec.args, **network.facts())
 
 
 def _is_plain(value: Any) -> bool:
@@ -74,7 +79,7 @@ def load_classifier(path: str | Path) -> Classifier:
     if missing := [key for key in ("name", "args", *names) if key not in meta]:
         raise CheckpointError(f"{path} does not describe its network: it lacks {', '.join(missing)}; write it again")
     spec = ModelSpec(meta["name"], meta["args"], checkpoint=str(path))
-    facts = {key: meta[key] for key in names}
+    facts = {key: meta[key] for key in (*names, "class_names", "image_size") if key in meta}
     return build_classifier(spec, **facts).eval()
 
 
