@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torchvision
 
 from vision_kd.data import Digits
 from vision_kd.evaluate import accuracy, main
+from vision_kd.fit import build, run
 from vision_kd.models import ModelSpec, build_classifier, save_student
 
 DATA = {"class_path": "vision_kd.data.Digits", "init_args": {"batch_size": 32}}
@@ -79,6 +81,62 @@ def test_what_cannot_be_written_is_refused_before_anything_is_measured(tmp_path,
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=rf"^{flag} {tmp_path}.*{message}$"):
         main(["--ckpt", "nowhere.pt", flag, str(tmp_path / path)])
+
+
+def test_a_program_of_another_kind_is_refused_before_anything_is_read():
+    with pytest.raises(ValueError, match=r"exported programs end in \.pt2, got 'x\.onnx'"):
+        main(["--ckpt", "nowhere.pt", "--export", "x.onnx"])
+
+
+def write_folder(root, names, splits=("val",)):
+    for split in splits:
+        for label, name in enumerate(names):
+            (root / split / name).mkdir(parents=True)
+            picture = torch.full((3, 8, 8), 0.2 + 0.3 * label)
+            torchvision.utils.save_image(picture, root / split / name / "0.png")
+    return ["--data=ImageFolder", f"--data.root={root}", "--data.image_size=8", "--data.num_workers=0"]
+
+
+@pytest.fixture
+def fruit_file(tmp_path):
+    facts = {"num_classes": 2, "mean": (0.5,) * 3, "std": (0.5,) * 3, "class_names": ("apple", "pear"), "image_size": 8}
+    path = tmp_path / "fruit.pt"
+    save_student(path, build_classifier(ModelSpec("resnet8"), **facts), ModelSpec("resnet8"))
+    return path
+
+
+def test_a_folder_with_pictures_to_evaluate_alone(fruit_file, tmp_path):
+    data = write_folder(tmp_path / "data", ("apple", "pear"))
+    assert main(["--ckpt", str(fruit_file), "--device=cpu", *data])["top5"] == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "message"), [(("grass", "tomato"), "only there apple, pear"), (("apple", "fig"), "only there pear")]
+)
+def test_classes_of_other_names_are_refused(fruit_file, tmp_path, names, message):
+    data = write_folder(tmp_path / "data", names)
+    with pytest.raises(ValueError, match=rf"{fruit_file} was trained on other classes.*{message}"):
+        main(["--ckpt", str(fruit_file), "--device=cpu", *data])
+    with pytest.raises(ValueError, match=message):  # also where the command line names the network
+        main(["--ckpt", str(fruit_file), "--model.name=resnet8", "--device=cpu", *data])
+
+
+def test_channels_and_sizes_are_compared(fruit_file, tmp_path, caplog):
+    torch.save({"model": torch.load(fruit_file, weights_only=True)["model"]}, tmp_path / "bare.pth")
+    with pytest.raises(ValueError, match=r"has 2 classes.* with 10 classes"):
+        main(["--ckpt", str(tmp_path / "bare.pth"), "--model.name=resnet8", "--data=Digits", "--device=cpu"])
+    data = write_folder(tmp_path / "data", ("apple", "pear"))
+    main(["--ckpt", str(fruit_file), "--device=cpu", *data, "--data.image_size=16"])
+    assert "was trained on images of 8 pixels, the data have 16" in caplog.text
+
+
+def test_a_training_checkpoint_describes_itself(digits_args, tmp_path):
+    result = run(build([*digits_args, "--config=methods/vanilla", "--model.topk=null", "--model.gsnr_every=0"]))
+    path = tmp_path / "run/checkpoints/last.ckpt"
+    found = main(["--ckpt", str(path), "--device=cpu"])
+    assert found == pytest.approx({name: result.last[name] for name in ("top1", "top5")})
+    with pytest.raises(ValueError, match=r"last\.ckpt was trained on other classes.*only there 0, 1, 2"):
+        main(["--ckpt", str(path), "--model.name=resnet8", "--data=CIFAR10", "--device=cpu"])
 
 
 def test_export_runs_without_this_project(student, student_file, tmp_path):

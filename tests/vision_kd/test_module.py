@@ -19,8 +19,10 @@ from vision_kd.guards import check_trainer
 from vision_kd.methods.dkd import DKD
 from vision_kd.methods.kd import KD
 from vision_kd.methods.vanilla import Vanilla
+from vision_kd.models import ModelSpec, build_classifier
+from vision_kd.module import DistillationModule
 from vision_kd.policies import DOT, SGD, DeepKD
-from vision_kd.specs import DynamicTopK
+from vision_kd.specs import DynamicTopK, TeacherSpec
 
 LR, MU, WD, DELTA = 0.2, 0.9, 1e-2, 0.075
 T, CE, KL = 4.0, 0.1, 0.9
@@ -377,3 +379,19 @@ def test_a_resumed_run_brings_the_best_student_along(tmp_path):
     StudentExport(old, {}, str(old / "checkpoints/last.ckpt")).on_fit_start(rank0, None)
     StudentExport(tmp_path, {}).on_fit_start(rank0, None)
     assert not (tmp_path / "student_best.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [("abcdef", None), ("bacdef", "another order"), ("abcdeg", "other classes"), ("", None)],
+)
+def test_teacher_and_student_must_mean_the_same_classes(names, message):
+    facts = {"num_classes": 6, "in_channels": 1, "mean": (0.4,), "std": (0.3,), "class_names": tuple("abcdef")}
+    module = DistillationModule(ModelSpec("test_tiny"), **facts, teacher=TeacherSpec("test_tiny"))
+    teacher = build_classifier(ModelSpec("test_tiny"), **facts | {"class_names": tuple(names)})
+    if message is None:
+        module.attach_teacher(teacher)
+        assert module.teacher is teacher
+    else:
+        with pytest.raises(ValueError, match=f"the teacher was trained on .*{message}"):
+            module.attach_teacher(teacher)

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torchvision.models import get_model
 from torchvision.models.detection import FasterRCNN, FasterRCNN_ResNet50_FPN_Weights
+from torchvision.models.detection._utils import overwrite_eps
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import FrozenBatchNorm2d
@@ -60,6 +61,30 @@ def test_a_saved_detector_is_rebuilt_with_its_classes(tools, tmp_path):
         for key, value in detector(images)[0].items():
             assert torch.equal(value, again(images)[0][key])
     detector.network.load_state_dict(torch.load(tmp_path / "d.pt", weights_only=True)["model"])
+
+
+def test_the_epsilon_of_published_weights_travels_with_a_saved_detector(tools, tmp_path):
+    detector = tools.detector("xyz", dtype=torch.float32, norm="frozen").eval()
+    overwrite_eps(detector.network, 0.0)
+    save_student(tmp_path / "d.pt", detector, ModelSpec(tools.name, tools.args | {"norm": "frozen"}))
+    frozen = [m for m in load_detector(tmp_path / "d.pt").modules() if isinstance(m, FrozenBatchNorm2d)]
+    assert {module.eps for module in frozen} == {0.0}
+
+
+def test_a_detector_behind_a_prefix_loads_whole_or_not_at_all(tools, tmp_path):
+    detector = tools.detector("xyz", dtype=torch.float32)
+    facts = {"class_names": "xyz", "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    state = {f"module.{key}": tensor for key, tensor in detector.network.state_dict().items()}
+    torch.save({"model": state}, tmp_path / "d.pth")
+    spec = ModelSpec(tools.name, tools.args, checkpoint=str(tmp_path / "d.pth"), mean=(0.1, 0.2, 0.3), std=(1, 2, 3))
+    loaded = build_detector(spec, **facts)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), detector.parameters(), strict=True))
+    assert (loaded.mean, loaded.std) == ((0.1, 0.2, 0.3), (1.0, 2.0, 3.0))
+    state["module.roi_heads.box_predictor.cls_score.bias"][1] = float("nan")
+    del state["module.rpn.head.bbox_pred.bias"]
+    torch.save({"model": state}, tmp_path / "d.pth")
+    with pytest.raises(CheckpointError, match=r"missing in the file: rpn\.head\.bbox_pred\.bias"):
+        build_detector(spec, **facts)
 
 
 def test_files_of_classifiers_and_detectors_are_not_confused(tools, tmp_path):

@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from kd_common.live import LiveFigures
 from vision_kd.diagnosis import class_correlation, collect_logits
 from vision_kd.models import save_student
+from vision_kd.models.checkpoints import DESCRIPTION
+from vision_kd.models.student import describe
 from vision_kd.module import DistillationModule
 from vision_kd.run_figures import plot_correlations, plot_reliability
 from vision_kd.training import ComponentTraining
@@ -39,6 +41,13 @@ class StudentExport(pl.Callback):
         best = Path(self.resumed_from).resolve().parent.parent / "student_best.pt"
         if best.is_file() and best.parent != self.folder.resolve():
             shutil.copy(best, self.folder / best.name)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Describe the student and its data, so that they are compared wherever the checkpoint is read."""
+        assert isinstance(pl_module, ComponentTraining)
+        checkpoint[DESCRIPTION] = describe(pl_module.inference_model, pl_module.student_spec) | self.extra
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Export the student when its epoch was validated."""

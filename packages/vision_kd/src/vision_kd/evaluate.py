@@ -31,7 +31,6 @@ from vision_kd.detection.draw import draw_detections
 from vision_kd.detection.evaluation import average_precision, evaluate_detector, write_results
 from vision_kd.detection.zoo import build_detector, load_detector
 from vision_kd.models import (
-    DATA_FACTS,
     Classifier,
     ModelSpec,
     build_classifier,
@@ -40,6 +39,8 @@ from vision_kd.models import (
     load_classifier,
 )
 from vision_kd.models.checkpoints import read_checkpoint
+from vision_kd.models.classifier import DATA_FACTS
+from vision_kd.models.student import check_program
 
 
 def accuracy(
@@ -139,6 +140,8 @@ def main(args: list[str] | None = None) -> dict[str, float]:
             check_file(f"--{flag}", settings[flag])
     if settings.images is not None:
         check_folder("--images", settings.images)
+    if settings.export is not None:
+        check_program(settings.export)
     model, data = load(settings)
     if settings.export is not None and not isinstance(model, Classifier):
         raise ValueError("--export writes classifiers only: torch.export does not trace a detector's proposals")

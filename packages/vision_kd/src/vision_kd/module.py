@@ -14,7 +14,8 @@ from kd_common.functional.logits import at_least_fp32
 from vision_kd.data import ImageDataModule
 from vision_kd.evaluate import accuracy
 from vision_kd.methods.base import cross_entropy
-from vision_kd.models import DATA_FACTS, Classifier, ModelSpec, NormalizedNetwork, build_classifier, load_classifier
+from vision_kd.models import Classifier, ModelSpec, NormalizedNetwork, build_classifier, load_classifier
+from vision_kd.models.classifier import DATA_FACTS
 from vision_kd.step import StepOutput, distillation_step
 from vision_kd.training import ComponentTraining
 

@@ -30,6 +30,7 @@ from vision_kd.diagnosis import calibration_error, class_accuracy, class_correla
 from vision_kd.fit import VisionCLI, build
 from vision_kd.landscape import filter_direction, loss_surface
 from vision_kd.models import Classifier, load_classifier
+from vision_kd.models.classifier import DATA_FACTS
 from vision_kd.module import DistillationModule
 from vision_kd.run_figures import (
     plot_class_changes,
@@ -90,7 +91,10 @@ class Run:
         if spec.checkpoint is not None or spec.pretrained:
             return DistillationModule.build(spec.model, **DistillationModule.facts(self.cli.datamodule))
         data = json.loads(json.dumps(self.cli.config["data"].as_dict(), default=str))
-        path = teacher_cache_path(spec, data)
+        try:
+            path = teacher_cache_path(spec, self.cli.datamodule, data, ranks=self.cli.trainer.world_size)
+        except FileNotFoundError:  # the training data are elsewhere
+            return None
         return load_classifier(path) if path.is_file() else None
 
     def summary(self) -> dict[str, str]:
@@ -157,6 +161,9 @@ def student_sections(runs: Sequence[Run], *, resolution: int, extent: float, sam
     taught = next((run for run in runs if run.cli.model.needs_teacher), None)
     teacher = None if taught is None else taught.teacher()
     everyone = networks if teacher is None else {"teacher": teacher, **networks}
+    shared = {name: getattr(data, name) for name in DATA_FACTS}
+    for name, network in everyone.items():
+        network.check_data(name, **shared)
     logits = {name: collect_logits(net, data.val_dataloader(), "cpu") for name, net in everyone.items()}
     sections = [*_comparisons(logits, data, list(networks), missing_teacher=taught is not None and teacher is None)]
     if resolution:

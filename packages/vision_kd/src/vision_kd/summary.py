@@ -24,9 +24,10 @@ def print_summary(result: "Result", model: ComponentTraining, console: Console |
     """
     console = console or Console()
     wide = len(model.metrics) > 2  # a table of names, six metrics and parameter counts would not fit a terminal
-    table = Table(title=f"{type(model.method).__name__} with {type(model.policy).__name__}", show_header=True)
-    for column in ("", *model.metrics.values(), *([] if wide else ["parameters"])):
-        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
+    table = Table(title=title(model), show_header=True)
+    table.add_column("", overflow="fold")  # a long name takes several lines, a number never
+    for column in (*model.metrics.values(), *([] if wide else ["parameters"])):
+        table.add_column(column, justify="right", no_wrap=True)
     parameters = {name: f"{count:,}" for name, count in result.parameters.items()}
     networks = {"student": model.student_spec.name}
     if result.teacher:
@@ -62,6 +63,22 @@ def print_summary(result: "Result", model: ComponentTraining, console: Console |
         lines["configuration"] = str(result.run_dir / "config.yaml")
     for name, value in lines.items():
         console.print(f"{name:<{max(map(len, lines))}}  {escape(printable(value))}", soft_wrap=True, highlight=False)
+
+
+def title(model: ComponentTraining) -> str:
+    """What the student was trained with: method, policy and what else changes its loss or its weights."""
+    extras = {
+        "standardised logits": getattr(model.method, "standardize", False),
+        "top-k mask": model.topk is not None,
+        "FPN features": "feature" in model.components,
+        "moving average": model.ema is not None,
+    }
+    return ", ".join(
+        [
+            f"{type(model.method).__name__} with {type(model.policy).__name__}",
+            *(name for name, used in extras.items() if used),
+        ]
+    )
 
 
 def percentage(metrics: Mapping[str, float], name: str, digits: int = 2) -> str:

@@ -1,7 +1,10 @@
 """Obtain the teacher: from a file, from its library, from the cache, or by training it once."""
 
+import contextlib
 import copy
 import hashlib
+import importlib.metadata
+import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -10,39 +13,86 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from kd_common.checkpoints import AtomicCheckpointIO, check_resumable
 from kd_common.files import cache_root, locked
 from kd_common.schedules import CosineDecay
 from vision_kd.data.base import ImageDataModule
 from vision_kd.methods.vanilla import Vanilla
-from vision_kd.models import CheckpointError, NormalizedNetwork, save_student
+from vision_kd.models import MODELS, CheckpointError, NormalizedNetwork, save_student
 from vision_kd.module import DistillationModule
 from vision_kd.policies import SGD
 from vision_kd.specs import TeacherSpec
 from vision_kd.training import ComponentTraining
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
+
+WITHOUT_EFFECT = ("seed", "download", "num_workers", "root", "train_annotations", "train_images")
+"""Settings of data that do not change the teacher: its seed is its own, and the content of the data counts."""
 
 
-def teacher_cache_path(spec: TeacherSpec, data: Mapping[str, Any], ranks: int = 1) -> Path:
+def teacher_cache_path(
+    spec: TeacherSpec,
+    datamodule: ImageDataModule,
+    data: Mapping[str, Any],
+    *,
+    task: type[ComponentTraining] = DistillationModule,
+    ranks: int = 1,
+) -> Path:
     """File of a trained teacher; its name is a hash of everything that determines the weights.
+
+    That is the teacher's settings, the content of the training data, what the network is told of them (classes in their
+    order, channels, size, mean and standard deviation), the settings that change a batch, and the code of network and
+    data.
 
     Args:
         spec: The teacher.
+        datamodule: Data it is trained on; they are fetched and set up.
         data: Resolved configuration of the DataModule, ``class_path`` and ``init_args`` in plain types.
+        task: How such networks are trained.
         ranks: Processes of the run; the teacher is trained on one, with the batch of them all.
     """
-    # The teacher is trained with its own seed, so the student's must not lead to another teacher.
-    ignored = ("seed", "download", "num_workers")
     settings = {
-        key: value for key, value in data["init_args"].items() if key not in ignored and not key.startswith("val_")
+        key: value
+        for key, value in data["init_args"].items()
+        if key not in WITHOUT_EFFECT and not key.startswith("val_")
     }
     if "batch_size" in settings:
         settings["batch_size"] *= ranks
-    recipe = {"teacher": asdict(spec), "data": {**data, "init_args": settings}, "format": CACHE_FORMAT}
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    recipe = {
+        "teacher": asdict(spec),
+        "network": network_code(spec.name),
+        "data": {**data, "init_args": settings},
+        "code of data": code_version(type(datamodule)),
+        "content": datamodule.training_digest(),
+        "facts": task.facts(datamodule),
+        "format": CACHE_FORMAT,
+    }
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()[:16]
     return cache_root() / "teachers" / f"{spec.name.replace('/', '_')}-{digest}.pt"
+
+
+def network_code(name: str) -> str:
+    """What tells the code of a network from other versions of it."""
+    library = name.rpartition("/")[0]
+    if library or name not in MODELS.names():  # detectors are built of torchvision's parts
+        library = library or "torchvision"
+        return f"{library} {importlib.metadata.version(library)}"
+    return code_version(MODELS.get(name))
+
+
+def code_version(thing: Any) -> str:
+    """The version of the package that a class or function comes from; of a loose file, a hash of its text."""
+    package = thing.__module__.partition(".")[0]
+    try:
+        return f"{package} {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:
+        with contextlib.suppress(OSError, TypeError):  # typed into an interpreter, which keeps no text
+            return hashlib.sha256(inspect.getsource(inspect.getmodule(thing) or thing).encode()).hexdigest()
+    return thing.__qualname__
 
 
 def obtain_teacher(
@@ -79,22 +129,27 @@ def obtain_teacher(
         teacher = task.build(spec.model, **task.facts(datamodule))
         return teacher, f"loaded from {spec.checkpoint or spec.name.split('/')[0]}"
 
-    path = teacher_cache_path(spec, data, ranks)
-    with locked(path, f"the teacher {spec.name}"):
-        if path.is_file():
-            try:
-                return task.load(path), f"from the cache, {path}"
-            except CheckpointError as error:
-                raise CheckpointError(f"cached teacher: {error}\nDelete {path} to train it again.") from error
-        if launched:
-            raise RuntimeError(
-                f"no weights for the teacher {spec.name}, and training it inside a multi-process launch would train "
-                f"it once per process. Train and cache it first, without the launcher, with --trainer.devices 1 "
-                f"--data.batch_size {datamodule.batch_size * ranks}, or set model.teacher.checkpoint"
-            )
-        teacher = train_teacher(spec, datamodule, task, ranks, accelerator, progress_bar)
-        save_student(path, teacher, spec.model, extra={"recipe": json.loads(json.dumps(asdict(spec), default=str))})
-    return teacher, f"trained for {spec.epochs} epochs, cached as {path}"
+    path = teacher_cache_path(spec, datamodule, data, task=task, ranks=ranks)
+    if not path.is_file():
+        with locked(path, f"the teacher {spec.name}"):
+            if not path.is_file():  # another process may have trained it meanwhile
+                if launched:
+                    raise RuntimeError(
+                        f"no weights for the teacher {spec.name}, and training it inside a multi-process launch would "
+                        "train it once per process. Train and cache it first, without the launcher, with "
+                        f"--trainer.devices 1 --data.batch_size {datamodule.batch_size * ranks}, or set "
+                        "model.teacher.checkpoint"
+                    )
+                progress = path.with_suffix(".ckpt")
+                teacher = train_teacher(spec, datamodule, task, ranks, accelerator, progress_bar, progress)
+                recipe = json.loads(json.dumps(asdict(spec), default=str))
+                save_student(path, teacher, spec.model, extra={"recipe": recipe})
+                progress.unlink(missing_ok=True)
+                return teacher, f"trained for {spec.epochs} epochs, cached as {path}"
+    try:
+        return task.load(path), f"from the cache, {path}"
+    except CheckpointError as error:
+        raise CheckpointError(f"cached teacher: {error}\nDelete {path} to train it again.") from error
 
 
 def train_teacher(
@@ -104,9 +159,24 @@ def train_teacher(
     ranks: int = 1,
     accelerator: str = "auto",
     progress_bar: bool = True,
+    progress: Path | None = None,
 ) -> NormalizedNetwork:
-    """Train a teacher on the labels alone, with SGD and a cosine schedule, on one device with all ranks' batch."""
-    rank_zero_info(f"No weights for the teacher {spec.name}: training it for {spec.epochs} epochs, once.")
+    """Train a teacher on the labels alone, with SGD and a cosine schedule, on one device with all ranks' batch.
+
+    Args:
+        spec: The teacher.
+        datamodule: Data it is trained on.
+        task: How such networks are built and trained.
+        ranks: Processes of the run, whose joint batch it is trained with.
+        accelerator: Lightning's name of the hardware.
+        progress_bar: Whether to show one.
+        progress: Checkpoint that is written after every epoch, and continued from if a killed run left it.
+    """
+    resumed = progress is not None and _resumable(progress)
+    rank_zero_info(
+        f"No weights for the teacher {spec.name}: training it for {spec.epochs} epochs, once"
+        + (f", from {progress} on." if resumed else ".")
+    )
     torch.manual_seed(spec.seed)
     data = copy.deepcopy(datamodule)
     data.batch_size *= ranks
@@ -122,16 +192,51 @@ def train_teacher(
         clip_norm=spec.clip_norm,
         seed=spec.seed,
     )
+    module.hparams.clear()  # objects, which a checkpoint that is read without running code cannot hold
     trainer = pl.Trainer(
         max_epochs=spec.epochs,
         accelerator=accelerator,
         devices=1,
         logger=False,
+        callbacks=[Progress(progress)] if progress else None,
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=progress_bar,
         num_sanity_val_steps=0,
         check_val_every_n_epoch=spec.epochs,
+        plugins=[AtomicCheckpointIO()],
     )
-    trainer.fit(module, datamodule=data)
+    trainer.fit(module, datamodule=data, ckpt_path=progress if resumed else None, weights_only=True)
+    if trainer.current_epoch < spec.epochs:
+        raise RuntimeError(
+            f"training of the teacher {spec.name} was stopped in epoch {trainer.current_epoch + 1} of {spec.epochs}; "
+            "start again to go on from there"
+        )
     return module.student.cpu()
+
+
+class Progress(pl.Callback):
+    """Write a checkpoint after every epoch, over the one before.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write it."""
+        trainer.save_checkpoint(self.path)
+
+
+def _resumable(path: Path) -> bool:
+    """Whether there is a checkpoint to go on from; a damaged one is named, and training starts anew."""
+    if not path.is_file():
+        return False
+    try:
+        check_resumable(path)
+    except ValueError as error:
+        rank_zero_warn(f"the teacher's training cannot go on and starts anew: {error}")
+        return False
+    return True

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kd_common.messages import check_batch_size
 from vision_kd.data.augment import Augment, identity, strong
+from vision_kd.data.digest import batches_digest, tensors_digest
 from vision_kd.data.loader import DeviceLoader
 
 VIEWS = ("weak", "strong")
@@ -154,6 +155,13 @@ class ImageDataModule(LightningDataModule):
         single.batch_size = 1  # a loader of single images is refused by no data set, and knows how many there are
         check_batch_size(len(single.train_dataloader().sampler), "training images", self.batch_size, world_size)
 
+    def training_digest(self) -> str:
+        """What tells the training data from others by their content, once they are set up.
+
+        A data set that does not say it in a cheaper way is known by its first batches.
+        """
+        return batches_digest(self.train_dataloader())
+
 
 class TensorDataModule(ImageDataModule):
     """A data set small enough to live on the training device as uint8 and to be augmented there.
@@ -197,6 +205,10 @@ class TensorDataModule(ImageDataModule):
                     chosen = stratified_order(labels)[: self.train_subset]
                     images, labels = images[chosen], labels[chosen]
                 self._splits[train] = images, labels
+
+    def training_digest(self) -> str:
+        """See `ImageDataModule.training_digest`: every pixel and label."""
+        return tensors_digest(self._splits[True])
 
     def _loader(self, train: bool) -> DeviceLoader:
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")

@@ -12,6 +12,7 @@ from torchvision.transforms.v2 import functional as F
 
 from vision_kd.data.augment import SEED_RANGE, ImageDraws, distort
 from vision_kd.data.base import UNPRINTABLE, WORKERS, ImageDataModule, missing_data
+from vision_kd.data.digest import files_digest
 from vision_kd.data.image_files import (
     endings,
     find_images,
@@ -147,6 +148,7 @@ class ImageFolder(ImageDataModule):
     """
 
     in_channels = 3
+    image_size: int
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
     def __init__(
@@ -159,26 +161,37 @@ class ImageFolder(ImageDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size, val_batch_size, seed)
+        if image_size < 1:
+            raise ValueError(f"image_size must be at least 1 pixel, got {image_size}")
         self.root, self.image_size, self.num_workers = Path(root).expanduser(), image_size, num_workers
         self._files: dict[str, tuple[list[Path], list[int]]] = {}
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:  # type: ignore[override]
-        """The folder names of the training split."""
-        return class_folders(self.root / "train")
+        """The folder names of the training split; of the validation split where there is no other to evaluate on."""
+        train = self.root / "train"
+        return class_folders(train if train.is_dir() else self.root / "val")
 
     def setup(self, stage: str | None = None) -> None:
-        """List the files, once; both splits must have the same classes."""
-        if self._files:
+        """List the files that the stage needs, once; both splits must have the same classes."""
+        splits = ("train", "val") if stage in (None, "fit") else ("val",)
+        if all(split in self._files for split in splits):
             return
-        for split in ("train", "val"):
+        for split in splits:
             if not (self.root / split).is_dir():
                 raise missing_data(
                     f"The {split} split",
                     [self.root / split],
                     f"the layout {self.root}/{split}/<class>/<image>, or the setting root",
                 )
-        self._files = {split: list_images(self.root / split, self.class_names) for split in ("train", "val")}
+        self._files |= {
+            split: list_images(self.root / split, self.class_names) for split in splits if split not in self._files
+        }
+
+    def training_digest(self) -> str:
+        """See `ImageDataModule.training_digest` and `files_digest`."""
+        paths, labels = self._files["train"]
+        return files_digest(self.root, paths, labels)
 
     def _loader(self, split: str, batch_size: int, transform: Transform) -> DataLoader:
         paths, labels = self._files[split]

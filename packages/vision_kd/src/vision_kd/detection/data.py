@@ -11,6 +11,7 @@ from torchvision.transforms.v2 import functional as F
 
 from vision_kd.data.augment import ImageDraws
 from vision_kd.data.base import WORKERS, ImageDataModule, data_root
+from vision_kd.data.digest import files_digest, tensors_digest
 from vision_kd.data.loader import EpochSampler
 from vision_kd.detection.coco import Split, read_image, read_split
 from vision_kd.detection.scenes import build_scenes
@@ -190,6 +191,12 @@ class COCO(ImageDataModule):
             raise ValueError(
                 f"train_subset must be in [1, {len(train)}], the size of the training set, got {self.train_subset}"
             )
+
+    def training_digest(self) -> str:
+        """See `ImageDataModule.training_digest` and `files_digest`: images, boxes and labels."""
+        split = self.split("train")
+        truth = tensors_digest([split.sizes, split.boxes, split.labels, split.starts])
+        return files_digest(split.folder, [split.folder / name for name in split.files], [split.files, truth])
 
     def train_dataloader(self) -> DataLoader:
         """Batches of this rank's share, in a new order every epoch."""

@@ -23,8 +23,8 @@ class MLKD(Method):
     * Instance: KD of each view, summed over the temperatures. On the weak view only samples on which the teacher is at
       most as confident as its batch median count; the mask is per sample (released code multiplies batch scalars).
     * Relation: squared differences of the batch Gram matrix (samples by samples) and of the class Gram matrix (classes
-      by classes). They are no part of the label loss, so they form a component of their own; released DeepKD code adds
-      them to the task gradient and drops the strong view's.
+      by classes). They are no part of the label loss, so they form a component of their own. Of both views, under every
+      policy; released code trains on the weak view's alone, and under DeepKD adds them to the task gradient.
 
     Args:
         temperatures: Temperatures summed over, each > 0.

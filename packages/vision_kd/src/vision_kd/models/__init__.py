@@ -3,7 +3,6 @@
 from vision_kd.models import mobilenet, resnet, shufflenet, vgg, wide_resnet  # noqa: F401 (they fill MODELS)
 from vision_kd.models.checkpoints import CheckpointError
 from vision_kd.models.classifier import (
-    DATA_FACTS,
     Classifier,
     ModelSpec,
     build_classifier,
@@ -14,7 +13,6 @@ from vision_kd.models.registry import MODELS
 from vision_kd.models.student import export, load_classifier, save_student
 
 __all__ = [
-    "DATA_FACTS",
     "MODELS",
     "CheckpointError",
     "Classifier",

@@ -83,6 +83,16 @@ def load_classifier(path: str | Path) -> Classifier:
     return build_classifier(spec, **facts).eval()
 
 
+def check_program(path: str | Path) -> None:
+    """Refuse a name under which no exported program can be written.
+
+    Raises:
+        ValueError: the file does not end in ".pt2".
+    """
+    if Path(path).suffix != ".pt2":
+        raise ValueError(f"exported programs end in .pt2, got {str(path)!r}")
+
+
 def export(classifier: Classifier, path: str | Path, example: Tensor) -> None:
     """Write a `torch.export` program of the classifier in evaluation mode, on the CPU, for any batch size.
 
@@ -96,8 +106,7 @@ def export(classifier: Classifier, path: str | Path, example: Tensor) -> None:
     Raises:
         ValueError: the file does not end in ".pt2".
     """
-    if Path(path).suffix != ".pt2":
-        raise ValueError(f"exported programs end in .pt2, got {str(path)!r}")
+    check_program(path)
     # A batch of one would be taken for a constant.
     images = example[:1].detach().cpu().repeat(2, 1, 1, 1)
     batch = torch.export.Dim("batch")

@@ -218,29 +218,29 @@ def _misfit(
 ) -> str:
     """What a file that does not fit holds instead."""
     missing, unexpected, reshaped = _differences(best.state, expected, surplus)
+    where = f"under {best.name!r} " if best.name else ""
     differences = (
-        f"missing in the file: {_first(missing)}; not in the model: {_first(unexpected)}; "
+        f"{where}missing in the file: {_first(missing)}; not in the model: {_first(unexpected)}; "
         f"other shapes: {_first(reshaped)}"
     )
-    where = f"{path} (its entry {best.name!r})" if best.name else str(path)
     if not reshaped and [t.shape for t in best.state.values()] == [t.shape for t in expected.values()]:
         differences += (
             ". All tensors have the model's shapes in the model's order: it may be that network as another library "
             "names its parts. If it is, rename them as docs/vision_methods.md shows under 'Weights of other libraries'"
         )
     if num_classes is None:
-        return f"{where} does not fit {model}: {differences}. Give weights of that model."
-    weights = (key for key in reversed(expected) if expected[key].ndim > 1 and len(expected[key]) == num_classes)
+        return f"{path} does not fit {model}: {differences}. Give weights of that model."
+    weights = (key for key in reversed(list(expected)) if expected[key].ndim > 1 and len(expected[key]) == num_classes)
     head = next(weights, "")
     stem = head.removesuffix("weight")
     if missing and head and all(key.startswith(stem) for key in missing) and not unexpected and not reshaped:
         return (
-            f"{where} holds {model!r} without its head ({', '.join(missing)}), so that its {num_classes} classes would "
+            f"{path} holds {model!r} without its head ({', '.join(missing)}), so that its {num_classes} classes would "
             "be drawn at random: take weights with a head, trained on these classes"
         )
     classes = len(best.state[head]) if head in best.state else "an unknown number of"
     return (
-        f"{where} has {classes} classes and does not fit {model!r} with {num_classes} classes: "
+        f"{path} has {classes} classes and does not fit {model!r} with {num_classes} classes: "
         f"{differences}. Give the model and the class count that the file was trained with."
     )
 
