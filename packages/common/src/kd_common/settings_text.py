@@ -8,6 +8,7 @@ from typing import Any, Union, get_args, get_origin
 
 import yaml
 from jsonargparse import _typehints, get_loader, set_dumper, set_loader
+from jsonargparse._actions import _ActionConfigLoad
 from jsonargparse._common import parent_parser
 from jsonargparse._loaders_dumpers import dump_yaml_kwargs, get_yaml_default_loader
 from jsonargparse._typehints import ActionTypeHint
@@ -203,6 +204,7 @@ def keep_text(parser: type) -> None:
         parser: Class of the parsers that do so; those of other programs in this process take text as they did.
     """
     call, check, adapt = ActionTypeHint.__call__, ActionTypeHint._check_type, _typehints.adapt_typehints
+    load_config = _ActionConfigLoad._load_config
 
     def marked_call(self: Any, *args: Any, **settings: Any) -> Any:
         if len(args) != 4 or not isinstance(parent_parser.get(), parser) or not isinstance(args[2], str):
@@ -244,7 +246,12 @@ def keep_text(parser: type) -> None:
                 raise ValueError(f"Expected a {hint}. Got value: {value}")
         return adapt(value, hint, *args, **settings)
 
+    def load_settings(self: Any, value: Any, *args: Any) -> Any:
+        # jsonargparse looks for YAML in plain text only.
+        return load_config(self, str(value) if isinstance(value, Typed) else value, *args)
+
     ActionTypeHint.__call__ = marked_call  # type: ignore[method-assign]
+    _ActionConfigLoad._load_config = load_settings  # type: ignore[method-assign]
     ActionTypeHint._check_type = check_type  # type: ignore[method-assign]
     _typehints.adapt_typehints = adapt_typehints  # type: ignore[assignment]
 
