@@ -5,6 +5,8 @@ import runpy
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 
 from vision_kd.detection import build_detector
 from vision_kd.models import ModelSpec, save_student
@@ -51,6 +53,9 @@ def test_code_blocks_run(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if "load_detector" in block:
         save_detector("RUN/student_best.pt")
+    if "efficientnet-lite0" in block:
+        state = timm.create_model("tf_efficientnet_lite0").state_dict()
+        torch.save({f"theirs.{name}": tensor for name, tensor in state.items()}, "efficientnet-lite0-57934424.pth")
     script = tmp_path / "block.py"
     script.write_text(block)
     runpy.run_path(str(script))

@@ -82,7 +82,7 @@ DETECTOR = {"class_names": ("cat",), "mean": (0.4,) * 3, "std": (0.3,) * 3}
 def cached_teacher(path):
     data, config = Digits(), {"class_path": "vision_kd.data.Digits", "init_args": {}}
     spec = TeacherSpec("resnet8")
-    place = teacher_cache_path(spec, config)
+    place = teacher_cache_path(spec, data, config)
     place.parent.mkdir(parents=True)
     shutil.copy(path, place)
     with pytest.raises(CheckpointError, match=rf"(?s){place}.*Delete {place} to train it again") as caught:
@@ -190,7 +190,7 @@ def test_an_adapter(kind, arm, tmp_path, target):
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", base_model_name_or_path=str(target))
     config.save_pretrained(folder)
     arm(folder / "adapter_model.bin", kind)
-    with pytest.raises(ModelFilesError, match=rf"{folder} cannot be loaded"):
+    with pytest.raises(ModelFilesError, match=rf"{folder} holds an adapter"):
         load_causal_lm(str(folder))
 
 
@@ -233,8 +233,8 @@ def test_the_sources_call_nothing_that_unpickles_or_evaluates():
             given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
             safe = given.get("weights_only") == "True"
             if (
-                name
-                in ("pickle.load", "pickle.loads", "yaml.load", "yaml.unsafe_load", "eval", "exec", "torch.jit.load")
+                name in ("pickle.load", "pickle.loads", "yaml.unsafe_load", "eval", "exec", "torch.jit.load")
+                or (name == "yaml.load" and given.get("Loader") != "yaml.BaseLoader")  # which makes nothing but text
                 or (name in ("torch.load", "np.load") and not safe)
                 or ("ckpt_path" in given and name.endswith(".fit") and not safe)
                 or given.get("trust_remote_code", "False") != "False"

@@ -1,14 +1,16 @@
 """A disk without room: the error names the file, what was there before is unchanged, nothing is left lying about."""
 
+import shutil
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from kd_common.checkpoints import AtomicCheckpointIO, check_resumable
 from kd_common.compare import run_matrix
-from kd_common.hub import load_causal_lm, load_tokenizer
+from kd_common.hub import load_causal_lm, load_config, load_tokenizer
 from llm_kd.callbacks import export_student
 from llm_kd.data.responses import write_responses
 from llm_kd.generation import Sampling
@@ -66,9 +68,13 @@ def drafter(folder, target):
 
 
 def exported_drafter(folder, target):
-    source = folder.parent / "source"
-    runner, spec = CausalLM.from_transformers(load_causal_lm(str(target))), DrafterSpec("eagle3", {})
-    save_drafter(spec.build(runner), spec, source, {"target": str(target)})
+    source, deep = folder.parent / "source", folder.parent / "deep"
+    shutil.copytree(target, deep)
+    config = load_config(str(target))
+    config.num_hidden_layers = 7  # engines read three different layers
+    AutoModelForCausalLM.from_config(config).save_pretrained(deep)
+    runner, spec = CausalLM.from_transformers(load_causal_lm(str(deep))), DrafterSpec("eagle3", {})
+    save_drafter(spec.build(runner), spec, source, {"target": str(deep)})
     return lambda: export_drafter(str(source), str(folder))
 
 

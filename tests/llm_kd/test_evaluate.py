@@ -338,18 +338,21 @@ def test_missing_model(arguments):
 
 
 @pytest.mark.parametrize(
-    ("weights", "row", "match"),
-    [
-        ("model.norm", 0, "the logits are not finite: the weights hold NaN"),
-        ("model.embed_tokens", EOS, "nll not finite"),
-    ],
+    ("value", "match"), [(float("nan"), r"model\.norm\.weight"), (3e38, "the logits are not finite")]
 )
-def test_weights_that_are_not_finite(arguments, student, weights, row, match):
+def test_weights_that_are_not_finite_or_overflow(arguments, student, value, match):
     model = load_causal_lm(student)
-    model.get_submodule(weights).weight.data[row] = float("nan")
+    model.model.norm.weight.data.fill_(value)
     model.save_pretrained(student)
     with pytest.raises(ValueError, match=match):
         main(arguments())
+
+
+def test_a_likelihood_that_is_not_finite(student, val):
+    body = Body(load_causal_lm(student))
+    body.causal_lm.model.embed_tokens.weight.data[EOS] = float("nan")
+    with pytest.raises(ValueError, match="nll not finite"):
+        token_means(body, None, dataset(student, val), vocab_size=258)
 
 
 @pytest.mark.slow

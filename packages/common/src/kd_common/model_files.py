@@ -3,6 +3,7 @@
 Needs the extra ``kd-common[hub]``.
 """
 
+import pickle
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -97,7 +98,10 @@ def stored_weights(folder: Path) -> StoredWeights:
         return StoredWeights({}, {})
     chosen = _files_of_tensors(folder, found[0])
     for other in found[1:]:
-        differing = _first_difference(chosen, _files_of_tensors(folder, other))
+        try:
+            differing = _first_difference(chosen, _files_of_tensors(folder, other))
+        except pickle.UnpicklingError:  # it may hold anything; transformers does not open it, either
+            continue
         if differing is not None:
             raise ModelFilesError(
                 f"{folder} holds two models: {differing} differs between {found[0]} and {other}. Keep the files of one"

@@ -18,7 +18,6 @@ MAX_BYTES, MAX_NODES, MAX_DEPTH = 2**24, 10**6, 100
 """What a file of settings may hold; the nodes are counted as its aliases repeat them."""
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_TextLoader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
 
 
 class UnreadableError(yaml.YAMLError):
@@ -157,7 +156,7 @@ def typed_value(text: str, hint: Any, append: bool = False) -> Any:
     if holders and members <= texts | holders | {type(None)} and text.lstrip()[:1] in ("[", "{"):
         try:
             check_yaml(text)
-            return yaml.load(text, Loader=_TextLoader)  # makes nothing but text, lists and dicts
+            return yaml.load(text, Loader=yaml.BaseLoader)  # makes nothing but text, lists and dicts
         except yaml.YAMLError as error:
             if not texts:
                 raise ValueError(f"{error}; an element that holds ': ', ' #' or brackets stands in quotes") from error
