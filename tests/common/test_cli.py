@@ -4,6 +4,7 @@ import inspect
 import os
 import pickle
 import re
+import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -566,7 +567,7 @@ def test_run_dirs_are_numbered(build):
     assert runs == [Path("runs/exp") / f"run_{i}" for i in range(3)]
     assert build("--name", "other").run_dir == Path("runs/other/run_0")
     assert all(path.is_dir() for path in runs)
-    runs[1].rmdir()
+    shutil.rmtree(runs[1])
     assert reserve_run_dir(None, "exp") == runs[1], "the first free number"
 
 

@@ -252,5 +252,5 @@ def test_each_process_keeps_its_own_replay_memory(ranks, strategy):
     memories = [rank[f"{strategy} whole"]["memory"] for rank in found]
     assert len(memories[0]) == len(memories[1]) == 6
     assert memories[0] != memories[1]
-    states = torch.load(folder / f"{strategy} whole.ckpt", weights_only=True)["rollout"]
-    assert [[example["input_ids"] for example in state["memory"]] for state in states] == memories
+    states = torch.load(folder / f"{strategy} whole.ckpt", weights_only=True)["run"]["ranks"]
+    assert [[example["input_ids"] for example in state["rollout"]["memory"]] for state in states] == memories

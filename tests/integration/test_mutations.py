@@ -302,6 +302,72 @@ MUTATIONS = [
         "seeds[:, :: self.num_replicas]",
         "vision_kd/detection/test_detection_data.py::test_ranks_share_the_batches_of_one_process",
     ),
+    # --- runs: places in an epoch, settings of the trainer, processes ---
+    Mutation(
+        "full rate at step 0 of a warm-up",
+        "kd_common/training.py",
+        "return self.lr_schedule(0.0, float(max(1, self.trainer.max_epochs or 1)))",
+        "return 1.0",
+        "common/test_training.py::test_the_first_update_follows_the_schedule_too",
+    ),
+    *(
+        Mutation(
+            f"{what} left out of the seed of a step",
+            "kd_common/training.py",
+            "step_seed(self.seed, self.current_epoch, batch_idx, self.global_rank)",
+            f"step_seed({left})",
+            "common/test_training.py::test_draws_of_a_step_depend_on_seed_epoch_batch_and_rank",
+        )
+        for what, left in {
+            "epoch": "self.seed, batch_idx, self.global_rank",
+            "batch": "self.seed, self.current_epoch, self.global_rank",
+            "rank": "self.seed, self.current_epoch, batch_idx",
+        }.items()
+    ),
+    Mutation(
+        "validation that was due forgotten on resuming",
+        "kd_common/training.py",
+        "unfinished = inside and pending",
+        "unfinished = False",
+        "common/test_training.py::test_resumed_from_any_hook_equals_undisturbed[validation inside-False]",
+    ),
+    Mutation(
+        "unfinished gradients left out of a checkpoint",
+        "kd_common/training.py",
+        "if self.automatic_optimization and self._in_window():",
+        "if False:",
+        "common/test_training.py::test_resumed_from_any_hook_equals_undisturbed[accumulated-False]",
+    ),
+    Mutation(
+        "the last student not validated",
+        "kd_common/training.py",
+        "and not module.validated:",
+        "and False:",
+        "common/test_training.py::test_resumed_from_any_hook_equals_undisturbed[every second epoch-False]",
+    ),
+    Mutation(
+        "a non-finite loss looked for at logging steps only",
+        "vision_kd/training.py",
+        "not self.is_logging_step() and not self.trainer.is_last_batch:",
+        "not self.is_logging_step():",
+        "vision_kd/test_module.py::test_a_non_finite_loss_between_logging_steps_is_noticed_at_the_end_of_the_epoch",
+    ),
+    Mutation(
+        "average without buffers",
+        "vision_kd/training.py",
+        "use_buffers=True",
+        "use_buffers=False",
+        "vision_kd/test_module.py::test_the_average_takes_the_statistics_along",
+    ),
+    *(
+        Mutation(name, "vision_kd/training.py", old, new, f"vision_kd/test_module.py::{test}")
+        for name, old, new in (
+            ("gradients of the ranks apart", "gradients = all_reduce_mean(gradients)", "pass"),
+            ("BatchNorm of the ranks apart", "average_batchnorm_buffers(self.student)", "pass"),
+            ("metrics of one rank", "prog_bar=name == self.metric, sync_dist=True", "sync_dist=False"),
+        )
+        for test in ["test_ranks_share_gradients_statistics_and_what_they_log"]
+    ),
     # --- llm_kd ---
     Mutation(
         "the tail of a stored teacher compared with all of the student",

@@ -1,8 +1,12 @@
 """Whole runs on two gloo processes against one process with the doubled batch."""
 
+from pathlib import Path
+
+import lightning.pytorch as pl
 import pytest
 import torch
 
+from kd_common.errors import NonFiniteLossError
 from vision_kd.data import Digits
 from vision_kd.evaluate import accuracy
 from vision_kd.fit import build, run
@@ -146,3 +150,39 @@ def test_one_process_writes(ranks):
     assert len(list(folder.glob("events.out.tfevents*"))) == 1
     assert "Teacher resnet8" in (ranks[0] / "output0").read_text()
     assert "Teacher resnet8" not in (ranks[0] / "output1").read_text()
+
+
+class Poison(pl.Callback):
+    """Makes one batch of one rank NaN."""
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if (trainer.global_rank, trainer.global_step) == (1, 2):
+            batch[0]["weak"].fill_(torch.nan)
+
+
+def poisoned_run(root):
+    torch.set_num_threads(1)
+    arguments = [
+        "--config=methods/vanilla",
+        f"--run_dir={root}/run",
+        "--trainer.accelerator=cpu",
+        "--trainer.devices=2",
+        "--trainer.strategy=ddp",
+        "--trainer.max_epochs=1",
+        "--trainer.enable_progress_bar=false",
+        "--data.batch_size=16",
+        "--data.train_subset=200",
+        "--model.student.name=test_ddp_tiny",
+    ]
+    cli = build(arguments)
+    cli.trainer.callbacks.append(Poison())
+    try:
+        run(cli)
+    except NonFiniteLossError as error:
+        Path(f"{root}/rank{cli.trainer.global_rank}").write_text(str(error))
+
+
+def test_a_loss_that_is_nan_on_one_rank_ends_all_ranks(tmp_path, run_ranks):
+    run_ranks(poisoned_run, tmp_path, str(tmp_path))
+    for rank in range(2):
+        assert "epoch 0, batch 2" in (tmp_path / f"rank{rank}").read_text()

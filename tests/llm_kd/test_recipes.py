@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from llm_kd.fit import CONFIG_DIR, build, prepare_teacher
+from llm_kd.fit import CONFIG_DIR, build, needed_teacher, prepare_teacher
 from llm_kd.objectives import OBJECTIVES
 from llm_kd.selectors import SELECTORS
 
@@ -60,7 +60,7 @@ def step(cli):
     """Two updates, for a warm-up starts at 0, and a validation; the student must move and stay finite."""
     model = cli.model
     before = [p.detach().clone() for p in model.distiller.parameters() if p.requires_grad]
-    prepare_teacher(model, cli.datamodule, torch.device("cpu"))
+    prepare_teacher(model, cli.datamodule, torch.device("cpu"), needed_teacher(model, cli.datamodule))
     cli.trainer.fit(model, datamodule=cli.datamodule)
     after = [p for p in model.distiller.parameters() if p.requires_grad]
     assert any(not torch.equal(a, b) for a, b in zip(after, before, strict=True))

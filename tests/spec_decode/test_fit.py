@@ -151,7 +151,6 @@ def test_packaged_prompts_are_many_and_distinct():
     [
         (["--trainer.precision=16-mixed"], "use bf16-mixed"),
         (["--trainer.max_epochs=-1"], "set trainer.max_epochs"),
-        (["--trainer.val_check_interval=0.5"], "data.epoch_rows"),
         (["--model.level_decay=0"], "level_decay must be in"),
         (["--model.learning_rate=0"], "learning_rate must be > 0"),
         (["--model.chunk=0"], "chunk must be >= 1"),

@@ -231,7 +231,7 @@ def test_an_update_weighs_the_levels_and_is_divided_by_the_tokens_of_the_first(t
 
     monkeypatch.setattr(module, "log", lambda *_, **__: None)
     module.trainer = SimpleNamespace(log_every_n_steps=100, global_step=1, accumulate_grad_batches=2)
-    module.on_train_epoch_start()
+    module.on_train_start()
     for batch in (first, second):
         (module.training_step(batch, 0) / 2).backward()
     module.on_before_optimizer_step(None)

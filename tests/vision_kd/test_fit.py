@@ -14,6 +14,7 @@ from vision_kd.data import Digits
 from vision_kd.evaluate import accuracy
 from vision_kd.fit import build, main, run
 from vision_kd.models import MODELS, load_classifier
+from vision_kd.rehearsal import limited_validation, rehearse
 
 
 def weights(module):
@@ -293,9 +294,49 @@ def test_a_checkpoint_of_other_classes_names_both_sides(digits_args, finished):
 
 
 @pytest.mark.filterwarnings("ignore:.*could not find the monitored key")
-def test_a_run_without_validation_has_no_result(sgd_args):
-    with pytest.raises(RuntimeError, match=r"no epoch was validated.*limit_val_batches"):
-        train(sgd_args, "--trainer.limit_val_batches=0")
+def test_a_run_without_validation_is_refused_before_anything_is_trained(sgd_args):
+    with pytest.raises(ValueError, match=r"trainer\.limit_val_batches"):
+        build([*sgd_args, "--trainer.limit_val_batches=0"])
+
+
+def test_the_last_student_is_the_one_after_the_last_update(sgd_args, tmp_path):
+    cli, result = train(sgd_args, "--trainer.max_epochs=3", "--trainer.check_val_every_n_epoch=2")
+    assert [(epoch["epoch"], epoch["step"]) for epoch in result.history] == [(1, 8), (2, 12)]
+    saved = torch.load(tmp_path / "run/student_last.pt", weights_only=True)["model"]
+    for name, value in cli.model.student.network.state_dict().items():
+        assert torch.equal(saved[name], value)
+    assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 12
+
+
+def test_a_dry_step_leaves_the_run_as_it_was(sgd_args):
+    cli = build(sgd_args)
+    cli.datamodule.check_batch(1)
+    weights = {name: value.clone() for name, value in cli.model.state_dict().items()}
+    state, files = torch.get_rng_state(), sorted(cli.run_dir.rglob("*"))
+    rehearse(cli, {"data": {}})
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, weights[name]) for name, value in cli.model.state_dict().items())
+    assert sorted(cli.run_dir.rglob("*")) == files
+    assert cli.model.history == []
+
+
+def test_what_fails_at_the_end_fails_before_the_teacher_is_trained(digits_args, monkeypatch):
+    """Here the export; the teacher would be trained first."""
+
+    def full(*_, **__):
+        raise OSError("no room")
+
+    monkeypatch.setattr("vision_kd.rehearsal.save_student", full)
+    monkeypatch.setattr("vision_kd.fit.obtain_teacher", lambda *_, **__: pytest.fail("the teacher came first"))
+    with pytest.raises(OSError, match="no room"):
+        run(build(digits_args))
+
+
+def test_the_teacher_is_measured_on_as_many_images_as_the_student(sgd_args):
+    cli = build([*sgd_args, "--trainer.limit_val_batches=2", "--data.val_batch_size=10"])
+    cli.datamodule.setup("validate")
+    limited = limited_validation(cli.datamodule, cli.trainer).val_dataloader()
+    assert [len(target) for _, target in limited] == [10, 10]
 
 
 def test_a_run_that_max_steps_ends_inside_an_epoch_is_validated(sgd_args):

@@ -133,7 +133,7 @@ def test_state_continues_inside_an_epoch():
 
 def test_a_chosen_epoch_drops_the_stored_position():
     data = loader()
-    data.load_state_dict({"epoch": 2, "batch": 5})
+    data.load_state_dict(data.state_dict() | {"epoch": 2, "batch": 5})
     data.sampler.set_epoch(3)
     assert len(list(data)) == len(data)
 

@@ -15,7 +15,7 @@ from kd_common.errors import NonFiniteLossError
 from kd_common.schedules import TopKSchedule
 from vision_kd.callbacks import StudentExport
 from vision_kd.evaluate import accuracy
-from vision_kd.guards import check_trainer
+from vision_kd.guards import FiniteGuard, check_trainer
 from vision_kd.methods.dkd import DKD
 from vision_kd.methods.kd import KD
 from vision_kd.methods.vanilla import Vanilla
@@ -395,3 +395,45 @@ def test_teacher_and_student_must_mean_the_same_classes(names, message):
     else:
         with pytest.raises(ValueError, match=f"the teacher was trained on .*{message}"):
             module.attach_teacher(teacher)
+
+
+def test_a_non_finite_loss_between_logging_steps_is_noticed_at_the_end_of_the_epoch(toy, monkeypatch):
+    """Where a look at every step would stall the device."""
+    module = toy.module(**SETTINGS)
+    monkeypatch.setattr(type(module), "device", torch.device("meta"))
+    module._guard = FiniteGuard()
+    module.trainer = SimpleNamespace(
+        is_last_batch=False, log_every_n_steps=50, global_step=1, current_epoch=0, checkpoint_callbacks=[]
+    )
+    module._stop_if_not_finite({"task": torch.tensor(math.nan)}, 3)
+    module.trainer.is_last_batch = True
+    with pytest.raises(NonFiniteLossError, match="batch 3"):
+        module._stop_if_not_finite({"task": torch.tensor(1.0)}, 4)
+
+
+def test_the_average_takes_the_statistics_along():
+    facts = {"num_classes": 4, "in_channels": 1, "mean": (0.5,), "std": (0.2,)}
+    module = DistillationModule(ModelSpec("resnet8"), **facts, method=Vanilla(), policy=SGD(), ema_decay=0.75)
+    (name, *_) = [name for name, _ in module.student.named_buffers() if name.endswith("running_mean")]
+    for value in (1.0, 3.0):
+        module.student.get_buffer(name).fill_(value)
+        module.ema.update_parameters(module.student)
+    assert module.ema.module.get_buffer(name).unique().tolist() == [0.75 * 1.0 + 0.25 * 3.0]
+
+
+def test_ranks_share_gradients_statistics_and_what_they_log(toy, monkeypatch):
+    """What two processes do is tested in tests/integration; here, that each of their meetings takes place."""
+    module, averaged, logged = toy.module(learning_rate=LR, weight_decay=0.0), [], []
+    start = copy.deepcopy(module.student)
+    monkeypatch.setattr("vision_kd.training.all_reduce_mean", lambda g: {k: [x * 0 for x in v] for k, v in g.items()})
+    monkeypatch.setattr("vision_kd.training.average_batchnorm_buffers", averaged.append)
+    monkeypatch.setattr(module, "log", lambda name, value, **how: logged.append((name, how.get("sync_dist"))))
+    monkeypatch.setattr(module, "log_dict", lambda values, **how: logged.append((list(values), how.get("sync_dist"))))
+    toy.train(module, toy.batches(4, 4))
+    for mine, before in zip(module.student.parameters(), start.double().parameters(), strict=True):
+        assert torch.equal(mine, before)  # the mean of the ranks, here zero, is what moves the student
+    assert averaged
+    assert averaged[0] is module.student
+    validated = [entry for entry in logged if entry[0] != "loss"]
+    assert validated
+    assert all(synced for _, synced in validated)

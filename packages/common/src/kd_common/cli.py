@@ -49,6 +49,9 @@ from kd_common.messages import (
     null_settings,
 )
 from kd_common.registry import suggest
+from kd_common.run_lock import NAME, hold
+from kd_common.trainer_settings import check_trainer
+from kd_common.training import FitTrainer
 
 
 class FitParser(CommandParser, LightningArgumentParser):
@@ -90,6 +93,7 @@ class FitCLI(LightningCLI):
         super().__init__(
             model_class,
             datamodule_class,
+            trainer_class=FitTrainer,
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
@@ -167,15 +171,18 @@ class FitCLI(LightningCLI):
             if "NoneType" in message and (nulls := null_settings(self.config)):
                 message = f"{', '.join(nulls)} must not be null; give a value, or leave it out for the default"
             raise ValueError(message) from error.__cause__
+        check_trainer(self.trainer, self.model)
         if path:
             check_same_settings(path, saved.get("hyper_parameters", {}), self.model.hparams)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer; logs and checkpoints go to :attr:`run_dir` unless the configuration sets a logger."""
         trainer_config = self.config_init["trainer"]
-        if trainer_config.get("fast_dev_run"):
+        if trainer_config.get("fast_dev_run") or trainer_config.get("barebones"):
             return super().instantiate_trainer(**kwargs)
         self.run_dir = reserve_run_dir(self.config_init["run_dir"], self.config_init["name"])
+        if getattr(rank_zero_only, "rank", 0) == 0:
+            hold(self.run_dir)
         if not self.config_init["ckpt_path"] and (self.run_dir / "config.yaml").is_file():
             rank_zero_info(f"{self.run_dir} holds an earlier run, whose checkpoints and models this one replaces.")
         if trainer_config.get("default_root_dir") is None:
@@ -191,7 +198,13 @@ class FitCLI(LightningCLI):
             files: dict[str, dict[str, Any]] = {"best": self.checkpoint} if self.checkpoint else {}
             self.trainer_defaults["callbacks"] += [
                 # No version counter: a second run in this folder must not leave the first one's last.ckpt.
-                ModelCheckpoint(self.run_dir / CHECKPOINT_DIR, name, enable_version_counter=False, **settings)
+                ModelCheckpoint(
+                    self.run_dir / CHECKPOINT_DIR,
+                    name,
+                    enable_version_counter=False,
+                    save_on_train_epoch_end=False,  # right after the validation, whenever that is
+                    **settings,
+                )
                 for name, settings in (files | {"last": {}}).items()
             ]
         trainer = super().instantiate_trainer(**kwargs)
@@ -284,6 +297,8 @@ def silence_known_noise() -> None:
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)")
     # Batches of data that is already on the device need no worker processes.
     warnings.filterwarnings("ignore", message=".*does not have many workers")
+    # It advises against what is wanted: the state after the update.
+    warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
     # An advertisement for a hosted logger, printed for every trainer.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
 
@@ -373,6 +388,8 @@ def reserve_run_dir(run_dir: str | None, name: str) -> Path:
 
 def _remove_if_empty(folder: Path) -> None:
     with contextlib.suppress(OSError):
+        if [entry.name for entry in folder.iterdir()] == [NAME]:
+            (folder / NAME).unlink()
         folder.rmdir()
 
 

@@ -1,6 +1,7 @@
 """Collectives that leave a single process alone."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,6 +38,12 @@ def flat_all_reduce_mean(tensors: Sequence[Tensor]) -> list[Tensor]:
     flat.div_(ranks)
     pieces = flat.split([tensor.numel() for tensor in tensors])
     return [piece.view_as(tensor).to(tensor.dtype) for piece, tensor in zip(pieces, tensors, strict=True)]
+
+
+def batchnorm_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """All that the BatchNorm layers of a network have counted, by its names."""
+    layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, _BatchNorm)]
+    return {f"{name}.{key}".lstrip("."): buffer for name, layer in layers for key, buffer in layer.named_buffers()}
 
 
 @torch.no_grad()
@@ -80,3 +87,11 @@ def gather_rows(rows: Tensor) -> Tensor:
     gathered = [torch.empty_like(padded) for _ in range(ranks)]
     dist.all_gather(gathered, padded)
     return torch.cat([part[: int(count)] for part, count in zip(gathered, counts, strict=True)])
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """A value that can be pickled of every rank, in the order of the ranks; every rank must call this."""
+    values = [value] * world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values

@@ -25,12 +25,16 @@ from kd_common.cli import FitCLI, fixed_seed
 from kd_common.errors import run_command
 from kd_common.hub import load_config
 from kd_common.memory import peak_memory_gib
+from kd_common.rehearsal import alone
+from kd_common.run_lock import holding_folder
+from kd_common.trainer_settings import check_batches
 from llm_kd.answers import Answers, answer_prompts
 from llm_kd.callbacks import StudentExport
 from llm_kd.data import SPLITS, TextDataModule
 from llm_kd.models import Body, TeacherSpec, check_packing, load_teacher
 from llm_kd.module import DistillationModule
 from llm_kd.positions import check_conversations, check_positions
+from llm_kd.rehearsal import rehearse
 from llm_kd.summary import print_summary
 from llm_kd.teacher import CachedTeacher, CacheError, OnlineTeacher, TeacherCache, weights_fingerprint
 
@@ -57,7 +61,7 @@ class LanguageCLI(FitCLI):
         """Refuse what would only fail, or silently do something else, once models are loaded.
 
         Raises:
-            ValueError: For fp16, a run of unknown length and one without validation.
+            ValueError: For a precision that the loss or the weights do not bear, or a number of answers below 0.
         """
         trainer = self.config["trainer"]
         if str(trainer["precision"]).startswith("16"):
@@ -73,13 +77,6 @@ class LanguageCLI(FitCLI):
             )
         if self.config["answers"] < 0:
             raise ValueError(f"--answers must be at least 0, got {self.config['answers']}")
-        for split, use in (("train", "learn from"), ("val", "report")):
-            if trainer[f"limit_{split}_batches"] == 0:
-                raise ValueError(
-                    f"trainer.limit_{split}_batches 0 leaves nothing to {use}; set it to 1 or more, or to null"
-                )
-        if (trainer["max_epochs"] or 0) < 1 and (trainer["max_steps"] or 0) < 1:
-            raise ValueError("set trainer.max_epochs or trainer.max_steps: the learning-rate schedule runs over them")
 
 
 @dataclass
@@ -136,6 +133,7 @@ def build(args: ArgsType = None, cli_class: type[LanguageCLI] = LanguageCLI) -> 
     )
 
 
+@holding_folder
 def run(cli: LanguageCLI) -> Result:
     """Obtain the teacher and its responses, distil, and collect the result."""
     model, data, trainer = cli.model, cli.datamodule, cli.trainer
@@ -147,10 +145,15 @@ def run(cli: LanguageCLI) -> Result:
     data.prompts_only = not model.rollout.reads_answers
     parameters = {"student": count_parameters(model.distiller.student)}
     check_lengths(model, data, cli.config["answers"])
-    data.check_batch(trainer.world_size)
+    batches = data.check_batch(trainer.world_size)
+    validated = -(-len(data.rows("val")) // (data.val_batch_size * trainer.world_size))
+    check_batches(trainer, batches, validated)
     if data.packing:
         check_packing(model.distiller.student, "student")
-    body = prepare_teacher(model, data, trainer.strategy.root_device)
+    loaded = needed_teacher(model, data)
+    if loaded is not None and trainer.is_global_zero and alone():
+        rehearse(model, data, trainer, cli.run_dir, loaded)
+    body = prepare_teacher(model, data, trainer.strategy.root_device, loaded)
     if body is not None:
         parameters["teacher"] = count_parameters(body)
     data.check_batch(trainer.world_size)  # packed rows are known only now
@@ -165,10 +168,10 @@ def run(cli: LanguageCLI) -> Result:
     before = validate(cli)
     ask("before", model.distiller.student)
     if cli.run_dir is not None:
-        trainer.callbacks.append(StudentExport(cli.run_dir))  # type: ignore[attr-defined]  # set by a connector
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        # First: a run that is killed between export and checkpoint exports again.
+        callbacks.insert(0, StudentExport(cli.run_dir))
     trainer.fit(model, datamodule=data, ckpt_path=cli.config["ckpt_path"], weights_only=True)
-    if not model.history or model.history[-1]["step"] != trainer.global_step:  # max_steps or max_time inside an epoch
-        model.remember(validate(cli))
     ask("after", model.distiller.student)
     if body is not None and (data.responses == "dataset" or any(row.answered for row in data.rows("val"))):
         ask("teacher", body)
@@ -203,25 +206,34 @@ def check_lengths(model: DistillationModule, data: TextDataModule, answers: int)
         check_positions(configs, min(data.prompt_lengths("val")) + written, what, remedy)
 
 
-def prepare_teacher(model: DistillationModule, data: TextDataModule, device: torch.device) -> Body | None:
+def needed_teacher(model: DistillationModule, data: TextDataModule) -> Body | None:
+    """The teacher that the configuration names, or None if it need not run."""
+    spec: TeacherSpec = model.teacher_spec
+    # Whose cache of an earlier version it is only the weights themselves tell.
+    if spec.cache is None or TeacherCache(spec.cache).source is None or data.responses == "teacher":
+        return load_teacher(spec)
+    return None
+
+
+def prepare_teacher(
+    model: DistillationModule, data: TextDataModule, device: torch.device, body: Body | None
+) -> Body | None:
     """Attach the teacher that the configuration names, and let it write the responses that the data lack.
 
     Args:
         model: The training module.
         data: The data.
         device: Where the teacher writes.
+        body: From :func:`needed_teacher`.
 
     Returns:
-        The teacher's body, or None if it need not run.
+        The teacher's body, or None if it does not run beside the student.
 
     Raises:
         CacheError: If the stored teacher is damaged or another one, or lacks examples.
     """
     spec: TeacherSpec = model.teacher_spec
     cache = None if spec.cache is None else TeacherCache(spec.cache)
-    # Whose cache of an earlier version it is only the weights themselves tell.
-    needed = cache is None or cache.source is None or data.responses == "teacher"
-    body = load_teacher(spec) if needed else None
     if body is not None and data.packing and cache is None:
         check_packing(body, "teacher")
     if body is not None and data.responses == "teacher":

@@ -3,12 +3,12 @@
 import hashlib
 import math
 import random
-import time
 import warnings
+from collections.abc import Mapping
 from typing import Any, Literal, cast
 
-import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch import distributed as dist
@@ -18,6 +18,7 @@ from kd_common.errors import NonFiniteLossError, last_checkpoint
 from kd_common.hub import load_config, load_tokenizer, model_ends
 from kd_common.optim import decay_groups
 from kd_common.schedules import CosineDecay, Schedule
+from kd_common.training import TrainingModule
 from llm_kd.data.batch import TokenBatch, collate
 from llm_kd.data.encode import Encoder, padding_token
 from llm_kd.data.example import Example, answered, nothing
@@ -38,7 +39,7 @@ WINDOW = ("loss", "denominator", "accepted", "tokens", "weights")
 """What is summed over the micro-batches and ranks of an update."""
 
 
-class DistillationModule(pl.LightningModule):
+class DistillationModule(TrainingModule):
     """Distil a language model: a selector weights the tokens, an objective compares the two models on them.
 
     The loss of an update is the sum over all its tokens, micro-batches and ranks, divided by their number (or by the
@@ -67,6 +68,8 @@ class DistillationModule(pl.LightningModule):
         ModelNotFoundError: If a model cannot be found.
         ValueError: If a setting is out of range, or teacher and student do not share a tokenizer.
     """
+
+    strategies = (ModelParallelStrategy,)
 
     def __init__(
         self,
@@ -140,10 +143,8 @@ class DistillationModule(pl.LightningModule):
         # Not a submodule: the teacher stays out of the checkpoint, the optimizer and DDP.
         self._teacher: list[Teacher] = []
         self.sharded = False
-        self.history: list[dict[str, float]] = []
         self._window = torch.zeros(len(WINDOW))
         self._since_validation = dict.fromkeys(WINDOW, 0.0)
-        self._validated_at = self._seconds = 0.0
         self._val: dict[str, Any] = {}
 
     # ------------------------------------------------------------------------------------------------ set-up
@@ -187,25 +188,8 @@ class DistillationModule(pl.LightningModule):
         trained = [parameter for parameter in self.distiller.parameters() if parameter.requires_grad]
         groups = decay_groups(trained, self.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _lr_factor(self, step: int) -> float:
-        if step == 0:
-            # Asked for when the optimizer is built. To count batches by then, Lightning would set up the data before it
-            # restores a checkpoint, and forget where inside an epoch the run was.
-            return self.lr_schedule(0.0, float(max(1, self.trainer.max_epochs or 1)))
-        return self.lr_schedule(step / self.steps_per_epoch, self.total_steps / self.steps_per_epoch)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Updates per epoch."""
-        return max(1, math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches))
-
-    @property
-    def total_steps(self) -> int:
-        """Updates of the whole run."""
-        return int(self.trainer.estimated_stepping_batches)
 
     def on_fit_start(self) -> None:
         """Bring the teacher to the device."""
@@ -214,9 +198,9 @@ class DistillationModule(pl.LightningModule):
     # ------------------------------------------------------------------------------------------------ training
 
     def on_train_start(self) -> None:
-        """Start the sums of the first update, and the clock."""
+        """Start the sums of the first update."""
         self._window = torch.zeros(len(WINDOW), dtype=self._sum_dtype, device=self.device)
-        self._validated_at = time.perf_counter()
+        super().on_train_start()
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         """Sum of the losses of one micro-batch; it is normalised before the optimizer steps."""
@@ -251,6 +235,7 @@ class DistillationModule(pl.LightningModule):
             examples = self.rollout.replay(len(batch.prompts), rng)
         else:
             examples = self._write(batch.prompts, self._seed("sampling", batch_idx, self.global_rank))
+            self._touched = True
             self.rollout.keep(examples)
         pad = self._pad_id
         rows = [[example] for example in examples] or [[nothing(pad)]]
@@ -282,6 +267,7 @@ class DistillationModule(pl.LightningModule):
         Raises:
             NonFiniteLossError: If the loss is not finite; the update is not made.
         """
+        self._touched = True
         window = self._window
         if world_size() > 1:
             dist.all_reduce(window)
@@ -305,7 +291,7 @@ class DistillationModule(pl.LightningModule):
         selected = sums["loss"] / (sums["weights"] or 1.0)
         self.distiller.head.on_step(loss, self.global_step + 1, self.total_steps, selected)
         self.log_dict({"loss": loss, "tar": rate}, prog_bar=True, logger=False)
-        if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # set by a connector
+        if self.is_logging_step():
             values = {"loss": loss, "tar": rate, "tokens": sums["tokens"], "lr": optimizer.param_groups[0]["lr"]}
             for logger in self.loggers:
                 logger.log_metrics({f"train/{k}": v for k, v in values.items()}, step=self.global_step)
@@ -316,11 +302,7 @@ class DistillationModule(pl.LightningModule):
         """Start the sums; the teacher must be on the device also when nothing was trained."""
         self.teacher.to(self.device)
         self._val = {}
-        self._seconds = time.perf_counter() - self._validated_at
-
-    def on_validation_end(self) -> None:
-        """Start the clock of the training until the next validation."""
-        self._validated_at = time.perf_counter()
+        super().on_validation_start()
 
     def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
         """Add the sums of one batch."""
@@ -350,17 +332,16 @@ class DistillationModule(pl.LightningModule):
         if self.trainer.state.fn == "fit":
             self.remember(values)
 
-    def remember(self, values: dict[str, float]) -> None:
+    def remember(self, values: Mapping[str, float]) -> None:
         """Add validation means to the history, with those of the training since the last ones."""
         trained, self._since_validation = self._since_validation, dict.fromkeys(WINDOW, 0.0)
         tokens = trained["tokens"] or 1.0
         train = {
             "train_loss": trained["loss"] / (trained["denominator"] or 1.0),
             "train_tar": trained["accepted"] / tokens,
-            "seconds": self._seconds,
             "tokens_per_second": tokens / self._seconds,
         }
-        self.history.append({"epoch": self.current_epoch, "step": self.global_step, **values, **train})
+        super().remember({**values, **train})
         for logger in self.loggers:
             logger.log_metrics(
                 {f"epoch/{k.removeprefix('train_')}": v for k, v in train.items()}, step=self.global_step
@@ -368,17 +349,28 @@ class DistillationModule(pl.LightningModule):
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
+    def rank_state(self) -> dict[str, Any]:
+        """See `TrainingModule`: the rollout's memory, and the sums of the update that is not finished."""
+        state = super().rank_state() | {
+            "rollout": self.rollout.state_dict(),
+            "since_validation": self._since_validation,
+        }
+        return state | ({"window": self._window.clone()} if self._in_window() else {})
+
+    def load_rank_state(self, state: dict[str, Any]) -> None:
+        """See `TrainingModule`."""
+        super().load_rank_state(state)
+        self.rollout.load_state_dict(state["rollout"])
+        self._since_validation = dict(state["since_validation"])
+        self._window += state.get("window", torch.zeros(())).to(self._window)
+
+    def is_whole(self) -> bool:
+        """See `TrainingModule`; FSDP2 hides the gradients of an update that is not finished."""
+        return super().is_whole() and not (self.sharded and self._in_window())
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the history, and the rollout's memory of every rank; leave out settings that are live objects."""
-        if isinstance(self.hparams["teacher"], TeacherSpec):  # built by hand; a safe load would refuse the file
-            checkpoint.pop("hyper_parameters", None)
-        states: list[Any] = [self.rollout.state_dict()]
-        if world_size() > 1:
-            states = [None] * world_size()
-            dist.all_gather_object(states, self.rollout.state_dict())
-        checkpoint["history"] = self.history
-        checkpoint["since_validation"] = self._since_validation
-        checkpoint["rollout"] = states
+        """See `TrainingModule`."""
+        super().on_save_checkpoint(checkpoint)
         # Also in the state dict, of which Lightning restores only tensors under FSDP2.
         checkpoint["head"] = {name: part.get_extra_state() for name, part in self._stateful_parts()}
 
@@ -388,10 +380,7 @@ class DistillationModule(pl.LightningModule):
         return [(name, p) for name, p in parts if type(p).get_extra_state is not torch.nn.Module.get_extra_state]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the history and this rank's memory; a run on more ranks than before starts those with rank 0's."""
-        self.history = list(checkpoint["history"])
-        self._since_validation = dict(checkpoint["since_validation"])
+        """See `TrainingModule`."""
+        super().on_load_checkpoint(checkpoint)
         for name, part in self._stateful_parts():
             part.set_extra_state(checkpoint["head"][name])
-        states = checkpoint["rollout"]
-        self.rollout.load_state_dict(states[self.global_rank] if self.global_rank < len(states) else states[0])

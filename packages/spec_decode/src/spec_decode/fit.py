@@ -19,12 +19,15 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from kd_common.cli import FitCLI, fixed_seed
 from kd_common.errors import run_command
 from kd_common.hub import model_ends
+from kd_common.rehearsal import alone
+from kd_common.run_lock import holding_folder
 from spec_decode.callbacks import DrafterExport
 from spec_decode.data import TargetText
 from spec_decode.decoder import SpeculativeDecoder
 from spec_decode.drafters.files import for_inference
 from spec_decode.measure import Measurement, measure
 from spec_decode.module import DrafterModule
+from spec_decode.rehearsal import rehearse
 from spec_decode.summary import print_summary
 
 CONFIG_DIR = Path(str(files("spec_decode") / "configs"))
@@ -49,8 +52,7 @@ class DrafterCLI(FitCLI):
         """Refuse what would fail, or silently do something else, once the target is loaded.
 
         Raises:
-            ValueError: For fp16, a run of unknown length, validation within an epoch, or a sharded target with stored
-                features.
+            ValueError: For fp16, a run of unknown length, or a sharded target with stored features.
         """
         if (
             self.config["model"]["init_args"]["shard_target"]
@@ -62,11 +64,6 @@ class DrafterCLI(FitCLI):
             raise ValueError(f"trainer.precision {trainer['precision']}: use bf16-mixed or 32-true")
         if (trainer["max_epochs"] or 0) < 1:
             raise ValueError("set trainer.max_epochs: the learning-rate schedule runs over it")
-        if trainer["val_check_interval"] not in (None, 1.0):
-            raise ValueError(
-                "trainer.val_check_interval would save within an epoch, from where a run does not resume exactly; set "
-                "data.epoch_rows for shorter epochs"
-            )
 
 
 @dataclass
@@ -115,6 +112,7 @@ def build(args: ArgsType = None) -> DrafterCLI:
     )
 
 
+@holding_folder
 def run(cli: DrafterCLI) -> Result:
     """Let the target write its text, train, measure, and collect the result."""
     model, data, trainer = cli.model, cli.datamodule, cli.trainer
@@ -126,11 +124,13 @@ def run(cli: DrafterCLI) -> Result:
         "target": sum(p.numel() for p in model.target.parameters()),
         "drafter": sum(p.numel() for p in model.drafter.parameters()),
     }
+    if trainer.is_global_zero and alone():
+        rehearse(model, data, trainer, cli.run_dir)
     if cli.run_dir is not None:
-        trainer.callbacks.append(DrafterExport(cli.run_dir))  # type: ignore[attr-defined]  # set by a connector
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        # First: a run that is killed between export and checkpoint exports again.
+        callbacks.insert(0, DrafterExport(cli.run_dir))
     trainer.fit(model, datamodule=data, ckpt_path=cli.config["ckpt_path"], weights_only=True)
-    if not model.history:
-        raise RuntimeError("nothing was validated, so there is no result: check trainer.limit_val_batches and max_time")
     tree: tuple[int, ...] | None = None
     measured: dict[str, Measurement] = {}
     if cli.config["measure_prompts"] and trainer.is_global_zero and trainer.world_size == 1:

@@ -1,10 +1,8 @@
 """The training system: a drafter learns every level in one teacher-forced pass over text the target wrote."""
 
 import math
-import time
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -14,6 +12,7 @@ from kd_common.distributed import world_size
 from kd_common.errors import NonFiniteLossError, last_checkpoint
 from kd_common.optim import decay_groups
 from kd_common.schedules import CosineDecay, Schedule
+from kd_common.training import TrainingModule
 from spec_decode.cost import expected_tokens
 from spec_decode.data import DraftBatch, TargetText
 from spec_decode.drafters import DrafterSpec
@@ -31,7 +30,7 @@ from spec_decode.models import CausalLM, States
 from spec_decode.target import TargetSpec
 
 
-class DrafterModule(pl.LightningModule):
+class DrafterModule(TrainingModule):
     """Train a drafter of any kind against a frozen target.
 
     The loss of a level is the soft cross-entropy to the target's law, and what is weighted in beside it, summed over
@@ -104,10 +103,8 @@ class DrafterModule(pl.LightningModule):
         self._target = [target.load()]
         torch.manual_seed(seed)
         self.drafter = drafter.build(self.target)
-        self.history: list[dict[str, Any]] = []
         self._table = AcceptanceTable.empty(1, 1)
         self._window = self._val = torch.zeros(2)
-        self._epoch_start = self._epoch_seconds = 0.0
 
     @property
     def target(self) -> CausalLM:
@@ -136,12 +133,8 @@ class DrafterModule(pl.LightningModule):
         """AdamW with the learning-rate schedule, stepped every update."""
         groups = decay_groups(self.drafter.parameters(), self.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _lr_factor(self, step: int) -> float:
-        total, epochs = int(self.trainer.estimated_stepping_batches), self.trainer.max_epochs or 1
-        return self.lr_schedule(step / total * epochs, epochs)
 
     def on_fit_start(self) -> None:
         """Bring the target to the device, or its share."""
@@ -217,10 +210,10 @@ class DrafterModule(pl.LightningModule):
         place = torch.searchsorted(vocabulary, tokens).clamp(max=len(vocabulary) - 1)
         return place, vocabulary[place] == tokens
 
-    def on_train_epoch_start(self) -> None:
-        """Start the sums of the first update, and the epoch's clock."""
+    def on_train_start(self) -> None:
+        """Start the sums of the first update."""
         self._window = torch.zeros(2, dtype=torch.float64, device=self.device)
-        self._epoch_start = time.perf_counter()
+        super().on_train_start()
 
     def training_step(self, batch: DraftBatch, batch_idx: int) -> Tensor:
         """Weighted sum of the levels' losses of one micro-batch; it is normalised before the optimizer steps."""
@@ -229,7 +222,7 @@ class DrafterModule(pl.LightningModule):
         weights = torch.tensor(level_weights(len(losses), self.level_decay), device=summed.device, dtype=summed.dtype)
         loss = (weights * summed).sum()
         self._window += torch.stack([loss.detach().double(), counts[0].double()])
-        if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if self.is_logging_step():
             number = torch.stack(counts).clamp(min=1)
             means, accepted = (summed.detach() / number).tolist(), (torch.stack(hits) / number).tolist()
             for level, (mean, hit) in enumerate(zip(means, accepted, strict=True), start=1):
@@ -247,6 +240,7 @@ class DrafterModule(pl.LightningModule):
         Raises:
             NonFiniteLossError: If the loss is not finite; the update is not made.
         """
+        self._touched = True
         if world_size() > 1:
             dist.all_reduce(self._window)
         total, tokens = self._window.tolist()
@@ -267,7 +261,7 @@ class DrafterModule(pl.LightningModule):
 
     def on_validation_start(self) -> None:
         """Start counting."""
-        self._epoch_seconds = time.perf_counter() - self._epoch_start
+        super().on_validation_start()
         self._table = AcceptanceTable.empty(self.drafter.depth, self.ranks, self.device)
         self._val = torch.zeros(2, dtype=torch.float64, device=self.device)
 
@@ -306,24 +300,21 @@ class DrafterModule(pl.LightningModule):
         if self.trainer.sanity_checking:
             return
         self.drafter.acceptance = acceptance
-        self.history.append(
-            {
-                "epoch": self.current_epoch,
-                "loss": loss,
-                "tau": tau,
-                "acceptance": acceptance,
-                "seconds": self._epoch_seconds,
-            }
-        )
+        self.remember({"loss": loss, "tau": tau, "acceptance": acceptance})
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the validation history with the weights."""
-        checkpoint["history"] = self.history
+    def rank_state(self) -> dict[str, Any]:
+        """See `TrainingModule`: the sums of the update that is not finished."""
+        return super().rank_state() | ({"window": self._window.clone()} if self._in_window() else {})
+
+    def load_rank_state(self, state: dict[str, Any]) -> None:
+        """See `TrainingModule`."""
+        super().load_rank_state(state)
+        self._window += state.get("window", torch.zeros(())).to(self._window)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore it."""
-        self.history = list(checkpoint["history"])
+        """See `TrainingModule`; the drafter carries the acceptance of its last validation."""
+        super().on_load_checkpoint(checkpoint)
         if self.history:
             self.drafter.acceptance = self.history[-1]["acceptance"]

@@ -28,10 +28,13 @@ import vision_kd.policies  # noqa: F401  (makes the class names known to the com
 from kd_common.cli import FitCLI, fixed_seed
 from kd_common.errors import run_command
 from kd_common.imports import refuse_imports
+from kd_common.rehearsal import alone
+from kd_common.run_lock import holding_folder
 from vision_kd.callbacks import StudentExport
 from vision_kd.data import ImageDataModule
 from vision_kd.guards import check_trainer
 from vision_kd.models import count_parameters
+from vision_kd.rehearsal import limited_validation, rehearse
 from vision_kd.summary import print_summary
 from vision_kd.teacher import obtain_teacher
 from vision_kd.training import ComponentTraining
@@ -142,17 +145,20 @@ def build(args: ArgsType = None) -> VisionCLI:
     )
 
 
+@holding_folder
 def run(cli: VisionCLI) -> Result:
     """Obtain the teacher, distil, and collect the result."""
     model, data = cli.model, cli.datamodule
     if cli.config["baseline"] is not None and cli.trainer.world_size > 1:
         raise ValueError("baseline trains a second time in one process; with several set it to null and run it apart")
+    data_config = json.loads(json.dumps(cli.config["data"].as_dict(), default=str))
+    data.views = model.method.views
     if cli.trainer.is_global_zero:  # one process fetches what may have to be fetched
         data.check_batch(cli.trainer.world_size)
-    data_config = json.loads(json.dumps(cli.config["data"].as_dict(), default=str))
+        if alone():
+            rehearse(cli, {"data": data_config})
     parameters = {"student": count_parameters(model.student)}
     teacher: dict[str, Any] = {}
-    data.views = model.method.views
     if model.needs_teacher:
         network, origin = obtain_teacher(
             model.teacher_spec,
@@ -171,12 +177,9 @@ def run(cli: VisionCLI) -> Result:
             teacher |= measure_teacher(cli)
     if cli.run_dir is not None:
         callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        callbacks.append(StudentExport(cli.run_dir, {"data": data_config}, cli.config["ckpt_path"]))
+        # First: a run that is killed between export and checkpoint exports again.
+        callbacks.insert(0, StudentExport(cli.run_dir, {"data": data_config}, cli.config["ckpt_path"]))
     cli.trainer.fit(model, datamodule=data, ckpt_path=cli.config["ckpt_path"], weights_only=True)
-    if not model.history:
-        raise RuntimeError(
-            "no epoch was validated, so there is no result: check trainer.max_time and limit_val_batches"
-        )
     if cli.run_dir is not None and cli.trainer.is_global_zero:
         model.illustrate(cli.run_dir)
     return Result(
@@ -217,7 +220,8 @@ def measure_teacher(cli: VisionCLI) -> dict[str, float]:
     """Metrics of the attached teacher on the validation data, printed before training starts."""
     cli.datamodule.prepare_data()
     cli.datamodule.setup("validate")
-    result = cli.model.measure(cli.model.teacher, cli.datamodule, cli.trainer.strategy.root_device)
+    data = limited_validation(cli.datamodule, cli.trainer)
+    result = cli.model.measure(cli.model.teacher, data, cli.trainer.strategy.root_device)
     shown = ", ".join(f"{header} {result[name]:.2%}" for name, header in cli.model.metrics.items() if name in result)
     rank_zero_info(f"Teacher {cli.model.teacher_spec.name}: {shown}")
     return result

@@ -3,7 +3,10 @@
 from collections.abc import Mapping
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from kd_common.distributed import world_size
 
 
 class FiniteGuard:
@@ -22,9 +25,14 @@ class FiniteGuard:
         self._first = torch.where((self._first < 0) & ~finite, batch_idx, self._first)
 
     def first_bad_batch(self) -> int | None:
-        """Index of the first batch with a non-finite loss, or None; waits for the device."""
-        first = int(self._first)
-        return None if first < 0 else first
+        """Index of a first batch with a non-finite loss, or None; waits for the device.
+
+        Every rank must call this: one that stops alone would leave the others waiting for its gradients.
+        """
+        first = self._first.clone()
+        if world_size() > 1:
+            dist.all_reduce(first, op=dist.ReduceOp.MAX)
+        return None if first < 0 else int(first)
 
 
 def check_trainer(precision: str | int | None, max_epochs: int | None) -> None:

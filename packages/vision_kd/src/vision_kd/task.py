@@ -5,17 +5,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import lightning.pytorch as pl
 import torch
 from torch import nn
 
+from kd_common.training import TrainingModule
 from vision_kd.data import ImageDataModule
 from vision_kd.methods import Method
 from vision_kd.models import ModelSpec, NormalizedNetwork
 from vision_kd.step import StepOutput
 
 
-class Task(pl.LightningModule):
+class Task(TrainingModule):
     """How networks of a task are built, how a batch becomes component gradients, and how a network is measured.
 
     Attributes:

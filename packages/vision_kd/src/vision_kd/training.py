@@ -1,7 +1,5 @@
 """The training system: manual optimisation of a student from named gradient components, whatever the task."""
 
-import math
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +8,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from kd_common.distributed import average_batchnorm_buffers
+from kd_common.distributed import average_batchnorm_buffers, batchnorm_buffers, world_size
 from kd_common.errors import NonFiniteLossError, last_checkpoint
 from kd_common.grads import accumulate, all_reduce_mean, clip_components, component_cosines, component_norms
 from kd_common.gsnr import GradientSNR
@@ -76,6 +74,7 @@ class ComponentTraining(Task):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore="facts")
+        self._facts = dict(facts)
         self.automatic_optimization = False
         self.method = method or KD()
         self.policy = policy or DeepKD()
@@ -100,10 +99,10 @@ class ComponentTraining(Task):
         # Not a submodule: the teacher stays out of the checkpoint, the optimizer, DDP and `.train()`.
         self._teacher: list[NormalizedNetwork] = []
         self.gsnr = GradientSNR()
-        self.history: list[dict[str, float]] = []
         self._pending: ComponentGradients = {}
         self._pending_samples = 0
-        self._epoch_start = self._epoch_seconds = 0.0
+        self._statistics: dict[str, Tensor] = {}
+        self._statistics_before: list[Tensor] = []
 
     def _check_settings(self) -> None:
         if self.needs_teacher and self.teacher_spec is None:
@@ -159,7 +158,7 @@ class ComponentTraining(Task):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The policy's optimizer, and the learning-rate schedule stepped once per update."""
         optimizer = self._build_optimizer()
-        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)}
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)}
 
     def _build_optimizer(self) -> ComponentOptimizer:
         return self.policy.optimizer(
@@ -176,29 +175,10 @@ class ComponentTraining(Task):
         optimizer = self._build_optimizer()
         return dict(optimizer.param_groups[0][optimizer.coefficient])
 
-    def _lr_factor(self, step: int) -> float:
-        if step == 0:  # asked for when the optimizer is built, before the length of an epoch is known
-            return self.lr_schedule(0.0, self._max_epochs)
-        return self.lr_schedule(step / self.steps_per_epoch, self.total_steps / self.steps_per_epoch)
-
     @property
-    def steps_per_epoch(self) -> int:
-        """Updates per epoch."""
-        return math.ceil(self.trainer.num_training_batches / self.accumulate)
-
-    @property
-    def total_steps(self) -> int:
-        """Updates of the whole run, over which the schedules stretch: all epochs, or ``trainer.max_steps`` if fewer."""
-        steps = self._max_epochs * self.steps_per_epoch
-        return min(steps, self.trainer.max_steps) if self.trainer.max_steps > 0 else steps
-
-    @property
-    def _log_every(self) -> int:
-        return self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
-
-    @property
-    def _max_epochs(self) -> int:
-        return self.trainer.max_epochs or 1
+    def accumulated(self) -> int:
+        """Batches of an update on one rank."""
+        return self.accumulate
 
     def _topk_schedule(self, total_steps: int) -> TopKSchedule:
         assert self.topk is not None
@@ -229,13 +209,26 @@ class ComponentTraining(Task):
 
     # ------------------------------------------------------------------------------------------------ training
 
-    def on_train_epoch_start(self) -> None:
-        """Make every draw a function of seed, epoch and rank: a run resumed from an epoch's end repeats the next."""
-        torch.manual_seed((self.seed * 1_000_003 + self.current_epoch) * 1_009 + self.global_rank)
+    def on_train_start(self) -> None:
+        """Start what is kept between batches."""
+        self._guard = FiniteGuard(self.device)
+        # An exception in the middle of a step may be saved, too, so the statistics before the step are kept.
+        self._statistics = batchnorm_buffers(self.student)
+        self._statistics_before = [buffer.clone() for buffer in self._statistics.values()]
         self.gsnr.reset()
         self._pending, self._pending_samples = {}, 0  # an interrupted fit may have left some
-        self._guard = FiniteGuard(self.device)
-        self._epoch_start = time.perf_counter()
+        super().on_train_start()
+
+    def on_train_epoch_start(self) -> None:
+        """Measure every epoch anew; no update reaches into the next."""
+        self.gsnr.reset()
+        self._pending, self._pending_samples = {}, 0
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """See `TrainingModule`; keep the BatchNorm statistics, which the forward pass changes."""
+        super().on_train_batch_start(batch, batch_idx)
+        if self._statistics:
+            torch._foreach_copy_(self._statistics_before, list(self._statistics.values()))
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One micro-batch ``(images, target)``; updates the student when enough of them have been accumulated."""
@@ -252,6 +245,7 @@ class ComponentTraining(Task):
         )
         self._stop_if_not_finite(step.components, batch_idx)
         gradients = step.gradients
+        self._touched = True
         if self.accumulate > 1:
             accumulate(self._pending, gradients, scale=samples)
             self._pending_samples += samples
@@ -261,7 +255,7 @@ class ComponentTraining(Task):
             accumulate(gradients, self._pending, scale=1.0 / self._pending_samples)
             self._pending, self._pending_samples = {}, 0
         gradients = all_reduce_mean(gradients)
-        if measure or self.global_step % self._log_every == 0:
+        if measure or self.is_logging_step():
             values = {f"train/{name}": float(value) for name, value in step.components.items()}
             values["train/lr"] = optimizer.param_groups[0]["lr"]
             if k is not None:
@@ -269,8 +263,6 @@ class ComponentTraining(Task):
             self._log_now(values | (self._measure(gradients) if measure else {}))
             self.log("loss", sum(step.components.values()), prog_bar=True, logger=False, batch_size=samples)
         self._update(optimizer, gradients)
-        if 0 < self.trainer.max_steps <= self.global_step:
-            self.trainer.should_stop = True  # Lightning stops here by itself, but would validate at an epoch's end only
 
     def _log_now(self, values: Mapping[str, float]) -> None:
         """Write this rank's values to the loggers directly: `self.log` costs more than a small network's step."""
@@ -303,8 +295,7 @@ class ComponentTraining(Task):
             NonFiniteLossError: Naming the batch and the last checkpoint.
         """
         self._guard.observe(losses, batch_idx)
-        every = 1 if self.device.type == "cpu" else self._log_every
-        if (batch_idx + 1) % every and not self.trainer.is_last_batch:
+        if self.device.type != "cpu" and not self.is_logging_step() and not self.trainer.is_last_batch:
             return
         if (bad := self._guard.first_bad_batch()) is not None:
             values = ", ".join(f"{name} {float(value):.4g}" for name, value in losses.items())
@@ -328,20 +319,20 @@ class ComponentTraining(Task):
 
     def on_validation_start(self) -> None:
         """Give all ranks the same BatchNorm statistics; manual optimisation under DDP does not."""
+        super().on_validation_start()
         average_batchnorm_buffers(self.student)
         if self.ema is not None:
             average_batchnorm_buffers(self.ema)
-        self._epoch_seconds = time.perf_counter() - self._epoch_start
 
     def on_validation_epoch_end(self) -> None:
-        """Log and remember the epoch's result; the final table reads the last and the best from here."""
+        """Log and remember the result; the final table reads the last and the best from here."""
         values = self.validation_metrics()
         for name, value in values.items():
             self.log(f"val/{name}", value, prog_bar=name == self.metric, sync_dist=True)
         if not self.trainer.sanity_checking:
             gsnr = self.gsnr_of_epoch()
-            self.log_dict({"train/seconds": self._epoch_seconds, **gsnr}, sync_dist=True)
-            self.history.append({"epoch": self.current_epoch, **values, "seconds": self._epoch_seconds, **gsnr})
+            self.log_dict({"train/seconds": self._seconds, **gsnr}, sync_dist=True)
+            self.remember(values | gsnr)
 
     def _non_finite_student(self, what: str) -> NonFiniteLossError:
         """The error for a student whose validation shows that an update made it non-finite."""
@@ -352,10 +343,34 @@ class ComponentTraining(Task):
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the validation history with the weights."""
-        checkpoint["history"] = self.history
+    def facts_of_data(self) -> dict[str, Any]:
+        """See `TrainingModule`."""
+        return self._facts
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the validation history."""
-        self.history = list(checkpoint["history"])
+    def rank_state(self) -> dict[str, Any]:
+        """See `TrainingModule`: an unfinished update, what was measured in this epoch, and a rank's own statistics."""
+        state = super().rank_state() | {"gsnr": self.gsnr.state_dict()}
+        if self._pending:
+            state["pending"] = self._pending_samples, {name: list(grads) for name, grads in self._pending.items()}
+        if world_size() > 1:
+            state["statistics"] = dict(self._statistics)
+        return state
+
+    def load_rank_state(self, state: dict[str, Any]) -> None:
+        """See `TrainingModule`."""
+        super().load_rank_state(state)
+        self.gsnr.load_state_dict(state["gsnr"])
+        samples, pending = state.get("pending", (0, {}))
+        self._pending_samples = samples
+        self._pending = {
+            name: [g if g is None else g.to(self.device) for g in grads] for name, grads in pending.items()
+        }
+        for name, buffer in state.get("statistics", {}).items():
+            self._statistics[name].copy_(buffer)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See `TrainingModule`; in the middle of a step, the student is saved as it was before it."""
+        super().on_save_checkpoint(checkpoint)
+        if self._in_batch():
+            before = zip(self._statistics, self._statistics_before, strict=True)
+            checkpoint["state_dict"] |= {f"student.{name}": buffer for name, buffer in before}

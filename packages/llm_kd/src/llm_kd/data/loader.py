@@ -2,11 +2,11 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 
+from kd_common.loading import ResumableLoader
 from kd_common.messages import check_batch_size
 from llm_kd.data.batch import TokenBatch, collate, pack
 from llm_kd.data.example import Example, nothing
@@ -15,15 +15,12 @@ NOBODY = -1
 """Row number of a place in the last validation batch that no example is left for."""
 
 
-class TextLoader:
+class TextLoader(ResumableLoader):
     """Batches of one rank's share of the examples.
 
     A row holds one example, or with packing as many as fit; which share a row is drawn once, the order of the rows anew
     every epoch. The ranks' i-th batches of size b make up the i-th batch of size b * world_size of a single process,
     and every rank makes equally many.
-
-    Iterating to the end moves on to the next epoch; :meth:`set_epoch`, which Lightning calls, chooses one.
-    :meth:`state_dict` lets a run that stopped inside an epoch continue at its next batch.
 
     Args:
         examples: Sequences, at least one.
@@ -42,8 +39,6 @@ class TextLoader:
     Raises:
         ValueError: If the rows do not fill one batch on each rank.
     """
-
-    batch_sampler = None  # Lightning reads it next to `sampler`
 
     def __init__(
         self,
@@ -68,13 +63,7 @@ class TextLoader:
         if shuffle:
             check_batch_size(len(self.rows), "training rows", batch_size, world_size)
         self.epoch = 0
-        self._delivered = 0
-        self._resume: dict[str, Any] = {}
-
-    @property
-    def sampler(self) -> "TextLoader":
-        """The loader itself: Lightning sets the epoch on a loader's sampler."""
-        return self
+        self.sampler = self  # Lightning sets the epoch on a loader's sampler
 
     def __len__(self) -> int:
         return -(-(len(self.rows) - self.left_out) // self._global_batch)
@@ -92,41 +81,21 @@ class TextLoader:
         starts = range(0, len(order), self._global_batch)
         return [order[start : start + self._global_batch][self.rank :: self.world_size] for start in starts]
 
-    def state_dict(self) -> dict[str, Any]:
-        """The epoch, the number of its batches delivered so far, and what they are cut from."""
-        return {"epoch": self.epoch, "batch": self._delivered, "batches": len(self), "data": self._fingerprint()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue the stored epoch behind its last delivered batch; choosing another epoch starts that one anew.
-
-        Raises:
-            ValueError: If the state lies inside an epoch of other data, batch size, seed or number of processes.
-        """
-        if 0 < state["batch"] < state["batches"] and state["data"] != self._fingerprint():
-            raise ValueError(
-                f"the checkpoint was written {state['batch']} batches into epoch {state['epoch']} with other data, "
-                "batch size, packing, seed or number of processes: resume with the same ones, or from a checkpoint "
-                "written at the end of an epoch"
-            )
-        self.epoch = state["epoch"]
-        self._resume = dict(state)
-
-    def __iter__(self) -> Iterator[TokenBatch]:
-        # A generator: nothing is drawn before the first batch is asked for, hence after Lightning has set the epoch.
-        epoch = self.epoch
-        self._delivered = self._resume["batch"] if self._resume.get("epoch") == epoch else 0
-        self._resume = {}
+    def batches(self, first: int) -> Iterator[TokenBatch]:
+        """The batches of the chosen epoch from one of them on."""
         unsupervised = nothing(self.pad_id)
-        for batch in self.plan()[self._delivered :]:
-            self._delivered += 1
+        for batch in self.plan()[first:]:
             yield collate(
                 [[unsupervised] if row == NOBODY else [self.examples[n] for n in self.rows[row]] for row in batch],
                 self.pad_id,
             )
-        self.epoch = epoch + 1
-        self._delivered = 0
 
-    def _fingerprint(self) -> str:
+    def sample(self, count: int) -> TokenBatch:
+        """See :class:`kd_common.loading.ResumableLoader`."""
+        return collate([[example] for example in self.examples[:count]], self.pad_id)
+
+    def fingerprint(self) -> str:
+        """See :class:`kd_common.loading.ResumableLoader`."""
         settings = (self.rows, self.batch_size, self.world_size, self.seed, self.shuffle)
         content = [repr(settings), *(example.key for example in self.examples)]
         return hashlib.sha256("\n".join(content).encode()).hexdigest()

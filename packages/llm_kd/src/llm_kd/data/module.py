@@ -253,6 +253,16 @@ class TextDataModule(LightningDataModule):
         self._read(split)
         return [example.prompt_length for example in self.splits[split].examples]
 
+    def first_prompt(self, split: str) -> list[int]:
+        """Tokens of the first prompt of ``train`` or ``val`` that is used."""
+        if self._awaits_answers(split):
+            rows = self.rows(split)
+            prompts = (self.encoder.prompt(row) for row in rows)
+            return next(prompt for prompt in prompts if len(prompt) <= self._teachers_room)
+        self._read(split)
+        example = self.splits[split].examples[0]
+        return example.input_ids[: max(1, example.prompt_length)]
+
     def train_dataloader(self) -> TextLoader:
         """Batches of this rank's share, in a new order every epoch."""
         loader = self._loader("train")
@@ -266,10 +276,13 @@ class TextDataModule(LightningDataModule):
         """The validation conversations of this rank, each exactly once over all ranks."""
         return self._loader("val")
 
-    def check_batch(self, world_size: int) -> None:
+    def check_batch(self, world_size: int) -> int:
         """Refuse training data that do not fill a batch on each process; later, Lightning would be training already.
 
         Before the teacher has answered its prompts are counted. Packing may leave fewer rows, so ask again afterwards.
+
+        Returns:
+            Batches of an epoch on each process.
 
         Raises:
             FileNotFoundError, RowsError, EncodingError: From the data.
@@ -278,9 +291,9 @@ class TextDataModule(LightningDataModule):
         if self._awaits_answers("train"):
             prompts = self._prompts(self.rows("train"), self._teachers_room)
             check_batch_size(len(prompts), "training rows", self.batch_size, world_size)
-        else:
-            self._read("train")
-            self._loader("train", world_size)
+            return len(prompts) // (self.batch_size * world_size)
+        self._read("train")
+        return len(self._loader("train", world_size))
 
     def _loader(self, split: str, world_size: int | None = None) -> TextLoader:
         train = split == "train"

@@ -9,9 +9,10 @@ import torch
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler
 
 from kd_common.files import cache_root, locked
+from kd_common.loading import WorkerLoader
 from kd_common.messages import check_batch_size
 from kd_common.text import Row
 from spec_decode.data.corpus import (
@@ -82,8 +83,8 @@ class StreamSampler(DistributedSampler):
     """One rank's rows of an epoch of any length, taken from an endless stream of reshuffled passes over the samples.
 
     Epoch e of n rows holds rows e n to (e + 1) n - 1 of the stream, whose passes are permutations drawn from the seed
-    and the number of the pass: an epoch is a function of its number, so that a run resumes exactly at its end, and
-    short epochs lose no samples. Rank r takes rows r, r + ranks, ...
+    and the number of the pass: an epoch is a function of its number, so that a run resumes exactly, and short epochs
+    lose no samples. Rank r takes rows r, r + ranks, ... of it, from its row ``first`` on, once.
 
     Samples of an update are about equally long, which saves padding: a permutation is sorted within pools of eight
     updates, which are then shuffled. So the updates do not depend on how their samples are shared out.
@@ -100,7 +101,7 @@ class StreamSampler(DistributedSampler):
     def __init__(self, lengths: Sequence[int], batch: int, rows: int, *, seed: int, rank: int, ranks: int) -> None:
         super().__init__(lengths, ranks, rank, shuffle=True, seed=seed)  # type: ignore[arg-type]
         self.lengths, self.batch, self.rows = torch.tensor(lengths), batch, rows
-        self.num_samples = rows // ranks
+        self.num_samples, self.first = rows // ranks, 0
 
     def _permutation(self, number: int) -> Tensor:
         """Order of the samples in one pass."""
@@ -114,7 +115,9 @@ class StreamSampler(DistributedSampler):
 
     def __iter__(self) -> Iterator[int]:
         start, count, passes = self.epoch * self.rows, len(self.lengths), {}
-        for place in range(start + self.rank, start + self.num_samples * self.num_replicas, self.num_replicas):
+        places = range(start + self.rank, start + self.num_samples * self.num_replicas, self.num_replicas)
+        first, self.first = self.first, 0
+        for place in places[first:]:
             number = place // count
             if number not in passes:
                 passes[number] = self._permutation(number)
@@ -133,7 +136,7 @@ class TargetText(LightningDataModule):
         writing: How the target writes its answers, and the room that an answer is left.
         features: ``online`` runs the target on every batch; ``cached`` stores its states once and reads them.
         max_length: Longest sequence in tokens, prompt included.
-        epoch_rows: Sequences per epoch; None means one pass over all. Checkpoints are written between epochs.
+        epoch_rows: Sequences per epoch; None means one pass over all.
         batch_size: Sequences a batch on one rank.
         chat_template: Jinja template for a model that comes without one.
         seed: Seed of the order; linked from ``seed_everything``.
@@ -232,6 +235,10 @@ class TargetText(LightningDataModule):
         check_batch_size(rows, what, self.batch_size, ranks)
         return rows // batch * batch
 
+    def epoch_length(self, ranks: int) -> int:
+        """Sequences of an epoch of all ranks; see :meth:`attach`."""
+        return self._rows_of_an_epoch(len(self.encoded) - self.val_prompts, ranks)
+
     @property
     def target(self) -> CausalLM:
         """The attached target.
@@ -300,9 +307,9 @@ class TargetText(LightningDataModule):
         tokens = [token for s in self.samples[: -self.val_prompts] for token in s.tokens[s.answer_start :]]
         return torch.tensor(tokens).bincount(minlength=self.target.vocab_size)
 
-    def _loader(self, samples: Sequence[Sample], first: int, sampler: Any) -> DataLoader:
+    def _loader(self, samples: Sequence[Sample], first: int, sampler: Any) -> WorkerLoader:
         store = self._store() if self.features == "cached" else None
-        return DataLoader(
+        return WorkerLoader(
             Sequences(samples, store, first), self.batch_size, sampler=sampler, collate_fn=collate, drop_last=False
         )
 
@@ -310,7 +317,7 @@ class TargetText(LightningDataModule):
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> WorkerLoader:
         """Batches of this rank's rows of the epoch.
 
         Raises:
@@ -323,7 +330,7 @@ class TargetText(LightningDataModule):
         sampler = StreamSampler(lengths, update, rows, seed=self.seed, rank=rank, ranks=ranks)
         return self._loader(samples, 0, sampler)
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> WorkerLoader:
         """This rank's share of the validation sequences, filled up with text without answers."""
         rank, ranks = self._place
         first = len(self.samples) - self.val_prompts

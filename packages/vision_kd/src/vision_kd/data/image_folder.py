@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from kd_common.loading import WorkerLoader
 from vision_kd.data.augment import SEED_RANGE, ImageDraws, distort
 from vision_kd.data.base import UNPRINTABLE, WORKERS, ImageDataModule, missing_data
 from vision_kd.data.digest import files_digest
@@ -193,7 +194,7 @@ class ImageFolder(ImageDataModule):
         paths, labels = self._files["train"]
         return files_digest(self.root, paths, labels)
 
-    def _loader(self, split: str, batch_size: int, transform: Transform) -> DataLoader:
+    def _loader(self, split: str, batch_size: int, transform: Transform) -> WorkerLoader:
         paths, labels = self._files[split]
         train = split == "train"
         sampler = EpochSampler(
@@ -205,9 +206,7 @@ class ImageFolder(ImageDataModule):
             rank=self.rank,
             world_size=self.world_size,
         )
-        # Lightning makes the first iterator, whose workers read ahead, before it tells the sampler the epoch.
-        sampler.set_epoch(self.trainer.current_epoch if self.trainer else 0)
-        return DataLoader(
+        return WorkerLoader(
             ImageFiles(paths, labels, transform),
             batch_size,
             sampler=sampler,
@@ -215,10 +214,10 @@ class ImageFolder(ImageDataModule):
             pin_memory=torch.cuda.is_available(),
         )
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> WorkerLoader:
         """Batches of this rank's share, in a new order every epoch."""
         return self._loader("train", self.batch_size, partial(training_views, size=self.image_size, views=self.views))
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> WorkerLoader:
         """The validation images of this rank, each exactly once over all ranks."""
         return self._loader("val", self.val_batch_size, partial(clean_view, size=self.image_size))

@@ -1,5 +1,6 @@
 """Batches whose order and augmentation depend on the seed and the epoch alone, for any number of processes."""
 
+import copy
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
+from kd_common.loading import ResumableLoader
 from kd_common.messages import check_batch_size
 from vision_kd.data.augment import SEED_RANGE, Augment, ImageDraws
 
@@ -19,7 +21,8 @@ class EpochSampler(DistributedSampler):
     The global order and seeds are a pure function of (seed, epoch); rank r takes rows r, r + world_size, ... of them.
     The ranks' i-th batches of size b therefore make up the i-th batch of size `b * world_size` of a single process.
 
-    Being a `DistributedSampler`, it gets `set_epoch` from Lightning and is not replaced by Lightning's own.
+    Iterating starts at row `first` of the rank's, once. Being a `DistributedSampler`, it gets `set_epoch` from
+    Lightning and is not replaced by Lightning's own.
 
     Args:
         count: number of images.
@@ -47,7 +50,7 @@ class EpochSampler(DistributedSampler):
         world_size: int = 1,
     ) -> None:
         super().__init__(range(count), world_size, rank, shuffle, seed, drop_last)  # type: ignore[arg-type]
-        self.count = count
+        self.count, self.first = count, 0
         global_batch = batch_size * world_size
         if drop_last:
             check_batch_size(count, "training images", batch_size, world_size)
@@ -72,16 +75,16 @@ class EpochSampler(DistributedSampler):
         return torch.randperm(self.count, generator=generator) if self.shuffle else torch.arange(self.count)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
+        first, self.first = self.first, 0
         order, seeds = self.rows()
-        return iter(zip(order.tolist(), seeds[0].tolist(), strict=True))
+        return iter(zip(order[first:].tolist(), seeds[0, first:].tolist(), strict=True))
 
 
-class DeviceLoader:
+class DeviceLoader(ResumableLoader):
     """Augmented batches of a small data set that lives on the training device as uint8.
 
     Order and augmentation are drawn for a whole epoch at once; a batch is then a handful of tensor operations
-    without worker processes or work per image. Iterating to the end moves on to the next epoch; `sampler.set_epoch`,
-    which Lightning calls, chooses one. `state_dict` lets a run that stopped inside an epoch continue at its next batch.
+    without worker processes or work per image.
 
     Args:
         images: shape (N, C, H, W), uint8.
@@ -97,8 +100,6 @@ class DeviceLoader:
     Yields:
         `(views, target)`: every view float32 in [0, 1] of shape (batch, C, H, W), not normalised; target (batch,).
     """
-
-    batch_sampler = None  # Lightning reads it next to `sampler`
 
     def __init__(
         self,
@@ -128,35 +129,28 @@ class DeviceLoader:
             rank=rank,
             world_size=world_size,
         )
-        self._delivered = 0
-        self._resume: dict[str, int] = {}
 
     def __len__(self) -> int:
         return -(-len(self.sampler) // self.batch_size)
 
-    def state_dict(self) -> dict[str, int]:
-        """The epoch and the number of its batches delivered so far."""
-        return {"epoch": self.sampler.epoch, "batch": self._delivered}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue the stored epoch behind its last delivered batch; choosing another epoch starts that one anew."""
-        self.sampler.set_epoch(state["epoch"])
-        self._resume = dict(state)
-
-    def __iter__(self) -> Iterator[Batch]:
-        # A generator: nothing is drawn before the first batch is asked for, hence after Lightning has set the epoch.
-        epoch = self.sampler.epoch
-        self._delivered = self._resume["batch"] if self._resume.get("epoch") == epoch else 0
-        self._resume = {}
+    def batches(self, first: int) -> Iterator[Batch]:
+        """The batches of the chosen epoch from one of them on."""
         order, seeds = (part.to(self.images.device) for part in self.sampler.rows(len(self.augment)))
-        for start in range(self._delivered * self.batch_size, len(order), self.batch_size):
+        for start in range(first * self.batch_size, len(order), self.batch_size):
             batch = slice(start, start + self.batch_size)
             images = self.images.index_select(0, order[batch])
             views = {
                 name: augment(images, ImageDraws(seeds[stream, batch])).to(torch.float32).div_(255)
                 for stream, (name, augment) in enumerate(self.augment.items())
             }
-            self._delivered += 1
             yield views, self.labels.index_select(0, order[batch])
-        self.sampler.set_epoch(epoch + 1)
-        self._delivered = 0
+
+    def sample(self, count: int) -> Batch:
+        """See `ResumableLoader`."""
+        few = copy.copy(self)
+        few.batch_size = count
+        return next(few.batches(0))
+
+    def fingerprint(self) -> str:
+        """See `ResumableLoader`."""
+        return repr((len(self.images), self.batch_size, self.sampler.num_replicas, self.sampler.seed))

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
+from kd_common.loading import WorkerLoader
 from vision_kd.data.augment import ImageDraws
 from vision_kd.data.base import WORKERS, ImageDataModule, data_root
 from vision_kd.data.digest import files_digest, tensors_digest
@@ -198,7 +199,7 @@ class COCO(ImageDataModule):
         truth = tensors_digest([split.sizes, split.boxes, split.labels, split.starts])
         return files_digest(split.folder, [split.folder / name for name in split.files], [split.files, truth])
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> WorkerLoader:
         """Batches of this rank's share, in a new order every epoch."""
         split = self.split("train")
         shapes = split.sizes[: self.train_subset]
@@ -207,17 +208,15 @@ class COCO(ImageDataModule):
         images = DetectionImages(split, self.train_sizes, self.longest, self.flip)
         return self._loader(images, self.batch_size, sampler)
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> WorkerLoader:
         """The validation images of this rank, each exactly once over all ranks."""
         images = DetectionImages(self.split("val"), [self.val_size], self.longest, flip=False)
         ranks = {"rank": self.rank, "world_size": self.world_size}
         sampler = EpochSampler(len(images), self.val_batch_size, shuffle=False, drop_last=False, **ranks)
         return self._loader(images, self.val_batch_size, sampler)
 
-    def _loader(self, images: DetectionImages, batch_size: int, sampler: EpochSampler) -> DataLoader:
-        # Lightning makes the first iterator, whose workers read ahead, before it tells the sampler the epoch.
-        sampler.set_epoch(self.trainer.current_epoch if self.trainer else 0)
-        return DataLoader(
+    def _loader(self, images: DetectionImages, batch_size: int, sampler: EpochSampler) -> WorkerLoader:
+        return WorkerLoader(
             images,
             batch_size,
             sampler=sampler,
