@@ -47,7 +47,6 @@ def trainer(**settings):
         ({"callbacks": [callbacks.LearningRateFinder()]}, r"LearningRateFinder .*model\.learning_rate"),
         ({"callbacks": [callbacks.LearningRateMonitor()]}, r"LearningRateMonitor .*trainer\.logger"),
     ],
-    ids=str,
 )
 def test_what_cannot_be_respected_is_refused(settings, named):
     with pytest.raises(ValueError, match=named):
@@ -77,7 +76,6 @@ def test_time_intervals_are_for_automatic_optimisation():
         {"callbacks": [callbacks.EarlyStopping("val/loss"), callbacks.Timer()]},
         {"fast_dev_run": True, "callbacks": [callbacks.LearningRateMonitor()]},
     ],
-    ids=str,
 )
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 def test_others_pass(settings):
