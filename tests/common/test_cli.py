@@ -18,7 +18,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader
 
-from kd_common.checkpoints import check_resumable
+from kd_common.checkpoints import check_resumable, files_of_run
 from kd_common.cli import (
     FitCLI,
     constructor_message,
@@ -593,6 +593,36 @@ def test_a_given_logger_and_no_checkpoints_are_respected(build, tmp_path):
     assert quiet.trainer.loggers == []
     assert quiet.trainer.checkpoint_callback is None
     assert [type(logger) for logger in build().trainer.loggers] == [TensorBoardLogger, CSVLogger]
+
+
+@pytest.mark.parametrize(
+    "logger", [["--trainer.logger=false"], ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=x"]]
+)
+def test_settings_lie_in_the_run_dir_wherever_the_logs_go(build, tmp_path, logger):
+    args = ["--run_dir", str(tmp_path / "here"), "--trainer.max_epochs=1", "--trainer.default_root_dir=y", *logger]
+    cli = build(*args, "--data.batch_size=2")
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    resumed = build("--ckpt_path", str(tmp_path / "here/checkpoints/last.ckpt"), "--run_dir", "elsewhere")
+    assert resumed.config["data"]["init_args"]["batch_size"] == 2
+
+
+def test_a_checkpoint_of_the_user_may_have_the_settings_of_ours(build, tmp_path):
+    ours = {"monitor": "val/loss", "mode": "min"}
+    flags = [f"--trainer.callbacks.{name}={value}" for name, value in {**ours, "save_top_k": -1}.items()]
+    args = ["--run_dir", str(tmp_path), "--trainer.max_epochs=2", "--trainer.callbacks+=ModelCheckpoint", *flags]
+    cli = build(*args, checkpoint=ours)
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    written = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert written == {"best.ckpt", "last.ckpt", "epoch=0-step=2.ckpt", "epoch=1-step=4.ckpt"}
+
+
+def test_a_run_ends_with_the_files_that_it_wrote(tmp_path):
+    assert list(files_of_run(tmp_path)) == ["configuration"]
+    for name in ("checkpoints/last.ckpt", "metrics.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert list(files_of_run(tmp_path)) == ["to resume", "logs", "configuration"]
+    assert files_of_run(tmp_path, " --more")["to resume"] == f"--ckpt_path {tmp_path}/checkpoints/last.ckpt --more"
 
 
 def test_the_checkpoint_monitors_what_the_package_says(build):

@@ -83,8 +83,14 @@ def test_images_of_another_kind_are_refused(trained, images):
 
 @pytest.mark.parametrize("std", [(0.2, 0.2), (0.2, 0.0, 0.2), (0.2, -1.0, 0.2), (0.2, float("nan"), 0.2)])
 def test_bad_normalisation_is_refused(trained, std):
-    with pytest.raises(ValueError, match="one mean and one positive std for each channel"):
+    with pytest.raises(ValueError, match="one finite mean and one positive std for each channel"):
         Classifier(trained, MEAN, std, 10)
+
+
+@pytest.mark.parametrize("mean", [float("nan"), float("inf")])
+def test_a_mean_that_is_not_finite_is_refused(trained, mean):
+    with pytest.raises(ValueError, match="one finite mean"):
+        Classifier(trained, (mean, 0.5, 0.5), STD, 10)
 
 
 def test_count_parameters_counts_shared_ones_once():

@@ -150,3 +150,11 @@ def test_accuracy_of_a_perfect_model():
     target = torch.arange(10)
     loader = [({"clean": torch.nn.functional.one_hot(target).float()}, target)]
     assert accuracy(torch.nn.Identity(), loader, 10, "cpu") == {"top1": 1.0, "top5": 1.0}
+
+
+def test_logits_that_are_no_numbers_are_no_first_class():
+    images = torch.eye(3)
+    images[1, 2] = torch.nan
+    loader = [({"clean": images}, torch.tensor([0, 0, 2]))]
+    with pytest.raises(ValueError, match=r"^1 images have logits"):
+        accuracy(torch.nn.Identity(), loader, 3, "cpu")

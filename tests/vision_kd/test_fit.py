@@ -253,6 +253,29 @@ def test_best_and_last_are_told_apart(sgd_args, tmp_path):
         assert bool(student["model"]["fc.bias"][0] > 1e3) == (name == "last")
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty", "ignore:The dirpath has changed")
+@pytest.mark.parametrize("folder", ["run", "other"])
+def test_resumed_before_the_best_epoch_of_its_run_the_best_student_is_of_an_epoch_that_counts(
+    sgd_args, tmp_path, folder
+):
+    args = [*sgd_args, "--data.train_subset=null"]
+    train(args, "--trainer.max_epochs=1")
+    best = tmp_path / "run/student_best.pt"
+    first = torch.load(best, weights_only=True)
+    later = {"model": {**first["model"], "fc.bias": first["model"]["fc.bias"] + 1}}
+    torch.save(later | {"meta": first["meta"] | {"epoch": 7, "top1": 1.0}}, best)  # as the run went on from there
+
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    cli = build([*args, f"--run_dir={tmp_path / folder}", f"--ckpt_path={last}"])
+    cli.trainer.callbacks.append(Spoil())
+    assert run(cli).best["epoch"] == 0
+    found = torch.load(tmp_path / folder / "student_best.pt", weights_only=True)
+    assert found["meta"] == first["meta"]
+    assert torch.equal(found["model"]["fc.bias"], first["model"]["fc.bias"])
+    kept = torch.load(tmp_path / "run" / {"run": "student_best_1.pt", "other": best.name}[folder], weights_only=True)
+    assert kept["meta"]["epoch"] == 7
+
+
 # ------------------------------------------------------------------------------------------------------ bad input
 
 

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
 from kd_common.files import damaged_entry, write_atomically
 
 CHECKPOINT_DIR = "checkpoints"
+CONFIG = "config.yaml"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -39,6 +42,69 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         write_atomically(Path(path), content.getbuffer())
 
 
+class RunCheckpoint(ModelCheckpoint):
+    """A checkpoint that every run writes. Lightning refuses two callbacks of one class with the same settings.
+
+    A user's ModelCheckpoint may have those of ours.
+    """
+
+
+def run_checkpoints(run_dir: Path, best: Mapping[str, Any]) -> list[RunCheckpoint]:
+    """What writes ``checkpoints/best.ckpt`` and ``last.ckpt`` of a run.
+
+    Args:
+        run_dir: Folder of the run.
+        best: ``monitor`` and ``mode`` of the best one; empty for none.
+    """
+    # Not `save_last`: Lightning 2.6 then writes last.ckpt only when the best one changes. The last comes second, so
+    # that it knows this epoch's best.
+    files: dict[str, Mapping[str, Any]] = {"best": best} if best else {}
+    return [
+        RunCheckpoint(
+            run_dir / CHECKPOINT_DIR,
+            name,
+            # No version counter: a second run in this folder must not leave the first one's last.ckpt.
+            enable_version_counter=False,
+            save_on_train_epoch_end=False,  # right after the validation, whenever that is
+            **settings,
+        )
+        for name, settings in (files | {"last": {}}).items()
+    ]
+
+
+class SaveSettings(SaveConfigCallback):
+    """Write the settings into the folder of the run, where a resumed one looks for them, wherever its logs go.
+
+    Args:
+        parser: Parser of the settings.
+        config: The settings.
+        folder: Folder of the run; None for one that writes nothing.
+    """
+
+    def __init__(self, parser: Any, config: Any, folder: Path | None = None) -> None:
+        super().__init__(parser, config, save_to_log_dir=False)
+        self.folder = folder
+
+    def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Write them."""
+        if self.folder is not None:
+            self.parser.save(self.config, self.folder / CONFIG, skip_none=False, overwrite=True, multifile=False)
+
+
+def files_of_run(run_dir: Path, more: str = "") -> dict[str, str]:
+    """Lines for the end of a run: how to go on, and where logs and settings lie, as far as they were asked for.
+
+    Args:
+        run_dir: Folder of the run.
+        more: Further flags for going on.
+    """
+    last, metrics = run_dir / CHECKPOINT_DIR / "last.ckpt", run_dir / "metrics.csv"
+    lines = {"to resume": f"--ckpt_path {last}{more}"} if last.is_file() else {}
+    if metrics.is_file():
+        lines["logs"] = f"{metrics}, tensorboard --logdir {run_dir}"
+    return lines | {"configuration": str(run_dir / CONFIG)}
+
+
 def resumed_config(args: Sequence[str]) -> list[str]:
     """``--config`` for the configuration saved beside the checkpoint that ``--ckpt_path`` names, if there is one.
 
@@ -56,7 +122,7 @@ def resumed_config(args: Sequence[str]) -> list[str]:
         raise ValueError(f"--ckpt_path is given {len(given)} times ({', '.join(given)}); a run resumes from one file")
     if "" in given:
         raise ValueError("--ckpt_path is empty; give a file, or null to start anew")
-    config = Path(given[0]).parent.parent / "config.yaml" if given else None
+    config = Path(given[0]).parent.parent / CONFIG if given else None
     if config is None or not config.is_file():
         return []
     rank_zero_info(f"Settings of the run that is resumed: {config}; what the command line gives goes before them.")

@@ -24,7 +24,6 @@ from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins import TorchCheckpointIO
@@ -32,13 +31,15 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from kd_common.checkpoints import (
-    CHECKPOINT_DIR,
     AtomicCheckpointIO,
+    SaveSettings,
     check_resumable,
     check_same_settings,
     resumed_config,
+    run_checkpoints,
 )
 from kd_common.farewell import Farewell
+from kd_common.files import free_name
 from kd_common.memory import limit_primitive_cache
 from kd_common.messages import (
     CommandParser,
@@ -101,7 +102,7 @@ class FitCLI(LightningCLI):
             args=args,
             parser_class=FitParser,
             seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=SaveSettings,
             parser_kwargs={
                 "allow_abbrev": False,  # a mistyped flag must not be taken for a longer one
                 "default_config_files": [str(config_dir / "default.yaml")],
@@ -192,21 +193,8 @@ class FitCLI(LightningCLI):
             keep_earlier_metrics(self.run_dir)
             kwargs["logger"] = [TensorBoardLogger(**where), CSVLogger(**where)]
         if trainer_config.get("enable_checkpointing") is not False:
-            self.trainer_defaults["callbacks"] = [Farewell()]
-            # Not `save_last`: Lightning 2.6 then writes last.ckpt only when the best one changes. The last comes
-            # second, so that it knows this epoch's best.
-            files: dict[str, dict[str, Any]] = {"best": self.checkpoint} if self.checkpoint else {}
-            self.trainer_defaults["callbacks"] += [
-                # No version counter: a second run in this folder must not leave the first one's last.ckpt.
-                ModelCheckpoint(
-                    self.run_dir / CHECKPOINT_DIR,
-                    name,
-                    enable_version_counter=False,
-                    save_on_train_epoch_end=False,  # right after the validation, whenever that is
-                    **settings,
-                )
-                for name, settings in (files | {"last": {}}).items()
-            ]
+            self.trainer_defaults["callbacks"] = [Farewell(), *run_checkpoints(self.run_dir, self.checkpoint)]
+        self.save_config_kwargs["folder"] = self.run_dir
         trainer = super().instantiate_trainer(**kwargs)
         check_world_size(trainer.world_size)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # nobody chose another one
@@ -299,12 +287,12 @@ def silence_known_noise() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     # It advises against what is wanted: the state after the update.
     warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
-    # An advertisement for a hosted logger, printed for every trainer.
+    # Advertisements for a hosted logger and hosted models, printed for every trainer.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    return "litlogger" not in record.getMessage()
+    return not any(name in record.getMessage() for name in ("litlogger", "litmodels"))
 
 
 def constructor_message(text: str) -> str:
@@ -397,4 +385,4 @@ def keep_earlier_metrics(run_dir: Path) -> None:
     """Rename the metrics of an earlier run in this folder, as when resuming there: CSVLogger would delete them."""
     metrics = run_dir / "metrics.csv"
     if getattr(rank_zero_only, "rank", 0) == 0 and metrics.is_file():
-        metrics.rename(next(p for n in itertools.count(1) if not (p := run_dir / f"metrics_{n}.csv").exists()))
+        metrics.rename(free_name(metrics))

@@ -1,5 +1,6 @@
 """Where what is made once is kept, and how files are written and read so that damage is noticed."""
 
+import itertools
 import json
 import logging
 import os
@@ -118,6 +119,11 @@ def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+def free_name(path: Path) -> Path:
+    """The first of ``name_1.ending``, ``name_2.ending``, ... that is not there, to keep an older file under."""
+    return next(p for n in itertools.count(1) if not (p := path.with_stem(f"{path.stem}_{n}")).exists())
 
 
 def beside(folder: Path) -> tuple[Path, Path]:

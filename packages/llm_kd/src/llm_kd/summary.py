@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from kd_common.checkpoints import files_of_run
 from kd_common.terminal import printable
 from llm_kd.answers import visible
 from llm_kd.data import TextDataModule
@@ -85,9 +86,7 @@ def print_summary(
         found = ",".join(which for which in ("last", "best") if (result.run_dir / f"student_{which}").is_dir())
         lines["student"] = f"{result.run_dir}/student_{{{found}}}, for AutoModelForCausalLM.from_pretrained"
         lines["to try it"] = f"python -m llm_kd.generate --model {result.run_dir}/student_last --prompt ..."
-        lines["to resume"] = f"--ckpt_path {result.run_dir / 'checkpoints' / 'last.ckpt'} --trainer.max_epochs ..."
-        lines["logs"] = f"{result.run_dir / 'metrics.csv'}, tensorboard --logdir {result.run_dir}"
-        lines["configuration"] = str(result.run_dir / "config.yaml")
+        lines |= files_of_run(result.run_dir, " --trainer.max_epochs ...")
     for name, value in lines.items():
         console.print(f"{name:<{max(map(len, lines))}}  {escape(printable(value))}", soft_wrap=True, highlight=False)
 

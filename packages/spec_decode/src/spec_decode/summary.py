@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from kd_common.checkpoints import files_of_run
 from kd_common.terminal import printable
 from spec_decode.module import DrafterModule
 
@@ -51,8 +52,6 @@ def print_summary(result: "Result", model: DrafterModule, console: Console | Non
         lines["tree for this machine"] = str(result.tree or "none: plain decoding is expected to be faster")
     if result.run_dir is not None:
         lines["drafter"] = str(result.run_dir / "drafter_{last,best}")
-        lines["to resume"] = f"--ckpt_path {result.run_dir / 'checkpoints' / 'last.ckpt'}"
-        lines["logs"] = f"{result.run_dir / 'metrics.csv'}, tensorboard --logdir {result.run_dir}"
-        lines["configuration"] = str(result.run_dir / "config.yaml")
+        lines |= files_of_run(result.run_dir)
     for name, value in lines.items():
         console.print(f"{name:<{max(map(len, lines))}}  {escape(printable(value))}", soft_wrap=True, highlight=False)

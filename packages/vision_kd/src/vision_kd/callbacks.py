@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
 from matplotlib.figure import Figure
 
+from kd_common.files import free_name
 from kd_common.live import LiveFigures
 from vision_kd.diagnosis import class_correlation, collect_logits
 from vision_kd.models import save_student
-from vision_kd.models.checkpoints import DESCRIPTION
+from vision_kd.models.checkpoints import DESCRIPTION, read_checkpoint
 from vision_kd.models.student import describe
 from vision_kd.module import DistillationModule
 from vision_kd.run_figures import plot_correlations, plot_reliability
@@ -35,12 +37,25 @@ class StudentExport(pl.Callback):
         self.resumed_from = resumed_from
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Bring the best student of a resumed run along when this run writes to another folder."""
-        if self.resumed_from is None or not trainer.is_global_zero:
+        """Bring along the best student of a resumed run, and set aside one of an epoch that its checkpoint precedes."""
+        assert isinstance(pl_module, ComponentTraining)
+        if self.resumed_from is None or not trainer.is_global_zero or not pl_module.history:
             return
-        best = Path(self.resumed_from).resolve().parent.parent / "student_best.pt"
-        if best.is_file() and best.parent != self.folder.resolve():
-            shutil.copy(best, self.folder / best.name)
+        best = max(pl_module.history, key=lambda epoch: epoch[pl_module.metric])
+        earlier = Path(self.resumed_from).resolve().parent.parent / "student_best.pt"
+        own = self.folder.resolve() / earlier.name
+        if own.is_file() and not _is_of(own, best, pl_module.metric):
+            own.rename(aside := free_name(own))
+            rank_zero_info(f"{own} is of no epoch that this run goes on from; it is now {aside}")
+        if earlier != own and earlier.is_file() and _is_of(earlier, best, pl_module.metric):
+            shutil.copy(earlier, own)
+        elif not own.is_file() and best is pl_module.history[-1]:
+            self._export(own.name, pl_module)
+        if not own.is_file():
+            rank_zero_info(
+                f"the student of the best epoch so far, {best['epoch'] + 1}, is not there; {own} is written once an "
+                "epoch is better"
+            )
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -54,14 +69,20 @@ class StudentExport(pl.Callback):
         assert isinstance(pl_module, ComponentTraining)
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
-        latest = pl_module.history[-1]
-        metric = pl_module.metric
+        self._export("student_last.pt", pl_module)
+        if pl_module.history[-1] is max(pl_module.history, key=lambda epoch: epoch[pl_module.metric]):
+            self._export("student_best.pt", pl_module)
+
+    def _export(self, name: str, module: ComponentTraining) -> None:
+        latest, metric = module.history[-1], module.metric
         extra = {**self.extra, "epoch": latest["epoch"], metric: latest[metric]}
-        names = ["student_last.pt"]
-        if latest is max(pl_module.history, key=lambda epoch: epoch[metric]):
-            names.append("student_best.pt")
-        for name in names:
-            save_student(self.folder / name, pl_module.inference_model, pl_module.student_spec, extra=extra)
+        save_student(self.folder / name, module.inference_model, module.student_spec, extra=extra)
+
+
+def _is_of(file: Path, epoch: Mapping[str, Any], metric: str) -> bool:
+    """Whether a student file was written at a validation."""
+    meta = read_checkpoint(file).meta
+    return all(meta.get(name) == epoch[name] for name in ("epoch", metric))
 
 
 class StudentFigures(LiveFigures):

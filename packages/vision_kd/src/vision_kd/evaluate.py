@@ -56,6 +56,9 @@ def accuracy(
 
     Returns:
         ``top1`` and ``top5`` (top-C with fewer than five classes), in [0, 1].
+
+    Raises:
+        ValueError: If a logit is NaN, of which the metrics would make the first class.
     """
     model.eval().to(device)  # outside inference mode, which would leave weights that cannot be trained
     metrics = {
@@ -67,11 +70,15 @@ def accuracy(
         ).to(device)
         for name, k in (("top1", 1), ("top5", 5))
     }
+    wrong = torch.zeros((), dtype=torch.int64, device=device)
     with torch.inference_mode():
         for views, target in loader:
             logits = model(views["clean"].to(device)).float()
+            wrong += logits.isnan().any(1).sum()
             for metric in metrics.values():
                 metric.update(logits, target.to(device))
+    if wrong:
+        raise ValueError(f"{int(wrong)} images have logits that are NaN: the weights are damaged, or too large")
     return {name: float(metric.compute()) for name, metric in metrics.items()}
 
 

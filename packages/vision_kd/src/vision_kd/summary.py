@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from kd_common.checkpoints import files_of_run
 from kd_common.terminal import printable
 from vision_kd.training import ComponentTraining
 
@@ -57,10 +58,10 @@ def print_summary(result: "Result", model: ComponentTraining, console: Console |
     if result.teacher:
         lines["teacher weights"] = result.teacher["origin"]
     if result.run_dir is not None:
-        lines["student weights"] = str(result.run_dir / "student_{last,best}.pt")
-        lines["to resume"] = f"--ckpt_path {result.run_dir / 'checkpoints' / 'last.ckpt'} --trainer.max_epochs ..."
-        lines["logs"] = f"{result.run_dir / 'metrics.csv'}, tensorboard --logdir {result.run_dir}"
-        lines["configuration"] = str(result.run_dir / "config.yaml")
+        # A resumed run has no best student where the best epoch came before it and its file is not there.
+        found = ",".join(which for which in ("last", "best") if (result.run_dir / f"student_{which}.pt").is_file())
+        lines["student weights"] = f"{result.run_dir}/student_{{{found}}}.pt"
+        lines |= files_of_run(result.run_dir, " --trainer.max_epochs ...")
     for name, value in lines.items():
         console.print(f"{name:<{max(map(len, lines))}}  {escape(printable(value))}", soft_wrap=True, highlight=False)
 

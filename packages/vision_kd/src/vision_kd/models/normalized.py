@@ -60,7 +60,7 @@ class NormalizedNetwork(nn.Module):
         num_classes: number of class logits.
 
     Raises:
-        ValueError: mean and std differ in length, or a std is not positive.
+        ValueError: mean and std differ in length, a mean is not finite, or a std is not positive.
     """
 
     format: ClassVar[str]
@@ -74,8 +74,11 @@ class NormalizedNetwork(nn.Module):
         self.network = network.to(memory_format=torch.channels_last)
         self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
         self.in_channels = len(self.mean)
-        if len(self.std) != self.in_channels or not all(s > 0 and math.isfinite(s) for s in self.std):
-            raise ValueError(f"need one mean and one positive std for each channel, got {self.mean} and {self.std}")
+        usable = all(map(math.isfinite, self.mean + self.std)) and all(s > 0 for s in self.std)
+        if len(self.std) != self.in_channels or not usable:
+            raise ValueError(
+                f"need one finite mean and one positive std for each channel, got {self.mean} and {self.std}"
+            )
         self.register_buffer("_mean", torch.tensor(self.mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("_std", torch.tensor(self.std).view(-1, 1, 1), persistent=False)
 
