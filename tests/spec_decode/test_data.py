@@ -201,7 +201,9 @@ def test_tokens_that_a_server_wrote_are_taken_and_cut_answers_get_no_end(tmp_pat
         {"prompt": "a", "answer": "on", "finish_reason": "length"},
         {"prompt": "a", "answer": "two", "output_token_ids": ids},
         {"prompt": "a", "output_token_ids": ids[:2], "finish_reason": "length"},
-    ) == ["one<|im_end|>", "on", "two<|im_end|>", "tw"]
+        {"prompt": "a", "completion": "thr", "stop_reason": "max_tokens"},
+        {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "four"}]},
+    ) == ["one<|im_end|>", "on", "two<|im_end|>", "tw", "thr", "four<|im_end|>"]
     with pytest.raises(ValueError, match=r"line 1: output_token_ids read 'two' .* the answer beside them 'three'"):
         answered(tmp_path, byte_tokenizer, {"prompt": "a", "answer": "three", "output_token_ids": ids})
     with pytest.raises(ValueError, match=r"line 1: output_token_ids must lie in \[0, 258\)"):

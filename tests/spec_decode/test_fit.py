@@ -10,6 +10,7 @@ from spec_decode.data.prompts import packaged_prompts
 from spec_decode.decoder import SpeculativeDecoder
 from spec_decode.drafters import load_drafter
 from spec_decode.fit import CONFIG_DIR, build, main, run
+from spec_decode.session import Session
 from spec_decode.target import fast_dtype
 
 RECIPES = sorted(
@@ -48,6 +49,19 @@ def test_a_run_its_table_and_its_files(finished, fit_args, tmp_path):
     prompt = cli.datamodule.held_out[:1]
     plain = SpeculativeDecoder(target).generate(prompt, max_new_tokens=12).sequences
     assert torch.equal(SpeculativeDecoder(target, drafter).generate(prompt, max_new_tokens=12).sequences, plain)
+
+
+def test_a_template_of_the_run_gives_prompts_and_ends_wherever_its_drafter_is_used(fit_args, standin, tmp_path):
+    own = "{% for m in messages %}{{ m.role + ': ' + m.content + '<|im_start|>' }}{% endfor %}"
+    own += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    cli = build([*fit_args, f"--data.chat_template={own}", "--trainer.max_epochs=1", "--measure_prompts=0"])
+    run(cli)
+    session = Session.open(str(tmp_path / "run/drafter_last"), None, dtype="float32", device="cpu", tree="chain")
+    ends = {session.tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>")}
+    assert ends <= set(cli.datamodule.stops) == set(session.stops)
+    ids = session.encode([{"role": "user", "content": "abc"}])
+    assert session.tokenizer.decode(ids) == "user: abc<|im_start|>assistant: "
+    assert session.tokenizer.decode(cli.datamodule.held_out[0]).startswith("user: ")
 
 
 def test_online_and_cached_features_train_the_same(fit_args, tmp_path):

@@ -86,6 +86,52 @@ def test_parquet_equals_jsonl(write, tmp_path):
     assert rows[1].source == f"{tmp_path / 'data.parquet'}, row 2"
 
 
+def test_parquet_gives_no_call_the_arguments_of_others(tmp_path):
+    path = tmp_path / "data.parquet"
+    records = [
+        {
+            "messages": [
+                {"role": "user", "content": "Go"},
+                {"role": "assistant", "content": "", "tool_calls": [{"name": name, "arguments": arguments}]},
+            ],
+            "tools": [{"name": name, "parameters": arguments}],
+        }
+        for name, arguments in {"weather": {"city": "Rome"}, "add": {"first": 1, "second": 2}}.items()
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    for row, record in zip(read_rows(path), records, strict=True):
+        assert row.messages[1].more["tool_calls"] == record["messages"][1]["tool_calls"]
+        assert row.more["tools"] == record["tools"]
+
+
+def test_system_turns_beside_an_instruction(write):
+    record = {"question": "1 + 1?", "answer": "2", "persona": "Be odd."}
+    names = {"instruction": "question", "output": "answer"}
+    for key in ("system", "system_prompt", "system_message"):
+        [found] = turns(read_rows(write(record | {key: "Be brief."}), names))
+        assert found == [("system", "Be brief.", ""), ("user", "1 + 1?", ""), ("assistant", "2", "")]
+    [found] = turns(read_rows(write(record), names | {"system": "persona"}))
+    assert found[0] == ("system", "Be odd.", "")
+    with pytest.raises(RowsError, match="line 1: has 'system' and 'system_prompt', which differ"):
+        read_rows(write({"instruction": "Hi", "system": "a", "system_prompt": "b"}))
+
+
+@pytest.mark.parametrize("output", ["2", [{"role": "assistant", "content": "2"}]])
+def test_an_answer_beside_messages_answers_them(write, output):
+    asked = [{"role": "user", "content": "1 + 1?"}]
+    rows = read_rows(write({"prompt": asked, "completion": output}), {"messages": "prompt", "output": "completion"})
+    assert turns(rows) == [[("user", "1 + 1?", ""), ("assistant", "2", "")]]
+    answered = [*asked, {"role": "assistant", "content": "two"}]
+    assert turns(read_rows(write({"messages": answered, "output": output})))[0][1:] == [("assistant", "two", "")]
+    with pytest.raises(RowsError, match="line 1: output must be text, is a list"):
+        read_rows(write({"messages": asked, "output": ["2", "two"]}))
+
+
+def test_answers_that_are_rated_bad_are_refused(write):
+    with pytest.raises(RowsError, match="line 2: has 'label' false"):
+        read_rows(write({"instruction": "Hi", "label": True}, {"instruction": "Hi", "output": "Go!", "label": False}))
+
+
 @pytest.mark.parametrize("damage", [lambda b: b[:-20], lambda b: b[:40] + bytes(60) + b[100:]])
 def test_a_damaged_parquet_file_is_refused(tmp_path, damage):
     path = tmp_path / "data.parquet"
@@ -149,7 +195,7 @@ def test_a_named_field_must_be_there(write):
 
 
 def test_unknown_field_names(write):
-    with pytest.raises(ValueError, match="fields may name messages, instruction, input, output, instances; got prompt"):
+    with pytest.raises(ValueError, match=r"fields may name messages, .*, system; got prompt"):
         read_rows(write(CHAT), {"prompt": "question"})
 
 

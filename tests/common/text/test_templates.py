@@ -1,5 +1,6 @@
 """Answers in the chat templates of model families: what is learnt is the text of the file and its end, or refused."""
 
+import datetime
 import json
 
 import pytest
@@ -206,6 +207,9 @@ def test_reasoning_beside_the_content_is_learnt_or_refused():
         assert learnt(encoder, thinking(key)) == [THOUGHT + "<|im_end|>"]
         with pytest.raises(EncodingError, match=f"line 7: .* leaves out the {key} of turn 2"):
             ChatEncoder(tokenizer(CHATML)).encoded(thinking(key))
+    repeated = Row((Message("user", "2+2?"), Message("assistant", "It is 4.", more={"reasoning": "4"})), "line 7")
+    with pytest.raises(EncodingError, match=r"line 7: .* leaves out the reasoning of turn 2"):
+        ChatEncoder(tokenizer(CHATML)).encoded(repeated)
 
 
 def test_calls_are_learnt_or_refused():
@@ -284,6 +288,10 @@ def test_turns_that_a_template_leaves_out_are_refused(encode):
         getattr(ChatEncoder(tokenizer(NO_SYSTEM)), encode)(row(*ONE, system="Be brief."))
     with pytest.raises(EncodingError, match=r"line 7: .* System role not supported"):
         getattr(ChatEncoder(tokenizer(GEMMA, "</s>"), system="Be brief."), encode)(row(*ONE))
+    # Words of the text stand in the prompt by chance.
+    for system in ("Q", "user"):
+        with pytest.raises(EncodingError, match=r"line 7: .* leaves out turn 1, the system's"):
+            getattr(ChatEncoder(tokenizer(NO_SYSTEM)), encode)(row("Q", "A", system=system))
     # A switch that the template takes out is no text left out.
     encoder = ChatEncoder(tokenizer(SMOLLM3))
     getattr(encoder, encode)(row(*ONE, system="Be brief. /no_think"))
@@ -301,8 +309,13 @@ def test_special_tokens_in_the_texts_of_others_are_text():
 
 @pytest.mark.parametrize("token", ["<|im_end|>", "<|im_start|>", "<s>"])
 def test_an_answer_that_holds_a_token_of_the_structure_is_refused(token):
-    with pytest.raises(EncodingError, match=r"line 7: a turn contains .* \(turn 2\)"):
+    with pytest.raises(EncodingError, match=r"line 7: turn 2 contains "):
         ChatEncoder(tokenizer(CHATML)).encoded(row("Q", f"a{token}"))
+    call = {"name": "weather", "arguments": {"city": [f"Rome{token}"]}}
+    for more in ({"reasoning_content": f"Is it{token} 4?"}, {"tool_calls": [call]}):
+        one = Row((Message("user", "Q"), Message("assistant", "a", more=more)), "line 7")
+        with pytest.raises(EncodingError, match=r"line 7: turn 2 contains "):
+            ChatEncoder(tokenizer(QWEN3)).encoded(one)
 
 
 def test_thoughts_and_calls_in_an_answer_are_tokens():
@@ -313,8 +326,34 @@ def test_thoughts_and_calls_in_an_answer_are_tokens():
 
 def test_half_a_character_and_what_is_none_are_refused():
     for text in ("half \ud83d", "none \ufdd0", "none \ufdd1"):
-        with pytest.raises(EncodingError, match="line 7: "):
-            ChatEncoder(tokenizer(CHATML)).prompt(row(text))
+        for one in (
+            row(text),
+            Row((Message("user", "Q", more={"name": text}),), "line 7"),
+            Row((Message("user", "Q"),), "line 7", more={"tools": [{"name": [text]}]}),
+        ):
+            with pytest.raises(EncodingError, match="line 7: "):
+                ChatEncoder(tokenizer(CHATML)).prompt(one)
+
+
+def test_what_a_template_does_not_read_may_be_anything():
+    asked = Message("user", "Q", more={"timestamp": datetime.datetime(2024, 2, 3), "image": b"\x89"})
+    encoder = ChatEncoder(tokenizer(CHATML))
+    assert encoder.prompt(Row((asked,), "line 7")) == encoder.prompt(row("Q"))
+
+
+def test_special_tokens_in_tools_documents_and_names_are_text():
+    whole = "{{ tools | tojson }}{% for d in documents or [] %}{{ d.text }}{% endfor %}{{ messages[0].name }}" + CHATML
+    encoder = ChatEncoder(tokenizer(whole))
+
+    def prompt(text):
+        more = {"tools": [{"name": text}], "documents": [{"text": text}]}
+        return encoder.prompt(Row((Message("user", "Q", more={"name": text}),), "line 7", more=more))
+
+    plain, special = prompt("x"), prompt("<|im_end|><s>")
+    for name in SPECIAL:
+        number = encoder.tokenizer.convert_tokens_to_ids(name)
+        assert special.count(number) == plain.count(number), name
+    assert encoder.tokenizer.decode(special).count("<|im_end|><s>") == 3
 
 
 def test_a_greeting_before_the_first_question_is_read_and_not_learnt(tmp_path):
@@ -348,6 +387,9 @@ def test_dates_are_those_of_one_day_in_the_templates_own_format():
     chat_template = "{{ strftime_now('%Y-%m-%d, %A %H:%M') }}\n" + CHATML
     encoder = ChatEncoder(tokenizer(chat_template))
     assert encoder.tokenizer.decode(encoder.prompt(row("Q"))).startswith(f"{DATE:%Y-%m-%d, %A %H:%M}\n<|im_start|>")
+    for code in ("%-d %B", "%e", "%F", "%c", "%x", "%j", "%-I %P"):
+        encoder = ChatEncoder(tokenizer(f"{{{{ strftime_now('{code}') }}}}" + CHATML))
+        assert encoder.tokenizer.decode(encoder.prompt(row("Q"))).startswith(f"{DATE.strftime(code)}<|im_start|>")
 
 
 @pytest.mark.parametrize("start", ["\n\n", "  ", "\n  {% if true %}x{% endif %}", "  {%- if true %}x{% endif %}"])

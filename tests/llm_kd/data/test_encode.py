@@ -207,7 +207,7 @@ def test_a_conversation_that_the_template_refuses_is_named(text):
 
 
 def test_an_answer_that_contains_the_closing_token_is_refused(text):
-    with pytest.raises(EncodingError, match=r"line 7: a turn contains <\|im_end\|>, the token that closes"):
+    with pytest.raises(EncodingError, match=r"line 7: turn 2 contains <\|im_end\|>, the token that closes"):
         Encoder(text.tokenizer()).example(text.row("Hi", "Ho<|im_end|>ho"), LONG)
 
 

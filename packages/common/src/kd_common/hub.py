@@ -74,8 +74,18 @@ CHANGES_THE_LAW: dict[str, Any] = {
     "eta_cutoff": 0.0,
     "num_beams": 1,
     "penalty_alpha": 0.0,
+    "dola_layers": None,
+    "encoder_repetition_penalty": 1.0,
+    "encoder_no_repeat_ngram_size": 0,
+    "token_healing": False,
+    "force_words_ids": None,
+    "stop_strings": None,
+    "max_time": None,
 }
-"""Settings of generation that only transformers' ``generate`` knows, with the value that changes nothing."""
+"""Settings of generation that change tokens or ends and that only transformers' ``generate`` knows.
+
+The value is the one that changes nothing.
+"""
 
 T = TypeVar("T")
 

@@ -285,7 +285,7 @@ def benchmark(
     spec, template = find_target(trained, target, dtype)
     note_unapplied(spec.name)
     model, tokenizer = spec.load().to(device), spec.tokenizer()
-    tokenizer.chat_template = tokenizer.chat_template or template
+    tokenizer.chat_template = template or tokenizer.chat_template
     stops = model_ends(spec.name, tokenizer)
     files = {n: read_prompts(Path(p)) for n, p in (prompts or {}).items()}
     # `fit` trains on the first ones of the packaged prompts.

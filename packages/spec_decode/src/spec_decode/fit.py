@@ -118,6 +118,7 @@ def run(cli: DrafterCLI) -> Result:
     model, data, trainer = cli.model, cli.datamodule, cli.trainer
     tokenizer = model.target_spec.tokenizer()
     data.progress = cli.config["trainer"]["enable_progress_bar"] is not False
+    tokenizer.chat_template = data.chat_template or tokenizer.chat_template
     stops = model_ends(model.target_spec.name, tokenizer)
     data.attach(model.target, tokenizer, stops, trainer.world_size)
     parameters = {  # before the target is packed: packed weights are no parameters

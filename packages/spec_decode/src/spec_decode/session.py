@@ -193,7 +193,7 @@ class Session:
         shape, (spec, template) = parse_tree(tree), find_target(drafter, target, dtype)
         note_unapplied(spec.name)
         model, tokenizer = spec.load().to(device), spec.tokenizer()
-        tokenizer.chat_template = tokenizer.chat_template or template
+        tokenizer.chat_template = template or tokenizer.chat_template
         decoder = SpeculativeDecoder(
             model,
             find_drafter(drafter, model, tokenizer),

@@ -1,15 +1,15 @@
 """Conversations to tokens through a tokenizer's chat template, and where in them the assistant's answers stand."""
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from kd_common.text.records import EncodingError, broken_text
+from kd_common.text.records import EncodingError
 from kd_common.text.rows import REASONING, Message, Row
-from kd_common.text.special import BREAK, MARK, broken, special_tokens
+from kd_common.text.special import BREAK, MARK, broken, check_characters, each_text, special_tokens
 from kd_common.text.template import FIXED_DATE, INSTRUCTION_TEMPLATE, check_template
 
 Turns = list[dict[str, Any]]
@@ -71,6 +71,7 @@ class ChatEncoder:
         except ValueError as error:
             raise EncodingError(str(error)) from error
         self._frames: dict[tuple[str, str], None] = {}  # what was found to stand before and behind answers
+        self._written: set[tuple[str, ...]] = set()  # roles of conversations of which all turns were found written
         self.closing_id = self._find_closing()
         self._ends = [str(tokenizer.convert_ids_to_tokens(number)) for number in self.eos_ids]
         asked, opened = (self._probed(PROBE[:1], prompt=prompt) for prompt in (False, True))
@@ -88,6 +89,7 @@ class ChatEncoder:
         Raises:
             EncodingError: If the template refuses the conversation, or leaves out a part of it.
         """
+        row = self._safe(row)
         turns = self._turns(row.messages[:-1] if row.answered else row.messages, row)
         text = self._render(turns, row, prompt=True)
         self._check_written(turns, text, row)
@@ -105,6 +107,7 @@ class ChatEncoder:
                 f"{row.source}: no assistant turn to learn from. Give answers, or set responses to teacher to have "
                 "them written"
             )
+        row = self._safe(row)
         turns = self._turns(row.messages[: learnt[-1] + 1], row)
         added = len(turns) - learnt[-1] - 1  # a system turn that the conversation lacks
         places = [place + added for place in learnt]
@@ -219,8 +222,10 @@ class ChatEncoder:
 
     def _check_written(self, turns: Turns, text: str, row: Row) -> None:
         """Refuse a rendering that lacks what the user, a tool or the system said, or what the row holds besides."""
+        roles = (*(turn["role"] for turn in turns), *row.more)
+        known = roles in self._written  # else a short text may stand there by chance
         for place, turn in enumerate(turns):
-            shown = turn["role"] == "assistant" or turn["content"].strip() in text
+            shown = turn["role"] == "assistant" or (known and turn["content"].strip() in text)
             if not (shown or MARK in self._render(_with(turns, place, turn["content"] + MARK), row, prompt=True)):
                 raise EncodingError(
                     f"{row.source}: {self._name} leaves out turn {place + 1}, the {turn['role']}'s. Write it into "
@@ -229,6 +234,7 @@ class ChatEncoder:
             for call in turn.get("tool_calls", ()):
                 if call.get("function", call)["name"] not in text:
                     raise EncodingError(f"{row.source}: {self._name} leaves out the tool_calls of turn {place + 1}")
+        self._written.add(roles)
         for key in row.more:
             without = {other: value for other, value in row.more.items() if other != key}
             if self._rendered(turns, row, without, prompt=True) == self._rendered(turns, row, row.more, prompt=True):
@@ -248,12 +254,12 @@ class ChatEncoder:
                     f"{row.source}: {self._name} leaves out the {key} of turn {place + 1}. Write it into the content, "
                     "remove it, or set the tokenizer's chat_template to one that writes it"
                 )
-        bare = [_without_arguments(call) for call in calls]
-        changed = [*turns[:place], {**turn, "tool_calls": bare}, *turns[place + 1 :]]
-        if bare != calls and answer in self._render(changed, row, prompt=False):
-            raise EncodingError(
-                f"{row.source}: {self._name} leaves out the arguments of the tool_calls of turn {place + 1}"
-            )
+        bare = {**turn, "tool_calls": [_without_arguments(call) for call in calls]} if calls else turn
+        unthought = {key: value for key, value in turn.items() if key not in REASONING}
+        for what, other in (("arguments of the tool_calls", bare), ("reasoning", unthought)):
+            changed = [*turns[:place], other, *turns[place + 1 :]]
+            if other != turn and answer in self._render(changed, row, prompt=False):
+                raise EncodingError(f"{row.source}: {self._name} leaves out the {what} of turn {place + 1}")
 
     def _render(self, turns: Turns, row: Row, *, prompt: bool) -> str:
         return self._rendered(turns, row, row.more, prompt=prompt)
@@ -293,18 +299,26 @@ class ChatEncoder:
         if self._own_template:
             joined = "\n\n".join(filter(None, texts.values()))
             texts = {"content": joined}
-        for text in (*texts.values(), json.dumps(message.more, ensure_ascii=False) if message.more else ""):
-            if problem := broken_text(text):
-                raise EncodingError(f"{row.source}: a text {problem}")
-            if BREAK in text or MARK in text:
-                raise EncodingError(f"{row.source}: turn {number} contains U+FDD0 or U+FDD1, which are no characters")
-        if message.role == "assistant":
-            if found := self._structure.search(message.content):
-                what = "the token that closes turns" if found[0] in self._ends else "a token that structures turns"
-                raise EncodingError(f"{row.source}: a turn contains {found[0]}, {what} (turn {number}); remove it")
-        else:
-            texts = {key: broken(text, self._foreign) for key, text in texts.items()}
-        return {"role": message.role, **texts, **message.more}
+        safe = self._safe_answer if message.role == "assistant" else self._safe_text
+        change = partial(safe, place=f"{row.source}: turn {number}")
+        return {"role": message.role, **each_text({**texts, **message.more}, change)}
+
+    def _safe(self, row: Row) -> Row:
+        """The row with what it holds beside its turns as :meth:`_safe_text`."""
+        return replace(row, more=each_text(row.more, partial(self._safe_text, place=f"{row.source}: the row")))
+
+    def _safe_answer(self, text: str, place: str) -> str:
+        """A text of the assistant, which may not hold the tokens that structure a conversation."""
+        check_characters(text, place)
+        if found := self._structure.search(text):
+            what = "the token that closes turns" if found[0] in self._ends else "a token that structures turns"
+            raise EncodingError(f"{place} contains {found[0]}, {what}; remove it")
+        return text
+
+    def _safe_text(self, text: str, place: str) -> str:
+        """A text of somebody else, in which special tokens are broken."""
+        check_characters(text, place)
+        return broken(text, self._foreign)
 
     # --- from text to tokens ---
 

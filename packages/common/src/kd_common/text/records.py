@@ -149,10 +149,20 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_table(path).to_pylist()
+        return [
+            {key: _present(value) for key, value in record.items()}
+            for record in pyarrow.parquet.read_table(path).to_pylist()
+        ]
     # A damaged page is an OSError, damaged text within a page a ValueError.
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise RowsError(f"{path}: not a readable Parquet file ({error})") from error
+
+
+def _present(value: Any) -> Any:
+    """A value without the empty keys that Parquet gives an object which other rows have more keys in."""
+    if isinstance(value, dict):
+        return {key: _present(inner) for key, inner in value.items() if inner is not None}
+    return [_present(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _parsed(line: bytes) -> Any:

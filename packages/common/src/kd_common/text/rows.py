@@ -9,7 +9,7 @@ from typing import Any
 from kd_common.text.records import MalformedError, check_text, kind, read_records
 
 ROLES = ("system", "user", "assistant")
-FIELDS = ("messages", "instruction", "input", "output", "instances")
+FIELDS = ("messages", "instruction", "input", "output", "instances", "system")
 
 SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 """ShareGPT's names of the roles, where they are others."""
@@ -32,10 +32,11 @@ REFUSED_IN_TURNS = {
     "audios": "only text can be read",
     "audio": "only text can be read",
 }
+RATED = "answers are not rated; keep the good ones"
 REFUSED_IN_ROWS = {
     "rejected": "pairs of answers are not compared; keep the chosen one, as output or messages",
     "rejected_response": "pairs of answers are not compared; keep the chosen one",
-    "kto_tag": "answers are not rated; keep the good ones",
+    "kto_tag": RATED,
     "history": "write the whole conversation as messages",
     "functions": "write them as tools",
     "chat_template_kwargs": "settings of the template cannot be given by row",
@@ -44,6 +45,9 @@ REFUSED_IN_ROWS = {
     "videos": "only text can be read",
     "audios": "only text can be read",
 }
+SYSTEMS = ("system", "system_prompt", "system_message")
+"""Keys of a row that hold its system turn."""
+
 WEIGHTS = ("weight", "loss_weight", "sample_weight")
 """Keys of a row that weigh it against others."""
 
@@ -101,8 +105,9 @@ def read_rows(path: Path, fields: Mapping[str, str] | None = None) -> list[Row]:
       list of answers: the first is the one to learn from, all are references.
     * ``instruction`` and ``instances``, a list of ``{input, output}``: one row per instance.
 
-    Beside these, ``system`` is a system turn, and ``tools`` and ``documents`` are for the chat template. Fields that
-    ask for what cannot be done are refused by name, all others ignored.
+    Beside these, ``system`` (or ``system_prompt``, ``system_message``) is a system turn, and ``tools`` and
+    ``documents`` are for the chat template. An ``output`` beside messages that end with a user's turn answers it.
+    Fields that ask for what cannot be done are refused by name, all others ignored.
 
     Args:
         path: File ending in .jsonl or .parquet.
@@ -130,12 +135,13 @@ def conversations(record: Mapping[str, Any], source: str, fields: Mapping[str, s
         MalformedError: If it holds none, or asks for what cannot be done.
     """
     more = _row_settings(record, fields)
-    system = check_text(record.get("system"), "system")
+    system = _system(record, fields)
     turns = _field(record, "messages", fields)
     if turns is None:
         turns = record.get("conversations")
     if turns is not None:
-        return [Row(_with_system(chat(turns), system), source, more=more)]
+        messages = _answered(turns, chat(turns), _field(record, "output", fields))
+        return [Row(_with_system(messages, system), source, more=more)]
     if (instruction := _field(record, "instruction", fields)) is None:
         raise MalformedError(
             f"has neither messages nor instruction, but {', '.join(record) or 'nothing'}; name the file's own fields "
@@ -159,6 +165,8 @@ def _row_settings(record: Mapping[str, Any], fields: Mapping[str, str]) -> dict[
     for key in REFUSED_IN_ROWS.keys() & record.keys() - named:
         if record[key] not in (None, [], "", {}) and not (key == "rejected" and "chosen" in named):
             raise MalformedError(f"has {key!r}: {REFUSED_IN_ROWS[key]}")
+    if record.get("label") is False and "label" not in named:
+        raise MalformedError(f"has 'label' false: {RATED}")
     for key in WEIGHTS:
         if key not in named and record.get(key) not in (None, 1):
             raise MalformedError(f"has {key!r} {record[key]!r}: rows cannot be weighed; remove it, or the row")
@@ -289,6 +297,25 @@ def _content(value: Any, what: str) -> str:
             held = f"of type {part.get('type')!r}" if isinstance(part, dict) else f"that is {kind(part)}"
             raise MalformedError(f"{what} must be text, is a list with a part {held}")
     return "".join(texts)
+
+
+def _answered(turns: Any, messages: tuple[Message, ...], output: Any) -> tuple[Message, ...]:
+    """The conversation with the answer that the record holds beside it, if its last turn is not an answer."""
+    if not output or messages[-1].role == "assistant" or len(messages) < len(turns):
+        return messages
+    if isinstance(output, list) and all(isinstance(turn, dict) for turn in output):
+        return chat([*turns, *output])
+    return chat([*turns, {"role": "assistant", "content": check_text(output, "output")}])
+
+
+def _system(record: Mapping[str, Any], fields: Mapping[str, str]) -> str:
+    """The system turn that a record holds beside the others."""
+    if "system" in fields:
+        return check_text(_field(record, "system", fields), "system")
+    found = {key: text for key in SYSTEMS if (text := check_text(record.get(key), key))}
+    if len({*found.values()}) > 1:
+        raise MalformedError(f"has {' and '.join(map(repr, found))}, which differ; keep one of them")
+    return next(iter(found.values()), "")
 
 
 def _with_system(messages: tuple[Message, ...], system: str) -> tuple[Message, ...]:

@@ -1,9 +1,12 @@
 """Special tokens that stand in texts, where they are text: a tokenizer would take them for its own."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+
+from kd_common.text.records import EncodingError, broken_text
 
 # Two of Unicode's noncharacters, which stand in no text. One breaks special tokens in a text, one marks a text's end.
 BREAK, MARK = "\ufdd0", "\ufdd1"
@@ -28,6 +31,27 @@ def special_tokens(
     structure = {*filter(None, named), *ends, *(token.content for token in tokens if token.content in asked)}
     foreign = structure | {token.content for token in tokens if token.special or token.content in opened}
     return _pattern(structure), _pattern(foreign)
+
+
+def each_text(value: Any, change: Callable[[str], str]) -> Any:
+    """Nested objects and lists with each text in them changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {each_text(key, change): each_text(inner, change) for key, inner in value.items()}
+    return [each_text(inner, change) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def check_characters(text: str, place: str) -> None:
+    """Refuse half a character, and the two noncharacters that are kept for marks.
+
+    Raises:
+        EncodingError: Naming the place of the text.
+    """
+    if problem := broken_text(text):
+        raise EncodingError(f"{place} {problem}")
+    if BREAK in text or MARK in text:
+        raise EncodingError(f"{place} contains U+FDD0 or U+FDD1, which are no characters")
 
 
 def _pattern(tokens: Collection[str]) -> re.Pattern[str]:

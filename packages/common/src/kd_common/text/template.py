@@ -25,7 +25,8 @@ as it is."""
 DATE = datetime.datetime(2025, 1, 1)
 """The date in every prompt whose template prints today's: else all sequences and cache keys would change overnight."""
 
-_FORMATTED = "".join(f".replace('%{code}', '{DATE.strftime(f'%{code}')}')" for code in "AaBbdHIjMmpSYy")
+_CODES = [f"%{flag}{letter}" for flag in ("", "-") for letter in "AaBbCcDdeFGgHhIjklMmPpRrSTUuVWwXxYyZz"]
+_FORMATTED = "".join(f".replace('{code}', '{DATE.strftime(code)}')" for code in _CODES)
 # The line end keeps what a template begins with as it is: jinja cuts one behind a block, and blanks before one.
 FIXED_DATE = f"{{% macro strftime_now(format) %}}{{{{ format{_FORMATTED} }}}}{{% endmacro %}}\n"
 """What stands before a template so that it prints :data:`DATE`."""

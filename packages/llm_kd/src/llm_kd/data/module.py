@@ -69,7 +69,7 @@ class TextDataModule(LightningDataModule):
             of a packaged set.
         val: The same for validation.
         responses: ``dataset``: learn from the answers in the files; ``teacher``: from the teacher's, written once.
-        fields: The files' own names of ``messages``, ``instruction``, ``input``, ``output`` and ``instances``.
+        fields: The files' own names of ``messages``, ``instruction``, ``input``, ``output``, ``instances``, ``system``.
         system: System turn for conversations that have none.
         max_length: Largest number of tokens of a conversation; longer ones are dropped and counted. A prompt for the
             teacher must leave room for ``sampling.max_new_tokens``.

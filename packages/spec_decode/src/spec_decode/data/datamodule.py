@@ -138,7 +138,7 @@ class TargetText(LightningDataModule):
         max_length: Longest sequence in tokens, prompt included.
         epoch_rows: Sequences per epoch; None means one pass over all.
         batch_size: Sequences a batch on one rank.
-        chat_template: Jinja template for a model that comes without one.
+        chat_template: Jinja template that takes the place of the target's, here and where the drafter is used.
         seed: Seed of the order; linked from ``seed_everything``.
 
     Raises:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from kd_common.text import Message, Row
-from kd_common.text.records import MalformedError, check_text, read_records
+from kd_common.text.records import MalformedError, read_records
 from kd_common.text.rows import conversations
 from spec_decode.data.topics import TEMPLATES, TOPICS
 
 ASKED = ("instruction", "prompt", "question")
-ANSWERED = ("answer", "response", "output")
+ANSWERED = ("answer", "response", "output", "completion")
+REASONS, CUT = ("finish_reason", "stop_reason"), ("length", "max_tokens")
 CHATS = ("messages", "conversations")
 
 
@@ -73,8 +74,9 @@ def read_asked(path: Path, *, answered: bool = False) -> list[Asked]:
 
     A record holds ``messages`` or ``conversations`` (ShareGPT) as :func:`kd_common.text.read_rows` reads them; or
     ``turns`` (MT-bench) or ``data`` (UltraChat), a list of texts; or ``prompt``, ``instruction`` (with ``input``) or
-    ``question``, with the answer as ``answer``, ``response`` or ``output``. A conversation is asked up to its first
-    answer. ``output_token_ids`` holds an answer's tokens, and ``finish_reason: length`` says that it was cut.
+    ``question``, with the answer as ``answer``, ``response``, ``output`` or ``completion``. A conversation is asked up
+    to its first answer. ``output_token_ids`` holds an answer's tokens; ``finish_reason`` or ``stop_reason`` says with
+    ``length`` or ``max_tokens`` that it was cut.
 
     Args:
         path: The file.
@@ -90,7 +92,9 @@ def read_asked(path: Path, *, answered: bool = False) -> list[Asked]:
     def parse(record: Mapping[str, Any], source: str) -> list[Asked]:
         found = [_asked(row, later, record) for row, later in _rows(record, source)]
         if answered and any(asked.answer is None for asked in found):
-            raise MalformedError("needs for data.answers file an answer, response, output or assistant message")
+            raise MalformedError(
+                "needs for data.answers file an answer, response, output, completion or assistant message"
+            )
         return found
 
     return read_records(path, parse)
@@ -108,10 +112,7 @@ def _rows(record: Mapping[str, Any], source: str) -> list[tuple[Row, int]]:
         record = {"messages": turns, **record}
     output = next((name for name in ANSWERED if record.get(name) is not None), None)
     if any(record.get(key) for key in CHATS):
-        [row] = conversations(record, source, {})
-        if output and not row.answered:
-            given = Message("assistant", check_text(record[output], output))
-            row = replace(row, messages=(*row.messages, given))
+        [row] = conversations(record, source, {"output": output} if output else {})
         return [(row, later)]
     name = next((name for name in ASKED if record.get(name) is not None), None)
     if name is None:
@@ -128,7 +129,7 @@ def _said(role: str, text: Any) -> dict[str, Any]:
 
 def _asked(row: Row, later: int, record: Mapping[str, Any]) -> Asked:
     """A conversation cut at its first answer that may be learnt from."""
-    tokens, cut = record.get("output_token_ids"), record.get("finish_reason") == "length"
+    tokens, cut = record.get("output_token_ids"), any(record.get(key) in CUT for key in REASONS)
     if tokens is not None:
         if not isinstance(tokens, list) or not tokens or not all(type(token) is int for token in tokens):
             raise MalformedError("output_token_ids must be a list of token ids, at least one")
