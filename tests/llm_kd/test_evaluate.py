@@ -1,6 +1,7 @@
 """The evaluate command against dense float64 logits and plain loops; its protocol, its output, its refusals."""
 
 import json
+import shutil
 import statistics
 
 import pytest
@@ -105,6 +106,16 @@ def test_likelihood_without_a_teacher(arguments, student, tokenizer):
     assert found == {"nll": pytest.approx(-float(log_q.gather(-1, labels[:, None]).mean()), rel=1e-4)}
 
 
+def test_settings_of_generation_that_are_not_applied_are_named(student, tmp_path, capsys):
+    folder = shutil.copytree(student, tmp_path / "model")
+    settings = folder / "generation_config.json"
+    settings.write_text(
+        json.dumps(json.loads(settings.read_text()) | {"repetition_penalty": 1.3, "stop_strings": ["."]})
+    )
+    load_teacher(TeacherSpec(str(folder)))
+    assert "repetition_penalty 1.3, stop_strings ['.']" in capsys.readouterr().err
+
+
 def test_measuring_leaves_the_student_trainable(student, val):
     body = Body(load_causal_lm(student))
     token_means(body, None, dataset(student, val), vocab_size=258)
@@ -205,7 +216,9 @@ def test_conversations_are_asked_up_to_their_last_answer(student, tmp_path, toke
     chat = [{"role": role, "content": content} for role, content in turns]
     material = {"instruction": "Sum up", "input": "A text.", "output": ["Text", "A text", "Words"]}
     again = material | {"output": "It is text"}
-    rows = [{"messages": chat}, {"messages": [*chat[:3], {"role": "user", "content": "unanswered"}]}, material, again]
+    bad = {"role": "assistant", "content": "Bad", "weight": 0}
+    later = [{"role": "user", "content": "unanswered"}, bad, {"role": "user", "content": "unanswered, too"}]
+    rows = [{"messages": chat}, {"messages": [*chat[:3], *later]}, material, again]
     whole, cut, instruction = questions(dataset(student, write(tmp_path / "chat.jsonl", *rows)))
     assert (whole.text, whole.references) == ("Bye", ["See you"])
     before = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns[:4])

@@ -415,9 +415,10 @@ LATER = "{% if messages | length > 4 %}" + ENDLESS + "{% endif %}"
         ("{% set x = 10 ** (10 ** 10) %}", "does not end within 1 s|GiB of memory"),
         (LARGE, "needs more than 1 GiB of memory"),
         (LONG, "writes more than 1,000,000 characters"),
+        ("{{ range(99999) | random }}", "writes something else each time"),
     ],
 )
-def test_templates_without_end_are_refused(monkeypatch, extra, problem):
+def test_templates_without_end_and_those_by_chance_are_refused(monkeypatch, extra, problem):
     monkeypatch.setattr(template, "SECONDS", 1.0)
     with pytest.raises(EncodingError, match=rf"the chat template of tiny ({problem})"):
         ChatEncoder(tokenizer(CHATML + extra))

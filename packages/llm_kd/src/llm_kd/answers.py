@@ -88,8 +88,8 @@ def questions(data: TextDataModule) -> list[Question]:
 
 
 def up_to_last_answer(row: Row) -> Row:
-    """The conversation without the user's turns behind its last answer."""
-    last = max(place for place, message in enumerate(row.messages) if message.role == "assistant")
+    """The conversation up to its last answer that is learnt."""
+    last = max(place for place, message in enumerate(row.messages) if message.role == "assistant" and message.learnt)
     return dataclasses.replace(row, messages=row.messages[: last + 1])
 
 

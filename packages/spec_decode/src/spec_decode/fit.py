@@ -18,7 +18,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 
 from kd_common.cli import FitCLI, fixed_seed
 from kd_common.errors import run_command
-from kd_common.hub import model_ends
+from kd_common.hub import model_ends, note_unapplied
 from kd_common.rehearsal import alone
 from kd_common.run_lock import holding_folder
 from spec_decode.callbacks import DrafterExport
@@ -119,6 +119,8 @@ def run(cli: DrafterCLI) -> Result:
     tokenizer = model.target_spec.tokenizer()
     data.progress = cli.config["trainer"]["enable_progress_bar"] is not False
     tokenizer.chat_template = data.chat_template or tokenizer.chat_template
+    if trainer.is_global_zero:
+        note_unapplied(model.target_spec.name)
     stops = model_ends(model.target_spec.name, tokenizer)
     data.attach(model.target, tokenizer, stops, trainer.world_size)
     parameters = {  # before the target is packed: packed weights are no parameters

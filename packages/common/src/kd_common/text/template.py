@@ -34,14 +34,14 @@ FIXED_DATE = f"{{% macro strftime_now(format) %}}{{{{ format{_FORMATTED} }}}}{{%
 SECONDS, BYTES, CHARACTERS = 5.0, 2**30, 1_000_000
 """What a template may use, and write, about the short conversations it is tried on."""
 
-_TOO_MUCH_MEMORY, _TOO_MUCH_TEXT = 3, 4
+_TOO_MUCH_MEMORY, _TOO_MUCH_TEXT, _BY_CHANCE = 3, 4, 5
 _tried: set[str] = set()
 
 
 def check_template(template: str, render: Callable[..., str], name: str) -> None:
-    """Refuse a template that does not end, or that writes without end: it is a program that comes with a model.
+    """Refuse a template that does not end, writes without end or by chance: it is a program that comes with a model.
 
-    It is rendered once in a process of its own, with bounds on time and memory.
+    It is tried in a process of its own, with bounds on time and memory.
 
     Args:
         template: The template, by which it is remembered.
@@ -49,7 +49,7 @@ def check_template(template: str, render: Callable[..., str], name: str) -> None
         name: Whose template it is, for the message.
 
     Raises:
-        ValueError: If it exceeds a bound; the model is named.
+        ValueError: If it exceeds a bound, or writes the same conversation in several ways; the model is named.
     """
     if template in _tried or "fork" not in multiprocessing.get_all_start_methods():
         return
@@ -67,6 +67,8 @@ def check_template(template: str, render: Callable[..., str], name: str) -> None
         problem = f"writes more than {CHARACTERS:,} characters"
     elif child.exitcode == _TOO_MUCH_MEMORY:
         problem = f"needs more than {BYTES / 2**30:g} GiB of memory"
+    elif child.exitcode == _BY_CHANCE:
+        problem = "writes something else each time"
     if problem:
         raise ValueError(
             f"the chat template of {name} {problem} about a short conversation. It is broken or hostile: set the "
@@ -84,13 +86,15 @@ def _try(render: Callable[..., str]) -> None:
     for turns in _conversations():
         for prompt in (True, False):
             try:
-                text = render(turns, prompt=prompt)
+                text, again = (render(turns, prompt=prompt) for _ in range(2))
             except MemoryError:
                 os._exit(_TOO_MUCH_MEMORY)
             except Exception:  # what it refuses is said where it is asked for
                 continue
             if len(text) > CHARACTERS:
                 os._exit(_TOO_MUCH_TEXT)
+            if text != again:
+                os._exit(_BY_CHANCE)
     os._exit(0)
 
 

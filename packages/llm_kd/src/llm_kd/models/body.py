@@ -4,11 +4,11 @@ import copy
 from typing import Any, cast
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from kd_common.hub import load_causal_lm, settings_with_effect
+from kd_common.hub import load_causal_lm, note_unapplied, settings_with_effect
 from llm_kd.head import LMHead
 from llm_kd.models.prune import decoder_layers, depth_prune
 from llm_kd.models.specs import LoRASpec, StudentSpec, TeacherSpec
@@ -167,6 +167,7 @@ def load_teacher(spec: TeacherSpec) -> Body:
         ModelNotFoundError: If the model cannot be found.
         ValueError: If it cannot be used.
     """
+    rank_zero_only(note_unapplied)(spec.name)
     return Body(load_causal_lm(spec.name, spec.dtype, attention=spec.attention)).eval().requires_grad_(False)
 
 
