@@ -43,6 +43,7 @@ def trainer(**settings):
         ({"callbacks": [callbacks.GradientAccumulationScheduler({0: 1, 1: 2})]}, "GradientAccumulationScheduler"),
         ({"callbacks": [callbacks.StochasticWeightAveraging(0.1)]}, "StochasticWeightAveraging"),
         ({"callbacks": [callbacks.WeightAveraging()]}, "WeightAveraging"),
+        ({"callbacks": [callbacks.OnExceptionCheckpoint(".")]}, "OnExceptionCheckpoint .*save_on_exception"),
         ({"callbacks": [callbacks.BatchSizeFinder()]}, r"BatchSizeFinder .*data\.batch_size"),
         ({"callbacks": [callbacks.LearningRateFinder()]}, r"LearningRateFinder .*model\.learning_rate"),
         ({"callbacks": [callbacks.LearningRateMonitor()]}, r"LearningRateMonitor .*trainer\.logger"),
@@ -73,6 +74,7 @@ def test_time_intervals_are_for_automatic_optimisation():
         {"limit_val_batches": 0.5, "limit_train_batches": 1, "num_sanity_val_steps": 0},
         {"precision": "bf16-mixed", "deterministic": True, "detect_anomaly": True, "inference_mode": False},
         {"max_time": "00:00:01:00", "enable_checkpointing": False, "reload_dataloaders_every_n_epochs": 1},
+        {"val_check_interval": "00:00:00:01"},
         {"callbacks": [callbacks.EarlyStopping("val/loss"), callbacks.Timer()]},
         {"fast_dev_run": True, "callbacks": [callbacks.LearningRateMonitor()]},
     ],
@@ -98,6 +100,7 @@ def test_limits_that_leave_nothing_are_refused(settings, named):
 
 def test_batches_under_a_limit():
     check_batches(trainer(val_check_interval=20, check_val_every_n_epoch=None), 8, 4)
+    check_batches(trainer(val_check_interval="00:00:00:01"), 8, 4)
     assert [limited(10, limit) for limit in (1.0, 0.25, 3, 30)] == [10, 2, 3, 10]
 
 

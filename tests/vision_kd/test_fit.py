@@ -291,6 +291,8 @@ def test_resumed_before_the_best_epoch_of_its_run_the_best_student_is_of_an_epoc
         (["--model.learnin_rate=1"], "learnin_rate: .* did you mean learning_rate"),
         (["--model.student.nme=resnet8"], r"--model\.student\.nme: [^?]*; did you mean name\?\s*2$"),
         (["--model.gsnr_every=null"], r"model\.gsnr_every: must not be null"),
+        (["--model.ema_decay=1"], r"model\.ema_decay must be in \[0, 1\)"),
+        (["--model.teacher.epochs=0"], r"model\.teacher\.epochs must be >= 1"),
     ],
 )
 def test_bad_settings_fail_before_anything_runs(digits_args, capsys, extra, message):

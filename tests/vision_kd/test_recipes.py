@@ -93,7 +93,7 @@ POLICIES = {
 DECOUPLING = {"dot", "deepkd", "deepkd_released", "deepkd_adamw"}
 ONE_STEP = {
     "trainer.max_steps": 1,
-    "trainer.limit_val_batches": 0,
+    "trainer.limit_val_batches": 1,
     "trainer.logger": False,
     "trainer.enable_checkpointing": False,
     "trainer.enable_progress_bar": False,

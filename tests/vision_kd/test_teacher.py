@@ -12,6 +12,7 @@ import torch
 import torchvision
 
 import vision_kd.teacher
+from kd_common.errors import NonFiniteLossError
 from kd_common.files import cache_root
 from vision_kd.data import Digits, ImageDataModule, ImageFolder, digest
 from vision_kd.evaluate import accuracy
@@ -330,6 +331,30 @@ def test_missing_checkpoint_is_an_error_not_a_training(trainings):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pt"):
         obtain_teacher(replace(SPEC, checkpoint="nowhere.pt"), *digits())
     assert not trainings
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("epochs", 0), ("learning_rate", 0.0), ("weight_decay", -0.1), ("warmup_epochs", -1.0), ("clip_norm", 0.0)],
+)
+def test_settings_of_its_training_are_checked_under_its_own_name(name, value):
+    with pytest.raises(ValueError, match=rf"model\.teacher\.{name} "):
+        replace(SPEC, **{name: value})
+
+
+def test_a_teacher_that_diverges_names_its_own_settings():
+    with pytest.raises(NonFiniteLossError, match=r"teacher resnet8.* model\.teacher\.learning_rate"):
+        obtain_teacher(replace(SPEC, learning_rate=1e3), *digits())
+    assert not cached(replace(SPEC, learning_rate=1e3)).exists()
+
+
+def test_a_dry_run_trains_no_teacher_and_takes_a_cached_one(digits_args, trainings):
+    dry = [*digits_args, "--trainer.fast_dev_run=true"]
+    assert run(build(dry)).teacher["origin"].startswith("random")
+    assert not trainings
+    assert not list(cache_root().rglob("*.pt"))
+    run(build(digits_args))
+    assert run(build(dry)).teacher["origin"].startswith("from the cache")
 
 
 def test_a_run_prints_the_teacher_first_and_finds_it_again(digits_args, tmp_path, trainings):

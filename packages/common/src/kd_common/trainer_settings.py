@@ -16,6 +16,8 @@ _CALLBACKS: Mapping[type[pl.Callback], str] = {
     callbacks.BatchSizeFinder: "changes data.batch_size, and a resumed run would train with another; set it",
     callbacks.LearningRateFinder: "changes model.learning_rate, and a resumed run would train with another; set it",
     callbacks.ModelPruning: "gives the weights other names, under which no saved student is loaded",
+    callbacks.OnExceptionCheckpoint: "lets a new run go on, unasked, from any last.ckpt that it finds (ModelCheckpoint "
+    "with save_on_exception writes such a file, too)",
     callbacks.BaseFinetuning: "trains other parameters than the optimizer was built for",
 }
 
@@ -45,7 +47,8 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
         )
     _check_length(trainer)
     for name in ("check_val_every_n_epoch", "val_check_interval"):
-        if (value := getattr(trainer, name)) is not None and not isinstance(value, str) and value <= 0:
+        # A time of validation is kept elsewhere, in seconds.
+        if (value := getattr(trainer, name, None)) is not None and value <= 0:
             raise ValueError(f"trainer.{name} must be > 0, got {value}")
     if str(trainer.precision).startswith("16"):
         raise ValueError(
@@ -115,7 +118,7 @@ def check_batches(trainer: pl.Trainer, train: int, val: int) -> None:
             raise ValueError(
                 f"trainer.limit_{split}_batches {limit} of {count} batches is none; set it to at least {1 / count:.3g}"
             )
-    interval, used = trainer.val_check_interval, limited(train, trainer.limit_train_batches)
+    interval, used = getattr(trainer, "val_check_interval", None), limited(train, trainer.limit_train_batches)
     if isinstance(interval, int) and trainer.check_val_every_n_epoch is not None and interval > used:
         raise ValueError(
             f"trainer.val_check_interval {interval} is more than the {used} batches of an epoch; lower it, or set "

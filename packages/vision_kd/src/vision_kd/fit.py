@@ -169,6 +169,7 @@ def run(cli: VisionCLI) -> Result:
             launched=launched_from_outside(cli.trainer),
             accelerator=cli.config["trainer"]["accelerator"],
             progress_bar=cli.config["trainer"]["enable_progress_bar"] is not False,
+            dry=bool(cli.config["trainer"]["fast_dev_run"]),
         )
         model.attach_teacher(network)
         parameters["teacher"] = count_parameters(network)

@@ -35,6 +35,9 @@ class TeacherSpec(ModelSpec):
         warmup_epochs: Length of its linear warm-up from 0.
         clip_norm: Largest norm of its gradient; None does not clip.
         seed: Its seed; independent of the student's, so that all seeds of a comparison share one teacher.
+
+    Raises:
+        ValueError: If a setting of the training is out of range.
     """
 
     epochs: int = 30
@@ -43,6 +46,14 @@ class TeacherSpec(ModelSpec):
     warmup_epochs: float = 0.0
     clip_norm: float | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("epochs", 1), ("weight_decay", 0), ("warmup_epochs", 0)):
+            if (value := getattr(self, name)) < least:
+                raise ValueError(f"model.teacher.{name} must be >= {least}, got {value}")
+        for name in ("learning_rate", "clip_norm"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"model.teacher.{name} must be > 0, got {value}")
 
     @property
     def model(self) -> ModelSpec:

@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from kd_common.checkpoints import AtomicCheckpointIO, check_resumable
+from kd_common.errors import NonFiniteLossError
 from kd_common.files import cache_root, locked
 from kd_common.schedules import CosineDecay
 from vision_kd.data.base import ImageDataModule
@@ -105,6 +106,7 @@ def obtain_teacher(
     launched: bool = False,
     accelerator: str = "auto",
     progress_bar: bool = True,
+    dry: bool = False,
 ) -> tuple[NormalizedNetwork, str]:
     """The teacher and where it came from.
 
@@ -117,6 +119,7 @@ def obtain_teacher(
         launched: Whether a launcher, not Lightning, started these processes, so that they all come here.
         accelerator: Lightning's name of the hardware it is trained on.
         progress_bar: Show one while training.
+        dry: Take random weights where there are none, as a run that only tries a few batches does.
 
     Returns:
         The network, and one line that says how it was obtained.
@@ -130,6 +133,9 @@ def obtain_teacher(
         return teacher, f"loaded from {spec.checkpoint or spec.name.split('/')[0]}"
 
     path = teacher_cache_path(spec, datamodule, data, task=task, ranks=ranks)
+    if dry and not path.is_file():
+        torch.manual_seed(spec.seed)
+        return task.build(spec.model, **task.facts(datamodule)), "random: trainer.fast_dev_run trains no teacher"
     if not path.is_file():
         with locked(path, f"the teacher {spec.name}"):
             if not path.is_file():  # another process may have trained it meanwhile
@@ -206,7 +212,13 @@ def train_teacher(
         check_val_every_n_epoch=spec.epochs,
         plugins=[AtomicCheckpointIO()],
     )
-    trainer.fit(module, datamodule=data, ckpt_path=progress if resumed else None, weights_only=True)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=progress if resumed else None, weights_only=True)
+    except NonFiniteLossError as error:
+        raise NonFiniteLossError(
+            f"training of the teacher {spec.name} failed ({error}) Its own settings are those of model.teacher: lower "
+            "model.teacher.learning_rate or set model.teacher.clip_norm."
+        ) from error
     if trainer.current_epoch < spec.epochs:
         raise RuntimeError(
             f"training of the teacher {spec.name} was stopped in epoch {trainer.current_epoch + 1} of {spec.epochs}; "

@@ -43,8 +43,8 @@ class ComponentTraining(Task):
         accumulate: Micro-batches per update, >= 1; their gradients are averaged over samples, also when the last one
             is smaller.
         clip_norm: Largest norm of the summed gradient of all components; None does not clip.
-        ema_decay: Decay of an exponential moving average of the student, which is then the model that is validated
-            and exported; None keeps none.
+        ema_decay: Decay of an exponential moving average of the student, in [0, 1), which is then the model that is
+            validated and exported; None keeps none.
         gsnr_every: Measure gradient signal-to-noise, norms and cosines of the separate components every so many
             updates; such an update runs one backward pass per component. 0 never measures.
         seed: Seed of every random draw during training.
@@ -95,6 +95,8 @@ class ComponentTraining(Task):
         self._check_settings()
         self.ema = None
         if ema_decay is not None:
+            if not 0 <= ema_decay < 1:
+                raise ValueError(f"model.ema_decay must be in [0, 1), got {ema_decay}: the average would not follow")
             self.ema = AveragedModel(self.student, multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=True)
         # Not a submodule: the teacher stays out of the checkpoint, the optimizer, DDP and `.train()`.
         self._teacher: list[NormalizedNetwork] = []
