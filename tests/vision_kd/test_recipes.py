@@ -165,8 +165,9 @@ def take_one_step(cli, size):
         model.attach_teacher(build_classifier(model.teacher_spec.model, **facts))
     before = [p.detach().clone() for p in model.student.parameters()]
     views = {v: torch.rand(2, data.in_channels, size, size) for v in model.method.views}
-    loader = DataLoader([(views, torch.randint(model.num_classes, (2,)))], batch_size=None)
-    cli.trainer.fit(model, loader, loader)
+    target = torch.randint(model.num_classes, (2,))
+    train, val = (DataLoader([(v, target)], batch_size=None) for v in (views, {"clean": views["weak"]}))
+    cli.trainer.fit(model, train, val)
     assert model.global_step == 1
     after = list(model.student.parameters())
     assert all(p.isfinite().all() for p in after)
