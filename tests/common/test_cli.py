@@ -16,6 +16,7 @@ import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
 from kd_common.checkpoints import check_resumable, files_of_run
@@ -658,6 +659,7 @@ FULL = RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: ca
     ("error", "reason"),
     [
         (KeyboardInterrupt(), "Interrupted in"),
+        (SIGTERMException(), "Interrupted in"),
         (FULL, "Too little memory (lower data.batch_size, "),
         (MemoryError(), "Too little memory (lower data.batch_size, "),
         (torch.OutOfMemoryError("CUDA out of memory"), "Too little memory (lower data.batch_size, "),

@@ -8,6 +8,7 @@ from importlib import import_module
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from kd_common.errors import run_command
 from kd_common.registry import UnknownNameError
@@ -61,6 +62,19 @@ def test_ctrl_c_ends_a_command_without_a_traceback(capsys):
         run_command(raising(KeyboardInterrupt()))
     assert stopped.value.code == 130
     assert "are used again" in capsys.readouterr().err
+
+
+def test_a_run_that_is_told_to_stop_does_not_end_as_a_finished_one():
+    with pytest.raises(SystemExit) as stopped:
+        run_command(raising(SIGTERMException()))
+    assert stopped.value.code == 143
+
+
+@pytest.mark.parametrize("code", [None, 0, 2])
+def test_other_exits_keep_their_code(code):
+    with pytest.raises(SystemExit) as stopped:
+        run_command(raising(SystemExit(code)))
+    assert stopped.value.code == code
 
 
 def test_a_setting_that_lightning_refuses_is_a_refusal(capsys):

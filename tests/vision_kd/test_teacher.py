@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torchvision
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import vision_kd.teacher
 from kd_common.errors import NonFiniteLossError
@@ -260,6 +261,23 @@ def test_a_teacher_whose_training_was_stopped_is_not_cached(monkeypatch):
     with pytest.raises(RuntimeError, match="teacher resnet8 was stopped in epoch 2 of 3"):
         obtain_teacher(SPEC, *digits(), accelerator="cpu", progress_bar=False)
     assert not cached().exists()
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_teacher_whose_training_is_interrupted_says_what_is_kept(monkeypatch, caplog, epoch):
+    step = DistillationModule.training_step
+
+    def interrupted(self, batch, batch_idx):
+        if self.current_epoch == epoch:
+            raise SIGTERMException
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(DistillationModule, "training_step", interrupted)
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"), pytest.raises(SystemExit):
+        obtain_teacher(SPEC, *digits(), accelerator="cpu", progress_bar=False)
+    [said] = [message for message in caplog.messages if message.startswith("Interrupted")]
+    assert said.startswith(f"Interrupted in epoch {epoch} of the teacher's training")
+    assert (str(cached().with_suffix(".ckpt")) in said) == bool(epoch)
 
 
 def test_a_cache_that_can_only_be_read_serves_its_teacher(monkeypatch):

@@ -1,6 +1,7 @@
 """Errors that every training system raises, what their messages say, and how a command ends with one."""
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -29,7 +30,7 @@ def run_command(command: Callable[[], Any]) -> None:
 
     Raises:
         SystemExit: With code 2, after the message of a refusal on the standard error; with 130 after Ctrl-C, which
-            Lightning itself answers while a model trains.
+            Lightning itself answers while a model trains; with 143 after SIGTERM, for which Lightning has 0.
     """
     try:
         command()
@@ -41,6 +42,10 @@ def run_command(command: Callable[[], Any]) -> None:
             file=sys.stderr,
         )
         raise SystemExit(130) from None
+    except SystemExit as error:
+        if type(error).__name__ == "SIGTERMException":  # Lightning's, which would end as a finished run does
+            raise SystemExit(128 + signal.SIGTERM) from None
+        raise
     except _refusals() as error:
         if os.environ.get(TRACEBACK) or in_training(error):
             raise

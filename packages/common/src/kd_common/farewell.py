@@ -4,6 +4,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from kd_common.errors import last_checkpoint, out_of_memory
 
@@ -13,7 +14,7 @@ class Farewell(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Print it before Lightning leaves, or the error's own message follows."""
-        if isinstance(exception, KeyboardInterrupt):
+        if isinstance(exception, KeyboardInterrupt | SIGTERMException):
             reason = "Interrupted"
         elif out_of_memory(exception):
             reason = "Too little memory (lower data.batch_size, and accumulate batches instead)"

@@ -14,6 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from kd_common.checkpoints import AtomicCheckpointIO, check_resumable
 from kd_common.errors import NonFiniteLossError
@@ -240,6 +241,12 @@ class Progress(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write it."""
         trainer.save_checkpoint(self.path, weights_only=False)  # all of it; said, or Lightning says so
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Say what is kept when the training is interrupted."""
+        if isinstance(exception, KeyboardInterrupt | SIGTERMException):
+            kept = f"the same command goes on from {self.path}" if self.path.is_file() else "nothing is kept yet"
+            rank_zero_info(f"Interrupted in epoch {trainer.current_epoch} of the teacher's training; {kept}.")
 
 
 def _resumable(path: Path) -> bool:
