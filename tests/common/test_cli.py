@@ -483,8 +483,20 @@ def test_a_file_that_holds_no_settings_is_refused_by_name(build, tmp_path, capsy
     assert not Path("runs").exists()
 
 
-def test_a_trainer_without_settings_is_refused(build, tmp_path, capsys):
-    (tmp_path / "bad.yaml").write_text("trainer: 3")
+def test_numbers_are_read_in_files_as_on_the_command_line(build, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("model: {init_args: {width: 010}}")
+    for args in (["--config", str(tmp_path / "c.yaml")], ["--model.width=010"]):
+        assert build(*args).model.width == 10
+    (tmp_path / "c.yaml").write_text("model: {init_args: {width: 1:30}}")
+    for args in (["--config", str(tmp_path / "c.yaml")], ["--model.width=1:30"]):
+        with pytest.raises(SystemExit, match="2"):
+            build(*args)
+        assert "Got value: 1:30" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("trainer", ["3", "null"])
+def test_a_trainer_without_settings_is_refused(build, tmp_path, capsys, trainer):
+    (tmp_path / "bad.yaml").write_text(f"trainer: {trainer}")
     with pytest.raises(SystemExit, match="2"):
         build("--config", str(tmp_path / "bad.yaml"))
     assert "trainer: expected its settings" in capsys.readouterr().err

@@ -15,10 +15,10 @@ from pathlib import Path
 from kd_common.run_lock import hold
 hold(Path(sys.argv[1]))
 if os.fork() == 0:  # as a loader's worker, which outlives a killed run for a while
+    print("held", flush=True)
     os.close(1)
     time.sleep(60)
     os._exit(0)
-print("held", flush=True)
 time.sleep(60)
 """
 

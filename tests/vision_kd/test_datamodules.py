@@ -25,9 +25,9 @@ def no_data_on_this_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(fashion_mnist, "DEBIAN_FOLDER", tmp_path / "debian")
 
 
-def rank(rank, world_size, epoch=0):
+def rank(rank, world_size):
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
-    return SimpleNamespace(global_rank=rank, world_size=world_size, current_epoch=epoch, strategy=strategy)
+    return SimpleNamespace(global_rank=rank, world_size=world_size, strategy=strategy)
 
 
 def write_idx(path, array):
@@ -360,10 +360,12 @@ def test_image_folder_views_depend_on_seed_and_epoch_alone(tmp_path):
     def epoch(number, rank_=0, world_size=1, **options):
         data = ImageFolder(str(tmp_path), image_size=16, **{"num_workers": 0, "batch_size": 4, **options})
         data.views = ("weak", "strong")
-        data.trainer = rank(rank_, world_size, number)
+        data.trainer = rank(rank_, world_size)
         data.setup()
         torch.manual_seed(len(options))
-        batches = list(data.train_dataloader())
+        loader = data.train_dataloader()
+        loader.sampler.set_epoch(number)  # as Lightning does
+        batches = list(loader)
         return {name: torch.stack([views[name] for views, _ in batches]) for name in data.views}
 
     first = epoch(1)

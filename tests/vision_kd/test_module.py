@@ -13,7 +13,6 @@ from torch.optim.swa_utils import AveragedModel
 
 from kd_common.errors import NonFiniteLossError
 from kd_common.schedules import TopKSchedule
-from vision_kd.callbacks import StudentExport
 from vision_kd.evaluate import accuracy
 from vision_kd.guards import FiniteGuard, check_trainer
 from vision_kd.methods.dkd import DKD
@@ -366,19 +365,6 @@ def test_schedules_stretch_over_a_run_that_max_steps_ends(toy):
     assert trainer.global_step == module.total_steps == 6
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0)
     assert module.k_at(6) == toy.classes - 1
-
-
-def test_a_resumed_run_brings_the_best_student_along(tmp_path):
-    old, new = tmp_path / "old", tmp_path / "new"
-    (old / "checkpoints").mkdir(parents=True)
-    new.mkdir()
-    (old / "student_best.pt").write_bytes(b"weights")
-    rank0 = SimpleNamespace(is_global_zero=True)
-    StudentExport(new, {}, str(old / "checkpoints/last.ckpt")).on_fit_start(rank0, None)
-    assert (new / "student_best.pt").read_bytes() == b"weights"
-    StudentExport(old, {}, str(old / "checkpoints/last.ckpt")).on_fit_start(rank0, None)
-    StudentExport(tmp_path, {}).on_fit_start(rank0, None)
-    assert not (tmp_path / "student_best.pt").exists()
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ class FitCLI(LightningCLI):
             chosen = parser.parse_args(plain)
             missing = [f"--{key}={name}" for key, name in self.class_defaults.items() if chosen.get(key) is None]
             self.config = parser.parse_args([*command_line, *missing])
-        if not isinstance(self.config["trainer"], Mapping | Namespace):
+        if not isinstance(self.config["trainer"], Mapping | Namespace) or "max_epochs" not in self.config["trainer"]:
             parser.error(f"trainer: expected its settings, such as {{max_epochs: 3}}, got {self.config['trainer']!r}")
         try:
             check_environment()

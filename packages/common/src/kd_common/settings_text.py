@@ -1,6 +1,7 @@
 """How settings are read: text stays text, and a YAML file is bounded before anything is built from it."""
 
 import itertools
+import re
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
@@ -265,11 +266,22 @@ def _as_text(value: str, hint: Any) -> Any:
     return value if str in _members(hint) else Path(value)
 
 
+INT = "tag:yaml.org,2002:int"
+_WHOLE = re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)$")
+"""Whole numbers in a file. YAML 1.1 takes 010 for 8 and 1:30 for 90; as text, a command line's rules hold."""
+
+_Settings: Any = get_yaml_default_loader()
+_Settings.yaml_implicit_resolvers = {
+    first: [(tag, _WHOLE if tag == INT else pattern) for tag, pattern in resolvers]
+    for first, resolvers in _Settings.yaml_implicit_resolvers.items()
+}
+
+
 class _Dumper(yaml.SafeDumper):
     """Quotes whatever text jsonargparse's loader would take for something else, such as 1e3."""
 
 
-_resolvers = get_yaml_default_loader().yaml_implicit_resolvers
+_resolvers = _Settings.yaml_implicit_resolvers
 _Dumper.yaml_implicit_resolvers = {
     first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *_resolvers.get(first, [])]
     for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_resolvers}
