@@ -127,6 +127,13 @@ def test_an_answer_beside_messages_answers_them(write, output):
         read_rows(write({"messages": asked, "output": ["2", "two"]}))
 
 
+def test_arguments_as_text_with_a_key_twice_are_refused(write):
+    call = {"name": "add", "arguments": '{"first": 1, "first": 2}'}
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    with pytest.raises(RowsError, match=r"line 1: the arguments of a call in turn 2: .* 'first' twice"):
+        read_rows(write({"messages": turns}))
+
+
 def test_answers_that_are_rated_bad_are_refused(write):
     with pytest.raises(RowsError, match="line 2: has 'label' false"):
         read_rows(write({"instruction": "Hi", "label": True}, {"instruction": "Hi", "output": "Go!", "label": False}))

@@ -4,7 +4,7 @@ import datetime
 import json
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from kd_common.text import ChatEncoder, EncodingError, Message, Row, encode_each, read_rows, template
@@ -316,6 +316,25 @@ def test_an_answer_that_holds_a_token_of_the_structure_is_refused(token):
         one = Row((Message("user", "Q"), Message("assistant", "a", more=more)), "line 7")
         with pytest.raises(EncodingError, match=r"line 7: turn 2 contains "):
             ChatEncoder(tokenizer(QWEN3)).encoded(one)
+
+
+def test_a_text_that_becomes_a_special_token_once_it_is_normalised_is_refused():
+    backend = Tokenizer(
+        models.BPE(vocab={t: i for i, t in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
+    )
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    backend.add_special_tokens([AddedToken(t, normalized=True) for t in ("<|im_start|>", "<|im_end|>")])
+    encoder = ChatEncoder(
+        PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", chat_template=CHATML)
+    )
+    for text in ("a<|IM_END|>b", "a\uff1c|im_end|\uff1eb"):
+        with pytest.raises(EncodingError, match=r"line 7: .* special tokens"):
+            encoder.prompt(row(text))
+        with pytest.raises(EncodingError, match=r"line 7: .* special tokens"):
+            encoder.encoded(row("Q", text))
+    assert learnt(encoder, row("Q <|im_end|>", "A")) == ["a<|im_end|>"]
 
 
 def test_thoughts_and_calls_in_an_answer_are_tokens():

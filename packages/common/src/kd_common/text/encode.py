@@ -75,7 +75,7 @@ class ChatEncoder:
         self.closing_id = self._find_closing()
         self._ends = [str(tokenizer.convert_ids_to_tokens(number)) for number in self.eos_ids]
         asked, opened = (self._probed(PROBE[:1], prompt=prompt) for prompt in (False, True))
-        self._structure, self._foreign = special_tokens(tokenizer, asked, opened, self._ends)
+        self._structure, self._foreign, self._numbers = special_tokens(tokenizer, asked, opened, self._ends)
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -93,7 +93,7 @@ class ChatEncoder:
         turns = self._turns(row.messages[:-1] if row.answered else row.messages, row)
         text = self._render(turns, row, prompt=True)
         self._check_written(turns, text, row)
-        return self._tokenised(text, self._befores(turns, row))[0]
+        return self._tokenised(text, self._befores(turns, row), row)[0]
 
     def encoded(self, row: Row) -> Encoded:
         """Tokens of a conversation up to its last answer that is learnt, and where its answers stand.
@@ -114,7 +114,7 @@ class ChatEncoder:
         befores = self._befores(turns, row)
         text = self._text(turns, places, befores, row)
         self._check_written(turns[:-1], text, row)
-        ids, starts = self._tokenised(text, befores)
+        ids, starts = self._tokenised(text, befores, row)
         spans = [(starts[place], self._end(ids, starts[place], row)) for place in places]
         return Encoded(ids, [(*span, row.messages[place].content) for span, place in zip(spans, learnt, strict=True)])
 
@@ -322,7 +322,7 @@ class ChatEncoder:
 
     # --- from text to tokens ---
 
-    def _tokenised(self, text: str, befores: Mapping[int, str]) -> tuple[list[int], dict[int, int]]:
+    def _tokenised(self, text: str, befores: Mapping[int, str], row: Row) -> tuple[list[int], dict[int, int]]:
         """Tokens of a rendering, and the number of them before each answer whose prompt it begins with."""
         head: list[int] = []
         starts, cut, rest = {}, 0, self._tokens(text)
@@ -334,7 +334,10 @@ class ChatEncoder:
             if rest[: len(leading)] != leading:
                 head, cut = head + leading, len(before)
                 rest = self._tokens(text[cut:], inside=True)
-        return head + rest, starts
+        ids = head + rest
+        if sum(number in self._numbers for number in ids) != len(self._foreign.findall(text)):  # as by lower case
+            raise EncodingError(f"{row.source}: the tokenizer makes other special tokens of a text than stand in it")
+        return ids, starts
 
     def _tokens(self, text: str, *, inside: bool = False) -> list[int]:
         """Tokens of a text; broken special tokens come in two parts, so that the tokenizer does not see them."""

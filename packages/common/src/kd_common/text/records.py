@@ -167,7 +167,7 @@ def _present(value: Any) -> Any:
 
 def _parsed(line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8-sig"), object_pairs_hook=_object)
+        return json.loads(line.decode("utf-8-sig"), object_pairs_hook=unique_keys)
     except MalformedError as problem:
         return problem
     except (ValueError, RecursionError) as error:  # broken JSON or UTF-8
@@ -176,7 +176,8 @@ def _parsed(line: bytes) -> Any:
         return MalformedError(f"is not JSON: {error}{hint}")
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, of which no key may stand twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(key for key in found if sum(key == other for other, _ in pairs) > 1)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kd_common.text.records import MalformedError, check_text, kind, read_records
+from kd_common.text.records import MalformedError, check_text, kind, read_records, unique_keys
 
 ROLES = ("system", "user", "assistant")
 FIELDS = ("messages", "instruction", "input", "output", "instances", "system")
@@ -14,7 +14,7 @@ FIELDS = ("messages", "instruction", "input", "output", "instances", "system")
 SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 """ShareGPT's names of the roles, where they are others."""
 
-LEARNT = ("weight", "train", "training", "loss")
+LEARNT = ("weight", "train", "training", "loss", "loss_weight")
 """Keys of a turn that say whether the loss falls on it: 0 or false, 1 or true."""
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -278,7 +278,9 @@ def _call(call: Any, number: int) -> dict[str, Any]:
 
 def _json(text: str, what: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique_keys)
+    except MalformedError as error:
+        raise MalformedError(f"{what}: {error}") from error
     except (ValueError, RecursionError) as error:
         raise MalformedError(f"{what} are not JSON: {error}") from error
 

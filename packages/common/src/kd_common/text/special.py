@@ -14,8 +14,8 @@ BREAK, MARK = "\ufdd0", "\ufdd1"
 
 def special_tokens(
     tokenizer: PreTrainedTokenizerBase, asked: str, opened: str, ends: Collection[str]
-) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """Tokens that an answer may not hold, and those that are text wherever others hold them.
+) -> tuple[re.Pattern[str], re.Pattern[str], frozenset[int]]:
+    """Tokens that an answer may not hold, those that are text wherever others hold them, and the numbers of these.
 
     The first are those that structure a conversation. An answer may hold others, such as the marks of thoughts and
     calls, because the model itself writes them there; in the texts of others all special tokens are text.
@@ -30,7 +30,8 @@ def special_tokens(
     named = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token]
     structure = {*filter(None, named), *ends, *(token.content for token in tokens if token.content in asked)}
     foreign = structure | {token.content for token in tokens if token.special or token.content in opened}
-    return _pattern(structure), _pattern(foreign)
+    numbers = {tokenizer.convert_tokens_to_ids(token) for token in foreign if len(token) > 1}
+    return _pattern(structure), _pattern(foreign), frozenset(numbers - {tokenizer.unk_token_id})
 
 
 def each_text(value: Any, change: Callable[[str], str]) -> Any:
