@@ -318,6 +318,12 @@ def test_an_answer_that_holds_a_token_of_the_structure_is_refused(token):
             ChatEncoder(tokenizer(QWEN3)).encoded(one)
 
 
+def test_one_token_for_what_is_unknown_and_for_ends():
+    made = tokenizer(None, "</s>")
+    made.unk_token = "</s>"  # as GPT-2's
+    assert learnt(ChatEncoder(made), row("Q", "A")) == ["A</s>"]
+
+
 def test_a_text_that_becomes_a_special_token_once_it_is_normalised_is_refused():
     backend = Tokenizer(
         models.BPE(vocab={t: i for i, t in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])

@@ -335,7 +335,8 @@ class ChatEncoder:
                 head, cut = head + leading, len(before)
                 rest = self._tokens(text[cut:], inside=True)
         ids = head + rest
-        if sum(number in self._numbers for number in ids) != len(self._foreign.findall(text)):  # as by lower case
+        written = sum(token in self._numbers.values() for token in self._foreign.findall(text))
+        if sum(number in self._numbers for number in ids) != written:  # as by lower case
             raise EncodingError(f"{row.source}: the tokenizer makes other special tokens of a text than stand in it")
         return ids, starts
 

@@ -14,7 +14,7 @@ BREAK, MARK = "\ufdd0", "\ufdd1"
 
 def special_tokens(
     tokenizer: PreTrainedTokenizerBase, asked: str, opened: str, ends: Collection[str]
-) -> tuple[re.Pattern[str], re.Pattern[str], frozenset[int]]:
+) -> tuple[re.Pattern[str], re.Pattern[str], dict[int, str]]:
     """Tokens that an answer may not hold, those that are text wherever others hold them, and the numbers of these.
 
     The first are those that structure a conversation. An answer may hold others, such as the marks of thoughts and
@@ -30,8 +30,10 @@ def special_tokens(
     named = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token]
     structure = {*filter(None, named), *ends, *(token.content for token in tokens if token.content in asked)}
     foreign = structure | {token.content for token in tokens if token.special or token.content in opened}
-    numbers = {tokenizer.convert_tokens_to_ids(token) for token in foreign if len(token) > 1}
-    return _pattern(structure), _pattern(foreign), frozenset(numbers - {tokenizer.unk_token_id})
+    # That of what is unknown stands for other texts, too.
+    counted = {token for token in foreign if len(token) > 1 and token != tokenizer.unk_token}
+    added = {number: token.content for number, token in tokenizer.added_tokens_decoder.items()}
+    return _pattern(structure), _pattern(foreign), {n: token for n, token in added.items() if token in counted}
 
 
 def each_text(value: Any, change: Callable[[str], str]) -> Any:
