@@ -186,6 +186,7 @@ NOT_HERE = {
     "pairs/qwen2_7b_1.5b": "Qwen/Qwen2-7B-Instruct: no such folder, the Hub cannot be reached.*give that folder",
     "--model.teacher.name T": "T: no such folder",
     "--data.root /path/to/coco": "/path/to/coco/annotations/instances_val2017.json",
+    "--data.root /path/to/imagenet": "/path/to/imagenet",
     "--data.download true": "data.download: CIFAR-100 could not be fetched",
     "--config cifar100": "CIFAR-100 not found.*download=true",
     "compare/gsm8k": "runs/healed/student_last",

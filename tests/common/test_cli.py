@@ -825,6 +825,12 @@ def test_settings_that_a_class_hands_on_as_keywords_are_none_of_its_own():
     assert null_settings(config) == []
 
 
+def test_nulls_are_named_inside_groups_of_settings(tmp_path):
+    checks = Namespace(topk=Namespace(k_start=0.1, k_opt=None), learning_rate=None, clip_norm=None)
+    model = Namespace(class_path="vision_kd.module.DistillationModule", init_args=checks)
+    assert null_settings(Namespace(model=model)) == ["model.learning_rate", "model.topk.k_opt"]
+
+
 # ---------------------------------------------------------------- settings without effect
 
 

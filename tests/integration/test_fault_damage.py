@@ -154,14 +154,14 @@ def manifest(tmp_path, target):
 
 def response_file(tmp_path, target):
     path, order = tmp_path / "model-0123.jsonl", [1, 0, 2]
-    lines = [checksummed_line({"prompt": n, "tokens": [n, 7, 257], "text": f"answer {n}"}) for n in order]
+    lines = [checksummed_line({"prompt": n, "asked": "0f", "tokens": [n, 7], "text": f"answer {n}"}) for n in order]
     path.write_bytes(b"".join(lines))
 
     def load():
         found = responses._read(path.read_bytes(), order, path)
         if len(found) < 3:
             raise ValueError(f"{path}: {len(found)} responses")  # as `write_responses` says
-        return {number: vars(response) for number, response in found.items()}
+        return found
 
     return Case(path, load)
 

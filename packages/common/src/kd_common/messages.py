@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -173,13 +173,19 @@ def _names(base: type[Any]) -> Iterator[str]:
 
 
 def _chosen(config: Namespace, key: str = "") -> Iterator[tuple[str, dict[str, inspect.Parameter], Namespace]]:
-    """Key, parameters and settings of every class that a configuration names."""
+    """Key, parameters and settings of every class that a configuration names, and of their groups of settings."""
     for name, value in vars(config).items():
         path = f"{key}.{name}" if key else name
         if isinstance(value, Namespace):
             if "class_path" in value:
                 owner, value = value["class_path"], value.get("init_args", Namespace())
-                yield path, _parameters(import_named(owner)), value
+                parameters = _parameters(import_named(owner))
+                yield path, parameters, value
+                for inner, settings in vars(value).items():
+                    hint = parameters[inner].annotation if inner in parameters else None
+                    group = next((member for member in (hint, *get_args(hint)) if is_dataclass(member)), None)
+                    if group and isinstance(settings, Namespace):
+                        yield f"{path}.{inner}", _parameters(group), settings
             yield from _chosen(value, path)
 
 

@@ -269,7 +269,7 @@ class ChatEncoder:
             return self._apply(turns, prompt=prompt, more=more)
         except Exception as error:  # a template may fail in any way
             raise EncodingError(
-                f"{row.source}: the chat template refuses this conversation: {error or type(error).__name__}"
+                f"{row.source}: {self._name} refuses this conversation: {error or type(error).__name__}"
             ) from error
 
     def _apply(self, turns: Turns, *, prompt: bool, more: Mapping[str, Any] | None = None) -> str:
