@@ -202,7 +202,7 @@ def test_a_template_that_closes_only_some_turns_is_refused(text):
 
 def test_a_conversation_that_the_template_refuses_is_named(text):
     encoder = Encoder(text.tokenizer(text.templates["headings"]))
-    with pytest.raises(EncodingError, match=r"line 7: the chat template refuses .* no system turn, please"):
+    with pytest.raises(EncodingError, match=r"line 7: .* no system turn, please"):
         encoder.example(text.row("Hi", "Ho", system="x"), LONG)
 
 
