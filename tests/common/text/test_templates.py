@@ -455,5 +455,5 @@ def test_templates_without_end_and_those_by_chance_are_refused(monkeypatch, extr
     "extra", ["{{ [] + 'a' }}", "{{ nothing.at.all }}", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"]
 )
 def test_templates_that_fail_are_refused_by_row(extra):
-    with pytest.raises(EncodingError, match="line 7: .*tiny"):
+    with pytest.raises(EncodingError, match=r"line 7: .*tiny"):
         ChatEncoder(tokenizer(CHATML + extra)).prompt(row("Q"))

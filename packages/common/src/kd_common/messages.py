@@ -183,15 +183,8 @@ def _chosen(config: Namespace, key: str = "") -> Iterator[tuple[str, dict[str, i
                 yield path, parameters, value
                 for inner, settings in vars(value).items():
                     hint = parameters[inner].annotation if inner in parameters else None
-                    group = next(
-                        (
-                            member
-                            for member in (hint, *get_args(hint))
-                            if is_dataclass(member) and isinstance(member, type)
-                        ),
-                        None,
-                    )
-                    if group and isinstance(settings, Namespace):
+                    groups = [member for member in (hint, *get_args(hint)) if isinstance(member, type)]
+                    if isinstance(settings, Namespace) and (group := next(filter(is_dataclass, groups), None)):
                         yield f"{path}.{inner}", _parameters(group), settings
             yield from _chosen(value, path)
 
