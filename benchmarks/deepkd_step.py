@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from kd_common.errors import run_command
 from kd_common.functional import decoupled_kl, topk_class_mask
+from kd_common.run.errors import run_command
 from vision_kd.methods import Method
 from vision_kd.methods.kd import KD
 from vision_kd.models import ModelSpec, build_classifier
 from vision_kd.policies import SGD, DeepKD, GradientPolicy
-from vision_kd.step import distillation_step
+from vision_kd.training.step import distillation_step
 
 LR, MOMENTUM, DECAY, T = 0.05, 0.9, 5e-4, 4.0
 

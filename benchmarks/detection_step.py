@@ -18,7 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 import torch
 from torch import Tensor
 
-from kd_common.errors import run_command
+from kd_common.run.errors import run_command
 from vision_kd.detection import Detector, build_detector, detection_step
 from vision_kd.detection.review import ReviewFusion
 from vision_kd.methods import Method

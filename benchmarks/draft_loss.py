@@ -1,9 +1,9 @@
 """The loss of one level of a drafter: ``uv run python benchmarks/draft_loss.py``, a minute on two cores.
 
-Forward and backward of `spec_decode.losses.head_loss` through a head of C draft tokens that is trained (EAGLE-3's) or
-frozen (FastEagle's), in bfloat16 under autocast as in training, beside the same loss left to autograd: whole, which
-keeps all logits, and with every chunk recomputed in the backward pass, which keeps none. In turns; medians. The floor
-is the matrix products alone: logits, the states' gradient and, where the head is trained, its own.
+Forward and backward of `spec_decode.training.losses.head_loss` through a head of C draft tokens that is trained
+(EAGLE-3's) or frozen (FastEagle's), in bfloat16 under autocast as in training, beside the same loss left to autograd:
+whole, which keeps all logits, and with every chunk recomputed in the backward pass, which keeps none. In turns;
+medians. The floor is the matrix products alone: logits, the states' gradient and, where the head is trained, its own.
 """
 
 import argparse
@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kd_common.errors import run_command
-from spec_decode.losses import head_loss
+from kd_common.run.errors import run_command
+from spec_decode.training.losses import head_loss
 
 
 def products(states: Tensor, weight: Tensor, target: Tensor) -> None:

@@ -13,7 +13,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from kd_common.errors import run_command
+from kd_common.run.errors import run_command
 from kd_common.text import Row
 from spec_decode.data.prompts import packaged_prompts, read_prompts
 

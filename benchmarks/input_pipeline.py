@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from kd_common.errors import run_command
+from kd_common.run.errors import run_command
 from vision_kd.data import CIFAR10, DeviceLoader, FashionMNIST, random_crop_flip
 
 

@@ -30,11 +30,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd_common.errors import run_command
-from kd_common.memory import peak_bytes
+from kd_common.run.errors import run_command
+from kd_common.run.memory import peak_bytes
 from llm_kd.head import HeadOutput, HiddenSignal, KDHead, LMHead, TeacherSignal, truncate
 from llm_kd.objectives import OBJECTIVES
-from llm_kd.selectors import SELECTORS
+from llm_kd.selection import SELECTORS
 
 FLOOR_ROWS = 512
 BETA = {"fkl": 0.0, "jsd": 0.5, "rkl": 1.0}

@@ -13,11 +13,11 @@ import time
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kd_common.errors import run_command
+from kd_common.run.errors import run_command
 from llm_kd.head import HiddenSignal, KDHead
 from llm_kd.models import Body
 from llm_kd.objectives import OBJECTIVES
-from llm_kd.selectors import SELECTORS
+from llm_kd.selection import SELECTORS
 
 VOCAB, HIDDEN = 49_152, 576
 

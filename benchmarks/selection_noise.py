@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from kd_common.compare import mean_and_spread
-from kd_common.errors import run_command
 from kd_common.functional import forward_kl
-from llm_kd.selection import speck_accept_probability, topk_accept
+from kd_common.run.compare import mean_and_spread
+from kd_common.run.errors import run_command
+from llm_kd.selection.acceptance import speck_accept_probability, topk_accept
 
 SELECTORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "none": lambda student, teacher: student.new_ones(len(student)),

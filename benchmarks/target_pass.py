@@ -14,11 +14,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from kd_common.errors import run_command
-from spec_decode.autotune import measure_passes
+from kd_common.run.errors import run_command
+from spec_decode.decoding.autotune import measure_passes
+from spec_decode.decoding.tree import DraftTree, backbone_parents
 from spec_decode.models import CausalLM
-from spec_decode.target import TargetSpec
-from spec_decode.tree import DraftTree, backbone_parents
+from spec_decode.models.target import TargetSpec
 
 SIZES = (1, 8, 16, 24, 32)
 

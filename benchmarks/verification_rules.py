@@ -1,10 +1,10 @@
 """How often one level of a draft is accepted by rule: ``uv run python benchmarks/verification_rules.py``, seconds.
 
-The two rules of `spec_decode.verify` on given laws at temperature 1: sample-and-match with the drafter's k likeliest
-tokens, sample-and-match with the k best under the noise that the target is about to draw with, and recursive rejection
-of k draws without replacement. First the law of the tests, then random laws over 200 tokens whose drafter is the target
-plus Gaussian noise of several sizes. Means over rows, a fifth of them for the random laws; standard errors are below
-0.004.
+The two rules of `spec_decode.decoding.verify` on given laws at temperature 1: sample-and-match with the drafter's k
+likeliest tokens, sample-and-match with the k best under the noise that the target is about to draw with, and recursive
+rejection of k draws without replacement. First the law of the tests, then random laws over 200 tokens whose drafter is
+the target plus Gaussian noise of several sizes. Means over rows, a fifth of them for the random laws; standard errors
+are below 0.004.
 """
 
 import argparse
@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from kd_common.errors import run_command
-from spec_decode.proposals import matching_tree, sampled_tree
-from spec_decode.sampling import Sampling, row_seeds
-from spec_decode.verify import verify_matching, verify_sampled
+from kd_common.run.errors import run_command
+from spec_decode.decoding.proposals import matching_tree, sampled_tree
+from spec_decode.decoding.sampling import Sampling, row_seeds
+from spec_decode.decoding.verify import verify_matching, verify_sampled
 
 P, Q = (0.40, 0.25, 0.20, 0.10, 0.05), (0.55, 0.10, 0.05, 0.25, 0.05)
 LAW = Sampling(1.0)

@@ -37,16 +37,16 @@ from IPython.display import display
 from torch import nn
 from torch.nn import functional as F
 
-from kd_common.compare import mean_and_spread, write_table
 from kd_common.functional import decoupled_kl, topk_class_mask
 from kd_common.grads import component_gradients, output_gradients
 from kd_common.gsnr import GradientSNR
 from kd_common.optim import DecoupledSGD, deepkd_momenta
-from kd_common.report import read_metrics
+from kd_common.run.compare import mean_and_spread, write_table
+from kd_common.run.report import read_metrics
 from kd_common.schedules import TopKSchedule
 from vision_kd.data import Digits
 from vision_kd.fit import build, run
-from vision_kd.run_figures import plot_signal_to_noise
+from vision_kd.viz.runs import plot_signal_to_noise
 
 # %matplotlib inline
 

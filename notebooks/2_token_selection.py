@@ -35,15 +35,15 @@ import matplotlib.pyplot as plt
 import torch
 from IPython.display import HTML, display
 
-from kd_common.compare import mean_and_spread, write_table
 from kd_common.functional import total_variation
-from kd_common.hub import EMBEDDED, load_tokenizer
+from kd_common.hub.language_models import EMBEDDED, load_tokenizer
+from kd_common.run.compare import mean_and_spread, write_table
 from llm_kd.data.example import Example
-from llm_kd.figures import mark_tokens
 from llm_kd.fit import build, run
 from llm_kd.models import Body, TeacherSpec, depth_prune, load_teacher
-from llm_kd.selection import speck_accept_probability
-from llm_kd.token_table import token_table
+from llm_kd.selection.acceptance import speck_accept_probability
+from llm_kd.viz.figures import mark_tokens
+from llm_kd.viz.token_table import token_table
 
 sys.path.append("../benchmarks")
 from selection_noise import SELECTORS, parse, train

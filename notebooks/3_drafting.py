@@ -36,23 +36,23 @@ import transformers
 from scipy.optimize import brentq
 from scipy.stats import chi2
 
-from kd_common.compare import write_table
-from kd_common.hub import EMBEDDED, load_causal_lm
+from kd_common.hub.language_models import EMBEDDED, load_causal_lm
+from kd_common.run.compare import write_table
 from llm_kd.models import depth_prune
-from spec_decode.autotune import measure_drafts, measure_passes
-from spec_decode.cost import best_tree, expected_tokens, speedup
-from spec_decode.decoder import SpeculativeDecoder
+from spec_decode.decoding.autotune import measure_drafts, measure_passes
+from spec_decode.decoding.cost import best_tree, expected_tokens, speedup
+from spec_decode.decoding.decoder import SpeculativeDecoder
+from spec_decode.decoding.measure import first_divergence, measure
+from spec_decode.decoding.proposals import SampledTree, sampled_tree
+from spec_decode.decoding.sampling import Sampling, row_seeds
+from spec_decode.decoding.session import Session
+from spec_decode.decoding.tree import ancestor_mask, backbone_tree
+from spec_decode.decoding.verify import verify_matching, verify_sampled
 from spec_decode.drafters import PromptLookup
 from spec_decode.drafters.draft_model import PretrainedDraft
-from spec_decode.figures import Passes, plot_time, plot_trees
 from spec_decode.fit import build, run
-from spec_decode.measure import first_divergence, measure
 from spec_decode.models import CausalLM
-from spec_decode.proposals import SampledTree, sampled_tree
-from spec_decode.sampling import Sampling, row_seeds
-from spec_decode.session import Session
-from spec_decode.tree import ancestor_mask, backbone_tree
-from spec_decode.verify import verify_matching, verify_sampled
+from spec_decode.viz.figures import Passes, plot_time, plot_trees
 
 # %matplotlib inline
 

@@ -50,7 +50,7 @@ def save_llama(byte_tokenizer):
     """Save a tiny random Llama with the byte tokenizer in a folder; keywords are further settings of LlamaConfig."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from kd_common.hub import quiet
+    from kd_common.hub.language_models import quiet
 
     def save(folder, **settings):
         torch.manual_seed(3)
@@ -92,7 +92,7 @@ def assert_live():
     def check(folder, figures):
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-        from kd_common.report import read_metrics
+        from kd_common.run.report import read_metrics
 
         board = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
         for name, (steps, values) in read_metrics(folder).items():

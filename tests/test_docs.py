@@ -18,7 +18,7 @@ import jsonargparse
 import pytest
 from markdown_it import MarkdownIt
 
-from kd_common.cli import FitCLI
+from kd_common.run.cli import FitCLI
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [

@@ -32,7 +32,7 @@ spec.loader.exec_module(docs)
 for module, *arguments in job["commands"]:
     print("parsing", module, *arguments)
     docs.parse(module, arguments, pytest.MonkeyPatch())
-from spec_decode.session import find_drafter
+from spec_decode.decoding.session import find_drafter
 find_drafter("bigram", None)  # which the command line takes as any text
 """
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kd_common.early import CONFIGS, WIDTH, answer_early, options_of, stored_help, versions
+from kd_common.run.early import CONFIGS, WIDTH, answer_early, options_of, stored_help, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("vision_kd", "llm_kd", "spec_decode")
@@ -23,8 +23,8 @@ COMMANDS = [
 # The parsers of a package in one process: every import costs seconds.
 PRINT = """
 import contextlib, io, runpy, sys
-import kd_common.early
-kd_common.early.answer_early = lambda command: None
+import kd_common.run.early
+kd_common.run.early.answer_early = lambda command: None
 found = {}
 for command in sys.argv[1:]:
     sys.argv, said = [f"{command.rpartition('.')[2]}.py", "--help"], io.StringIO()
@@ -75,7 +75,7 @@ def made_with(command):
 
 def answered(monkeypatch, capsys, command, *args):
     monkeypatch.setattr("sys.argv", ["x", *args])
-    monkeypatch.setattr("kd_common.early.versions", lambda: made_with(command))
+    monkeypatch.setattr("kd_common.run.early.versions", lambda: made_with(command))
     with pytest.raises(SystemExit) as left:
         answer_early(command)
     return left.value.code, capsys.readouterr()
@@ -120,12 +120,12 @@ def test_a_mistyped_option_is_refused(monkeypatch, capsys, command, args, messag
 )
 def test_everything_else_is_left_to_the_parser(monkeypatch, command, args):
     monkeypatch.setattr("sys.argv", ["x", *args])
-    monkeypatch.setattr("kd_common.early.versions", lambda: made_with(command))
+    monkeypatch.setattr("kd_common.run.early.versions", lambda: made_with(command))
     answer_early(command)
 
 
 def test_other_versions_are_left_to_the_parser(monkeypatch):
-    monkeypatch.setattr("kd_common.early.versions", lambda: "lightning==0")
+    monkeypatch.setattr("kd_common.run.early.versions", lambda: "lightning==0")
     monkeypatch.setattr("sys.argv", ["x", "--help"])
     answer_early("vision_kd.fit")
 

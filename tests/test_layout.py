@@ -4,6 +4,7 @@ import ast
 import importlib
 import re
 import tomllib
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,49 @@ def test_packages_import_kd_common_only(package):
     assert not offenders, f"method packages must not import each other: {offenders}"
 
 
+def imported_modules(name: str, file: Path, modules: dict[str, Path]) -> set[str]:
+    """Modules of the packages that a file imports, those for annotations and inside functions included."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            parts = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (parts & modules.keys()) or {node.module}
+    return found & modules.keys() - {name}
+
+
+def graph() -> dict[str, set[str]]:
+    """Imported modules by module, over all packages."""
+    modules = {}
+    for package in PACKAGES:
+        for file in sources(package):
+            parts = file.relative_to(PACKAGES[package] / "src").with_suffix("").parts
+            modules[".".join(parts).removesuffix(".__init__")] = file
+    return {name: imported_modules(name, file, modules) for name, file in modules.items()}
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    TopologicalSorter(graph()).prepare()  # raises a CycleError that names the circle
+
+
+def commands() -> set[str]:
+    """Names of the modules that a user runs."""
+    files = [file for package in PACKAGES for file in sources(package) if "run_command(" in file.read_text()]
+    return {f"{file.parent.name}.{file.stem}" for file in files if "__main__" in file.read_text()}
+
+
+def test_a_method_package_holds_commands_and_folders():
+    for package in set(PACKAGES) - {"kd_common"}:
+        top = {f"{package}.{file.stem}" for file in (PACKAGES[package] / "src" / package).glob("*.py")}
+        assert top - {f"{package}.__init__", f"{package}.__main__"} <= commands()
+
+
+def test_nothing_below_the_top_level_imports_a_command():
+    found = {name: wrong for name, used in graph().items() if name not in commands() and (wrong := used & commands())}
+    assert not found
+
+
 def test_functional_is_torch_only():
     for file in (PACKAGES["kd_common"] / "src/kd_common/functional").rglob("*.py"):
         assert imported_roots(file) <= TORCH_ONLY, f"{file.name} imports {imported_roots(file) - TORCH_ONLY}"
@@ -72,6 +116,7 @@ def test_every_constraint_is_name_and_version():
 
 
 def test_every_command_ends_with_a_message_where_its_user_can_mend_the_cause():
-    commands = [text for package in PACKAGES for file in sources(package) if "__main__" in (text := file.read_text())]
+    files = [file for package in PACKAGES for file in sources(package) if file.stem != "__main__"]
+    commands = [text for file in files if '__name__ == "__main__"' in (text := file.read_text())]
     assert len(commands) == 17
     assert all('if __name__ == "__main__":\n    run_command(' in text for text in commands)

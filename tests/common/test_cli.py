@@ -19,8 +19,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
-from kd_common.checkpoints import check_resumable, files_of_run
-from kd_common.cli import (
+from kd_common.run.checkpoints import check_resumable, files_of_run
+from kd_common.run.cli import (
     FitCLI,
     constructor_message,
     find_config,
@@ -28,7 +28,7 @@ from kd_common.cli import (
     reserve_run_dir,
     resolve_config_names,
 )
-from kd_common.messages import CommandParser, check_device, check_file, check_groups, null_settings, readable
+from kd_common.run.messages import CommandParser, check_device, check_file, check_groups, null_settings, readable
 
 
 class Rule:
@@ -331,7 +331,7 @@ def test_a_required_setting_of_a_class_is_named_in_full():
   Does not validate against any of the Union subtypes
   Errors:
     - Expected a <class 'NoneType'>
-    - Problem with given class_path 'vision_kd.module.DistillationModule':
+    - Problem with given class_path 'vision_kd.training.classification.DistillationModule':
         --student.name is required
   Given value type: <class 'jsonargparse._namespace.Namespace'>"""
     assert readable(message) == "--model.student.name is required"
@@ -406,7 +406,7 @@ def test_a_device_that_is_not_there_is_named(device):
 @pytest.mark.parametrize("where", ["file", "file/run"])
 def test_a_run_dir_that_is_a_file_is_refused_before_anything_is_built(build, monkeypatch, where):
     Path("file").touch()
-    monkeypatch.setattr("kd_common.cli.LightningCLI.instantiate_classes", lambda cli: pytest.fail("built"))
+    monkeypatch.setattr("kd_common.run.cli.LightningCLI.instantiate_classes", lambda cli: pytest.fail("built"))
     with pytest.raises(ValueError, match=rf"^--run_dir {where}: file is a file; name a folder$"):
         build("--run_dir", where)
 
@@ -596,7 +596,7 @@ def test_run_dir_can_be_chosen_and_holds_everything(build, tmp_path):
 
 
 def test_other_ranks_create_nothing(monkeypatch):
-    monkeypatch.setattr("kd_common.cli.rank_zero_only.rank", 1)
+    monkeypatch.setattr("kd_common.run.cli.rank_zero_only.rank", 1)
     assert not reserve_run_dir("somewhere", "exp").exists()
     assert not reserve_run_dir(None, "exp").exists()
 
@@ -827,7 +827,7 @@ def test_settings_that_a_class_hands_on_as_keywords_are_none_of_its_own():
 
 def test_nulls_are_named_inside_groups_of_settings(tmp_path):
     checks = Namespace(topk=Namespace(k_start=0.1, k_opt=None), learning_rate=None, clip_norm=None)
-    model = Namespace(class_path="vision_kd.module.DistillationModule", init_args=checks)
+    model = Namespace(class_path="vision_kd.training.classification.DistillationModule", init_args=checks)
     assert null_settings(Namespace(model=model)) == ["model.learning_rate", "model.topk.k_opt"]
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from kd_common.compare import by_variant, compare_command, mean_and_spread, run_matrix, write_table
+from kd_common.run.compare import by_variant, compare_command, mean_and_spread, run_matrix, write_table
 
 MATRIX = {
     "base": ["default"],

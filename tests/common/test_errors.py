@@ -10,8 +10,8 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from kd_common.errors import run_command
 from kd_common.registry import UnknownNameError
+from kd_common.run.errors import run_command
 
 
 class Model(pl.LightningModule):

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kd_common import hub
-from kd_common.hub import _unusable
-from kd_common.vocabulary import configured_ends
+from kd_common.hub import language_models as hub
+from kd_common.hub.language_models import _unusable
+from kd_common.hub.vocabulary import configured_ends
 
 
 @pytest.fixture

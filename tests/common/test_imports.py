@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from kd_common.compare import run_matrix
-from kd_common.imports import asked_for, import_asked_for
-from kd_common.messages import CommandParser
+from kd_common.run.compare import run_matrix
+from kd_common.run.imports import asked_for, import_asked_for
+from kd_common.run.messages import CommandParser
 
 
 class Rule:
@@ -28,7 +28,7 @@ def module(tmp_path, monkeypatch):
     """Writes a module into the working directory; it leaves a trace when it is imported."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("kd_common.imports._asked_for", set())
+    monkeypatch.setattr("kd_common.run.imports._asked_for", set())
     written = []
 
     def write(name, text=""):

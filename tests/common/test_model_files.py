@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from kd_common import hub
-from kd_common.hub import load_causal_lm, load_config
-from kd_common.model_files import ModelFilesError, not_finite
+from kd_common.hub import language_models as hub
+from kd_common.hub.language_models import load_causal_lm, load_config
+from kd_common.hub.weight_files import ModelFilesError, not_finite
 
 TOKENS = torch.arange(8)[None]
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"

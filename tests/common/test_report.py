@@ -8,7 +8,7 @@ import pytest
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from kd_common.report import (
+from kd_common.run.report import (
     Section,
     check_validated,
     curve_style,

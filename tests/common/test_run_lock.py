@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from kd_common.run_lock import hold, let_go
+from kd_common.run.run_lock import hold, let_go
 
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from kd_common.run_lock import hold
+from kd_common.run.run_lock import hold
 hold(Path(sys.argv[1]))
 if os.fork() == 0:  # as a loader's worker, which outlives a killed run for a while
     print("held", flush=True)
@@ -48,5 +48,5 @@ def test_a_process_may_run_in_its_folder_again(tmp_path):
     hold(tmp_path)
     hold(tmp_path)
     let_go(tmp_path)
-    code = "import sys; from pathlib import Path; from kd_common.run_lock import hold; hold(Path(sys.argv[1]))"
+    code = "import sys; from pathlib import Path; from kd_common.run.run_lock import hold; hold(Path(sys.argv[1]))"
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 0

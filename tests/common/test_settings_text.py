@@ -12,8 +12,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kd_common.messages import CommandParser
-from kd_common.settings_text import check_yaml, load_yaml, read_settings
+from kd_common.run.messages import CommandParser
+from kd_common.run.settings_text import check_yaml, load_yaml, read_settings
 
 ODD = ["1e3", "yes", "# x", "a: b", "[x]", "{x}", "@file", "- x", "", "-", "~", "2026-01-01", "a\nb", " # y", "'q'"]
 ODD += [

@@ -4,8 +4,8 @@ import unicodedata
 
 import pytest
 
-from kd_common.errors import run_command
-from kd_common.messages import CommandParser
+from kd_common.run.errors import run_command
+from kd_common.run.messages import CommandParser
 from kd_common.terminal import printable
 
 

@@ -6,8 +6,8 @@ import lightning.pytorch as pl
 import pytest
 from lightning.pytorch import callbacks
 
-from kd_common.rehearsal import check_monitors
-from kd_common.trainer_settings import check_batches, check_trainer, limited
+from kd_common.run.rehearsal import check_monitors
+from kd_common.run.trainer_settings import check_batches, check_trainer, limited
 
 
 class Automatic(pl.LightningModule):

@@ -9,9 +9,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import Dataset, DistributedSampler
 
-from kd_common.loading import WorkerLoader
+from kd_common.run.loading import WorkerLoader
+from kd_common.run.training import FitTrainer, TrainingModule
 from kd_common.schedules import CosineDecay
-from kd_common.training import FitTrainer, TrainingModule
 
 
 class Rows(Dataset):

@@ -13,19 +13,19 @@ import torch
 from safetensors.torch import save_file
 
 import kd_common
-from kd_common.checkpoints import AtomicCheckpointIO
-from kd_common.hub import ModelFilesError, load_causal_lm, load_config, load_tokenizer
+from kd_common.hub.language_models import ModelFilesError, load_causal_lm, load_config, load_tokenizer
+from kd_common.run.checkpoints import AtomicCheckpointIO
 from llm_kd.evaluate import main as evaluate_language
 from llm_kd.teacher import CacheError, CacheHeader, CacheWriter, TeacherCache
+from spec_decode.decoding.session import find_drafter
 from spec_decode.drafters.files import WEIGHTS, DrafterSpec, load_drafter, save_drafter
 from spec_decode.models import CausalLM
-from spec_decode.session import find_drafter
 from vision_kd.data import Digits
 from vision_kd.detection import build_detector, load_detector
 from vision_kd.evaluate import main as evaluate_vision
 from vision_kd.models import CheckpointError, ModelSpec, build_classifier, load_classifier
-from vision_kd.specs import TeacherSpec
-from vision_kd.teacher import obtain_teacher, teacher_cache_path
+from vision_kd.training.specs import TeacherSpec
+from vision_kd.training.teacher import obtain_teacher, teacher_cache_path
 
 PACKAGES = Path(kd_common.__file__).parents[3]
 
@@ -125,7 +125,7 @@ def test_lightnings_own_loading(arm, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("file", ["manifest.json", "shard-00000.safetensors"])
 def test_a_teacher_cache(file, kind, arm, tmp_path):
-    from llm_kd.selection import TruncatedDistribution
+    from llm_kd.selection.acceptance import TruncatedDistribution
 
     with CacheWriter(tmp_path / "cache", CacheHeader("model", "w" * 64, "t" * 64, 30, 4, "float16")) as writer:
         writer.add(["a" * 64], [3], torch.arange(3), TruncatedDistribution.from_logits(torch.randn(3, 30), 4))

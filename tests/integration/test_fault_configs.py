@@ -17,7 +17,7 @@ import pytest
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from kd_common.errors import REFUSALS
+from kd_common.run.errors import REFUSALS
 
 pytestmark = pytest.mark.slow
 RECIPES = {
@@ -83,7 +83,7 @@ def attempt(package, arguments):
 @pytest.fixture
 def outcome(tmp_path, target, monkeypatch):
     """What becomes of a configuration file, in a fresh fork of this process; the embedded model is a stand-in there."""
-    monkeypatch.setattr("kd_common.hub.embedded_folder", lambda: target)
+    monkeypatch.setattr("kd_common.hub.language_models.embedded_folder", lambda: target)
     with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
 
         def run(package, file):

@@ -19,15 +19,15 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from kd_common.checkpoints import check_resumable
-from kd_common.compare import run_matrix
 from kd_common.files import CHECKSUM, checksummed_line, read_checksummed_line
-from kd_common.hub import load_causal_lm, load_config, load_tokenizer
-from kd_common.report import read_config as read_run_config
-from kd_common.report import read_metrics
-from kd_common.settings_text import check_config_files
+from kd_common.hub.language_models import load_causal_lm, load_config, load_tokenizer
+from kd_common.run.checkpoints import check_resumable
+from kd_common.run.compare import run_matrix
+from kd_common.run.report import read_config as read_run_config
+from kd_common.run.report import read_metrics
+from kd_common.run.settings_text import check_config_files
 from llm_kd.data import read_rows, responses
-from llm_kd.selection import TruncatedDistribution
+from llm_kd.selection.acceptance import TruncatedDistribution
 from llm_kd.teacher import CacheHeader, CacheWriter, TeacherCache
 from spec_decode.benchmark import checksum, read_results
 from spec_decode.data.corpus import Writing, encode_prompts, write_corpus

@@ -8,15 +8,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kd_common.checkpoints import AtomicCheckpointIO, check_resumable
-from kd_common.compare import run_matrix
-from kd_common.hub import load_causal_lm, load_config, load_tokenizer
-from llm_kd.callbacks import export_student
+from kd_common.hub.language_models import load_causal_lm, load_config, load_tokenizer
+from kd_common.run.checkpoints import AtomicCheckpointIO, check_resumable
+from kd_common.run.compare import run_matrix
 from llm_kd.data.responses import write_responses
-from llm_kd.generation import Sampling
 from llm_kd.models import Body
-from llm_kd.selection import TruncatedDistribution
+from llm_kd.models.generation import Sampling
+from llm_kd.selection.acceptance import TruncatedDistribution
 from llm_kd.teacher import CacheHeader, CacheWriter, TeacherCache
+from llm_kd.training.callbacks import export_student
 from spec_decode.data.corpus import Writing, write_corpus
 from spec_decode.data.features import FeatureStore
 from spec_decode.drafters.files import DrafterSpec, save_drafter

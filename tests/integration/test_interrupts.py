@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from kd_common.checkpoints import check_resumable
 from kd_common.files import complete_lines
+from kd_common.run.checkpoints import check_resumable
 from llm_kd.teacher import TeacherCache
 from spec_decode.data.features import PROGRESS
 
@@ -22,7 +22,7 @@ from importlib import import_module
 from pathlib import Path
 import lightning.pytorch as pl
 import torch
-from kd_common.errors import run_command
+from kd_common.run.errors import run_command
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 package, mark, *arguments = sys.argv[1:]
 fit = import_module(package + ".fit")

@@ -10,21 +10,21 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kd_common.hub import load_causal_lm
-from llm_kd.callbacks import export_student
+from kd_common.hub.language_models import load_causal_lm
 from llm_kd.data.example import Example
 from llm_kd.data.loader import TextLoader
 from llm_kd.fit import main
-from llm_kd.generation import Sampling
 from llm_kd.models import LoRASpec, StudentSpec, TeacherSpec, load_teacher
-from llm_kd.module import DistillationModule
+from llm_kd.models.generation import Sampling
 from llm_kd.objectives.fkl import ForwardKL
 from llm_kd.objectives.rkl import ReverseKL
 from llm_kd.objectives.taid import TAID
-from llm_kd.rollout import AdaptiveReplay, OnPolicy
-from llm_kd.selectors.speck import SpecK
-from llm_kd.selectors.topk import TopK
+from llm_kd.selection.speck import SpecK
+from llm_kd.selection.topk import TopK
 from llm_kd.teacher import OnlineTeacher
+from llm_kd.training.callbacks import export_student
+from llm_kd.training.distillation import DistillationModule
+from llm_kd.training.rollout import AdaptiveReplay, OnPolicy
 
 pytestmark = [pytest.mark.ddp, pytest.mark.slow]
 

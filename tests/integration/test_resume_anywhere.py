@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from vision_kd.detection import DetectionModule
-from vision_kd.module import DistillationModule
+from vision_kd.training.classification import DistillationModule
 
 pytestmark = [
     pytest.mark.slow,

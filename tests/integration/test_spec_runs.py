@@ -81,7 +81,7 @@ def distributed_run(folder, standin, shard):
     torch.set_num_threads(1)
     extra = ("--trainer.precision=64-true", "--model.target.dtype=float64", "--trainer.devices=2")
     extra += ("--trainer.strategy=ddp", "--data.features=online", f"--model.shard_target={shard}")
-    extra += ("--trainer.callbacks+=spec_decode.callbacks.DraftFigures", "--trainer.callbacks.tree=[2,1]")
+    extra += ("--trainer.callbacks+=spec_decode.training.callbacks.DraftFigures", "--trainer.callbacks.tree=[2,1]")
     cli = build(arguments(f"{folder}/both", standin, 1, *extra))
     result = run(cli)
     sharded = {is_dtensor(p) for layer in cli.model.target.layers for p in layer.parameters()}

@@ -6,13 +6,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from kd_common.errors import NonFiniteLossError
+from kd_common.run.errors import NonFiniteLossError
 from vision_kd.data import Digits
-from vision_kd.evaluate import accuracy
 from vision_kd.fit import build, run
 from vision_kd.models import MODELS, load_classifier, save_student
-from vision_kd.specs import TeacherSpec
-from vision_kd.teacher import obtain_teacher
+from vision_kd.training.metrics import accuracy
+from vision_kd.training.specs import TeacherSpec
+from vision_kd.training.teacher import obtain_teacher
 
 pytestmark = [pytest.mark.ddp, pytest.mark.slow]
 

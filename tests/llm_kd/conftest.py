@@ -15,7 +15,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from kd_common.hub import quiet
+from kd_common.hub.language_models import quiet
 
 
 def tiny_model(architecture="llama", *, layers=3, hidden=32, vocab=258, seed=0, **settings):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from kd_common.hub import quiet
+from kd_common.hub.language_models import quiet
 from llm_kd.models import Body, check_packing, depth_prune
 from llm_kd.models.body import make_savable
 from llm_kd.models.prune import relisted

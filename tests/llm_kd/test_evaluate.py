@@ -8,14 +8,15 @@ import pytest
 import torch
 from rouge_score.rouge_scorer import RougeScorer
 
-from kd_common.hub import ModelNotFoundError, load_causal_lm, load_tokenizer
+from kd_common.hub.language_models import ModelNotFoundError, load_causal_lm, load_tokenizer
 from kd_common.text import EncodingError
-from llm_kd import answers, evaluate, fit
-from llm_kd.answers import answer_prompts, questions
+from llm_kd import evaluate, fit
 from llm_kd.data import TextDataModule, responses
 from llm_kd.evaluate import main, token_means
-from llm_kd.generation import Sampling, generate
+from llm_kd.evaluation import answers
+from llm_kd.evaluation.answers import answer_prompts, questions
 from llm_kd.models import Body, TeacherSpec, load_teacher
+from llm_kd.models.generation import Sampling, generate
 
 EOS = 257
 PAIRS = [("Name a fruit.", "An apple is a fruit."), ("Add 2 and 3.", "5"), ("Say hello!", "Hello there, friend.")]

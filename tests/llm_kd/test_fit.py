@@ -15,14 +15,15 @@ import torch
 import yaml
 from transformers import GenerationConfig
 
-from kd_common.hub import load_causal_lm, load_tokenizer, model_ends
-from llm_kd import answers, fit
+from kd_common.hub.language_models import load_causal_lm, load_tokenizer, model_ends
+from llm_kd import fit
 from llm_kd.cache_teacher import main as cache_teacher_main
-from llm_kd.callbacks import StudentExport
+from llm_kd.evaluation import answers
 from llm_kd.fit import build, main, run
 from llm_kd.models import Body
-from llm_kd.summary import print_summary
 from llm_kd.teacher import CacheError
+from llm_kd.training.callbacks import StudentExport
+from llm_kd.training.summary import print_summary
 
 PROMPTS = [f"Count to {n}." for n in range(2, 30)]
 
@@ -142,7 +143,7 @@ def assert_same(found, expected):
 
 KILLED = """
 import os, signal, sys
-from llm_kd import module
+from llm_kd.training import module
 from llm_kd.fit import build, run
 step = module.DistillationModule.training_step
 def training_step(self, batch, batch_idx):

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from kd_common.hub import ModelNotFoundError, load_causal_lm
+from kd_common.hub.language_models import ModelNotFoundError, load_causal_lm
 from kd_common.terminal import printable
 from llm_kd.generate import main
-from llm_kd.generation import Sampling, generate
+from llm_kd.models.generation import Sampling, generate
 
 EOS = 257
 PROMPT = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"

@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.functional import softmax
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from llm_kd.generation import Sampling, generate
+from llm_kd.models.generation import Sampling, generate
 
 V, PAD = 24, 0
 CONFIGS = {

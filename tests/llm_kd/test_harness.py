@@ -6,9 +6,10 @@ from types import ModuleType
 
 import pytest
 
-from kd_common import hub
-from llm_kd import evaluate, harness
+from kd_common.hub import language_models as hub
+from llm_kd import evaluate
 from llm_kd.evaluate import main
+from llm_kd.evaluation import harness
 
 RESULTS = {
     "arc_easy": {"alias": "arc_easy", "acc,none": 0.25, "acc_stderr,none": 0.01, "sample_len": 8},

@@ -5,7 +5,7 @@ import torch
 
 from llm_kd.head import HiddenSignal, KDHead, LMHead
 from llm_kd.objectives import OBJECTIVES
-from llm_kd.selectors import SELECTORS, Selection, Selector
+from llm_kd.selection import SELECTORS, Selection, Selector
 
 F64 = torch.float64
 N, H, H_TEACHER, V = 17, 6, 5, 23

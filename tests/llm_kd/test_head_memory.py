@@ -9,12 +9,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kd_common.memory import LiveBytes
+from kd_common.run.memory import LiveBytes
 from llm_kd.head import HiddenSignal, KDHead, LMHead, truncate
+from llm_kd.head.kd_head import BYTES_PER_LOGIT
 from llm_kd.head.linear import rows_per_chunk
-from llm_kd.head.module import BYTES_PER_LOGIT
 from llm_kd.objectives import OBJECTIVES
-from llm_kd.selectors import SELECTORS
+from llm_kd.selection import SELECTORS
 
 H, V = 6, 64
 

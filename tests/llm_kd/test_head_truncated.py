@@ -9,8 +9,8 @@ from llm_kd.head import HiddenSignal, KDHead, LMHead, signal, truncate
 from llm_kd.head.metrics import token_metrics
 from llm_kd.head.rows import TAIL_FLOOR, truncated_loss
 from llm_kd.objectives import OBJECTIVES
-from llm_kd.selection import TruncatedDistribution
-from llm_kd.selectors import SELECTORS
+from llm_kd.selection import SELECTORS
+from llm_kd.selection.acceptance import TruncatedDistribution
 from llm_kd.teacher.records import RecordLayout
 
 F64 = torch.float64

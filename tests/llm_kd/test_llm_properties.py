@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from llm_kd.head.rows import truncated_loss
 from llm_kd.objectives import OBJECTIVES
-from llm_kd.selection import (
+from llm_kd.selection import SELECTORS
+from llm_kd.selection.acceptance import (
     BLOCK,
     TruncatedDistribution,
     speck_accept,
@@ -19,8 +20,7 @@ from llm_kd.selection import (
     token_weights,
     topk_accept,
 )
-from llm_kd.selectors import SELECTORS
-from llm_kd.selectors.base import entropy, top_share
+from llm_kd.selection.base import entropy, top_share
 from llm_kd.teacher.records import DTYPES as STORED
 from llm_kd.teacher.records import RecordLayout
 

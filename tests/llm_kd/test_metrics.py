@@ -7,7 +7,7 @@ import pytest
 from nltk.stem.porter import PorterStemmer
 from rouge_score.rouge_scorer import RougeScorer
 
-from llm_kd.metrics import rouge_l
+from llm_kd.evaluation.rouge import rouge_l
 
 
 @pytest.mark.parametrize(

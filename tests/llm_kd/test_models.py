@@ -8,8 +8,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from kd_common.hub import ModelNotFoundError, load_tokenizer
-from kd_common.vocabulary import shared_vocabulary, vocabulary_size
+from kd_common.hub.language_models import ModelNotFoundError, load_tokenizer
+from kd_common.hub.vocabulary import shared_vocabulary, vocabulary_size
 from llm_kd.models import Body, LoRASpec, StudentSpec, TeacherSpec, build_student, depth_prune, load_teacher
 from llm_kd.models.prune import decoder_layers, evenly_spaced
 

@@ -8,23 +8,23 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kd_common.errors import NonFiniteLossError
+from kd_common.run.errors import NonFiniteLossError
 from kd_common.schedules import CosineDecay
 from llm_kd.data.batch import collate
 from llm_kd.data.example import Example
 from llm_kd.data.loader import TextLoader
-from llm_kd.generation import Sampling
 from llm_kd.models import LoRASpec, StudentSpec, TeacherSpec, load_teacher
-from llm_kd.module import DistillationModule
+from llm_kd.models.generation import Sampling
 from llm_kd.objectives.fkl import ForwardKL
 from llm_kd.objectives.rkl import ReverseKL
 from llm_kd.objectives.taid import TAID
-from llm_kd.rollout import AdaptiveReplay, OnPolicy, Rollout
-from llm_kd.selectors.adakd import AdaKD
-from llm_kd.selectors.speck import SpecK
-from llm_kd.selectors.topk import TopK
-from llm_kd.selectors.uniform import Uniform
+from llm_kd.selection.adakd import AdaKD
+from llm_kd.selection.speck import SpecK
+from llm_kd.selection.topk import TopK
+from llm_kd.selection.uniform import Uniform
 from llm_kd.teacher import OnlineTeacher
+from llm_kd.training.distillation import DistillationModule
+from llm_kd.training.rollout import AdaptiveReplay, OnPolicy, Rollout
 
 STEPS = 3
 

@@ -10,7 +10,7 @@ import yaml
 
 from llm_kd.fit import CONFIG_DIR, build, needed_teacher, prepare_teacher
 from llm_kd.objectives import OBJECTIVES
-from llm_kd.selectors import SELECTORS
+from llm_kd.selection import SELECTORS
 
 PAIRS = {
     "qwen2_7b_1.5b": ("qwen2", "Qwen/Qwen2-7B-Instruct", "Qwen/Qwen2-1.5B-Instruct"),

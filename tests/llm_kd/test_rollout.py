@@ -5,7 +5,7 @@ import random
 import pytest
 
 from llm_kd.data.example import Example
-from llm_kd.rollout import AdaptiveReplay, OffPolicy, OnPolicy
+from llm_kd.training.rollout import AdaptiveReplay, OffPolicy, OnPolicy
 
 
 def examples(*tokens):

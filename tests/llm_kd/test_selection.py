@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from llm_kd import selection
-from llm_kd.selection import (
+from llm_kd.selection import acceptance as selection
+from llm_kd.selection.acceptance import (
     TruncatedDistribution,
     speck_accept,
     speck_accept_probability,

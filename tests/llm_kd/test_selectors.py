@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from kd_common.registry import UnknownNameError
-from llm_kd.selection import speck_accept_probability, topk_accept
-from llm_kd.selectors import SELECTORS
+from llm_kd.selection import SELECTORS
+from llm_kd.selection.acceptance import speck_accept_probability, topk_accept
 
 F64 = torch.float64
 CPU = torch.device("cpu")

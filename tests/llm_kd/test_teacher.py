@@ -13,8 +13,8 @@ from llm_kd.cache_teacher import cache_teacher
 from llm_kd.head import KDHead, LMHead, truncate
 from llm_kd.models import Body
 from llm_kd.objectives import OBJECTIVES
-from llm_kd.selection import TruncatedDistribution
-from llm_kd.selectors import SELECTORS
+from llm_kd.selection import SELECTORS
+from llm_kd.selection.acceptance import TruncatedDistribution
 from llm_kd.teacher import (
     CachedTeacher,
     CacheError,

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm_kd.selection import TruncatedDistribution
+from llm_kd.selection.acceptance import TruncatedDistribution
 from llm_kd.teacher import CacheError, CacheHeader, CacheWriter, DiskFullError, TeacherCache
 
 V, K = 300, 4

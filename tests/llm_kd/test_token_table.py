@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kd_common.hub import load_causal_lm
+from kd_common.hub.language_models import load_causal_lm
 from llm_kd.data.example import Example
 from llm_kd.fit import main as fit
 from llm_kd.models import Body
 from llm_kd.report import label, main, summary
-from llm_kd.token_table import token_table
+from llm_kd.viz.token_table import token_table
 
 
 def test_every_column_by_hand(make_model):
@@ -75,7 +75,7 @@ def test_report_of_two_runs(tmp_path, save_model, assert_live, monkeypatch):
                 "--trainer.log_every_n_steps=1",
                 "--trainer.enable_progress_bar=false",
                 "--answers=0",
-                "--trainer.callbacks+=llm_kd.callbacks.TokenFigures",
+                "--trainer.callbacks+=llm_kd.training.callbacks.TokenFigures",
             ]
         )
         assert_live(Path(run), ["entropy", "position", "tokens"])

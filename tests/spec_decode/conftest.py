@@ -12,10 +12,10 @@ import pytest
 import torch
 import transformers
 
+from spec_decode.decoding.sampling import Sampling
+from spec_decode.decoding.tree import DraftTree
+from spec_decode.decoding.verify import count_kept, verify_matching
 from spec_decode.models import CausalLM
-from spec_decode.sampling import Sampling
-from spec_decode.tree import DraftTree
-from spec_decode.verify import count_kept, verify_matching
 
 
 def fractions(*hundredths):

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from spec_decode import autotune as module
-from spec_decode.autotune import autotune, measure_drafts, measure_passes
-from spec_decode.decoder import SpeculativeDecoder
+from spec_decode.decoding import autotune as module
+from spec_decode.decoding.autotune import autotune, measure_drafts, measure_passes
+from spec_decode.decoding.decoder import SpeculativeDecoder
+from spec_decode.decoding.guard import PayGuard
 from spec_decode.drafters import DrafterSpec, PromptLookup, WithLookup
-from spec_decode.guard import PayGuard
 from spec_decode.models import CausalLM
 
 

@@ -15,17 +15,17 @@ import torch
 import transformers
 from rich.console import Console
 
-from kd_common.hub import load_causal_lm
+from kd_common.hub.language_models import load_causal_lm
 from spec_decode.benchmark import benchmark, checksum, content_digest, margin, read_results, transformers_peers
 from spec_decode.chat import chat, talk
-from spec_decode.decoder import SpeculativeDecoder
+from spec_decode.decoding.decoder import SpeculativeDecoder
+from spec_decode.decoding.measure import first_divergence
+from spec_decode.decoding.sampling import Sampling, row_seeds
+from spec_decode.decoding.session import Session, TextStream, find_drafter, parse_tree
 from spec_decode.drafters import DrafterSpec, DynamicTree, PromptLookup, WithLookup, save_drafter
 from spec_decode.generate import GREEN, generate
-from spec_decode.measure import first_divergence
-from spec_decode.sampling import Sampling, row_seeds
-from spec_decode.session import Session, TextStream, find_drafter, parse_tree
-from spec_decode.tables import print_tables
-from spec_decode.target import TargetSpec
+from spec_decode.models.target import TargetSpec
+from spec_decode.viz.tables import print_tables
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from spec_decode.decoder import SpeculativeDecoder
+from spec_decode.decoding.decoder import SpeculativeDecoder
 from spec_decode.drafters import DrafterSpec
 from spec_decode.models import CausalLM
 

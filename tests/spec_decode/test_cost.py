@@ -6,10 +6,10 @@ from itertools import product
 import pytest
 import torch
 
-from spec_decode.cost import TreeChoice, best_tree, expected_tokens, speedup
-from spec_decode.sampling import Sampling, row_seeds
-from spec_decode.tree import backbone_tree
-from spec_decode.verify import verify_matching
+from spec_decode.decoding.cost import TreeChoice, best_tree, expected_tokens, speedup
+from spec_decode.decoding.sampling import Sampling, row_seeds
+from spec_decode.decoding.tree import backbone_tree
+from spec_decode.decoding.verify import verify_matching
 
 
 def outcomes(acceptance, widths):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from filelock import FileLock, Timeout
 
-from kd_common.hub import load_tokenizer
+from kd_common.hub.language_models import load_tokenizer
 from kd_common.text import Message, Row
 from spec_decode.data import datamodule
 from spec_decode.data import features as features_module
@@ -24,9 +24,9 @@ from spec_decode.data.corpus import (
 from spec_decode.data.datamodule import Sequences, StreamSampler, TargetText, collate
 from spec_decode.data.features import FeatureStore, split_states
 from spec_decode.data.prompts import read_answers, read_asked, read_prompts
-from spec_decode.decoder import SpeculativeDecoder
+from spec_decode.decoding.decoder import SpeculativeDecoder
+from spec_decode.decoding.sampling import Sampling, row_seeds
 from spec_decode.models import CausalLM
-from spec_decode.sampling import Sampling, row_seeds
 
 PROMPTS = [[5, 7, 9], [1, 2], [3, 8, 3, 8], [11], [12, 13]]
 WRITING = Writing(max_new_tokens=8, batch_size=2)

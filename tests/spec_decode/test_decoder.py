@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from spec_decode.decoder import SpeculativeDecoder
+from spec_decode.decoding.decoder import SpeculativeDecoder
+from spec_decode.decoding.sampling import Sampling, row_seeds
+from spec_decode.decoding.tree import DraftTree
 from spec_decode.drafters import DRAFTERS, Drafter, DrafterSpec, DynamicTree, PromptLookup, WithLookup
 from spec_decode.drafters.prompt_lookup import NgramIndex
-from spec_decode.sampling import Sampling, row_seeds
-from spec_decode.tree import DraftTree
 
 PROMPTS = [[5, 7, 9, 5, 7], [1], [3, 8, 3, 8, 3, 8, 3, 8, 2, 2, 6]]
 LAWS = [Sampling(0.0), Sampling(1.0), Sampling(0.7, top_k=9), Sampling(1.3, top_p=0.8)]

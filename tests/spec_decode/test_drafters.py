@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file, save
 from torch.nn import functional as F
 
-from spec_decode.decoder import SpeculativeDecoder
+from spec_decode.decoding.decoder import SpeculativeDecoder
+from spec_decode.decoding.sampling import Sampling, Stream, gumbel_noise, row_seeds
+from spec_decode.decoding.verify import verify_matching
 from spec_decode.drafters import (
     DRAFTERS,
     DrafterSpec,
@@ -28,8 +30,6 @@ from spec_decode.drafters.files import frequent_tokens, holds_language_model
 from spec_decode.models import CausalLM
 from spec_decode.models.causal_lm import States
 from spec_decode.models.layers import causal_attention
-from spec_decode.sampling import Sampling, Stream, gumbel_noise, row_seeds
-from spec_decode.verify import verify_matching
 
 PROMPTS = [[5, 7, 9, 5, 7], [1], [3, 8, 3, 8, 3, 8, 3, 8, 2, 2, 6]]
 OPTIONS = {

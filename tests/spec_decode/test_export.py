@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from spec_decode.drafters import DrafterSpec, save_drafter
 from spec_decode.export import eagle3_layout, export
-from spec_decode.target import TargetSpec
+from spec_decode.models.target import TargetSpec
 
 
 def rms(x, weight, eps):

@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 
-import spec_decode.module
+import spec_decode.training.drafter_module
 from spec_decode.data.prompts import packaged_prompts
-from spec_decode.decoder import SpeculativeDecoder
+from spec_decode.decoding.decoder import SpeculativeDecoder
+from spec_decode.decoding.session import Session
 from spec_decode.drafters import load_drafter
 from spec_decode.fit import CONFIG_DIR, build, main, run
-from spec_decode.session import Session
-from spec_decode.target import fast_dtype
+from spec_decode.models.target import fast_dtype
 
 RECIPES = sorted(
     str(p.relative_to(CONFIG_DIR).with_suffix("")) for p in CONFIG_DIR.rglob("*.yaml") if p.parent.name != "compare"
@@ -186,7 +186,7 @@ def test_bad_settings_are_refused_before_anything_is_computed(fit_args, extra, m
 
 def test_a_sharded_bfloat16_target_is_refused_on_cpus(fit_args, monkeypatch):
     """One process stands for two: the refusal comes before they talk to each other."""
-    monkeypatch.setattr(spec_decode.module, "world_size", lambda: 2)
+    monkeypatch.setattr(spec_decode.training.drafter_module, "world_size", lambda: 2)
     cli = build([*fit_args, "--model.shard_target=true", "--data.features=online", "--model.target.dtype=bfloat16"])
     with pytest.raises(ValueError, match=r"shard_target on CPUs needs model\.target\.dtype float32"):
         run(cli)

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from spec_decode.cost import expected_tokens
-from spec_decode.data import DraftBatch
+from spec_decode.data.datamodule import DraftBatch
+from spec_decode.decoding.cost import expected_tokens
 from spec_decode.drafters import DrafterSpec
-from spec_decode.losses import (
+from spec_decode.training.drafter_module import DrafterModule
+from spec_decode.training.losses import (
     AcceptanceTable,
     feature_loss,
     head_loss,
@@ -20,7 +21,6 @@ from spec_decode.losses import (
     soft_cross_entropy,
     teacher_forced_acceptance,
 )
-from spec_decode.module import DrafterModule
 
 
 def test_soft_cross_entropy_in_float64():

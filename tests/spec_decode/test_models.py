@@ -4,9 +4,9 @@ import pytest
 import torch
 import transformers as hf
 
+from spec_decode.decoding.tree import ancestor_mask, backbone_parents, pad_tree, paths, positions
 from spec_decode.models import CausalLM
 from spec_decode.models.causal_lm import default_feature_layers
-from spec_decode.tree import ancestor_mask, backbone_parents, pad_tree, paths, positions
 
 SIZES = {
     "vocab_size": 61,

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kd_common.memory import peak_bytes
-from spec_decode.decoder import SpeculativeDecoder
+from kd_common.run.memory import peak_bytes
+from spec_decode.decoding.decoder import SpeculativeDecoder
 from spec_decode.drafters import DrafterSpec
 from spec_decode.drafters.files import for_inference
 from spec_decode.models import CausalLM

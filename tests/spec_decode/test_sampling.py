@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from spec_decode.sampling import (
+from spec_decode.decoding.sampling import (
     Sampling,
     Stream,
     check_logits,
@@ -81,7 +81,9 @@ def test_uniform_noise_is_uniform_over_positions_and_over_ids():
 
 def test_uniform_noise_never_reaches_its_ends(monkeypatch):
     for bits, expected in ((0, 2.0**-53), (-1, 1 - 2.0**-53)):
-        monkeypatch.setattr("spec_decode.sampling._splitmix64", lambda start, index, bits=bits: torch.tensor([bits]))
+        monkeypatch.setattr(
+            "spec_decode.decoding.sampling._splitmix64", lambda start, index, bits=bits: torch.tensor([bits])
+        )
         ids = torch.arange(1)
         assert uniform_noise(torch.tensor([0]), torch.tensor([0]), ids, Stream.TARGET).item() == expected
         assert gumbel_noise(torch.tensor([0]), torch.tensor([0]), ids, Stream.TARGET).isfinite().all()

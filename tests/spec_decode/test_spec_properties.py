@@ -6,12 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spec_decode.cost import best_tree, expected_tokens
-from spec_decode.losses import rejected_mass, soft_cross_entropy
-from spec_decode.models import KVCache
-from spec_decode.proposals import matching_tree, sampled_tree
-from spec_decode.sampling import Sampling, row_seeds
-from spec_decode.tree import (
+from spec_decode.decoding.cost import best_tree, expected_tokens
+from spec_decode.decoding.proposals import matching_tree, sampled_tree
+from spec_decode.decoding.sampling import Sampling, row_seeds
+from spec_decode.decoding.tree import (
     DraftTree,
     ancestor_mask,
     backbone_tree,
@@ -22,7 +20,9 @@ from spec_decode.tree import (
     positions,
     prune_tree,
 )
-from spec_decode.verify import count_kept, recursive_rejection, verify_matching, verify_sampled
+from spec_decode.decoding.verify import count_kept, recursive_rejection, verify_matching, verify_sampled
+from spec_decode.models import KVCache
+from spec_decode.training.losses import rejected_mass, soft_cross_entropy
 
 props = settings(max_examples=60, deadline=None, derandomize=True)
 VOCAB = 6

@@ -7,14 +7,14 @@ import pytest
 import torch
 import yaml
 
-from spec_decode.decoder import SpeculativeDecoder
+from spec_decode.decoding.decoder import SpeculativeDecoder
+from spec_decode.decoding.measure import Measurement
+from spec_decode.decoding.tree import DraftTree
+from spec_decode.decoding.verify import Verified
 from spec_decode.drafters import PromptLookup
-from spec_decode.figures import Passes, milliseconds, plot_trees
 from spec_decode.fit import build, run
-from spec_decode.measure import Measurement
 from spec_decode.report import main
-from spec_decode.tree import DraftTree
-from spec_decode.verify import Verified
+from spec_decode.viz.figures import Passes, milliseconds, plot_trees
 
 
 def test_passes_are_kept_with_their_trees(tiny, byte_tokenizer):
@@ -47,7 +47,15 @@ def test_time_per_token_adds_up():
 
 @pytest.mark.slow
 def test_report_of_a_run(tmp_path, fit_args, capsys, assert_live):
-    run(build([*fit_args, "--trainer.callbacks+=spec_decode.callbacks.DraftFigures", "--trainer.callbacks.tree=[2,1]"]))
+    run(
+        build(
+            [
+                *fit_args,
+                "--trainer.callbacks+=spec_decode.training.callbacks.DraftFigures",
+                "--trainer.callbacks.tree=[2,1]",
+            ]
+        )
+    )
     folder = tmp_path / "run"
     assert_live(folder, ["acceptance", "draft trees", "time"])
     page = main([str(folder), f"--output={tmp_path / 'report'}", "--count=2", "--max_new_tokens=12", "--tree=2,1"])

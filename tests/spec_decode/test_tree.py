@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from spec_decode.tree import (
+from spec_decode.decoding.tree import (
     DraftTree,
     ancestor_mask,
     backbone_parents,

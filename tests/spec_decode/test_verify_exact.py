@@ -6,10 +6,10 @@ from itertools import product
 import pytest
 import torch
 
-from spec_decode.proposals import SampledTree, matching_tree, sampled_tree
-from spec_decode.sampling import Sampling, row_seeds
-from spec_decode.tree import DraftTree, backbone_tree, merge_branches, pad_tree
-from spec_decode.verify import count_kept, recursive_rejection, verify_matching, verify_sampled
+from spec_decode.decoding.proposals import SampledTree, matching_tree, sampled_tree
+from spec_decode.decoding.sampling import Sampling, row_seeds
+from spec_decode.decoding.tree import DraftTree, backbone_tree, merge_branches, pad_tree
+from spec_decode.decoding.verify import count_kept, recursive_rejection, verify_matching, verify_sampled
 
 GREEDY = Sampling(0.0)
 

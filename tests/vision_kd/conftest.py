@@ -7,8 +7,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from vision_kd.models import MODELS, Classifier, ModelSpec
-from vision_kd.module import DistillationModule
-from vision_kd.specs import TeacherSpec
+from vision_kd.training.classification import DistillationModule
+from vision_kd.training.specs import TeacherSpec
 
 CLASSES, SIZE = 6, 4
 MEAN, STD = (0.4,), (0.3,)

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from kd_common.cli import find_config
-from kd_common.compare import run_matrix
+from kd_common.run.cli import find_config
+from kd_common.run.compare import run_matrix
 from vision_kd import compare as module
 from vision_kd.compare import main, summarise
 from vision_kd.fit import CONFIG_DIR

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from vision_kd.diagnosis import BINS, calibration_error, class_accuracy, class_correlation, collect_logits, reliability
+from vision_kd.viz.diagnosis import (
+    BINS,
+    calibration_error,
+    class_accuracy,
+    class_correlation,
+    collect_logits,
+    reliability,
+)
 
 
 @pytest.fixture

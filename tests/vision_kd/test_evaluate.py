@@ -5,9 +5,10 @@ import torch
 import torchvision
 
 from vision_kd.data import Digits
-from vision_kd.evaluate import accuracy, main
+from vision_kd.evaluate import main
 from vision_kd.fit import build, run
 from vision_kd.models import ModelSpec, build_classifier, save_student
+from vision_kd.training.metrics import accuracy
 
 DATA = {"class_path": "vision_kd.data.Digits", "init_args": {"batch_size": 32}}
 

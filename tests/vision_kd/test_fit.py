@@ -8,13 +8,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from kd_common.errors import NonFiniteLossError
+from kd_common.run.errors import NonFiniteLossError
 from kd_common.schedules import TopKSchedule
 from vision_kd.data import Digits
-from vision_kd.evaluate import accuracy
 from vision_kd.fit import build, main, run
 from vision_kd.models import MODELS, load_classifier
-from vision_kd.rehearsal import limited_validation, rehearse
+from vision_kd.training.metrics import accuracy
+from vision_kd.training.rehearsal import limited_validation, rehearse
 
 
 def weights(module):
@@ -351,7 +351,7 @@ def test_what_fails_at_the_end_fails_before_the_teacher_is_trained(digits_args, 
     def full(*_, **__):
         raise OSError("no room")
 
-    monkeypatch.setattr("vision_kd.rehearsal.save_student", full)
+    monkeypatch.setattr("vision_kd.training.rehearsal.save_student", full)
     monkeypatch.setattr("vision_kd.fit.obtain_teacher", lambda *_, **__: pytest.fail("the teacher came first"))
     with pytest.raises(OSError, match="no room"):
         run(build(digits_args))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from vision_kd.landscape import filter_direction, loss_surface
+from vision_kd.viz.landscape import filter_direction, loss_surface
 
 
 def network():

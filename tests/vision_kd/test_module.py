@@ -11,17 +11,17 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
-from kd_common.errors import NonFiniteLossError
+from kd_common.run.errors import NonFiniteLossError
 from kd_common.schedules import TopKSchedule
-from vision_kd.evaluate import accuracy
-from vision_kd.guards import FiniteGuard, check_trainer
 from vision_kd.methods.dkd import DKD
 from vision_kd.methods.kd import KD
 from vision_kd.methods.vanilla import Vanilla
 from vision_kd.models import ModelSpec, build_classifier
-from vision_kd.module import DistillationModule
 from vision_kd.policies import DOT, SGD, DeepKD
-from vision_kd.specs import DynamicTopK, TeacherSpec
+from vision_kd.training.classification import DistillationModule
+from vision_kd.training.guards import FiniteGuard, check_trainer
+from vision_kd.training.metrics import accuracy
+from vision_kd.training.specs import DynamicTopK, TeacherSpec
 
 LR, MU, WD, DELTA = 0.2, 0.9, 1e-2, 0.075
 T, CE, KL = 4.0, 0.1, 0.9
@@ -305,7 +305,7 @@ def test_bad_settings_fail_when_the_module_is_built(toy, settings, message):
 
 def test_method_with_teacher_needs_a_specification(toy):
     from vision_kd.models import ModelSpec
-    from vision_kd.module import DistillationModule
+    from vision_kd.training.classification import DistillationModule
 
     with pytest.raises(ValueError, match=r"DKD needs model\.teacher"):
         DistillationModule(ModelSpec("test_tiny"), toy.classes, 1, (0.0,), (1.0,), method=DKD())
@@ -411,8 +411,10 @@ def test_ranks_share_gradients_statistics_and_what_they_log(toy, monkeypatch):
     """What two processes do is tested in tests/integration; here, that each of their meetings takes place."""
     module, averaged, logged = toy.module(learning_rate=LR, weight_decay=0.0), [], []
     start = copy.deepcopy(module.student)
-    monkeypatch.setattr("vision_kd.training.all_reduce_mean", lambda g: {k: [x * 0 for x in v] for k, v in g.items()})
-    monkeypatch.setattr("vision_kd.training.average_batchnorm_buffers", averaged.append)
+    monkeypatch.setattr(
+        "vision_kd.training.component_training.all_reduce_mean", lambda g: {k: [x * 0 for x in v] for k, v in g.items()}
+    )
+    monkeypatch.setattr("vision_kd.training.component_training.average_batchnorm_buffers", averaged.append)
     monkeypatch.setattr(module, "log", lambda name, value, **how: logged.append((name, how.get("sync_dist"))))
     monkeypatch.setattr(module, "log_dict", lambda values, **how: logged.append((list(values), how.get("sync_dist"))))
     toy.train(module, toy.batches(4, 4))

@@ -10,7 +10,7 @@ from vision_kd.methods.kd import KD
 from vision_kd.methods.mlkd import MLKD
 from vision_kd.methods.vanilla import Vanilla
 from vision_kd.policies import DOT, SGD, DeepKD
-from vision_kd.step import distillation_step, teacher_logits
+from vision_kd.training.step import distillation_step, teacher_logits
 
 N, C = 4, 6
 POLICIES = [SGD(), DOT(), DeepKD(), DeepKD(preset="released")]

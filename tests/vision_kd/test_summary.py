@@ -10,8 +10,8 @@ from vision_kd.fit import Result
 from vision_kd.methods.dkd import DKD
 from vision_kd.methods.vanilla import Vanilla
 from vision_kd.policies import SGD
-from vision_kd.specs import DynamicTopK
-from vision_kd.summary import print_summary, title
+from vision_kd.training.specs import DynamicTopK
+from vision_kd.training.summary import print_summary, title
 
 
 @pytest.mark.parametrize(

@@ -12,16 +12,16 @@ import torch
 import torchvision
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-import vision_kd.teacher
-from kd_common.errors import NonFiniteLossError
+import vision_kd.training.teacher
 from kd_common.files import cache_root
+from kd_common.run.errors import NonFiniteLossError
 from vision_kd.data import Digits, ImageDataModule, ImageFolder, digest
-from vision_kd.evaluate import accuracy
 from vision_kd.fit import build, launched_from_outside, run
 from vision_kd.models import load_classifier, save_student
-from vision_kd.module import DistillationModule
-from vision_kd.specs import TeacherSpec
-from vision_kd.teacher import obtain_teacher, teacher_cache_path
+from vision_kd.training.classification import DistillationModule
+from vision_kd.training.metrics import accuracy
+from vision_kd.training.specs import TeacherSpec
+from vision_kd.training.teacher import obtain_teacher, teacher_cache_path
 
 SPEC = TeacherSpec("resnet8", epochs=3)
 CONFIG = {"class_path": "vision_kd.data.Digits", "init_args": {"batch_size": 32, "seed": 0, "train_subset": 256}}
@@ -41,13 +41,13 @@ def cached(spec=SPEC, **changed):
 @pytest.fixture
 def trainings(monkeypatch):
     """Counts how often a teacher is trained."""
-    calls, train = [], vision_kd.teacher.train_teacher
+    calls, train = [], vision_kd.training.teacher.train_teacher
 
     def counted(*args):
         calls.append(args)
         return train(*args)
 
-    monkeypatch.setattr(vision_kd.teacher, "train_teacher", counted)
+    monkeypatch.setattr(vision_kd.training.teacher, "train_teacher", counted)
     return calls
 
 
@@ -208,7 +208,7 @@ class KilledError(Exception):
 @pytest.mark.parametrize("epoch", [1, 2, 3])
 def test_a_killed_teacher_goes_on_from_its_last_epoch(tmp_path, monkeypatch, epoch):
     """Killed inside the second and the third epoch, and after the last one; bit for bit the uninterrupted teacher."""
-    whole = vision_kd.teacher.train_teacher(SPEC, digits()[0], accelerator="cpu", progress_bar=False)
+    whole = vision_kd.training.teacher.train_teacher(SPEC, digits()[0], accelerator="cpu", progress_bar=False)
     started, start = [], DistillationModule.on_train_epoch_start
     monkeypatch.setattr(
         DistillationModule, "on_train_epoch_start", lambda self: (started.append(self.current_epoch), start(self))[1]
@@ -228,7 +228,7 @@ def test_a_killed_teacher_goes_on_from_its_last_epoch(tmp_path, monkeypatch, epo
             def no_disk(*args, **kwargs):
                 raise KilledError
 
-            patched.setattr(vision_kd.teacher, "save_student", no_disk)
+            patched.setattr(vision_kd.training.teacher, "save_student", no_disk)
         with pytest.raises(KilledError):
             obtain_teacher(SPEC, *digits(), accelerator="cpu", progress_bar=False)
     started.clear()

@@ -5,7 +5,7 @@ import pytest
 
 from vision_kd.fit import main as fit
 from vision_kd.report import main
-from vision_kd.run_figures import plot_class_changes, plot_correlations
+from vision_kd.viz.runs import plot_class_changes, plot_correlations
 
 ARGUMENTS = [
     "--trainer.max_epochs=2",
@@ -23,7 +23,7 @@ ARGUMENTS = [
 def test_report_of_two_runs(tmp_path, capsys, assert_live):
     alone, deepkd = tmp_path / "alone", tmp_path / "deepkd"
     fit([*ARGUMENTS, "--config=methods/vanilla", "--model.policy=SGD", "--model.topk=null", f"--run_dir={alone}"])
-    fit([*ARGUMENTS, f"--run_dir={deepkd}", "--trainer.callbacks+=vision_kd.callbacks.StudentFigures"])
+    fit([*ARGUMENTS, f"--run_dir={deepkd}", "--trainer.callbacks+=vision_kd.training.callbacks.StudentFigures"])
     assert_live(alone, [])
     assert_live(deepkd, ["calibration", "correlation"])
     capsys.readouterr()
@@ -52,7 +52,9 @@ def test_report_of_two_runs(tmp_path, capsys, assert_live):
 def test_a_folder_without_a_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="is no run"):
         main([str(tmp_path)])
-    (tmp_path / "config.yaml").write_text("model: {class_path: llm_kd.module.DistillationModule, init_args: {}}")
+    (tmp_path / "config.yaml").write_text(
+        "model: {class_path: llm_kd.training.distillation.DistillationModule, init_args: {}}"
+    )
     (tmp_path / "metrics.csv").write_text("epoch,step,val/tar\n0,1,0.5\n")
     with pytest.raises(ValueError, match=r"no run of vision_kd\.fit"):
         main([str(tmp_path)])

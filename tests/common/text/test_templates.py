@@ -7,9 +7,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from kd_common.hub.vocabulary import end_tokens
 from kd_common.text import ChatEncoder, EncodingError, Message, Row, encode_each, read_rows, template
 from kd_common.text.template import DATE
-from kd_common.vocabulary import end_tokens
 
 LOOP = "{% for m in messages %}"
 OPEN = "{% if add_generation_prompt %}"

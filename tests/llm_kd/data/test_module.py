@@ -11,8 +11,8 @@ from tokenizers import Tokenizer
 from kd_common.text import EncodingError
 from llm_kd.data import TextDataModule, read_rows
 from llm_kd.data import module as module_file
-from llm_kd.data.module import find_data
-from llm_kd.generation import Sampling
+from llm_kd.data.datamodule import find_data
+from llm_kd.models.generation import Sampling
 
 ANSWERED = [{"instruction": f"Say {n}", "output": "the number " * (n % 3) + str(n)} for n in range(20)]
 PROMPTS = [{"instruction": f"Say {n}"} for n in range(20)]

@@ -15,8 +15,8 @@ from tokenizers import decoders
 from kd_common.files import cache_root
 from llm_kd.data import responses as module
 from llm_kd.data.responses import ResponsesError, responses_path, write_responses
-from llm_kd.fingerprint import tensors_fingerprint
-from llm_kd.generation import Sampling, generate
+from llm_kd.models.fingerprint import tensors_fingerprint
+from llm_kd.models.generation import Sampling, generate
 
 PROMPTS = [[10 + i] * (1 + i % 4) for i in range(11)]
 SAMPLING = Sampling(max_new_tokens=5)
@@ -252,7 +252,7 @@ VICTIM = """
 import sys, time
 import torch
 from llm_kd.data import responses
-from llm_kd.generation import Sampling
+from llm_kd.models.generation import Sampling
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 folder, prompts, slow = sys.argv[1], eval(sys.argv[2]), float(sys.argv[3])

@@ -9,9 +9,9 @@ import pytest
 import torch
 import yaml
 
-from kd_common.cli import find_config
-from kd_common.errors import NonFiniteLossError
 from kd_common.grads import clip_components
+from kd_common.run.cli import find_config
+from kd_common.run.errors import NonFiniteLossError
 from vision_kd.compare import main as compare_main
 from vision_kd.detection import DetectionModule, DetectionRecord, DigitScenes, FeatureDistillation, average_precision
 from vision_kd.evaluate import main as evaluate
@@ -21,7 +21,7 @@ from vision_kd.methods.mlkd import MLKD
 from vision_kd.methods.vanilla import Vanilla
 from vision_kd.models import ModelSpec, save_student
 from vision_kd.policies import SGD, DeepKD
-from vision_kd.specs import DynamicTopK, TeacherSpec
+from vision_kd.training.specs import DynamicTopK, TeacherSpec
 
 PAIRS = {
     "r101_r18": ("fasterrcnn_resnet101_fpn", "fasterrcnn_resnet18_fpn", 1.2),

@@ -4,7 +4,7 @@ The rest of the command line is that of ``llm_kd.fit``, configurations included;
 ``--model.teacher.cache F``.
 """
 
-from kd_common.early import answer_early
+from kd_common.run.early import answer_early
 
 if __name__ == "__main__":
     answer_early("llm_kd.cache_teacher")  # before the imports below, which take seconds
@@ -17,15 +17,14 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from tqdm.auto import tqdm
 
-from kd_common.errors import run_command
-from kd_common.hub import load_config
-from kd_common.messages import check_device, check_folder, default_device
+from kd_common.hub.language_models import load_config
+from kd_common.run.errors import run_command
+from kd_common.run.messages import check_device, check_folder, default_device
 from llm_kd.data import SPLITS, TokenBatch
 from llm_kd.data.loader import TextLoader
 from llm_kd.fit import LanguageCLI, build
 from llm_kd.head import truncate
 from llm_kd.models import TeacherSpec, load_teacher
-from llm_kd.positions import check_conversations
 from llm_kd.teacher import (
     CacheHeader,
     CacheWriter,
@@ -146,7 +145,7 @@ def main(args: ArgsType = None) -> TeacherCache:
     # The layout refuses a size or dtype that cannot be stored: before the teacher is loaded and answers the prompts.
     RecordLayout(data.vocab_size, settings["size"], settings["dtype"])
     spec = TeacherSpec(**settings["model"]["init_args"]["teacher"])
-    check_conversations({"teacher": load_config(spec.name)}, data, SPLITS)
+    data.check_positions({"teacher": load_config(spec.name)}, SPLITS)
     body = load_teacher(spec)
     body.to(settings["device"])
     data.write_responses(body.model)

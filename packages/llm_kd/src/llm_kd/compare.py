@@ -11,7 +11,7 @@ A comparison file names the configurations all runs share and those each variant
 Every finished run is written to ``results.json`` at once; an interrupted comparison continues where it stopped.
 """
 
-from kd_common.early import answer_early
+from kd_common.run.early import answer_early
 
 if __name__ == "__main__":
     answer_early("llm_kd.compare")  # before the imports below, which take seconds
@@ -23,10 +23,10 @@ from pathlib import Path
 import matplotlib
 import torch
 
-from kd_common.compare import Row, by_variant, compare_command, mean_and_spread, write_table
-from kd_common.errors import run_command
+from kd_common.run.compare import Row, by_variant, compare_command, mean_and_spread, write_table
+from kd_common.run.errors import run_command
 from llm_kd.fit import CONFIG_DIR, build, run
-from llm_kd.summary import is_whole
+from llm_kd.training.summary import is_whole
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -4,7 +4,7 @@ On the answers in the file: NLL, and with ``--teacher`` the KL to it, agreement 
 that the student writes: ROUGE-L, by default in the MiniLLM protocol.
 """
 
-from kd_common.early import answer_early
+from kd_common.run.early import answer_early
 
 if __name__ == "__main__":
     answer_early("llm_kd.evaluate")  # before the imports below, which take seconds
@@ -24,21 +24,20 @@ from rich.markup import escape
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from kd_common.compare import mean_and_spread
-from kd_common.errors import run_command
 from kd_common.files import write_atomically
-from kd_common.hub import load_config, load_tokenizer
-from kd_common.messages import CommandParser, check_device, check_file, default_device
+from kd_common.hub.language_models import load_config, load_tokenizer
+from kd_common.run.compare import mean_and_spread
+from kd_common.run.errors import run_command
+from kd_common.run.messages import CommandParser, check_device, check_file, default_device
 from kd_common.terminal import printable
-from llm_kd.answers import Answers, answer_prompts
 from llm_kd.data import TextDataModule
-from llm_kd.distiller import token_metric_means
-from llm_kd.generation import Sampling
-from llm_kd.harness import load_harness, run_harness
+from llm_kd.evaluation.answers import Answers, answer_prompts
+from llm_kd.evaluation.harness import load_harness, run_harness
 from llm_kd.head import HiddenSignal
 from llm_kd.head.metrics import token_metrics
 from llm_kd.models import Body, TeacherSpec, load_teacher, shared_vocabulary
-from llm_kd.positions import check_conversations
+from llm_kd.models.generation import Sampling
+from llm_kd.training.distiller import token_metric_means
 
 SEEDS = [10, 20, 30, 40, 50]
 """Seeds of the MiniLLM protocol, one set of answers each."""
@@ -154,7 +153,7 @@ def evaluate(settings: Namespace, sampling: Sampling) -> dict[str, Any]:
     configs = {role: load_config(name) for role, name in names.items()}
     vocab_size = shared_vocabulary(*map(load_tokenizer, names.values()), *configs.values())
     data: TextDataModule = parser().instantiate_classes(settings).data
-    check_conversations(configs, data, ("val",))  # what is wrong with the data shows before models are loaded
+    data.check_positions(configs, ("val",))  # what is wrong with the data shows before models are loaded
     student = load(settings.student, settings.dtype, settings)
     teacher_dtype = settings.teacher_dtype or settings.dtype
     teacher = None if settings.teacher is None else load(settings.teacher, teacher_dtype, settings)
@@ -222,8 +221,8 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
 
     Returns:
         ``settings``; ``data``: counts; ``tokens``: see :func:`token_means`; ``rouge_l``: see :func:`over_seeds`;
-        ``answers``, all of them; ``harness``: see :func:`llm_kd.harness.run_harness`. What was not asked for is left
-        out.
+        ``answers``, all of them; ``harness``: see :func:`llm_kd.evaluation.harness.run_harness`. What was not asked
+        for is left out.
 
     Raises:
         CacheError, EncodingError, FileNotFoundError, ResponsesError, RowsError: From the data.

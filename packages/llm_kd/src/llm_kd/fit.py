@@ -4,12 +4,11 @@
 and tests call ``build([...])`` with the same arguments as the command line.
 """
 
-from kd_common.early import answer_early
+from kd_common.run.early import answer_early
 
 if __name__ == "__main__":
     answer_early("llm_kd.fit")  # before the imports below, which take seconds
 
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,25 +17,26 @@ import torch
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 
 import llm_kd.objectives
-import llm_kd.rollout
-import llm_kd.selectors
-import llm_kd.strategies  # noqa: F401  (makes class names and the strategy known to the command line)
-from kd_common.cli import FitCLI, fixed_seed
-from kd_common.errors import run_command
-from kd_common.hub import load_config
-from kd_common.memory import peak_memory_gib
-from kd_common.rehearsal import alone
-from kd_common.run_lock import holding_folder
-from kd_common.trainer_settings import check_batches
-from llm_kd.answers import Answers, answer_prompts
-from llm_kd.callbacks import StudentExport
+import llm_kd.selection
+import llm_kd.training.rollout
+import llm_kd.training.strategies  # noqa: F401  (makes class names and the strategy known to the command line)
+from kd_common.hub.language_models import load_config
+from kd_common.run.cli import FitCLI, fixed_seed
+from kd_common.run.errors import run_command
+from kd_common.run.memory import peak_memory_gib
+from kd_common.run.rehearsal import alone
+from kd_common.run.run_lock import holding_folder
+from kd_common.run.trainer_settings import check_batches
 from llm_kd.data import SPLITS, TextDataModule
+from llm_kd.evaluation.answers import Answers, answer_prompts
 from llm_kd.models import Body, TeacherSpec, check_packing, load_teacher
-from llm_kd.module import DistillationModule
-from llm_kd.positions import check_conversations, check_positions
-from llm_kd.rehearsal import rehearse
-from llm_kd.summary import print_summary
+from llm_kd.models.positions import check_positions
 from llm_kd.teacher import CachedTeacher, CacheError, OnlineTeacher, TeacherCache, weights_fingerprint
+from llm_kd.training.callbacks import StudentExport
+from llm_kd.training.distillation import DistillationModule
+from llm_kd.training.rehearsal import rehearse
+from llm_kd.training.result import Result
+from llm_kd.training.summary import print_summary
 
 CONFIG_DIR = Path(str(files("llm_kd") / "configs"))
 
@@ -77,38 +77,6 @@ class LanguageCLI(FitCLI):
             )
         if self.config["answers"] < 0:
             raise ValueError(f"--answers must be at least 0, got {self.config['answers']}")
-
-
-@dataclass
-class Result:
-    """What a run achieved.
-
-    Attributes:
-        before: Validation means of the student before training: ``nll``, ``kl``, ``agreement``, ``tar`` ...
-        history: The same per epoch, with ``train_loss``, ``train_tar``, ``seconds`` and ``tokens_per_second``.
-        answers: The student's greedy answers ``before`` and ``after`` training with their ROUGE-L, and those of the
-            ``teacher`` where not all references are its own; empty if none were asked for.
-        parameters: Parameter counts of student and teacher.
-        peak_memory_gib: Largest memory of the process (CPU) or the device (GPU).
-        run_dir: Folder of checkpoints, logs and the resolved configuration; None if nothing was written.
-    """
-
-    before: dict[str, float]
-    history: list[dict[str, float]]
-    answers: dict[str, Answers]
-    parameters: dict[str, int]
-    peak_memory_gib: float
-    run_dir: Path | None
-
-    @property
-    def last(self) -> dict[str, float]:
-        """Metrics of the last validation."""
-        return self.history[-1]
-
-    @property
-    def best(self) -> dict[str, float]:
-        """Metrics of the validation with the lowest KL to the teacher; chosen on validation data, so optimistic."""
-        return min(self.history, key=lambda epoch: epoch["kl"])
 
 
 def build(args: ArgsType = None, cli_class: type[LanguageCLI] = LanguageCLI) -> LanguageCLI:
@@ -175,7 +143,16 @@ def run(cli: LanguageCLI) -> Result:
     ask("after", model.distiller.student)
     if body is not None and (data.responses == "dataset" or any(row.answered for row in data.rows("val"))):
         ask("teacher", body)
-    return Result(before, model.history, answers, parameters, peak_memory_gib(), cli.run_dir)
+    return Result(
+        history=model.history,
+        metric=model.metric,
+        mode=model.mode,
+        parameters=parameters,
+        run_dir=cli.run_dir,
+        before=before,
+        answers=answers,
+        peak_memory_gib=peak_memory_gib(),
+    )
 
 
 def check_lengths(model: DistillationModule, data: TextDataModule, answers: int) -> None:
@@ -194,7 +171,7 @@ def check_lengths(model: DistillationModule, data: TextDataModule, answers: int)
     configs = {"student": model.distiller.student.causal_lm.config}
     if spec.cache is None or data.responses == "teacher":
         configs["teacher"] = load_config(spec.name)
-    check_conversations(configs, data, SPLITS)
+    data.check_positions(configs, SPLITS)
     if model.rollout.generates:
         written = model.rollout.sampling.max_new_tokens
         what = f"training prompts with responses of model.rollout.sampling.max_new_tokens {written}"

@@ -4,7 +4,7 @@ The prompt becomes a user's turn of the tokenizer's chat template, or of the ins
 template are trained on.
 """
 
-from kd_common.early import answer_early
+from kd_common.run.early import answer_early
 
 if __name__ == "__main__":
     answer_early("llm_kd.generate")  # before the imports below, which take seconds
@@ -14,14 +14,14 @@ import sys
 
 from transformers import TextStreamer
 
-from kd_common.errors import run_command
-from kd_common.hub import load_causal_lm, load_config, load_tokenizer, note_unapplied
-from kd_common.messages import CommandParser, check_device, default_device
+from kd_common.hub.language_models import load_causal_lm, load_config, load_tokenizer, note_unapplied
+from kd_common.run.errors import run_command
+from kd_common.run.messages import CommandParser, check_device, default_device
 from kd_common.terminal import printable
-from llm_kd.answers import visible
 from llm_kd.data import Encoder, Message, Row
-from llm_kd.generation import Sampling, generate
+from llm_kd.evaluation.answers import visible
 from llm_kd.models import shared_vocabulary
+from llm_kd.models.generation import Sampling, generate
 
 
 class PrintedAnswer(TextStreamer):

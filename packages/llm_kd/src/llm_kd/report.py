@@ -4,7 +4,7 @@ From the logs: KL, NLL and acceptance over the updates. From the saved students,
 tokens in place, acceptance by the teacher's entropy, loss by position. Several runs are laid over each other.
 """
 
-from kd_common.early import answer_early
+from kd_common.run.early import answer_early
 
 if __name__ == "__main__":
     answer_early("llm_kd.report")  # before the imports below, which take seconds
@@ -16,15 +16,15 @@ from typing import Any
 from markupsafe import Markup, escape
 from rich.console import Console
 
-from kd_common.errors import run_command
-from kd_common.hub import load_causal_lm, load_config, load_tokenizer
-from kd_common.messages import CommandParser, check_folder
-from kd_common.report import Section, check_validated, read_config, read_metrics, run_names, write_report
+from kd_common.hub.language_models import load_causal_lm, load_config, load_tokenizer
+from kd_common.run.errors import run_command
+from kd_common.run.messages import CommandParser, check_folder
+from kd_common.run.report import Section, check_validated, read_config, read_metrics, run_names, write_report
 from kd_common.terminal import printable
 from llm_kd.data import TextDataModule
-from llm_kd.figures import Metrics, mark_tokens, plot_entropy, plot_positions, plot_progress
 from llm_kd.models import Body, shared_vocabulary
-from llm_kd.token_table import token_table
+from llm_kd.viz.figures import Metrics, mark_tokens, plot_entropy, plot_positions, plot_progress
+from llm_kd.viz.token_table import token_table
 
 METHOD = {"objective": "ForwardKL", "selector": "TopK", "rollout": "OffPolicy"}
 """Parts of a method, with the default of each."""

@@ -4,7 +4,7 @@ Every prompt set and temperature is a block in which all decoders take turns on 
 when a run is interrupted.
 """
 
-from kd_common.early import answer_early
+from kd_common.run.early import answer_early
 
 if __name__ == "__main__":
     answer_early("spec_decode.benchmark")  # before the imports below, which take seconds
@@ -26,23 +26,20 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from kd_common.errors import run_command
 from kd_common.files import read_json, write_atomically
-from kd_common.hub import load_causal_lm, model_ends, model_source, note_unapplied
-from kd_common.memory import peak_bytes
-from kd_common.messages import CommandParser, check_device, check_folder
+from kd_common.hub.language_models import load_causal_lm, model_ends, model_source, note_unapplied
+from kd_common.run.errors import run_command
+from kd_common.run.memory import peak_bytes
+from kd_common.run.messages import CommandParser, check_device, check_folder
 from kd_common.text import Row
-from spec_decode.autotune import measure_passes
-from spec_decode.cost import speedup
 from spec_decode.data.corpus import encode_prompts
 from spec_decode.data.prompts import packaged_prompts, read_prompts
-from spec_decode.decoder import SpeculativeDecoder
-from spec_decode.drafters.base import tree_slots
-from spec_decode.drafters.files import CONFIG
-from spec_decode.measure import Measurement, first_divergence, measure
-from spec_decode.models import CausalLM
-from spec_decode.sampling import Sampling, Stream, gumbel_noise, row_seeds
-from spec_decode.session import (
+from spec_decode.decoding.autotune import measure_passes
+from spec_decode.decoding.cost import speedup
+from spec_decode.decoding.decoder import SpeculativeDecoder
+from spec_decode.decoding.measure import Measurement, first_divergence, measure
+from spec_decode.decoding.sampling import Sampling, Stream, gumbel_noise, row_seeds
+from spec_decode.decoding.session import (
     check_drafter,
     check_settings,
     drafter_folder,
@@ -50,7 +47,10 @@ from spec_decode.session import (
     find_target,
     parse_tree,
 )
-from spec_decode.tables import print_tables
+from spec_decode.drafters.base import tree_slots
+from spec_decode.drafters.files import CONFIG
+from spec_decode.models import CausalLM
+from spec_decode.viz.tables import print_tables
 
 PLAIN = "plain"
 

@@ -3,7 +3,7 @@
 ``/new`` starts over, ``/exit`` ends, Ctrl-C stops an answer.
 """
 
-from kd_common.early import answer_early
+from kd_common.run.early import answer_early
 
 if __name__ == "__main__":
     answer_early("spec_decode.chat")  # before the imports below, which take seconds
@@ -15,10 +15,10 @@ from typing import Any, TextIO
 
 from jsonargparse import auto_cli
 
-from kd_common.errors import run_command
-from kd_common.messages import CommandParser
+from kd_common.run.errors import run_command
+from kd_common.run.messages import CommandParser
+from spec_decode.decoding.session import Session, check_settings
 from spec_decode.generate import answer
-from spec_decode.session import Session, check_settings
 
 COMMANDS = {"/new": "starts over", "/exit": "ends"}
 

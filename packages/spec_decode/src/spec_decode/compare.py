@@ -12,7 +12,7 @@ The target's text and features are written once, by the first run. Every finishe
 once; an interrupted comparison continues where it stopped.
 """
 
-from kd_common.early import answer_early
+from kd_common.run.early import answer_early
 
 if __name__ == "__main__":
     answer_early("spec_decode.compare")  # before the imports below, which take seconds
@@ -22,9 +22,9 @@ from pathlib import Path
 
 import torch
 
-from kd_common.compare import Row, by_variant, compare_command, mean_and_spread, write_table
-from kd_common.errors import run_command
-from spec_decode.autotune import measure_drafts, measure_passes
+from kd_common.run.compare import Row, by_variant, compare_command, mean_and_spread, write_table
+from kd_common.run.errors import run_command
+from spec_decode.decoding.autotune import measure_drafts, measure_passes
 from spec_decode.drafters.files import for_inference
 from spec_decode.fit import CONFIG_DIR, build, run
 

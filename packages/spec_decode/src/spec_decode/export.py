@@ -4,7 +4,7 @@ Weights ``fc``, ``midlayer``, ``norm`` and ``lm_head`` with the vocabulary maps 
 ``t2d`` (whether a target token can be drafted). Nothing else reads the other drafters; their own folder is the format.
 """
 
-from kd_common.early import answer_early
+from kd_common.run.early import answer_early
 
 if __name__ == "__main__":
     answer_early("spec_decode.export")  # before the imports below, which take seconds
@@ -19,11 +19,11 @@ from jsonargparse import auto_cli
 from safetensors.torch import save
 from torch import Tensor
 
-from kd_common.errors import run_command
 from kd_common.files import write_atomically
-from kd_common.hub import DTYPES, load_config
-from kd_common.messages import CommandParser, check_folder
-from kd_common.model_files import shown
+from kd_common.hub.language_models import DTYPES, load_config
+from kd_common.hub.weight_files import shown
+from kd_common.run.errors import run_command
+from kd_common.run.messages import CommandParser, check_folder
 from spec_decode.drafters.files import check_target_sizes, read_config, read_weights
 from spec_decode.models.causal_lm import default_feature_layers
 

@@ -4,31 +4,31 @@
 and tests call ``build([...])`` with the same arguments as the command line.
 """
 
-from kd_common.early import answer_early
+from kd_common.run.early import answer_early
 
 if __name__ == "__main__":
     answer_early("spec_decode.fit")  # before the imports below, which take seconds
 
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 
-from kd_common.cli import FitCLI, fixed_seed
-from kd_common.errors import run_command
-from kd_common.hub import model_ends, note_unapplied
-from kd_common.rehearsal import alone
-from kd_common.run_lock import holding_folder
-from spec_decode.callbacks import DrafterExport
-from spec_decode.data import TargetText
-from spec_decode.decoder import SpeculativeDecoder
+from kd_common.hub.language_models import model_ends, note_unapplied
+from kd_common.run.cli import FitCLI, fixed_seed
+from kd_common.run.errors import run_command
+from kd_common.run.rehearsal import alone
+from kd_common.run.run_lock import holding_folder
+from spec_decode.data.datamodule import TargetText
+from spec_decode.decoding.decoder import SpeculativeDecoder
+from spec_decode.decoding.measure import Measurement, measure
 from spec_decode.drafters.files import for_inference
-from spec_decode.measure import Measurement, measure
-from spec_decode.module import DrafterModule
-from spec_decode.rehearsal import rehearse
-from spec_decode.summary import print_summary
+from spec_decode.training.callbacks import DrafterExport
+from spec_decode.training.drafter_module import DrafterModule
+from spec_decode.training.rehearsal import rehearse
+from spec_decode.training.result import Result
+from spec_decode.training.summary import print_summary
 
 CONFIG_DIR = Path(str(files("spec_decode") / "configs"))
 
@@ -64,36 +64,6 @@ class DrafterCLI(FitCLI):
             raise ValueError(f"trainer.precision {trainer['precision']}: use bf16-mixed or 32-true")
         if (trainer["max_epochs"] or 0) < 1:
             raise ValueError("set trainer.max_epochs: the learning-rate schedule runs over it")
-
-
-@dataclass
-class Result:
-    """What a run achieved.
-
-    Attributes:
-        history: Per epoch the validation ``loss``, ``tau`` (teacher-forced, chain of all levels), ``acceptance`` by
-            level and rank, and the training ``seconds``.
-        parameters: Parameter counts of target and drafter.
-        tree: Tree that ``tree="auto"`` chose on this machine; empty if plain decoding is faster.
-        measured: Held-out prompts decoded: ``plain``, and ``chain`` with all levels; ``tree`` where one was chosen.
-        run_dir: Folder of checkpoints, logs, drafter and the resolved configuration; None if nothing was written.
-    """
-
-    history: list[dict[str, Any]]
-    parameters: dict[str, int]
-    tree: tuple[int, ...] | None
-    measured: dict[str, Measurement]
-    run_dir: Path | None
-
-    @property
-    def last(self) -> dict[str, Any]:
-        """Metrics of the last epoch."""
-        return self.history[-1]
-
-    @property
-    def best(self) -> dict[str, Any]:
-        """Metrics of the epoch with the largest tau; chosen on validation text, so optimistic."""
-        return max(self.history, key=lambda epoch: epoch["tau"])
 
 
 def build(args: ArgsType = None) -> DrafterCLI:
@@ -138,7 +108,15 @@ def run(cli: DrafterCLI) -> Result:
     measured: dict[str, Measurement] = {}
     if cli.config["measure_prompts"] and trainer.is_global_zero and trainer.world_size == 1:
         tree, measured = measure_held_out(model, data, cli.config["measure_prompts"])
-    return Result(model.history, parameters, tree, measured, cli.run_dir)
+    return Result(
+        history=model.history,
+        metric=model.metric,
+        mode=model.mode,
+        parameters=parameters,
+        run_dir=cli.run_dir,
+        tree=tree,
+        measured=measured,
+    )
 
 
 def measure_held_out(

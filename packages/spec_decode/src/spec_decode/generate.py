@@ -3,7 +3,7 @@
 Drafted tokens that the target accepted are green where colours are shown.
 """
 
-from kd_common.early import answer_early
+from kd_common.run.early import answer_early
 
 if __name__ == "__main__":
     answer_early("spec_decode.generate")  # before the imports below, which take seconds
@@ -14,11 +14,11 @@ from typing import TextIO
 
 from jsonargparse import auto_cli
 
-from kd_common.errors import run_command
-from kd_common.messages import CommandParser
+from kd_common.run.errors import run_command
+from kd_common.run.messages import CommandParser
 from kd_common.terminal import printable
-from spec_decode.decoder import Generation
-from spec_decode.session import Session, TextStream, check_settings
+from spec_decode.decoding.decoder import Generation
+from spec_decode.decoding.session import Session, TextStream, check_settings
 
 GREEN, RESET = "\033[32m", "\033[0m"
 

@@ -5,7 +5,7 @@ prompts: acceptance per level, where the time goes, and draft trees with their a
 target are compared.
 """
 
-from kd_common.early import answer_early
+from kd_common.run.early import answer_early
 
 if __name__ == "__main__":
     answer_early("spec_decode.report")  # before the imports below, which take seconds
@@ -16,18 +16,18 @@ from typing import Any
 
 from rich.console import Console
 
-from kd_common.errors import run_command
-from kd_common.messages import CommandParser, check_folder
-from kd_common.report import Section, check_validated, read_config, read_metrics, run_names, write_report
+from kd_common.run.errors import run_command
+from kd_common.run.messages import CommandParser, check_folder
+from kd_common.run.report import Section, check_validated, read_config, read_metrics, run_names, write_report
 from kd_common.terminal import printable
 from kd_common.text import Row, encode_each
 from spec_decode.data.corpus import prompt_rows
 from spec_decode.data.prompts import packaged_prompts, read_prompts
-from spec_decode.decoder import SpeculativeDecoder
-from spec_decode.figures import Passes, plot_acceptance, plot_time, plot_training, plot_trees
-from spec_decode.inputs import check_length
-from spec_decode.measure import Measurement, measure
-from spec_decode.session import Session, find_drafter, parse_tree
+from spec_decode.decoding.decoder import SpeculativeDecoder
+from spec_decode.decoding.inputs import check_length
+from spec_decode.decoding.measure import Measurement, measure
+from spec_decode.decoding.session import Session, find_drafter, parse_tree
+from spec_decode.viz.figures import Passes, plot_acceptance, plot_time, plot_training, plot_trees
 
 
 def decode(
@@ -38,7 +38,8 @@ def decode(
     Args:
         runs: Folders by name, all for one target.
         prompts: Conversations, or texts of users.
-        tree: See `spec_decode.session.parse_tree`; None for 3 candidates in the first level and 2 in every other one.
+        tree: See `spec_decode.decoding.session.parse_tree`; None for 3 candidates in the first level and 2 in every
+            other one.
         max_new_tokens: Tokens per prompt.
     """
     first, *_ = runs.values()

@@ -11,7 +11,7 @@ A comparison file names the configurations all runs share and those each variant
 Every finished run is written to ``results.json`` at once; an interrupted comparison continues where it stopped.
 """
 
-from kd_common.early import answer_early
+from kd_common.run.early import answer_early
 
 if __name__ == "__main__":
     answer_early("vision_kd.compare")  # before the imports below, which take seconds
@@ -22,10 +22,10 @@ from pathlib import Path
 
 import torch
 
-from kd_common.compare import Row, by_variant, compare_command, mean_and_spread, write_table
-from kd_common.errors import run_command
-from vision_kd.figures import plot_accuracy, plot_gsnr
+from kd_common.run.compare import Row, by_variant, compare_command, mean_and_spread, write_table
+from kd_common.run.errors import run_command
 from vision_kd.fit import CONFIG_DIR, build, run
+from vision_kd.viz.comparison import plot_accuracy, plot_gsnr
 
 
 def run_one(variant: str, seed: int, args: Sequence[str], threads: int) -> Row:

@@ -4,16 +4,14 @@
 and tests call ``build([...])`` with the same arguments as the command line.
 """
 
-from kd_common.early import answer_early
+from kd_common.run.early import answer_early
 
 if __name__ == "__main__":
     answer_early("vision_kd.fit")  # before the imports below, which take seconds
 
 import json
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -21,23 +19,20 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
-import vision_kd.detection
-import vision_kd.methods
-import vision_kd.module
-import vision_kd.policies  # noqa: F401  (makes the class names known to the command line)
-from kd_common.cli import FitCLI, fixed_seed
-from kd_common.errors import run_command
-from kd_common.imports import refuse_imports
-from kd_common.rehearsal import alone
-from kd_common.run_lock import holding_folder
-from vision_kd.callbacks import StudentExport
+from kd_common.run.cli import FitCLI, fixed_seed
+from kd_common.run.errors import run_command
+from kd_common.run.imports import refuse_imports
+from kd_common.run.rehearsal import alone
+from kd_common.run.run_lock import holding_folder
 from vision_kd.data import ImageDataModule
-from vision_kd.guards import check_trainer
 from vision_kd.models import count_parameters
-from vision_kd.rehearsal import limited_validation, rehearse
-from vision_kd.summary import print_summary
-from vision_kd.teacher import obtain_teacher
-from vision_kd.training import ComponentTraining
+from vision_kd.training.callbacks import StudentExport
+from vision_kd.training.component_training import ComponentTraining
+from vision_kd.training.guards import check_trainer
+from vision_kd.training.rehearsal import limited_validation, rehearse
+from vision_kd.training.result import Result
+from vision_kd.training.summary import print_summary
+from vision_kd.training.teacher import obtain_teacher
 
 CONFIG_DIR = Path(str(files("vision_kd") / "configs"))
 
@@ -80,50 +75,6 @@ class VisionCLI(FitCLI):
         """Build the trainer, which keeps the best epoch by the task's own metric."""
         self.checkpoint = {"monitor": f"val/{self.model.metric}", "mode": "max"}
         return super().instantiate_trainer(**kwargs)
-
-
-@dataclass
-class Result:
-    """What a run achieved.
-
-    Attributes:
-        metric: Name of the metric that epochs are compared by: ``top1`` or ``AP``.
-        teacher: Metrics of the teacher before training, and how it was obtained; empty without a teacher.
-        history: Per epoch: validation metrics (``top1``, ``top5`` and ``loss``, or ``AP``, ``AP50`` ...), training
-            ``seconds``, and the vector GSNR of each component (``gsnr/task`` ...) where it was measured.
-        k: Surviving classes at the last update; None without a mask.
-        parameters: Parameter counts of student and teacher.
-        run_dir: Folder of checkpoints, logs and the resolved configuration; None if nothing was written.
-        alone: The same student trained on the labels alone; None unless asked for.
-    """
-
-    metric: str
-    teacher: dict[str, Any]
-    history: list[dict[str, float]]
-    k: int | None
-    parameters: dict[str, int]
-    run_dir: Path | None
-    alone: "Result | None" = None
-
-    @property
-    def last(self) -> dict[str, float]:
-        """Metrics of the last epoch."""
-        return self.history[-1]
-
-    @property
-    def best(self) -> dict[str, float]:
-        """Metrics of the best epoch; chosen on the validation data, so optimistic."""
-        return max(self.history, key=lambda epoch: epoch[self.metric])
-
-    @property
-    def gsnr(self) -> dict[str, float]:
-        """Vector GSNR per component in the last epoch; empty when it was not measured."""
-        return {key.removeprefix("gsnr/"): value for key, value in self.last.items() if key.startswith("gsnr/")}
-
-    @property
-    def seconds_per_epoch(self) -> float:
-        """Mean training time of an epoch."""
-        return fmean(epoch["seconds"] for epoch in self.history)
 
 
 def build(args: ArgsType = None) -> VisionCLI:
@@ -185,6 +136,7 @@ def run(cli: VisionCLI) -> Result:
         model.illustrate(cli.run_dir)
     return Result(
         metric=model.metric,
+        mode=model.mode,
         teacher=teacher,
         history=model.history,
         k=model.k_at(model.global_step - 1),

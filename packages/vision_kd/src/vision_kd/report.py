@@ -5,7 +5,7 @@ students of classifiers: correlation of logits beside the teacher's, calibration
 Several runs are laid over each other; give them in the order in which they should be compared, the reference first.
 """
 
-from kd_common.early import answer_early
+from kd_common.run.early import answer_early
 
 if __name__ == "__main__":
     answer_early("vision_kd.report")  # before the imports below, which take seconds
@@ -21,18 +21,19 @@ from rich.console import Console
 from torch import Tensor
 from tqdm import tqdm
 
-from kd_common.errors import run_command
-from kd_common.messages import CommandParser, check_folder
-from kd_common.report import Section, Series, check_validated, read_config, read_metrics, run_names, write_report
+from kd_common.run.errors import run_command
+from kd_common.run.messages import CommandParser, check_folder
+from kd_common.run.report import Section, Series, check_validated, read_config, read_metrics, run_names, write_report
 from kd_common.terminal import printable
 from vision_kd.data import ImageDataModule
-from vision_kd.diagnosis import calibration_error, class_accuracy, class_correlation, collect_logits
 from vision_kd.fit import VisionCLI, build
-from vision_kd.landscape import filter_direction, loss_surface
 from vision_kd.models import Classifier, load_classifier
 from vision_kd.models.classifier import DATA_FACTS
-from vision_kd.module import DistillationModule
-from vision_kd.run_figures import (
+from vision_kd.training.classification import DistillationModule
+from vision_kd.training.teacher import teacher_cache_path
+from vision_kd.viz.diagnosis import calibration_error, class_accuracy, class_correlation, collect_logits
+from vision_kd.viz.landscape import filter_direction, loss_surface
+from vision_kd.viz.runs import (
     plot_class_changes,
     plot_component_gradients,
     plot_correlations,
@@ -41,7 +42,6 @@ from vision_kd.run_figures import (
     plot_reliability,
     plot_signal_to_noise,
 )
-from vision_kd.teacher import teacher_cache_path
 
 
 @dataclass

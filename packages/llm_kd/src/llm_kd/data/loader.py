@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from kd_common.loading import ResumableLoader
-from kd_common.messages import check_batch_size
+from kd_common.run.loading import ResumableLoader
+from kd_common.run.messages import check_batch_size
 from llm_kd.data.batch import TokenBatch, collate, pack
 from llm_kd.data.example import Example, nothing
 
@@ -91,11 +91,11 @@ class TextLoader(ResumableLoader):
             )
 
     def sample(self, count: int) -> TokenBatch:
-        """See :class:`kd_common.loading.ResumableLoader`."""
+        """See :class:`kd_common.run.loading.ResumableLoader`."""
         return collate([[example] for example in self.examples[:count]], self.pad_id)
 
     def fingerprint(self) -> str:
-        """See :class:`kd_common.loading.ResumableLoader`."""
+        """See :class:`kd_common.run.loading.ResumableLoader`."""
         settings = (self.rows, self.batch_size, self.world_size, self.seed, self.shuffle)
         content = [repr(settings), *(example.key for example in self.examples)]
         return hashlib.sha256("\n".join(content).encode()).hexdigest()

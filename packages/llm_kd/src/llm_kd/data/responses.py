@@ -13,10 +13,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from kd_common.files import cache_root, checksummed_line, locked, naming, read_checksummed_line
-from kd_common.hub import settings_with_effect
-from llm_kd.fingerprint import tensors_fingerprint
-from llm_kd.generation import Sampling, generate, response_ends
+from kd_common.hub.language_models import settings_with_effect
 from llm_kd.models import vocabulary_size
+from llm_kd.models.fingerprint import tensors_fingerprint
+from llm_kd.models.generation import Sampling, generate, response_ends
 
 CACHE_FORMAT = 2
 
@@ -59,7 +59,7 @@ def write_responses(
     wait for it.
 
     Args:
-        model: Teacher, as :func:`llm_kd.generation.generate` takes it.
+        model: Teacher, as :func:`llm_kd.models.generation.generate` takes it.
         prompts: Token ids, at least one per prompt.
         sampling: How tokens are drawn.
         tokenizer: Gives the text, and the size of the vocabulary.

@@ -9,7 +9,7 @@ from llm_kd.head.linear import LMHead, Projection, rows_per_chunk
 from llm_kd.head.rows import truncated_loss
 from llm_kd.head.signal import HiddenSignal, TeacherSignal
 from llm_kd.objectives.fkl import ForwardKL
-from llm_kd.selection import topk_accept
+from llm_kd.selection.acceptance import topk_accept
 
 BYTES_PER_LOGIT = 4 * 6
 

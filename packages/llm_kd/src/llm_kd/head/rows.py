@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from llm_kd.objectives import Objective
-from llm_kd.selection import TruncatedDistribution
+from llm_kd.selection.acceptance import TruncatedDistribution
 
 TAIL_FLOOR = torch.finfo(torch.float32).tiny
 """A stored tail mass below this (1.2e-38) counts as this: at mass 0, reverse KL and its gradient would be infinite."""

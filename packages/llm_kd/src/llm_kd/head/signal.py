@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from llm_kd.head.linear import LMHead, Projection, rows_per_chunk
-from llm_kd.selection import TruncatedDistribution
+from llm_kd.selection.acceptance import TruncatedDistribution
 
 # Logits, log-probabilities, the masked copy in float32 and ranks of ties in int64, with a few masks.
 BYTES_PER_LOGIT = 24

@@ -1,6 +1,6 @@
 """Teachers and students: loading, depth pruning, adapters, and the split into body and head."""
 
-from kd_common.vocabulary import shared_vocabulary, vocabulary_size
+from kd_common.hub.vocabulary import shared_vocabulary, vocabulary_size
 from llm_kd.models.body import Body, build_student, check_packing, load_teacher
 from llm_kd.models.prune import depth_prune
 from llm_kd.models.specs import LoRASpec, StudentSpec, TeacherSpec

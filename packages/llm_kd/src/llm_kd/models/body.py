@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from kd_common.hub import load_causal_lm, note_unapplied, settings_with_effect
+from kd_common.hub.language_models import load_causal_lm, note_unapplied, settings_with_effect
 from llm_kd.head import LMHead
 from llm_kd.models.prune import decoder_layers, depth_prune
 from llm_kd.models.specs import LoRASpec, StudentSpec, TeacherSpec

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from kd_common.hub import EMBEDDED, model_source
+from kd_common.hub.language_models import EMBEDDED, model_source
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class TeacherSpec:
         _check_attention("teacher", self.attention)
 
     def source(self) -> str:
-        """What tells its weights from others without loading them; :func:`kd_common.hub.model_source` and precision."""
+        """Digest of its files and precision; see :func:`kd_common.hub.language_models.model_source`."""
         return f"{model_source(self.name)} in {self.dtype}"
 
 

@@ -2,15 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from llm_kd.data.batch import TokenBatch
 from llm_kd.head import LMHead, TeacherSignal
-
-if TYPE_CHECKING:
-    from llm_kd.data.batch import TokenBatch
 
 
 class TeacherBody(Protocol):
@@ -45,7 +43,7 @@ class Teacher(ABC):
     """
 
     @abstractmethod
-    def signal(self, batch: "TokenBatch") -> TeacherSignal:
+    def signal(self, batch: TokenBatch) -> TeacherSignal:
         """The teacher's rows of the supervised tokens.
 
         Args:
@@ -60,7 +58,7 @@ class Teacher(ABC):
         return self
 
 
-def supervised_counts(batch: "TokenBatch") -> list[int]:
+def supervised_counts(batch: TokenBatch) -> list[int]:
     """Number of supervised tokens of each example of a batch, in the order of ``batch.keys``.
 
     Raises:

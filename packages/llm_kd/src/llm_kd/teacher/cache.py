@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llm_kd.selection import TruncatedDistribution
+from llm_kd.selection.acceptance import TruncatedDistribution
 from llm_kd.teacher.records import RecordLayout
 
 FORMAT = "llm_kd.teacher_cache/1"

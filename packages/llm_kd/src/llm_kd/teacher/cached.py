@@ -1,15 +1,11 @@
 """The teacher as stored on disk."""
 
-from typing import TYPE_CHECKING
-
 import torch
 
-from llm_kd.selection import TruncatedDistribution
+from llm_kd.data.batch import TokenBatch
+from llm_kd.selection.acceptance import TruncatedDistribution
 from llm_kd.teacher.base import Teacher, supervised_counts
 from llm_kd.teacher.cache import CacheError, TeacherCache
-
-if TYPE_CHECKING:
-    from llm_kd.data.batch import TokenBatch
 
 
 class CachedTeacher(Teacher):
@@ -22,7 +18,7 @@ class CachedTeacher(Teacher):
     def __init__(self, cache: TeacherCache) -> None:
         self.cache = cache
 
-    def signal(self, batch: "TokenBatch") -> TruncatedDistribution:
+    def signal(self, batch: TokenBatch) -> TruncatedDistribution:
         """Stored rows of the supervised tokens; see :meth:`Teacher.signal`.
 
         Raises:

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 
-from llm_kd.fingerprint import tensors_fingerprint
+from llm_kd.models.fingerprint import tensors_fingerprint
 from llm_kd.teacher.base import TeacherBody
 
 

@@ -1,14 +1,10 @@
 """The teacher itself, run beside the student."""
 
-from typing import TYPE_CHECKING
-
 import torch
 
+from llm_kd.data.batch import TokenBatch
 from llm_kd.head import HiddenSignal
 from llm_kd.teacher.base import Teacher, TeacherBody
-
-if TYPE_CHECKING:
-    from llm_kd.data.batch import TokenBatch
 
 
 class OnlineTeacher(Teacher):
@@ -24,7 +20,7 @@ class OnlineTeacher(Teacher):
         self.body = body
 
     @torch.no_grad()
-    def signal(self, batch: "TokenBatch") -> HiddenSignal:
+    def signal(self, batch: TokenBatch) -> HiddenSignal:
         """Hidden states of the supervised tokens, and the head; see :meth:`Teacher.signal`."""
         hidden = self.body(batch.input_ids, batch.position_ids)
         return HiddenSignal(hidden[batch.predict], self.body.lm_head())

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from kd_common.files import write_atomically
-from llm_kd.selection import TruncatedDistribution
+from llm_kd.selection.acceptance import TruncatedDistribution
 from llm_kd.teacher.cache import MANIFEST, CacheError, CacheHeader, Manifest, Shard, TeacherCache, index_checksum
 
 EXAMPLE_BYTES = 48

@@ -17,9 +17,9 @@ from tqdm import tqdm
 from kd_common.files import checksummed_line, complete_lines, naming, read_checksummed_line
 from kd_common.text import ChatEncoder, EncodingError, Message, Row, encode_each
 from spec_decode.data.prompts import Answer
-from spec_decode.decoder import SpeculativeDecoder
+from spec_decode.decoding.decoder import SpeculativeDecoder
+from spec_decode.decoding.sampling import Sampling
 from spec_decode.models import CausalLM
-from spec_decode.sampling import Sampling
 
 T = TypeVar("T")
 

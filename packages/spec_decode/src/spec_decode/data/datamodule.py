@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
 from kd_common.files import cache_root, locked
-from kd_common.loading import WorkerLoader
-from kd_common.messages import check_batch_size
+from kd_common.run.loading import WorkerLoader
+from kd_common.run.messages import check_batch_size
 from kd_common.text import Row
 from spec_decode.data.corpus import (
     Sample,

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spec_decode.decoding.proposals import RANKED, RankedTokens, SampledTree, rank_tokens, sampled_tree
+from spec_decode.decoding.sampling import Sampling
+from spec_decode.decoding.tree import DraftTree, prune_tree
 from spec_decode.models import CausalLM, States
-from spec_decode.proposals import RANKED, RankedTokens, SampledTree, rank_tokens, sampled_tree
-from spec_decode.sampling import Sampling
-from spec_decode.tree import DraftTree, prune_tree
 
 Draft = DraftTree | SampledTree
 

@@ -98,7 +98,7 @@ class PretrainedDraft(Autoregressive):
     Args:
         target: Target.
         model: Step runner of the draft model, on the target's device.
-        shared: Number of tokens that both know (`kd_common.vocabulary.shared_vocabulary`); what either has beyond
+        shared: Number of tokens that both know (`kd_common.hub.vocabulary.shared_vocabulary`); what either has beyond
             them is padding, and is never drafted. None means that neither is padded.
 
     Raises:

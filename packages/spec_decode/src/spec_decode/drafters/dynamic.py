@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from spec_decode.decoding.tree import DraftTree, prune_tree
 from spec_decode.drafters.base import DraftState, DynamicTree, rank_levels
-from spec_decode.tree import DraftTree, prune_tree
 
 
 class DynamicCandidates:

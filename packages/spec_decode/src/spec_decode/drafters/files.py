@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from kd_common.files import read_json, write_aside
-from kd_common.model_files import WRAPPER, shown
+from kd_common.hub.weight_files import WRAPPER, shown
 from kd_common.registry import UnknownNameError, suggest
-from spec_decode.cost import check_acceptance
+from spec_decode.decoding.cost import check_acceptance
 from spec_decode.drafters.registry import DRAFTERS
 from spec_decode.drafters.trainable import TrainableDrafter, check_vocabulary
 from spec_decode.models import CausalLM

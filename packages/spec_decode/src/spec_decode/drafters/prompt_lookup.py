@@ -5,11 +5,11 @@ from typing import Any
 
 from torch import Tensor
 
+from spec_decode.decoding.proposals import SampledTree
+from spec_decode.decoding.tree import DraftTree, merge_branches
 from spec_decode.drafters.base import Draft, Drafter, DraftState, tree_depth, verified_slots
 from spec_decode.drafters.registry import DRAFTERS
 from spec_decode.models import CausalLM
-from spec_decode.proposals import SampledTree
-from spec_decode.tree import DraftTree, merge_branches
 
 
 class NgramIndex:

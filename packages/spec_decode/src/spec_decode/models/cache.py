@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spec_decode.decoding.tree import ancestor_mask
 from spec_decode.models.layers import Attend, grouped_attention
-from spec_decode.tree import ancestor_mask
 
 _SLOT_BLOCK = 64  # attention reads whole blocks, so that the shapes of consecutive passes mostly repeat
 

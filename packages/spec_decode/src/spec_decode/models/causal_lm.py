@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from spec_decode.decoding.tree import DraftTree
 from spec_decode.models.cache import KVCache, Pass
 from spec_decode.models.layers import Attend, DecoderLayer, LayerShape, RMSNorm, Rotation, causal_attention, rotation
 from spec_decode.models.packed import PackedLinear, pack_linears, packable
-from spec_decode.tree import DraftTree
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # the others change their frequencies with the length

@@ -13,7 +13,7 @@ import torch
 from lightning import LightningDataModule
 from torch import Tensor
 
-from kd_common.messages import check_batch_size
+from kd_common.run.messages import check_batch_size
 from vision_kd.data.augment import Augment, identity, strong
 from vision_kd.data.digest import batches_digest, tensors_digest
 from vision_kd.data.loader import DeviceLoader

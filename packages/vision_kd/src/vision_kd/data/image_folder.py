@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from kd_common.loading import WorkerLoader
+from kd_common.run.loading import WorkerLoader
 from vision_kd.data.augment import SEED_RANGE, ImageDraws, distort
 from vision_kd.data.base import UNPRINTABLE, WORKERS, ImageDataModule, missing_data
 from vision_kd.data.digest import files_digest

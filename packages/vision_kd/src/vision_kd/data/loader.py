@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from kd_common.loading import ResumableLoader
-from kd_common.messages import check_batch_size
+from kd_common.run.loading import ResumableLoader
+from kd_common.run.messages import check_batch_size
 from vision_kd.data.augment import SEED_RANGE, Augment, ImageDraws
 
 Batch = tuple[dict[str, Tensor], Tensor]

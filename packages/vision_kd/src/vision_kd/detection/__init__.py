@@ -2,8 +2,8 @@
 
 from vision_kd.detection.data import COCO, DigitScenes
 from vision_kd.detection.detector import Detector
+from vision_kd.detection.distillation import DetectionModule, FeatureDistillation
 from vision_kd.detection.evaluation import DetectionRecord, average_precision, evaluate_detector, write_results
-from vision_kd.detection.module import DetectionModule, FeatureDistillation
 from vision_kd.detection.step import detection_step
 from vision_kd.detection.zoo import BACKBONES, build_detector, load_detector
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
-from kd_common.loading import WorkerLoader
+from kd_common.run.loading import WorkerLoader
 from vision_kd.data.augment import ImageDraws
 from vision_kd.data.base import WORKERS, ImageDataModule, data_root
 from vision_kd.data.digest import files_digest, tensors_digest

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vision_kd.detection.detector import Detector, Target
 from vision_kd.detection.review import ReviewFusion, review_distance
 from vision_kd.methods import Method
-from vision_kd.step import StepOutput, component_step
+from vision_kd.training.step import StepOutput, component_step
 
 CLASSES, REST, FEATURE = "classes", "rest", "feature"
 
@@ -52,7 +52,7 @@ def detection_step(
             categories are thereby left out of both softmaxes and of the mask.
         fusion: Makes maps of the student comparable with the teacher's; None distils no features.
         feature_weight: Weight of their distance.
-        buckets: As in :func:`vision_kd.step.component_step`.
+        buckets: As in :func:`vision_kd.training.step.component_step`.
         epoch: Progress in epochs, for losses that warm up.
         k: Surviving classes of the dynamic top-k mask.
     """

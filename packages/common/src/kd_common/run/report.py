@@ -1,0 +1,191 @@
+"""Reports: what a run logged, read back, and one self-contained HTML page out of figures, tables and text.
+
+Which figures a run is worth is the method package's business.
+"""
+
+import base64
+import csv
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from kd_common.files import write_atomically
+
+Series = tuple[np.ndarray, np.ndarray]
+"""Updates and the values logged at them."""
+
+MARKERS = "osD^vPX"
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of a report.
+
+    Args:
+        title: Heading; also names the figure's files.
+        text: How to read what follows.
+        figure: Figure, if there is one.
+        table: One mapping from column to cell per line.
+        markup: Ready-made HTML, such as coloured tokens.
+    """
+
+    title: str
+    text: str = ""
+    figure: Figure | None = None
+    table: Sequence[Mapping[str, str]] = ()
+    markup: Markup = Markup("")  # noqa: RUF009 (immutable)
+
+    @property
+    def slug(self) -> str:
+        """The title as a file name."""
+        return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
+
+
+def write_report(folder: Path, title: str, sections: Sequence[Section]) -> Path:
+    """Write ``report.html``, which needs no other file, and every figure as SVG and PNG in ``figures``.
+
+    Args:
+        folder: Where to write; made if missing.
+        title: Heading of the page.
+        sections: Its parts.
+
+    Returns:
+        The page.
+    """
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    images = {}
+    for section in sections:
+        if section.figure is not None:
+            svg, png = (_rendered(section.figure, kind) for kind in ("svg", "png"))
+            write_atomically(folder / "figures" / f"{section.slug}.svg", svg)
+            write_atomically(folder / "figures" / f"{section.slug}.png", png)
+            images[section.slug] = base64.b64encode(svg).decode()
+    environment = Environment(loader=PackageLoader("kd_common", "."), autoescape=True, undefined=StrictUndefined)
+    page = folder / "report.html"
+    html = environment.get_template("report.html").render(title=title, sections=sections, images=images)
+    write_atomically(page, html)
+    return page
+
+
+def _rendered(figure: Figure, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    with rc_context({"svg.hashsalt": "kd"}):  # the same figure gives the same bytes
+        figure.savefig(buffer, format=kind, dpi=130, metadata={"Date": None} if kind == "svg" else None)
+    return buffer.getvalue()
+
+
+def curve_style(number: int) -> dict[str, Any]:
+    """How the curve of that number, from 0, is drawn: colour, and markers that tell it apart in a grey print."""
+    marker = MARKERS[number % len(MARKERS)]
+    return {"color": f"C{number}", "marker": marker, "markersize": 4, "markevery": 0.08, "linewidth": 1.2}
+
+
+def log_scale(axes: Axes) -> None:
+    """A logarithmic y axis, for curves already drawn, whose ticks read 0.2, not 2 × 10⁻¹; zeros are left out.
+
+    An axis with nothing above zero stays linear.
+    """
+    empty = [line for line in axes.lines if not (np.asarray(line.get_ydata()) > 0).any()]
+    if len(empty) == len(axes.lines):
+        return
+    axes.set_yscale("log", nonpositive="mask")
+    for line in empty:
+        line.set_markevery(None)  # matplotlib fails to space markers along a curve of which nothing is drawn
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 5 * low else range(1, 10)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """The resolved configuration of a run.
+
+    Raises:
+        FileNotFoundError: If the folder holds no run.
+        ValueError: If its configuration is damaged.
+    """
+    file = run / "config.yaml"
+    if not file.is_file():
+        raise FileNotFoundError(f"{run} is no run: it holds no config.yaml. Give the folder that `fit` printed")
+    try:
+        config = yaml.safe_load(file.read_bytes())
+    except (yaml.YAMLError, ValueError) as error:  # yaml reads dates and numbers, too
+        raise ValueError(f"{file} is damaged, no YAML ({error}); leave this run out") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} is damaged: it holds {type(config).__name__}, no settings; leave this run out")
+    model = config.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("init_args"), dict):
+        raise ValueError(f"{file} holds no settings of a model, so it is no configuration of a run; leave this run out")
+    return config
+
+
+def read_metrics(run: Path) -> dict[str, Series]:
+    """Everything a run logged, by name; of a run that was resumed what the last attempt logged of every update.
+
+    Raises:
+        FileNotFoundError: If it has logged nothing.
+        ValueError: If a file is damaged.
+    """
+    earlier = sorted(run.glob("metrics_*.csv"), key=lambda file: int(file.stem.partition("_")[2]))
+    files = [*earlier, *run.glob("metrics.csv")]
+    if not files:
+        raise FileNotFoundError(f"{run} holds no metrics.csv; was the run made with another trainer.logger?")
+    found: dict[str, dict[int, float]] = {}
+    for file in files:
+        try:
+            with file.open(newline="") as lines:
+                rows = csv.DictReader(lines)
+                if rows.fieldnames is not None and "step" not in rows.fieldnames:
+                    raise ValueError("it has no column step")
+                for row in rows:
+                    for name, value in row.items():
+                        if name not in ("step", "epoch") and value:
+                            found.setdefault(name, {})[int(row["step"])] = float(value)
+        except (ValueError, KeyError, TypeError, csv.Error) as error:
+            cause = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{file} is damaged ({cause}); remove what is broken, or leave this run out") from error
+    return {
+        name: (np.array(sorted(values)), np.array([values[step] for step in sorted(values)]))
+        for name, values in found.items()
+    }
+
+
+def check_validated(run: Path, metrics: Mapping[str, Series], command: str, *any_of: str) -> None:
+    """Refuse a run of another command, or one that was stopped before it had validated.
+
+    Args:
+        run: Folder of the run.
+        metrics: What it logged.
+        command: The command whose runs can be reported on.
+        any_of: Metrics of which its validation logs one.
+
+    Raises:
+        ValueError: If it logged none of them.
+    """
+    if not metrics.keys() & {*any_of}:
+        raise ValueError(
+            f"{run} is no run of {command} that can be reported on: it logged no {' or '.join(any_of)}. Another "
+            "command made it, or it was stopped before its first validation"
+        )
+
+
+def run_names(runs: Sequence[Path]) -> dict[Path, str]:
+    """Shortest names that tell the runs apart: as many of the last parts of their paths as it takes."""
+    resolved = [run.resolve() for run in runs]
+    for depth in range(1, max(len(run.parts) for run in resolved) + 1):
+        names = ["/".join(run.parts[-depth:]) for run in resolved]
+        if len(set(names)) == len(set(resolved)):
+            break
+    return dict(zip(runs, names, strict=True))

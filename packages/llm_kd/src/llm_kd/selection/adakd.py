@@ -1,0 +1,105 @@
+"""AdaKD: the hardest tokens, their share following the loss, each with its own temperature."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm_kd.selection.acceptance import TruncatedDistribution
+from llm_kd.selection.base import SELECTORS, Selection, Selector, check_share, top_share, whole
+
+
+@SELECTORS.register("adakd")
+class AdaKD(Selector):
+    """Keep the share r of tokens with the largest Hellinger distance s; factor exp(-c tanh(log(s / median))) on T.
+
+    The median is that of the kept tokens (the lower one of two), so hard tokens get a low temperature. The scores carry
+    no gradient. The share starts at 1 and is fixed during the warm-up, at whose end the loss's running mean becomes the
+    reference. From then on, when the mean has fallen more than ``tolerance`` below the reference, r is multiplied by
+    1 - rate; when it has risen as much above it, by 1 + rate; in both cases the mean is the new reference. Tokens
+    compete within one call of the head: one micro-batch on one rank.
+
+    Args:
+        c: Strength of the temperature's adaptation, >= 0; 0 keeps one temperature.
+        tolerance: Relative change epsilon of the loss that moves the share, >= 0.
+        rate: Relative change sigma of the share, in [0, 1).
+        min_share: Smallest share of tokens, in (0, 1].
+        warmup: Share of training before the loss is followed, in [0, 1).
+        ema: Decay of the loss's running mean, in [0, 1).
+
+    Raises:
+        ValueError: If a setting is out of its range.
+
+    References:
+        AdaKD (AAAI 2026): loss-driven token focusing and inverse-difficulty temperature scaling.
+    """
+
+    per_row = False
+
+    def __init__(
+        self,
+        c: float = 0.5,
+        tolerance: float = 0.05,
+        rate: float = 0.05,
+        min_share: float = 0.1,
+        warmup: float = 0.05,
+        ema: float = 0.99,
+    ) -> None:
+        super().__init__()
+        if c < 0 or tolerance < 0:
+            raise ValueError(f"c and tolerance must be >= 0, got c={c} and tolerance={tolerance}")
+        for name, value in {"rate": rate, "warmup": warmup, "ema": ema}.items():
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {value}")
+        check_share("min_share", min_share)
+        self.c = c
+        self.tolerance = tolerance
+        self.rate = rate
+        self.min_share = min_share
+        self.warmup = warmup
+        self.ema = ema
+        self.share = 1.0
+        self.mean_loss: float | None = None
+        self.reference: float | None = None
+
+    def score(self, student_logits: Tensor, teacher_logits: Tensor | TruncatedDistribution) -> Tensor:
+        """Hellinger distance of q and p, in [0, 1]."""
+        root_q, root_p = ((0.5 * z.log_softmax(dim=-1)).exp() for z in (student_logits, whole(teacher_logits)))
+        return torch.linalg.vector_norm(root_q - root_p, dim=-1) / math.sqrt(2)
+
+    def select(self, score: Tensor, noise: Tensor | None = None) -> Selection:
+        """The hardest tokens of the batch, with their temperatures."""
+        if not len(score):
+            return Selection(score, score)
+        kept = top_share(score, self.share)
+        log_score = score.clamp(min=torch.finfo(score.dtype).tiny).log()
+        median = log_score[kept > 0].median()
+        return Selection(kept, kept, torch.exp(-self.c * torch.tanh(log_score - median)))
+
+    def on_step(self, loss: float, step: int, total_steps: int) -> None:
+        """Follow the loss after an optimizer step; see :meth:`Selector.on_step`.
+
+        Raises:
+            ValueError: If the loss is not finite.
+        """
+        if not math.isfinite(loss):
+            raise ValueError(f"AdaKD follows the training loss, which is {loss} after step {step}")
+        self.mean_loss = loss if self.mean_loss is None else self.ema * self.mean_loss + (1 - self.ema) * loss
+        if step < self.warmup * total_steps:
+            return
+        if self.reference is None:
+            self.reference = self.mean_loss
+        fall = self.reference - self.mean_loss
+        if abs(fall) > self.tolerance * self.reference:
+            factor = 1 - self.rate if fall > 0 else 1 + self.rate
+            self.share = min(max(self.share * factor, self.min_share), 1.0)
+            self.reference = self.mean_loss
+
+    def get_extra_state(self) -> dict[str, float | None]:
+        """State for a checkpoint: share, running mean and reference."""
+        return {"share": self.share, "mean_loss": self.mean_loss, "reference": self.reference}
+
+    def set_extra_state(self, state: Any) -> None:
+        """Restore :meth:`get_extra_state`."""
+        self.share, self.mean_loss, self.reference = state["share"], state["mean_loss"], state["reference"]

@@ -1,0 +1,144 @@
+"""What a selector is: a score per token from the two models' logits, and weights from the scores."""
+
+import math
+from abc import ABC, abstractmethod
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kd_common.registry import Registry
+from llm_kd.selection.acceptance import TruncatedDistribution
+
+
+class Selection(NamedTuple):
+    """What a selector decides about N tokens; tensors have shape (N,) and no gradient.
+
+    Attributes:
+        weights: Loss weights, >= 0.
+        accepted: 1 where the token is selected, 0 where not, or the probability of being selected.
+        temperature: Factor on the loss temperature, per token or one for all.
+    """
+
+    weights: Tensor
+    accepted: Tensor
+    temperature: Tensor | float = 1.0
+
+
+class Selector(nn.Module, ABC):
+    """A rule that weights tokens, in two steps so that it never needs the logits of all tokens at once.
+
+    :meth:`score` reduces the logits of some rows to one number per row. :meth:`select` turns scores into weights. A
+    selector that compares tokens with each other sets ``per_row`` to False and is given the scores of the whole batch;
+    else it may be given any part of them. A state that follows training lives in the module's extra state.
+
+    Attributes:
+        per_row: Whether a token's weight depends on its own score (and noise) only.
+        whole_teacher: Whether the score needs all of the teacher's probabilities, or the selection sets temperatures,
+            which does. If not, the teacher's logits may be a :class:`TruncatedDistribution` with K < V.
+    """
+
+    per_row: ClassVar[bool] = True
+    whole_teacher: ClassVar[bool] = True
+
+    @abstractmethod
+    def score(self, student_logits: Tensor, teacher_logits: Tensor | TruncatedDistribution) -> Tensor:
+        """One number per token.
+
+        Args:
+            student_logits: Student logits at the verification temperature, shape (n, V), in at least float32.
+            teacher_logits: Teacher logits of the same shape and dtype; a stored distribution, at temperature 1, only if
+                :meth:`check_truncated` lets it pass.
+
+        Returns:
+            Scores of shape (n,), in the logits' dtype.
+        """
+
+    @abstractmethod
+    def select(self, score: Tensor, noise: Tensor | None = None) -> Selection:
+        """Weights of tokens.
+
+        Args:
+            score: Scores of shape (n,): all of the batch, or any part of it if ``per_row``.
+            noise: What :meth:`draw` gave for these tokens.
+
+        Returns:
+            Selection of the n tokens.
+        """
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Hook: raise ValueError for a setting that a vocabulary of this size does not allow."""
+
+    def check_truncated(self, size: int, vocab_size: int) -> None:
+        """Refuse a stored teacher that does not determine the scores.
+
+        Args:
+            size: Number K of stored tokens.
+            vocab_size: Number V of all tokens.
+
+        Raises:
+            ValueError: If it does not; the message says what to do.
+        """
+        if self.whole_teacher and size < vocab_size:
+            raise ValueError(
+                f"the selector {type(self).__name__} needs the teacher's whole distribution, but only {size} of "
+                f"{vocab_size} tokens are stored; use topk, entropy_top_p or none, store all tokens, or run the "
+                "teacher online"
+            )
+
+    def draw(self, num_rows: int, device: torch.device) -> Tensor | None:
+        """Random numbers for a batch, shape (num_rows,), drawn at once so that chunks do not change them.
+
+        Args:
+            num_rows: Number of tokens.
+            device: Where the numbers are needed.
+
+        Returns:
+            None unless the selector is random.
+        """
+        return None
+
+    def on_step(self, loss: float, step: int, total_steps: int) -> None:
+        """Advance the state after an optimizer step; most selectors have none.
+
+        Args:
+            loss: Mean loss of the step, reduced over accumulation and ranks.
+            step: Number of optimizer steps done.
+            total_steps: Length of training in optimizer steps.
+        """
+
+
+def whole(teacher_logits: Tensor | TruncatedDistribution) -> Tensor:
+    """The teacher's logits of all tokens, shape (..., V); ValueError if what is stored does not determine them."""
+    return teacher_logits.dense_log_probs() if isinstance(teacher_logits, TruncatedDistribution) else teacher_logits
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Shannon entropy of softmax(logits) in nats, shape (...)."""
+    log_probs = logits.log_softmax(dim=-1)
+    return -(log_probs.exp() * log_probs.masked_fill(log_probs == -math.inf, 0.0)).sum(dim=-1)
+
+
+def top_share(score: Tensor, share: float) -> Tensor:
+    """Mark the floor(share * N) largest of N scores, at least one; of equal scores the earlier token wins.
+
+    Args:
+        score: Scores of shape (N,).
+        share: Share to keep, in (0, 1].
+
+    Returns:
+        1 where kept, else 0, shape (N,), in the scores' dtype.
+    """
+    keep = max(1, math.floor(share * len(score) + 1e-9))  # 0.29 * 100 is below 29
+    order = score.argsort(descending=True, stable=True)
+    return torch.zeros_like(score).scatter(0, order[:keep], 1.0)
+
+
+def check_share(name: str, share: float) -> None:
+    """Raise ValueError unless a share of tokens lies in (0, 1]."""
+    if not 0 < share <= 1:
+        raise ValueError(f"{name} is a share of the tokens and must lie in (0, 1], got {share}")
+
+
+SELECTORS: Registry[type[Selector]] = Registry("selector")
+"""Selector classes by the name a config file uses."""

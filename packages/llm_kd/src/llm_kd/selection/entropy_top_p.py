@@ -1,0 +1,35 @@
+"""The tokens the student is least sure of."""
+
+from torch import Tensor
+
+from llm_kd.selection.acceptance import TruncatedDistribution
+from llm_kd.selection.base import SELECTORS, Selection, Selector, check_share, entropy, top_share
+
+
+@SELECTORS.register("entropy_top_p")
+class EntropyTopP(Selector):
+    """Keep the share p of the batch's tokens with the largest student entropy.
+
+    Args:
+        p: Share of tokens to keep, in (0, 1].
+
+    Raises:
+        ValueError: If p is outside (0, 1].
+    """
+
+    per_row = False
+    whole_teacher = False
+
+    def __init__(self, p: float = 0.2) -> None:
+        super().__init__()
+        check_share("p", p)
+        self.p = p
+
+    def score(self, student_logits: Tensor, teacher_logits: Tensor | TruncatedDistribution) -> Tensor:
+        """Entropy of the student's distribution in nats."""
+        return entropy(student_logits)
+
+    def select(self, score: Tensor, noise: Tensor | None = None) -> Selection:
+        """The most uncertain tokens of the batch."""
+        kept = top_share(score, self.p)
+        return Selection(kept, kept)

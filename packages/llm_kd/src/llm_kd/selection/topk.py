@@ -1,0 +1,59 @@
+"""Greedy Top-k verification."""
+
+from torch import Tensor
+
+from llm_kd.selection.acceptance import TruncatedDistribution, token_weights, topk_accept
+from llm_kd.selection.base import SELECTORS, Selection, Selector
+
+
+@SELECTORS.register("topk")
+class TopK(Selector):
+    """Weight 1 where the student's most likely token is among the teacher's k most likely ones, else beta.
+
+    Args:
+        k: Number of acceptable tokens, >= 1.
+        beta: Weight of a rejected token, in [0, 1].
+
+    Raises:
+        ValueError: If a setting is out of its range.
+
+    References:
+        SelecTKD, arXiv 2510.24021.
+    """
+
+    whole_teacher = False
+
+    def __init__(self, k: int = 5, beta: float = 0.01) -> None:
+        super().__init__()
+        check_gate(k, beta)
+        self.k = k
+        self.beta = beta
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Refuse a k beyond the vocabulary."""
+        if self.k > vocab_size:
+            raise ValueError(f"selector.k must be at most {vocab_size}, the tokens of the vocabulary, got {self.k}")
+
+    def check_truncated(self, size: int, vocab_size: int) -> None:
+        """Refuse fewer than k stored tokens; see :meth:`Selector.check_truncated`."""
+        if self.k > size:
+            raise ValueError(
+                f"k={self.k} needs the teacher's first {self.k} tokens but only {size} are stored; lower k, or store "
+                "more tokens"
+            )
+
+    def score(self, student_logits: Tensor, teacher_logits: Tensor | TruncatedDistribution) -> Tensor:
+        """1 where accepted, else 0."""
+        return topk_accept(student_logits, teacher_logits, self.k).to(student_logits.dtype)
+
+    def select(self, score: Tensor, noise: Tensor | None = None) -> Selection:
+        """Weights 1 and beta."""
+        return Selection(token_weights(score, self.beta), score)
+
+
+def check_gate(k: int, beta: float) -> None:
+    """Raise ValueError unless k >= 1 and beta is in [0, 1]."""
+    if k < 1:
+        raise ValueError(f"selector.k must be at least 1, got {k}")
+    if not 0 <= beta <= 1:
+        raise ValueError(f"selector.beta must lie in [0, 1], got {beta}")

@@ -1,0 +1,26 @@
+"""The token weighting of TSD-KD."""
+
+import torch
+from torch import Tensor
+
+from llm_kd.selection.acceptance import TruncatedDistribution
+from llm_kd.selection.base import SELECTORS, Selection, Selector, entropy, whole
+
+
+@SELECTORS.register("tsdkd")
+class TSDKD(Selector):
+    """Weight sigmoid(H(q) - H(p)): more where the student is less sure than the teacher; every token takes part.
+
+    This is the weight on the divergence only. The method's entropy and list-wise ranking terms are separate losses.
+
+    References:
+        TSD-KD (ICLR 2026).
+    """
+
+    def score(self, student_logits: Tensor, teacher_logits: Tensor | TruncatedDistribution) -> Tensor:
+        """Entropy of the student minus that of the teacher, in nats."""
+        return entropy(student_logits) - entropy(whole(teacher_logits))
+
+    def select(self, score: Tensor, noise: Tensor | None = None) -> Selection:
+        """Weights in (0, 1)."""
+        return Selection(torch.sigmoid(score), torch.ones_like(score))

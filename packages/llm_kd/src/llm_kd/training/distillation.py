@@ -1,0 +1,388 @@
+"""The training system: a student distilled from a live or stored teacher, with exact token normalisation."""
+
+import hashlib
+import math
+import random
+import warnings
+from collections.abc import Mapping
+from typing import Any, Literal, cast
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+from torch import distributed as dist
+
+from kd_common.distributed import world_size
+from kd_common.hub.language_models import load_config, load_tokenizer, model_ends
+from kd_common.optim import decay_groups
+from kd_common.run.errors import NonFiniteLossError, last_checkpoint
+from kd_common.run.training import TrainingModule
+from kd_common.schedules import CosineDecay, Schedule
+from llm_kd.data.batch import TokenBatch, collate
+from llm_kd.data.encode import Encoder, padding_token
+from llm_kd.data.example import Example, answered, nothing
+from llm_kd.head import KDHead
+from llm_kd.models import Body, StudentSpec, TeacherSpec, build_student, shared_vocabulary
+from llm_kd.models.generation import response_ends
+from llm_kd.objectives import Objective
+from llm_kd.objectives.fkl import ForwardKL
+from llm_kd.selection import Selector
+from llm_kd.selection.speck import SpecK
+from llm_kd.selection.topk import TopK
+from llm_kd.teacher import CachedTeacher, OnlineTeacher, Teacher, vocabulary_fingerprint
+from llm_kd.training.distiller import Distiller, validation_means
+from llm_kd.training.rollout import OffPolicy, Rollout
+from llm_kd.training.strategies import shard_student, shard_teacher
+
+WINDOW = ("loss", "denominator", "accepted", "tokens", "weights")
+"""What is summed over the micro-batches and ranks of an update."""
+
+
+class DistillationModule(TrainingModule):
+    """Distil a language model: a selector weights the tokens, an objective compares the two models on them.
+
+    The loss of an update is the sum over all its tokens, micro-batches and ranks, divided by their number (or by the
+    sum of their weights), so that neither accumulation nor the number of ranks changes it.
+
+    Args:
+        teacher: The model to distil from.
+        student: The model to train.
+        objective: Divergence per token (:mod:`llm_kd.objectives`); None means ``ForwardKL()``.
+        selector: Weights of the tokens (:mod:`llm_kd.selection`); None means ``TopK()``.
+        rollout: Who writes the responses (:mod:`llm_kd.training.rollout`); None means ``OffPolicy()``, the data.
+        lr_schedule: Factor on the learning rate; None means a cosine from 1 to 0 over the run.
+        normalize: ``valid`` divides by the number of supervised tokens, ``selected`` by the sum of the weights.
+        loss_temperature: Temperature of both models in the divergence, > 0.
+        verify_temperature: Temperature of both models in the selection, > 0.
+        temperature_scale: ``squared`` multiplies a divergence by the square of its temperature.
+        learning_rate: AdamW's learning rate at factor 1, > 0.
+        weight_decay: Weight decay of matrices, >= 0; vectors (norms, biases) have none.
+        betas: AdamW's decay rates.
+        gradient_checkpointing: Recompute the student's layers in the backward pass instead of keeping activations.
+        compile: Compile the student's body with ``torch.compile``.
+        chunk_size: Rows per chunk of the head; None fits it to the device.
+        seed: Seed of every random draw during training; linked from ``seed_everything``.
+
+    Raises:
+        ModelNotFoundError: If a model cannot be found.
+        ValueError: If a setting is out of range, or teacher and student do not share a tokenizer.
+    """
+
+    strategies = (ModelParallelStrategy,)
+    metric = "kl"
+    mode = "min"
+
+    def __init__(
+        self,
+        teacher: TeacherSpec,
+        student: StudentSpec,
+        objective: Objective | None = None,
+        selector: Selector | None = None,
+        rollout: Rollout | None = None,
+        lr_schedule: Schedule | None = None,
+        normalize: Literal["valid", "selected"] = "valid",
+        loss_temperature: float = 1.0,
+        verify_temperature: float = 1.0,
+        temperature_scale: Literal["squared", "none"] = "squared",
+        learning_rate: float = 1e-4,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.95),
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
+        chunk_size: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        with warnings.catch_warnings():
+            # Built by the command line, the checkpoint gets their settings, not these modules.
+            warnings.filterwarnings("ignore", message="Attribute .* is an instance of `nn.Module`")
+            self.save_hyperparameters()
+        if not learning_rate > 0:
+            raise ValueError(f"model.learning_rate must be > 0, got {learning_rate}")
+        if weight_decay < 0:
+            raise ValueError(f"model.weight_decay must be >= 0, got {weight_decay}")
+        self.teacher_spec = teacher
+        self.student_spec = student
+        self.rollout = rollout or OffPolicy()
+        self.lr_schedule = lr_schedule or CosineDecay()
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.betas = betas
+        self.seed = seed
+        if teacher.cache is not None and self.rollout.generates:
+            raise ValueError(
+                "model.teacher.cache holds the teacher's distributions for the data's responses only, and "
+                f"model.rollout {type(self.rollout).__name__} writes new ones; set model.teacher.cache to null"
+            )
+        student_name = student.name or teacher.name
+        # The teacher's: the data are written in its chat template, so the student is saved with it.
+        self.tokenizer = load_tokenizer(teacher.name)
+        self._teachers_ends = model_ends(teacher.name, self.tokenizer)
+        self._pad_id = padding_token(self.tokenizer, Encoder(self.tokenizer).eos_ids)
+        self.vocab_size = shared_vocabulary(
+            self.tokenizer, load_tokenizer(student_name), load_config(teacher.name), load_config(student_name)
+        )
+        if isinstance(selector, SpecK) and selector.seed is None:
+            selector.seed = seed
+        head = KDHead(
+            objective or ForwardKL(),
+            selector or TopK(),
+            normalize=normalize,
+            loss_temperature=loss_temperature,
+            verify_temperature=verify_temperature,
+            temperature_scale=temperature_scale,
+            vocab_size=self.vocab_size,
+            chunk_size=chunk_size,
+        )
+        body = build_student(student, teacher.name)
+        if gradient_checkpointing:
+            body.causal_lm.activation_checkpointing_enable()
+        if compile:
+            body.compile(dynamic=True)
+        self.distiller = Distiller(body, head, self.vocab_size).train()
+        body.causal_lm.generation_config.eos_token_id = self.eos_ids  # the saved student stops where it was taught to
+        # Not a submodule: the teacher stays out of the checkpoint, the optimizer and DDP.
+        self._teacher: list[Teacher] = []
+        self.sharded = False
+        self._window = torch.zeros(len(WINDOW))
+        self._since_validation = dict.fromkeys(WINDOW, 0.0)
+        self._val: dict[str, Any] = {}
+
+    # ------------------------------------------------------------------------------------------------ set-up
+
+    def attach_teacher(self, teacher: Teacher) -> None:
+        """Distil from this teacher.
+
+        Raises:
+            CacheError: If it is stored and belongs to another tokenizer.
+            ValueError: If it is stored and does not determine the loss.
+        """
+        if isinstance(teacher, CachedTeacher):
+            cache = teacher.cache
+            cache.check(tokenizer=vocabulary_fingerprint(self.tokenizer.get_vocab()), vocab_size=self.vocab_size)
+            self.distiller.head.check_truncated(cache.header.size, cache.header.vocab_size)
+        self._teacher = [teacher]
+
+    @property
+    def teacher(self) -> Teacher:
+        """The attached teacher.
+
+        Raises:
+            RuntimeError: If there is none.
+        """
+        if not self._teacher:
+            raise RuntimeError("no teacher is attached; call attach_teacher(...) or run through llm_kd.fit")
+        return self._teacher[0]
+
+    def configure_model(self) -> None:
+        """Shard student and teacher under FSDP2; other strategies leave them whole."""
+        if self._device_mesh is None or self.sharded:
+            return
+        mesh = self._device_mesh["data_parallel"]
+        shard_student(self.distiller, mesh)
+        if isinstance(self.teacher, OnlineTeacher):
+            shard_teacher(cast(Body, self.teacher.body), mesh)
+        self.sharded = True
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW with the learning-rate schedule, stepped every update."""
+        trained = [parameter for parameter in self.distiller.parameters() if parameter.requires_grad]
+        groups = decay_groups(trained, self.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        """Bring the teacher to the device."""
+        self.teacher.to(self.device)
+
+    # ------------------------------------------------------------------------------------------------ training
+
+    def on_train_start(self) -> None:
+        """Start the sums of the first update."""
+        self._window = torch.zeros(len(WINDOW), dtype=self._sum_dtype, device=self.device)
+        super().on_train_start()
+
+    def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
+        """Sum of the losses of one micro-batch; it is normalised before the optimizer steps."""
+        # Every draw is a function of seed, epoch, batch and rank, so a resumed run repeats what it would have drawn.
+        torch.manual_seed(self._seed("model", batch_idx, self.global_rank))
+        if self.rollout.generates:
+            batch = self._respond(batch, batch_idx)
+        output = self.distiller(batch, self.teacher.signal(batch))
+        tokens = torch.tensor(output.num_tokens)
+        values = (output.loss_sum.detach(), output.denominator, output.accepted_sum, tokens, output.weights.sum())
+        self._window += torch.stack([value.to(self._window) for value in values])
+        return output.loss_sum
+
+    @property
+    def _sum_dtype(self) -> torch.dtype:
+        return torch.float32 if self.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+
+    def _seed(self, *parts: Any) -> int:
+        text = "/".join(map(str, (self.seed, self.current_epoch, *parts)))
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+    def _respond(self, batch: TokenBatch, batch_idx: int) -> TokenBatch:
+        """The batch with the responses that the rollout chooses."""
+        progress = self.global_step / self.total_steps
+        draw = random.Random(self._seed("rollout", batch_idx)).random()
+        # Rank 0 decides: writing under FSDP2 takes all ranks, and their memories may differ by a response.
+        source = self.trainer.strategy.broadcast(self.rollout.choose(draw, progress))
+        if source == "dataset":
+            return batch
+        if source == "replay":
+            rng = random.Random(self._seed("replay", batch_idx, self.global_rank))
+            examples = self.rollout.replay(len(batch.prompts), rng)
+        else:
+            examples = self._write(batch.prompts, self._seed("sampling", batch_idx, self.global_rank))
+            self._touched = True
+            self.rollout.keep(examples)
+        pad = self._pad_id
+        rows = [[example] for example in examples] or [[nothing(pad)]]
+        return collate(rows, pad).to(self.device)
+
+    def _write(self, prompts: list[list[int]], seed: int) -> list[Example]:
+        """The student's responses to prompts."""
+        responses = self.distiller.generate(
+            prompts or [[self._pad_id]],  # sharded, every rank must take part
+            self.rollout.sampling,
+            eos_ids=self.eos_ids,
+            pad_id=self._pad_id,
+            seed=seed,
+            synced=self.sharded,
+        )
+        return [answered(prompt, response, "") for prompt, response in zip(prompts, responses, strict=False)]
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """Tokens that end a response: the chat template's and tokenizer's, and those of the two models' settings."""
+        return response_ends(self.distiller.student.causal_lm, self._teachers_ends)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Normalise the gradient by the tokens of the whole update, and let objective and selector follow the loss.
+
+        Lightning calls this before it clips. By then it has divided by the number of micro-batches, and the ranks'
+        gradients have been averaged.
+
+        Raises:
+            NonFiniteLossError: If the loss is not finite; the update is not made.
+        """
+        self._touched = True
+        window = self._window
+        if world_size() > 1:
+            dist.all_reduce(window)
+        sums = dict(zip(WINDOW, window.tolist(), strict=True))
+        window.zero_()
+        for name, value in sums.items():
+            self._since_validation[name] += value
+        if not math.isfinite(sums["loss"]):
+            raise NonFiniteLossError(
+                f"the loss of update {self.global_step + 1} is {sums['loss']}; the update was not made. Last good "
+                f"checkpoint: {last_checkpoint(self.trainer)}. Lower model.learning_rate or set "
+                "trainer.gradient_clip_val"
+            )
+        if sums["denominator"] == 0:  # no supervised token, or none with a weight: the gradient is zero as it is
+            return
+        factor = self.trainer.accumulate_grad_batches * world_size() / sums["denominator"]
+        for parameter in self.distiller.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+        loss, rate = sums["loss"] / sums["denominator"], sums["accepted"] / max(1.0, sums["tokens"])
+        selected = sums["loss"] / (sums["weights"] or 1.0)
+        self.distiller.head.on_step(loss, self.global_step + 1, self.total_steps, selected)
+        self.log_dict({"loss": loss, "tar": rate}, prog_bar=True, logger=False)
+        if self.is_logging_step():
+            values = {"loss": loss, "tar": rate, "tokens": sums["tokens"], "lr": optimizer.param_groups[0]["lr"]}
+            for logger in self.loggers:
+                logger.log_metrics({f"train/{k}": v for k, v in values.items()}, step=self.global_step)
+
+    # ------------------------------------------------------------------------------------------------ validation
+
+    def on_validation_start(self) -> None:
+        """Start the sums; the teacher must be on the device also when nothing was trained."""
+        self.teacher.to(self.device)
+        self._val = {}
+        super().on_validation_start()
+
+    def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
+        """Add the sums of one batch."""
+        for name, value in self.distiller.measure(batch, self.teacher.signal(batch)).items():
+            self._val[name] = self._val.get(name, 0.0) + value.to(self._sum_dtype)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log and remember the means over the tokens of all ranks.
+
+        Raises:
+            NonFiniteLossError: If the student's likelihood is not finite.
+        """
+        names = sorted(self._val)
+        sums = torch.stack([self._val[name] for name in names])
+        if world_size() > 1:
+            dist.all_reduce(sums)
+        values = validation_means(dict(zip(names, sums.tolist(), strict=True)))
+        self.log_dict({f"val/{name}": value for name, value in values.items()}, prog_bar=False)
+        if not math.isfinite(values["nll"]):
+            raise NonFiniteLossError(
+                f"the validation NLL is {values['nll']}: an update made the student non-finite. Last good checkpoint: "
+                f"{last_checkpoint(self.trainer)}. Lower model.learning_rate or set trainer.gradient_clip_val"
+            )
+        if self.trainer.sanity_checking:
+            return
+        self.rollout.on_validation(values["kl"])  # the untrained student's too: what follows is compared with it
+        if self.trainer.state.fn == "fit":
+            self.remember(values)
+
+    def remember(self, values: Mapping[str, float]) -> None:
+        """Add validation means to the history, with those of the training since the last ones."""
+        trained, self._since_validation = self._since_validation, dict.fromkeys(WINDOW, 0.0)
+        tokens = trained["tokens"] or 1.0
+        train = {
+            "train_loss": trained["loss"] / (trained["denominator"] or 1.0),
+            "train_tar": trained["accepted"] / tokens,
+            "tokens_per_second": tokens / self._seconds,
+        }
+        super().remember({**values, **train})
+        for logger in self.loggers:
+            logger.log_metrics(
+                {f"epoch/{k.removeprefix('train_')}": v for k, v in train.items()}, step=self.global_step
+            )
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+
+    def rank_state(self) -> dict[str, Any]:
+        """See `TrainingModule`: the rollout's memory, and the sums of the update that is not finished."""
+        state = super().rank_state() | {
+            "rollout": self.rollout.state_dict(),
+            "since_validation": self._since_validation,
+        }
+        return state | ({"window": self._window.clone()} if self._in_window() else {})
+
+    def load_rank_state(self, state: dict[str, Any]) -> None:
+        """See `TrainingModule`."""
+        super().load_rank_state(state)
+        self.rollout.load_state_dict(state["rollout"])
+        self._since_validation = dict(state["since_validation"])
+        self._window += state.get("window", torch.zeros(())).to(self._window)
+
+    def is_whole(self) -> bool:
+        """See `TrainingModule`; FSDP2 hides the gradients of an update that is not finished."""
+        return super().is_whole() and not (self.sharded and self._in_window())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See `TrainingModule`."""
+        super().on_save_checkpoint(checkpoint)
+        # Also in the state dict, of which Lightning restores only tensors under FSDP2.
+        checkpoint["head"] = {name: part.get_extra_state() for name, part in self._stateful_parts()}
+
+    def _stateful_parts(self) -> list[tuple[str, torch.nn.Module]]:
+        """Objective and selector, as far as they have a state that follows training."""
+        parts = [(name, getattr(self.distiller.head, name)) for name in ("objective", "selector")]
+        return [(name, p) for name, p in parts if type(p).get_extra_state is not torch.nn.Module.get_extra_state]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See `TrainingModule`."""
+        super().on_load_checkpoint(checkpoint)
+        for name, part in self._stateful_parts():
+            part.set_extra_state(checkpoint["head"][name])

@@ -1,0 +1,1 @@
+"""Drafting, verification and the decoder that joins them."""

@@ -1,0 +1,118 @@
+"""What a drafter brings on real prompts: tokens per second against plain decoding on the same runner."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from spec_decode.decoding.decoder import PHASES, Generation, SpeculativeDecoder
+
+
+@dataclass
+class Measurement:
+    """Sums over prompts.
+
+    Attributes:
+        tokens: New tokens after the prefill's.
+        passes: Target passes, counted per row.
+        seconds: Seconds spent after the prefill.
+        phases: Seconds of each phase.
+        tested: Passes that met candidates at each level.
+        matched: Passes in which one was accepted.
+        pass_sizes: Target passes by their number of nodes.
+        texts: New tokens of every prompt.
+    """
+
+    tokens: int = 0
+    passes: int = 0
+    seconds: float = 0.0
+    phases: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    tested: list[int] = field(default_factory=list)
+    matched: list[int] = field(default_factory=list)
+    pass_sizes: Counter[int] = field(default_factory=Counter)
+    texts: list[list[int]] = field(default_factory=list)
+
+    def add(self, out: Generation) -> None:
+        """Count one generation."""
+        self.tokens += sum(map(sum, out.acceptance_lengths))
+        self.passes += sum(map(len, out.acceptance_lengths))
+        self.seconds += out.timings["total"] - out.timings["prefill"]
+        for phase in PHASES:
+            self.phases[phase] += out.timings[phase]
+        for mine, theirs in ((self.tested, out.tested), (self.matched, out.matched)):
+            mine.extend([0] * (len(theirs) - len(mine)))
+            for level, count in enumerate(theirs):
+                mine[level] += count
+        self.pass_sizes.update(out.pass_sizes)
+        self.texts += out.new_tokens
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Throughput of decoding, prefill excluded."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def speedup_over(self, plain: "Measurement") -> float | None:
+        """Tokens per second over those of plain decoding; None where its texts ended with the prefill's token."""
+        return self.tokens_per_second / plain.tokens_per_second if plain.tokens_per_second else None
+
+    @property
+    def end_to_end(self) -> float:
+        """All new tokens per second, the prefill and its token included."""
+        seconds = self.seconds + self.phases["prefill"]
+        return sum(map(len, self.texts)) / seconds if seconds else 0.0
+
+    @property
+    def tau(self) -> float:
+        """Tokens per target pass and row: accepted + 1."""
+        return self.tokens / self.passes if self.passes else 1.0
+
+    @property
+    def acceptance(self) -> list[float]:
+        """Acceptance of every level that was reached."""
+        return [m / t for m, t in zip(self.matched, self.tested, strict=True) if t]
+
+
+def first_divergence(texts: Sequence[Sequence[int]], expected: Sequence[Sequence[int]]) -> list[int | None]:
+    """Index of the first token in which each text differs from what is expected, None where none does."""
+    found: list[int | None] = []
+    for text, wanted in zip(texts, expected, strict=True):
+        shared = min(len(text), len(wanted))
+        at = next((i for i in range(shared) if text[i] != wanted[i]), shared)
+        found.append(None if at == len(text) == len(wanted) else at)
+    return found
+
+
+def measure(
+    decoders: dict[str, SpeculativeDecoder],
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    stop_tokens: Sequence[int] = (),
+    batch_size: int = 1,
+    on_batch: Callable[[], None] | None = None,
+) -> dict[str, Measurement]:
+    """Run several decoders on the same prompts, one after the other on each batch of them.
+
+    Taking turns spreads a slow moment of the machine over all of them. The first batch is run once before, unmeasured.
+
+    Args:
+        decoders: Decoders by name.
+        prompts: Prompts as token ids.
+        max_new_tokens: Tokens per prompt.
+        temperature: See `Sampling`.
+        seed: Seed of the draws; the same for every decoder.
+        stop_tokens: Tokens that end a row.
+        batch_size: Prompts at once.
+        on_batch: Called after every batch.
+    """
+    found = {name: Measurement() for name in decoders}
+    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "stop_tokens": stop_tokens}
+    for decoder in decoders.values():
+        decoder.generate(prompts[:batch_size], **settings)  # type: ignore[arg-type]
+    for start in range(0, len(prompts), batch_size):
+        for name, decoder in decoders.items():
+            found[name].add(decoder.generate(prompts[start : start + batch_size], **settings))  # type: ignore[arg-type]
+        if on_batch is not None:
+            on_batch()
+    return found

@@ -1,0 +1,199 @@
+"""Draft trees from the logits of a drafter that predicts every level in one pass, for either rule of verification.
+
+Shapes: B rows of a batch, N levels, C tokens of the drafter's vocabulary, V of the target's. Level i (from 0) predicts
+the token at the root's position + 1 + i.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spec_decode.decoding.sampling import Sampling, Stream, check_logits, gumbel_noise
+from spec_decode.decoding.tree import DraftTree, ancestor_mask, backbone_tree
+
+RANKED = 256
+"""Tokens of a level, the likeliest ones, among which candidates are sought."""
+
+
+@dataclass(frozen=True, eq=False)
+class SampledTree:
+    """Constrained draft tree whose candidates were drawn from the drafter's law without replacement.
+
+    Args:
+        tree: Tree in the order of `backbone_parents`.
+        draws: The candidates of each level in the order in which they were drawn, int64 of shape (B, N, K); -1 where
+            there are fewer.
+        log_probs: Log-law each level was drawn from, of shape (B, N, V).
+
+    Raises:
+        ValueError: If a candidate has probability 0 under the law it is said to be drawn from.
+    """
+
+    tree: DraftTree
+    draws: Tensor
+    log_probs: Tensor
+
+    def __post_init__(self) -> None:
+        drawn = self.log_probs.gather(-1, self.draws.clamp(min=0))
+        if (drawn.isneginf() & (self.draws >= 0)).any():
+            raise ValueError("a candidate has probability 0 under log_probs; pass the law it was really drawn from")
+
+
+def _level_noise(draft_logits: Tensor, seeds: Tensor, root_positions: Tensor, ids: Tensor, stream: Stream) -> Tensor:
+    """Gumbel noise of shape (B, N, C) at the positions the levels predict."""
+    ahead = torch.arange(1, draft_logits.shape[1] + 1, device=draft_logits.device)
+    return gumbel_noise(seeds.unsqueeze(1), root_positions.unsqueeze(1) + ahead, ids, stream)
+
+
+def matching_tree(
+    root: Tensor,
+    draft_logits: Tensor,
+    widths: Sequence[int],
+    *,
+    temperature: float,
+    seeds: Tensor,
+    root_positions: Tensor,
+    vocabulary: Tensor | None = None,
+) -> DraftTree:
+    """Tree of the tokens likeliest to be the target's draw, for `verify_matching`.
+
+    The target will draw argmax(logits / temperature + noise) with noise that is already known here, so candidates are
+    ranked by the drafter's logits + temperature * the same noise; temperature 0 leaves plain top-k. Looking at the
+    noise is allowed: under `verify_matching` the emitted tokens do not depend on the tree at all.
+
+    Args:
+        root: Last committed token per row, int64 of shape (B,).
+        draft_logits: Logits of every level, shape (B, N, C).
+        widths: Candidates per level, N numbers in [1, C].
+        temperature: The target's temperature, >= 0.
+        seeds: The target's seeds, int64 of shape (B,).
+        root_positions: Absolute position of the root, int64 of shape (B,).
+        vocabulary: Target token of each of the drafter's tokens, int64 of shape (C,); None if they are the same.
+
+    Returns:
+        Tree of 1 + sum(widths) nodes.
+
+    Raises:
+        ValueError: If the logits define no distribution or the widths do not fit them.
+
+    References:
+        Shared noise for draft and target: Daliri, Musco and Suresh, arXiv 2408.07978 (one candidate per level).
+    """
+    scores = rank_tokens(
+        draft_logits,
+        temperature=temperature,
+        seeds=seeds,
+        root_positions=root_positions,
+        vocabulary=vocabulary,
+        count=max(RANKED, *widths),
+    )
+    return scores.tree(root, widths)
+
+
+@dataclass(frozen=True, eq=False)
+class RankedTokens:
+    """The tokens of every level that may become candidates.
+
+    Args:
+        ids: Tokens, int64 of shape (B, N, c).
+        scores: What they are ranked by, float64 of the same shape.
+        log_laws: How likely the drafter takes each to be the target's draw, as logarithms; the same shape.
+    """
+
+    ids: Tensor
+    scores: Tensor
+    log_laws: Tensor
+
+    def tree(self, root: Tensor, widths: Sequence[int]) -> DraftTree:
+        """Tree of the best of them; see `matching_tree`."""
+        best, place = self.scores.topk(min(max(widths, default=1), self.ids.shape[-1]), dim=-1)
+        return backbone_tree(root, self.ids.gather(-1, place).masked_fill(best.isneginf(), -1), widths)
+
+    def path_probabilities(self, tree: DraftTree) -> Tensor:
+        """How likely the drafter takes each node of such a tree to be reached: the product of its laws along the path.
+
+        Returns:
+            float64 of shape (B, n): 1 at the root; what stands at absent nodes means nothing.
+        """
+        above = ancestor_mask(tree.parents)
+        rows = torch.arange(len(above), device=above.device).unsqueeze(1)
+        level = (above.sum(-1) - 2).clamp(min=0)
+        here = self.ids[rows, level] == tree.tokens.unsqueeze(-1)
+        own = self.log_laws[rows, level].masked_fill(~here, -torch.inf).amax(-1)
+        own[:, 0] = 0
+        return torch.where(above, own.unsqueeze(1), 0).sum(-1).exp()
+
+
+def rank_tokens(
+    draft_logits: Tensor,
+    *,
+    temperature: float,
+    seeds: Tensor,
+    root_positions: Tensor,
+    vocabulary: Tensor | None = None,
+    count: int = RANKED,
+) -> RankedTokens:
+    """Score the drafter's likeliest tokens of every level; arguments as in `matching_tree`.
+
+    Only the `count` largest logits are looked at: noise for a whole vocabulary costs as much as a small target's pass.
+    At temperature 0 the law is the drafter's. Above it the noise is known, so the law is what is left of the doubt: the
+    softmax of logits / temperature + noise among these tokens.
+    """
+    check_logits(draft_logits)
+    logits, index = draft_logits.topk(min(count, draft_logits.shape[-1]), dim=-1)
+    ids, logits = index if vocabulary is None else vocabulary[index], logits.double()
+    if temperature == 0:
+        return RankedTokens(ids, logits, logits - draft_logits.float().logsumexp(-1, keepdim=True))
+    scores = logits + temperature * _level_noise(draft_logits, seeds, root_positions, ids, Stream.TARGET)
+    # The best score becomes 0 first: no temperature, however small, can overflow it.
+    laws = ((scores - scores.amax(-1, keepdim=True)) / temperature).log_softmax(-1)
+    return RankedTokens(ids, scores, laws)
+
+
+def sampled_tree(
+    root: Tensor,
+    draft_logits: Tensor,
+    widths: Sequence[int],
+    *,
+    sampling: Sampling,
+    seeds: Tensor,
+    root_positions: Tensor,
+    vocab_size: int,
+    vocabulary: Tensor | None = None,
+) -> SampledTree:
+    """Tree of tokens drawn from the drafter's processed law without replacement, for `verify_sampled`.
+
+    Gumbel-top-k draws them in order. The backbone is the likeliest one drawn; any choice among the candidates is
+    allowed, while they must be tested in the order in which they were drawn.
+
+    Args:
+        root: Last committed token per row, int64 of shape (B,).
+        draft_logits: Logits of every level, shape (B, N, C).
+        widths: Candidates per level, N numbers in [1, C].
+        sampling: Processors of the draft law; any law is exact, the target's own is a good choice.
+        seeds: int64 of shape (B,).
+        root_positions: Absolute position of the root, int64 of shape (B,).
+        vocab_size: V.
+        vocabulary: Target token of each of the drafter's tokens, int64 of shape (C,); None if they are the same.
+
+    Returns:
+        Tree of 1 + sum(widths) nodes, absent where a law has fewer tokens than the level has candidates.
+
+    Raises:
+        ValueError: If the logits define no distribution or the widths do not fit them.
+
+    References:
+        Kool, van Hoof and Welling, Stochastic beams and where to find them, arXiv 1903.06059, section 2.3.
+    """
+    ids = torch.arange(draft_logits.shape[-1], device=root.device) if vocabulary is None else vocabulary
+    log_q = sampling.log_probs(draft_logits)
+    perturbed = log_q + _level_noise(draft_logits, seeds, root_positions, ids, Stream.DRAFT)
+    best, index = perturbed.topk(min(max(widths, default=1), len(ids)), dim=-1)
+    rank = torch.arange(index.shape[-1], device=root.device)
+    not_drawn = best.isneginf() | (rank >= torch.tensor(widths, device=root.device).unsqueeze(1))
+    draws = ids[index].masked_fill(not_drawn, -1)
+    full_log_q = log_q.new_full((*log_q.shape[:2], vocab_size), -torch.inf)
+    full_log_q[..., ids] = log_q
+    return SampledTree(backbone_tree(root, draws, widths, scores=log_q.gather(-1, index)), draws, full_log_q)

@@ -1,0 +1,18 @@
+"""One momentum for all components."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from kd_common.optim import ComponentOptimizer, DecoupledSGD
+from vision_kd.policies.base import GradientPolicy
+
+
+class SGD(GradientPolicy):
+    """One momentum for all components: SGD on the summed loss, in one backward pass."""
+
+    def optimizer(
+        self, student: nn.Module, components: Sequence[str], *, lr: float, momentum: float, weight_decay: float
+    ) -> ComponentOptimizer:
+        """Return a :class:`DecoupledSGD` with one buffer; see :meth:`GradientPolicy.optimizer`."""
+        return DecoupledSGD(student.parameters(), lr, dict.fromkeys(components, momentum), weight_decay)

@@ -1,0 +1,1 @@
+"""Training of students and teachers with Lightning."""

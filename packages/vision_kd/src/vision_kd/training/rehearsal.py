@@ -1,0 +1,54 @@
+"""One dry step of a run, before its teacher is trained."""
+
+import copy
+import itertools
+from typing import Any
+
+import lightning.pytorch as pl
+
+from kd_common.run.rehearsal import check_monitors, dry_fit, rehearsing
+from kd_common.run.trainer_settings import check_batches, limited
+from vision_kd.data import ImageDataModule
+from vision_kd.methods.vanilla import Vanilla
+from vision_kd.models import ModelSpec, save_student
+from vision_kd.policies import SGD
+
+
+def rehearse(cli: Any, extra: dict[str, Any]) -> None:
+    """Train and validate copies of student and teacher for one step on two images, and write and read the student.
+
+    The teacher has random weights. What fails here would fail later, after the teacher was trained or even at the
+    first export. The run itself is left as it was, bit for bit.
+
+    Args:
+        cli: The command line of the run, its data prepared.
+        extra: What is written beside the student's weights.
+
+    Raises:
+        ValueError: From the settings, such as a limit that leaves no batch.
+    """
+    model, data, trainer = cli.model, cli.datamodule, cli.trainer
+    accelerator, task = cli.config["trainer"]["accelerator"], type(model)
+    train, val = (len(loader()) for loader in (data.train_dataloader, data.val_dataloader))
+    check_batches(trainer, train // trainer.world_size, -(-val // trainer.world_size))
+    with rehearsing(cli.run_dir) as folder:
+        twin = copy.deepcopy(model)
+        if model.needs_teacher:
+            spec = ModelSpec(model.teacher_spec.name, model.teacher_spec.args)
+            teacher = model.teacher or task.build(spec, **task.facts(data))
+            twin.attach_teacher(copy.deepcopy(teacher))
+            learner = task(spec, **task.facts(data), method=Vanilla(), policy=SGD())
+            dry_fit(pl.Trainer(max_epochs=1, logger=False, enable_checkpointing=False), learner, data, accelerator)
+        logged = dry_fit(trainer, twin, data, accelerator)
+        check_monitors(trainer, logged, later=("gsnr",))
+        save_student(folder / "student.pt", twin.inference_model, model.student_spec, extra)
+        task.load(folder / "student.pt")
+
+
+def limited_validation(data: ImageDataModule, trainer: pl.Trainer) -> ImageDataModule:
+    """The data with as many validation images as all processes of the student's validation see together."""
+    loader = data.val_dataloader()
+    each = limited(-(-len(loader) // trainer.world_size), trainer.limit_val_batches)
+    view: Any = copy.copy(data)
+    view.val_dataloader = lambda: itertools.islice(loader, each * trainer.world_size)
+    return view
