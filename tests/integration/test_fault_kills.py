@@ -10,7 +10,7 @@ from importlib import import_module
 
 import pytest
 
-from kd_common.hub.language_models import load_causal_lm, load_tokenizer
+from kd_common.hub import load_causal_lm, load_tokenizer
 from kd_common.run.checkpoints import check_resumable
 from llm_kd.cache_teacher import main as cache_teacher
 from llm_kd.teacher import TeacherCache

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kd_common.hub.language_models import load_causal_lm
+from kd_common.hub import load_causal_lm
 from llm_kd.data.example import Example
 from llm_kd.data.loader import TextLoader
 from llm_kd.fit import main

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kd_common.hub.language_models import load_causal_lm
+from kd_common.hub import load_causal_lm
 from llm_kd.data.example import Example
 from llm_kd.fit import main as fit
 from llm_kd.models import Body

@@ -15,7 +15,7 @@ import torch
 import transformers
 from rich.console import Console
 
-from kd_common.hub.language_models import load_causal_lm
+from kd_common.hub import load_causal_lm
 from spec_decode.benchmark import benchmark, checksum, content_digest, margin, read_results, transformers_peers
 from spec_decode.chat import chat, talk
 from spec_decode.decoding.decoder import SpeculativeDecoder

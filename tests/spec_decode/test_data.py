@@ -9,7 +9,7 @@ import pytest
 import torch
 from filelock import FileLock, Timeout
 
-from kd_common.hub.language_models import load_tokenizer
+from kd_common.hub import load_tokenizer
 from kd_common.text import Message, Row
 from spec_decode.data import datamodule
 from spec_decode.data import features as features_module
