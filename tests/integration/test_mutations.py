@@ -617,9 +617,9 @@ MUTATIONS = [
     ),
     Mutation(
         "a batch's guard told the tokens of all rows",
-        "spec_decode/decoding/decoder.py",
-        "float(kept.sum() / active.sum())",
-        "float(kept.sum())",
+        "spec_decode/decoding/state.py",
+        "float(self.counts.sum() / (self.counts > 0).sum())",
+        "float(self.counts.sum())",
         "spec_decode/test_autotune.py::test_the_guard_of_a_batch_counts_tokens_per_unfinished_row",
     ),
     Mutation(
@@ -631,7 +631,7 @@ MUTATIONS = [
     ),
     Mutation(
         "positions missed in a pause left among the padding",
-        "spec_decode/decoding/decoder.py",
+        "spec_decode/decoding/state.py",
         "(tokens >= 0).long().argsort(dim=1, descending=True, stable=True)",
         "(tokens >= 0).long().argsort(dim=1, descending=False, stable=True)",
         "spec_decode/test_autotune.py::test_a_draft_after_a_pause_has_read_what_it_missed",
@@ -709,15 +709,15 @@ MUTATIONS = [
     ),
     Mutation(
         "finished rows count as tested",
-        "spec_decode/decoding/decoder.py",
-        "(verified.tested & active.unsqueeze(1)).sum(0)",
-        "verified.tested.sum(0)",
+        "spec_decode/decoding/statistics.py",
+        "(levels & active).sum(0)",
+        "levels.sum(0)",
         "spec_decode/test_decoder.py::test_stop_tokens_inside_accepted_runs_and_rows_that_end_at_different_steps",
     ),
     Mutation(
         "no room for what a row missed in a pause",
         "spec_decode/decoding/decoder.py",
-        "missed = max(room) if guard is not None and batch > 1 else 0",
+        "missed = max(limits) if guard is not None and batch > 1 else 0",
         "missed = 0",
         "spec_decode/test_autotune.py::test_what_one_row_missed_fits_behind_another_that_is_full",
     ),

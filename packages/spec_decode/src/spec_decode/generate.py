@@ -17,8 +17,8 @@ from jsonargparse import auto_cli
 from kd_common.run.errors import run_command
 from kd_common.run.messages import CommandParser
 from kd_common.terminal import printable
-from spec_decode.decoding.decoder import Generation
 from spec_decode.decoding.session import Session, TextStream, check_settings
+from spec_decode.decoding.statistics import Generation
 
 GREEN, RESET = "\033[32m", "\033[0m"
 

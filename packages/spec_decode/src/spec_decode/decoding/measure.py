@@ -4,7 +4,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from spec_decode.decoding.decoder import PHASES, Generation, SpeculativeDecoder
+from spec_decode.decoding.decoder import SpeculativeDecoder
+from spec_decode.decoding.statistics import PHASES, Generation
 
 
 @dataclass

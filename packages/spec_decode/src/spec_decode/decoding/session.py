@@ -10,9 +10,10 @@ from kd_common.hub.language_models import EMBEDDED, load_config, model_ends, not
 from kd_common.hub.vocabulary import shared_vocabulary
 from kd_common.run.messages import check_device
 from kd_common.text import ChatEncoder, Message, Row
-from spec_decode.decoding.decoder import Generation, SpeculativeDecoder
+from spec_decode.decoding.decoder import SpeculativeDecoder
 from spec_decode.decoding.inputs import check_length
 from spec_decode.decoding.sampling import Sampling, row_seeds
+from spec_decode.decoding.statistics import Generation
 from spec_decode.decoding.stopping import check_stop_strings
 from spec_decode.drafters import DRAFTERS, Drafter, DynamicTree, TrainableDrafter, load_drafter
 from spec_decode.drafters.draft_model import PretrainedDraft

@@ -55,6 +55,12 @@ class DraftTree:
         return (self.parents >= 0) | (torch.arange(self.parents.shape[1], device=self.parents.device) == 0)
 
 
+def root_tree(root: Tensor) -> DraftTree:
+    """The last committed tokens alone, int64 of shape (B,): the tree of plain decoding."""
+    tokens = root.unsqueeze(1)
+    return DraftTree(tokens, torch.full_like(tokens, -1))
+
+
 def ancestor_mask(parents: Tensor) -> Tensor:
     """Which nodes each node attends to: itself and its ancestors.
 

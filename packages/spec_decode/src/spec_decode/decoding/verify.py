@@ -174,6 +174,19 @@ def verify_sampled(
     return _walk(draft.tree, logits, draw)
 
 
+def verify(
+    draft: DraftTree | SampledTree, logits: Tensor, sampling: Sampling, *, seeds: Tensor, root_positions: Tensor
+) -> Verified:
+    """Verify by the rule that the draft was made for; arguments as in `verify_matching`."""
+    if isinstance(draft, SampledTree):
+        return verify_sampled(draft, logits, sampling, seeds=seeds, root_positions=root_positions)
+    if draft.tokens.shape[1] == 1:  # plain decoding pays for no walk
+        drawn = sampling.draw(logits[:, 0], seeds, root_positions + 1).unsqueeze(1)
+        path = torch.zeros_like(drawn)
+        return Verified(path, drawn, path[:, 0], path[:, :0] > 0)
+    return verify_matching(draft, logits, sampling, seeds=seeds, root_positions=root_positions)
+
+
 def count_kept(tokens: Tensor, stop_tokens: Sequence[int], remaining: Tensor) -> tuple[Tensor, Tensor]:
     """How many of the emitted tokens a row keeps: up to its first stop token and its length limit.
 

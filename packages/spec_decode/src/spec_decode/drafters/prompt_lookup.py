@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from spec_decode.decoding.proposals import SampledTree
-from spec_decode.decoding.tree import DraftTree, merge_branches
+from spec_decode.decoding.tree import merge_branches, root_tree
 from spec_decode.drafters.base import Draft, Drafter, DraftState, tree_depth, verified_slots
 from spec_decode.drafters.registry import DRAFTERS
 from spec_decode.models import CausalLM
@@ -73,9 +73,7 @@ class PromptLookup(Drafter):
 
     def propose(self, state: DraftState) -> Draft:
         """Chain of at most as many tokens as the tree has levels."""
-        root = state.root.unsqueeze(1)
-        branches = self.branches(state, tree_depth(state.tree))
-        return merge_branches(DraftTree(root, root.new_full(root.shape, -1)), branches, 1 << 30)
+        return merge_branches(root_tree(state.root), self.branches(state, tree_depth(state.tree)), 1 << 30)
 
 
 class WithLookup(Drafter):

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from kd_common.run.report import Series, curve_style
-from spec_decode.decoding.decoder import PHASES
 from spec_decode.decoding.measure import Measurement
+from spec_decode.decoding.statistics import PHASES
 from spec_decode.decoding.tree import DraftTree, depths
 from spec_decode.decoding.verify import Verified
 
