@@ -31,7 +31,8 @@ def test_numbers_are_whole_beside_long_names(toy):
     name = "timm/vit_large_patch14_clip_quickgelu_336.datacompxl_ft_in12k_in1k_and_something"
     module.student_spec = SimpleNamespace(name=name)
     epoch = {"epoch": 9, "top1": 0.9876, "top5": 0.9912, "loss": 1.0, "seconds": 1.0}
-    result = Result("top1", {}, [epoch], None, {"student": 304_326_632}, None)
+    counts = {"student": 304_326_632}
+    result = Result(metric="top1", mode="max", teacher={}, history=[epoch], k=None, parameters=counts, run_dir=None)
     out = io.StringIO()
     print_summary(result, module, Console(file=out, width=80))
     table = out.getvalue()

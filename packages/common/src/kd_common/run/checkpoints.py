@@ -91,20 +91,6 @@ class SaveSettings(SaveConfigCallback):
             self.parser.save(self.config, self.folder / CONFIG, skip_none=False, overwrite=True, multifile=False)
 
 
-def files_of_run(run_dir: Path, more: str = "") -> dict[str, str]:
-    """Lines for the end of a run: how to go on, and where logs and settings lie, as far as they were asked for.
-
-    Args:
-        run_dir: Folder of the run.
-        more: Further flags for going on.
-    """
-    last, metrics = run_dir / CHECKPOINT_DIR / "last.ckpt", run_dir / "metrics.csv"
-    lines = {"to resume": f"--ckpt_path {last}{more}"} if last.is_file() else {}
-    if metrics.is_file():
-        lines["logs"] = f"{metrics}, tensorboard --logdir {run_dir}"
-    return lines | {"configuration": str(run_dir / CONFIG)}
-
-
 def resumed_config(args: Sequence[str]) -> list[str]:
     """``--config`` for the configuration saved beside the checkpoint that ``--ckpt_path`` names, if there is one.
 

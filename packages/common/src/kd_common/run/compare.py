@@ -15,16 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from tqdm import tqdm
 
 from kd_common.files import read_json, write_atomically
 from kd_common.run.cli import resolve_config_names
 from kd_common.run.imports import asked_for, import_asked_for, refuse_imports
 from kd_common.run.messages import CommandParser, check_folder
-from kd_common.terminal import printable
+from kd_common.run.summary import print_table
 
 Row = dict[str, Any]
 RunOne = Callable[[str, int, Sequence[str], int], Row]
@@ -197,12 +194,7 @@ def mean_and_spread(values: Sequence[float], digits: int = 2) -> str:
 
 def write_table(lines: Sequence[Mapping[str, str]], path: Path, title: str) -> None:
     """Print a table, one mapping from column to cell per line, and write it as Markdown."""
-    table = Table(title=title)
+    print_table(title, lines)
     columns = list(lines[0])
-    for column in columns:
-        table.add_column(column, justify="left" if column == columns[0] else "right")
-    for line in lines:
-        table.add_row(*(escape(printable(value)) for value in line.values()))
-    Console().print(table)
     cells = [columns, ["---"] * len(columns), *(list(line.values()) for line in lines)]
     write_atomically(path, "\n".join("| " + " | ".join(row) + " |" for row in cells) + "\n")

@@ -3,11 +3,8 @@
 from collections.abc import Mapping
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from kd_common.run.checkpoints import files_of_run
-from kd_common.terminal import printable
+from kd_common.run.summary import files_of_run, print_lines, print_table
 from llm_kd.data import TextDataModule
 from llm_kd.evaluation.answers import visible
 from llm_kd.training.distillation import DistillationModule
@@ -28,42 +25,33 @@ def print_summary(
         data: Its data, for whose responses are measured.
         console: Where to print; standard output by default.
     """
-    console = console or Console()
     head = model.distiller.head
     title = f"{type(head.objective).__name__} on {type(head.selector).__name__} tokens, {type(model.rollout).__name__}"
     whose = "teacher" if data.responses == "teacher" else "data set"
-    table = Table(title=f"{title}: held-out responses of the {whose}")
-    for column in ("", "NLL", "KL", "agreement", "TAR", "ROUGE-L", "parameters"):
-        table.add_column(column, justify="left" if not column else "right")
     best = result.best
-    rows = {"student before": (result.before, "before")}
+
+    def row(name: str, values: Mapping[str, float], when: str, parameters: str = "") -> dict[str, str]:
+        return {
+            "": name,
+            "NLL": f"{values['nll']:.3f}",
+            "KL": kl(values),
+            "agreement": f"{values['agreement']:.1%}",
+            "TAR": f"{values['tar']:.1%}",
+            "ROUGE-L": f"{result.answers[when].rouge_l:.1f}" if when in result.answers else "",
+            "parameters": parameters,
+        }
+
+    rows = [row("student before", result.before, "before", f"{result.parameters['student']:,}")]
     if best is result.last:
-        rows[f"last and best (epoch {best['epoch'] + 1:.0f})"] = (best, "after")
+        rows.append(row(f"last and best (epoch {best['epoch'] + 1:.0f})", best, "after"))
     else:
-        rows[f"last (epoch {result.last['epoch'] + 1:.0f})"] = (result.last, "after")
-        rows[f"best (epoch {best['epoch'] + 1:.0f})"] = (best, "")
+        rows.append(row(f"last (epoch {result.last['epoch'] + 1:.0f})", result.last, "after"))
+        rows.append(row(f"best (epoch {best['epoch'] + 1:.0f})", best, ""))
     if is_whole(result.last):
-        table.add_row(
-            "teacher",
-            f"{result.last['teacher_nll']:.3f}",
-            "0",
-            "100%",
-            "",
-            rouge(result, "teacher"),
-            f"{result.parameters['teacher']:,}" if "teacher" in result.parameters else "",  # a stored one is not loaded
-        )
-    for name, (values, when) in rows.items():
-        parameters = f"{result.parameters['student']:,}" if when == "before" else ""
-        table.add_row(
-            name,
-            f"{values['nll']:.3f}",
-            kl(values),
-            f"{values['agreement']:.1%}",
-            f"{values['tar']:.1%}",
-            rouge(result, when),
-            parameters,
-        )
-    console.print(table)
+        itself = {**result.last, "nll": result.last["teacher_nll"]}
+        count = f"{result.parameters['teacher']:,}" if "teacher" in result.parameters else ""  # a stored one has none
+        rows.insert(0, row("teacher", itself, "teacher", count) | {"KL": "0", "agreement": "100%", "TAR": ""})
+    print_table(f"{title}: held-out responses of the {whose}", rows, console)
     first, last = result.history[0], result.last
     lines = {} if is_whole(last) else {"KL": BOUNDED}
     lines |= {
@@ -83,9 +71,7 @@ def print_summary(
         found = ",".join(which for which in ("last", "best") if (result.run_dir / f"student_{which}").is_dir())
         lines["student"] = f"{result.run_dir}/student_{{{found}}}, for AutoModelForCausalLM.from_pretrained"
         lines["to try it"] = f"python -m llm_kd.generate --model {result.run_dir}/student_last --prompt ..."
-        lines |= files_of_run(result.run_dir, " --trainer.max_epochs ...")
-    for name, value in lines.items():
-        console.print(f"{name:<{max(map(len, lines))}}  {escape(printable(value))}", soft_wrap=True, highlight=False)
+    print_lines(lines | files_of_run(result.run_dir), console)
 
 
 def is_whole(values: Mapping[str, float]) -> bool:
@@ -96,11 +82,6 @@ def is_whole(values: Mapping[str, float]) -> bool:
 def kl(values: Mapping[str, float]) -> str:
     """The KL to the teacher among validation means, marked where a truncated teacher bounds it only from below."""
     return f"{'' if is_whole(values) else '≥ '}{values['kl']:.3f}"
-
-
-def rouge(result: Result, when: str) -> str:
-    """ROUGE-L of some answers in per cent; empty if there are none."""
-    return f"{result.answers[when].rouge_l:.1f}" if when in result.answers else ""
 
 
 def one_line(text: str, width: int = 160) -> str:

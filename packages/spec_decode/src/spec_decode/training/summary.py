@@ -1,11 +1,10 @@
 """The table at the end of a run."""
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from collections.abc import Sequence
 
-from kd_common.run.checkpoints import files_of_run
-from kd_common.terminal import printable
+from rich.console import Console
+
+from kd_common.run.summary import files_of_run, print_lines, print_table
 from spec_decode.training.drafter_module import DrafterModule
 from spec_decode.training.result import Result
 
@@ -18,24 +17,25 @@ def print_summary(result: Result, model: DrafterModule, console: Console | None 
         model: The trained module.
         console: Where to print; standard output by default.
     """
-    console = console or Console()
     depth = len(result.last["acceptance"])
-    table = Table(title=f"{type(model.drafter).__name__} for {escape(printable(model.target_spec.name))}")
-    for column in ("", *(f"level {level}" for level in range(1, depth + 1)), "tau", "tokens/s", "speed-up"):
-        table.add_column(column, justify="left" if not column else "right")
-    for name, epoch in {"last epoch": result.last, f"best epoch ({result.best['epoch'] + 1})": result.best}.items():
-        levels = [f"{row[0]:.1%}" for row in epoch["acceptance"]]
-        table.add_row(f"validation, {name}", *levels, *[""] * (depth - len(levels)), f"{epoch['tau']:.2f}", "", "")
+
+    def row(name: str, acceptance: Sequence[float], tau: float, speed: str = "", gain: str = "") -> dict[str, str]:
+        levels = [f"{rate:.1%}" for rate in acceptance[:depth]] + [""] * (depth - len(acceptance))
+        by_level = {f"level {number}": cell for number, cell in enumerate(levels, start=1)}
+        return {"": name, **by_level, "tau": f"{tau:.2f}", "tokens/s": speed, "speed-up": gain}
+
+    epochs = {"last epoch": result.last, f"best epoch ({result.best['epoch'] + 1})": result.best}
+    rows = [
+        row(f"validation, {name}", [level[0] for level in epoch["acceptance"]], epoch["tau"])
+        for name, epoch in epochs.items()
+    ]
     plain = result.measured.get("plain")
     for name, found in result.measured.items():
-        levels = [f"{a:.1%}" for a in found.acceptance][:depth]
         label = f"decoding, tree {result.tree}" if name == "tree" else f"decoding, {name}"
         gain = found.speedup_over(plain) if plain else None
         speed = f"{found.tokens_per_second:.1f}"
-        table.add_row(
-            label, *levels, *[""] * (depth - len(levels)), f"{found.tau:.2f}", speed, f"{gain:.2f}x" if gain else ""
-        )
-    console.print(table)
+        rows.append(row(label, found.acceptance, found.tau, speed, f"{gain:.2f}x" if gain else ""))
+    print_table(f"{type(model.drafter).__name__} for {model.target_spec.name}", rows, console)
     lines = {
         "acceptance of a level": "given that all above were accepted (validation: best token, text of the target)",
         "tau": "tokens per target pass: accepted + 1 (validation: chain of all levels)",
@@ -48,6 +48,4 @@ def print_summary(result: Result, model: DrafterModule, console: Console | None 
         lines["tree for this machine"] = str(result.tree or "none: plain decoding is expected to be faster")
     if result.run_dir is not None:
         lines["drafter"] = str(result.run_dir / "drafter_{last,best}")
-        lines |= files_of_run(result.run_dir)
-    for name, value in lines.items():
-        console.print(f"{name:<{max(map(len, lines))}}  {escape(printable(value))}", soft_wrap=True, highlight=False)
+    print_lines(lines | files_of_run(result.run_dir), console)
