@@ -406,7 +406,7 @@ for kind in PROMPTS:
 #
 # `spec_decode.fit` on the command line is `build(arguments)` and `run(...)` here: the target answers prompts, its
 # states are stored, a FastEagle cascade learns to say them in advance. So little training drafts nothing useful yet,
-# and `tree="auto"` finds that out; the command's defaults take minutes, a good drafter takes hours
+# and `SpeculativeDecoder.tuned` finds that out; the command's defaults take minutes, a good drafter takes hours
 # ([docs/results_spec.md](../docs/results_spec.md)). Try more prompts, or `medusa`.
 
 # %%

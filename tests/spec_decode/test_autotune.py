@@ -1,4 +1,4 @@
-"""`tree="auto"`: real measurements, and the choice follows them."""
+"""Automatic tuning: real measurements, and the choice follows them."""
 
 import itertools
 import math
@@ -56,14 +56,14 @@ def test_the_choice_follows_acceptance_and_cost(tiny, drafter, monkeypatch):
     assert len(good.widths) == 3
     assert sum(good.widths) == 6  # as many as fit into 8 nodes
     assert good.speedup > 1.5
-    assert SpeculativeDecoder(tiny.target, drafter, tree="auto").tree == good.widths
+    assert SpeculativeDecoder.tuned(tiny.target, drafter).tree == good.widths
     drafter.acceptance = [[0.1, 0.0], [0.1, 0.0], [0.1, 0.0]]
     assert autotune(tiny.target, drafter).widths == ()
 
 
 def test_a_useless_drafter_is_never_called(tiny, drafter, monkeypatch):
     drafter.acceptance = [[0.0], [0.0], [0.0]]
-    decoder = SpeculativeDecoder(tiny.target, drafter, tree="auto")
+    decoder = SpeculativeDecoder.tuned(tiny.target, drafter)
     assert decoder.tree == ()
     monkeypatch.setattr(drafter, "propose", lambda state: pytest.fail("called"))
     plain = SpeculativeDecoder(tiny.target).generate([[1, 2, 3]], max_new_tokens=8)
@@ -209,7 +209,7 @@ def test_a_guarded_generation_emits_the_same_tokens(tiny, drafter, monkeypatch, 
     drafter.acceptance = [[0.9, 0.0], [0.9, 0.0], [0.9, 0.0]]
     monkeypatch.setattr(module, "measure_passes", lambda *a, **k: {1: 1.0, 8: 1.0})
     monkeypatch.setattr(module, "measure_drafts", lambda *a, **k: [0.0, 0.0, 0.0])
-    decoder = SpeculativeDecoder(tiny.target, drafter, tree="auto")
+    decoder = SpeculativeDecoder.tuned(tiny.target, drafter)
     guard = decoder.guards[1]
     monkeypatch.setattr(PayGuard, "drafted", lambda self, tokens, seconds: setattr(self, "_drafting", pays))
     calls, propose = [], drafter.propose
@@ -309,8 +309,8 @@ def test_the_choice_leaves_room_for_the_branch_of_lookup(tiny, drafter, monkeypa
     drafter.acceptance = [[0.9, 0.05, 0.02]] * 3
     monkeypatch.setattr(module, "measure_passes", lambda *a, **k: {1: 1.0, 8: 1.0, 16: 9.0})
     monkeypatch.setattr(module, "measure_drafts", lambda *a, **k: [0.0, 0.0, 0.0])
-    alone = SpeculativeDecoder(tiny.target, drafter, tree="auto")
-    both = SpeculativeDecoder(tiny.target, WithLookup(drafter), tree="auto")
+    alone = SpeculativeDecoder.tuned(tiny.target, drafter)
+    both = SpeculativeDecoder.tuned(tiny.target, WithLookup(drafter))
     assert sum(alone.tree) == 7
     assert sum(both.tree) == 4
     assert len(both.tree) == 3
@@ -322,7 +322,7 @@ def test_the_choice_leaves_room_for_the_branch_of_lookup(tiny, drafter, monkeypa
 def test_a_drafter_without_measured_acceptance_is_guarded(tiny, drafter):
     """Prompt lookup is never trained; what it brings shows while decoding."""
     for unmeasured, depth in ((drafter, 3), (PromptLookup(), 7)):
-        decoder = SpeculativeDecoder(tiny.target, unmeasured, tree="auto")
+        decoder = SpeculativeDecoder.tuned(tiny.target, unmeasured)
         assert decoder.tree == (1,) * depth
         assert decoder.guards is not None
 

@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file, save
 from torch.nn import functional as F
 
+from spec_decode.decoding import tree as tree_module
 from spec_decode.decoding.decoder import SpeculativeDecoder
 from spec_decode.decoding.sampling import Sampling, Stream, gumbel_noise, row_seeds
+from spec_decode.decoding.tree import DraftTree
 from spec_decode.decoding.verify import verify_matching
 from spec_decode.drafters import (
     DRAFTERS,
@@ -63,6 +65,26 @@ def decode(target, drafter, law, count=20, prompts=PROMPTS, **settings):
 @pytest.fixture(scope="module")
 def plain(tiny):
     return {law: decode(tiny.target, None, law).new_tokens for law in (GREEDY, HOT)}
+
+
+@pytest.mark.parametrize("name", [*OPTIONS, "prompt_lookup"])
+def test_the_packages_own_trees_are_valid_and_not_checked_in_every_pass(tiny, name, monkeypatch):
+    lookup = name == "prompt_lookup"
+    drafter = PromptLookup() if lookup else make(tiny.target, name)
+    ways = [{"tree": (1, 1) if lookup else (3, 2)}]
+    if not lookup:
+        ways += [{"tree": (3, 2), "rejection": True}, {"tree": (3, 2), "min_confidence": 0.1}]
+    ways += [{"tree": DynamicTree(3, 3, 6)}] if drafter.capabilities.dynamic else []
+    for way in ways:
+        for used in (drafter, WithLookup(drafter)) if "rejection" not in way else (drafter,):
+            trees = []
+            decoder = SpeculativeDecoder(tiny.target, used, **way)
+            with monkeypatch.context() as patch:
+                patch.setattr(tree_module, "_check_tree", lambda tree: pytest.fail("checked"))
+                decoder.generate(PROMPTS, max_new_tokens=12, temperature=1.0, on_pass=lambda t, _, s=trees: s.append(t))
+            assert trees
+            for tree in trees:
+                DraftTree(tree.tokens, tree.parents)
 
 
 def test_all_are_registered():

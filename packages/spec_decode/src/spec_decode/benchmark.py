@@ -40,6 +40,7 @@ from spec_decode.decoding.decoder import SpeculativeDecoder
 from spec_decode.decoding.measure import Measurement, first_divergence, measure
 from spec_decode.decoding.sampling import Sampling, Stream, gumbel_noise, row_seeds
 from spec_decode.decoding.session import (
+    build_decoder,
     check_drafter,
     check_settings,
     drafter_folder,
@@ -294,8 +295,8 @@ def benchmark(
     decoders = {PLAIN: SpeculativeDecoder(model, compile=compile)}
     for entry, (name, shape) in entries.items():
         drafter = find_drafter(name, model, tokenizer)
-        confidence = min_confidence if drafter is not None and drafter.confident else 0.0
-        decoders[entry] = SpeculativeDecoder(model, drafter, tree=shape, min_confidence=confidence)
+        confidence = min_confidence if drafter is not None and drafter.capabilities.confident else 0.0
+        decoders[entry] = build_decoder(model, drafter, shape, min_confidence=confidence)
     largest = max(tree_slots(decoder.tree) for decoder in decoders.values())
 
     settings = [

@@ -125,7 +125,7 @@ def measure_held_out(
     """Decode held-out prompts greedily: plainly, with a chain of all levels, and with this machine's best tree."""
     target = model.target
     drafter = for_inference(model.drafter, model.drafter_spec)
-    auto = SpeculativeDecoder(target, drafter, tree="auto")
+    auto = SpeculativeDecoder.tuned(target, drafter)
     decoders = {
         "plain": SpeculativeDecoder(target),
         "chain": SpeculativeDecoder(target, drafter, tree=(1,) * drafter.depth),

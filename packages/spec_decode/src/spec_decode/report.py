@@ -26,7 +26,7 @@ from spec_decode.data.prompts import packaged_prompts, read_prompts
 from spec_decode.decoding.decoder import SpeculativeDecoder
 from spec_decode.decoding.inputs import check_length
 from spec_decode.decoding.measure import Measurement, measure
-from spec_decode.decoding.session import Session, find_drafter, parse_tree
+from spec_decode.decoding.session import Session, build_decoder, find_drafter, parse_tree
 from spec_decode.viz.figures import Passes, plot_acceptance, plot_time, plot_training, plot_trees
 
 
@@ -48,8 +48,8 @@ def decode(
     for name, run in runs.items():
         drafter = find_drafter(str(run / "drafter_best"), session.target, session.tokenizer)
         assert drafter is not None
-        shape = parse_tree(tree) if tree else (3, *[2] * ((drafter.max_depth or 1) - 1))
-        decoders[name] = SpeculativeDecoder(session.target, drafter, tree=shape)
+        shape = parse_tree(tree) if tree else (3, *[2] * ((drafter.capabilities.max_depth or 1) - 1))
+        decoders[name] = build_decoder(session.target, drafter, shape)
     encoded = encode_each(prompt_rows(prompts), session.encoder.prompt)
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop_tokens": session.stops}
     measured = measure(decoders, encoded, **settings)

@@ -1,4 +1,4 @@
-"""`tree="auto"`: measure what passes and drafts cost on this machine, and take the tree that pays most, if any does.
+"""Automatic tuning: measure what passes and drafts cost on this machine, and take the tree that pays most, if any does.
 
 The acceptance comes from the drafter's validation, the choice from `cost.best_tree`.
 """
@@ -66,7 +66,7 @@ def measure_passes(
     calls: list[Callable[[], object]] = []
     for size in sizes:
         parents = backbone_parents((1,) * (size - 1)).to(target.device).expand(batch, -1)
-        calls.append(partial(target.tree_logits, DraftTree(tokens.new_zeros(batch, size), parents), cache))
+        calls.append(partial(target.tree_logits, DraftTree(tokens.new_zeros(batch, size), parents, check=False), cache))
     return dict(zip(sizes, seconds(calls, target.device, repeats), strict=True))
 
 
@@ -130,11 +130,12 @@ def autotune(
     A drafter whose acceptance was never measured, such as prompt lookup, gets a chain of its `chain_depth`; whether
     that pays is left to the `PayGuard`.
     """
+    can = drafter.capabilities
     if not drafter.acceptance:
-        depth = min(drafter.chain_depth, drafter.max_depth or drafter.chain_depth)
+        depth = min(can.chain_depth, can.max_depth or can.chain_depth)
         return TreeChoice((1,) * depth, 1.0, 1.0)
-    table = drafter.acceptance[: drafter.max_depth]
+    table = drafter.acceptance[: can.max_depth]
     passes = measure_passes(target, sizes, batch=batch, repeats=repeats)
     width = min(4, max(map(len, table)))
     drafts = measure_drafts(target, drafter, len(table), width=width, batch=batch, repeats=repeats)
-    return best_tree(table, passes, drafts, branches=drafter.extra_branches)
+    return best_tree(table, passes, drafts, branches=can.extra_branches)

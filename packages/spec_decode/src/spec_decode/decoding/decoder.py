@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from spec_decode.decoding.autotune import autotune
 from spec_decode.decoding.guard import PayGuard
 from spec_decode.decoding.inputs import check_length, check_whole, prompt_lists
 from spec_decode.decoding.proposals import SampledTree
@@ -35,10 +36,8 @@ class SpeculativeDecoder:
     Args:
         target: Step runner of the target.
         drafter: Drafter for this target; None decodes plainly.
-        tree: Candidates per level, such as (3, 2, 1); a `DynamicTree`, for drafters that can; or "auto", which measures
-            this machine once and takes the tree with the most expected tokens per second for a single row, or none if
-            none pays, and falls back to plain decoding where that is faster after all (`PayGuard`). None
-            means a chain of all the drafter's levels, of its `chain_depth` where it has no limit.
+        tree: Candidates per level, such as (3, 2, 1), or a `DynamicTree`, for drafters that can. None means a chain of
+            all the drafter's levels, of its `chain_depth` where it has no limit; `tuned` chooses by measurement.
         rejection: Draw candidates from the drafter's law and verify by recursive rejection. The default,
             sample-and-match, emits token for token what plain decoding with the same seed emits.
         min_confidence: Leave out the nodes that the drafter takes to be reached with a smaller probability, in [0, 1):
@@ -55,7 +54,7 @@ class SpeculativeDecoder:
         target: CausalLM,
         drafter: Drafter | None = None,
         *,
-        tree: Sequence[int] | DynamicTree | str | None = None,
+        tree: Sequence[int] | DynamicTree | None = None,
         rejection: bool = False,
         min_confidence: float = 0.0,
         compile: bool = False,
@@ -72,42 +71,53 @@ class SpeculativeDecoder:
         if drafter is None:
             self.tree = ()
         elif tree is None:
-            self.tree = (1,) * (drafter.max_depth or drafter.chain_depth)
-        elif isinstance(tree, str):
-            if tree != "auto":
-                raise ValueError(f"tree must be widths per level, a DynamicTree or 'auto', got {tree!r}")
-            from spec_decode.decoding.autotune import autotune  # which times this class
-
-            choice = autotune(target, drafter)
-            self.tree, self.guards = choice.widths, defaultdict(PayGuard)
+            self.tree = (1,) * (drafter.capabilities.max_depth or drafter.capabilities.chain_depth)
         else:
             self.tree = tree if isinstance(tree, DynamicTree) else tuple(tree)
         self.rejection, self.min_confidence = rejection, min_confidence
         self._check()
 
+    @classmethod
+    def tuned(cls, target: CausalLM, drafter: Drafter | None, **settings: Any) -> "SpeculativeDecoder":
+        """Decoder with the tree that brings the most expected tokens per second here for a single row, if any pays.
+
+        It measures this machine first. While decoding it falls back to plain decoding where that is faster after all
+        (`PayGuard`).
+
+        Args:
+            target: Step runner of the target.
+            drafter: Drafter for this target; without one there is nothing to tune.
+            **settings: The others of the class but the tree.
+        """
+        decoder = cls(target, drafter, **settings)
+        if drafter is not None:
+            decoder.tree, decoder.guards = autotune(target, drafter).widths, defaultdict(PayGuard)
+            decoder._check()
+        return decoder
+
     def _check(self) -> None:
         drafter, shape = self.drafter, self.tree
         if drafter is None:
             return
-        name = type(drafter).__name__
+        name, can = type(drafter).__name__, drafter.capabilities
         if not drafter.serves(self.target):
             raise ValueError(f"this {name} was built for another target; build or load it with the one it drafts for")
         if isinstance(shape, tuple) and any(type(w) is not int or w < 1 for w in shape):
             raise ValueError(f"every level of the tree needs a number of candidates >= 1, got {shape}")
-        if isinstance(shape, DynamicTree) and not drafter.dynamic:
+        if isinstance(shape, DynamicTree) and not can.dynamic:
             raise ValueError(f"{name} cannot draft a dynamic tree; give the candidates per level")
         widest = shape.top_k if isinstance(shape, DynamicTree) else max(shape, default=1)
-        if drafter.max_width is not None and widest > drafter.max_width:
-            raise ValueError(f"{name} has {drafter.max_width} candidates for a level, the tree asks for {widest}")
-        if drafter.max_depth is not None and tree_depth(shape) > drafter.max_depth:
-            raise ValueError(f"{name} drafts at most {drafter.max_depth} levels, the tree has {tree_depth(shape)}")
+        if can.max_width is not None and widest > can.max_width:
+            raise ValueError(f"{name} has {can.max_width} candidates for a level, the tree asks for {widest}")
+        if can.max_depth is not None and tree_depth(shape) > can.max_depth:
+            raise ValueError(f"{name} drafts at most {can.max_depth} levels, the tree has {tree_depth(shape)}")
         if not 0 <= self.min_confidence < 1:
             raise ValueError(f"min_confidence must be in [0, 1), got {self.min_confidence}")
-        if self.min_confidence and not drafter.confident:
+        if self.min_confidence and not can.confident:
             raise ValueError(f"the drafts of {name} have no probabilities; leave min_confidence at 0")
         if self.min_confidence and self.rejection:
             raise ValueError("choosing among drawn candidates would change their law; leave min_confidence at 0")
-        if self.rejection and not drafter.samples:
+        if self.rejection and not can.samples:
             raise ValueError(f"{name} does not draw its candidates; leave rejection off (sample-and-match)")
         if self.rejection and isinstance(shape, DynamicTree):
             raise ValueError("a dynamic tree ranks its candidates, so they are no draws; leave rejection off")
@@ -252,5 +262,5 @@ class SpeculativeDecoder:
             )
         )
         if isinstance(draft, SampledTree):
-            return replace(draft, tree=pad_tree(draft.tree))
+            return replace(draft, tree=pad_tree(draft.tree), check=False)
         return pad_tree(draft) if draft.tokens.shape[1] > 1 else draft

@@ -1,4 +1,4 @@
-"""Stop drafting where it does not pay after all, and come back where it does: the online half of `tree="auto"`."""
+"""Stop drafting where it does not pay after all, and come back where it does: the online half of automatic tuning."""
 
 from collections import deque
 from dataclasses import dataclass, field
@@ -9,12 +9,11 @@ from statistics import median
 class PayGuard:
     """Keeps an account of the time that drafting has saved, in plain passes, and lets it draft while there is some.
 
-    `tree="auto"` chooses by the acceptance on validation text and by times measured beforehand; other text, or a
-    machine that has changed its speed, can make drafting slower than plain decoding. A drafted pass adds what it saved,
-    or takes what it lost; when nothing is left, decoding goes on plainly. Plain passes pay in a small share of their
-    time, and each time this has bought `stake` passes, drafting is tried again. So drafting costs at most the first
-    filling and that share. With a mean gain m and a standard deviation s per pass, a try from x passes ends in the red
-    with a probability of about exp(-2 m x / s^2): a small stake fails more often, but is as much more often there.
+    `SpeculativeDecoder.tuned` chooses by the acceptance on validation text and by measured times. Other text, or
+    a machine that has changed its speed, can make drafting slower than plain decoding. A drafted pass adds what it
+    saved, or takes what it lost; when nothing is left, decoding goes on plainly. Plain passes pay in a small share of
+    their time, and each time this has bought `stake` passes, drafting is tried again. So drafting costs at most the
+    first filling and that share.
 
     What a plain pass takes is the median of the generation's last ones that followed another plain one: those it begins
     with, and while drafting goes on the second of two in `probe`. The first of two may have to fetch weights that

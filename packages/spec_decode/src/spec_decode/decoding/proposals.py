@@ -5,7 +5,7 @@ the token at the root's position + 1 + i.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ class SampledTree:
         draws: The candidates of each level in the order in which they were drawn, int64 of shape (B, N, K); -1 where
             there are fewer.
         log_probs: Log-law each level was drawn from, of shape (B, N, V).
+        check: Look for impossible draws, which waits for the device.
 
     Raises:
         ValueError: If a candidate has probability 0 under the law it is said to be drawn from.
@@ -34,8 +35,11 @@ class SampledTree:
     tree: DraftTree
     draws: Tensor
     log_probs: Tensor
+    check: InitVar[bool] = True
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, check: bool) -> None:
+        if not check:
+            return
         drawn = self.log_probs.gather(-1, self.draws.clamp(min=0))
         if (drawn.isneginf() & (self.draws >= 0)).any():
             raise ValueError("a candidate has probability 0 under log_probs; pass the law it was really drawn from")
@@ -109,7 +113,7 @@ class RankedTokens:
     def tree(self, root: Tensor, widths: Sequence[int]) -> DraftTree:
         """Tree of the best of them; see `matching_tree`."""
         best, place = self.scores.topk(min(max(widths, default=1), self.ids.shape[-1]), dim=-1)
-        return backbone_tree(root, self.ids.gather(-1, place).masked_fill(best.isneginf(), -1), widths)
+        return backbone_tree(root, self.ids.gather(-1, place).masked_fill(best.isneginf(), -1), widths, check=False)
 
     def path_probabilities(self, tree: DraftTree) -> Tensor:
         """How likely the drafter takes each node of such a tree to be reached: the product of its laws along the path.
@@ -196,4 +200,5 @@ def sampled_tree(
     draws = ids[index].masked_fill(not_drawn, -1)
     full_log_q = log_q.new_full((*log_q.shape[:2], vocab_size), -torch.inf)
     full_log_q[..., ids] = log_q
-    return SampledTree(backbone_tree(root, draws, widths, scores=log_q.gather(-1, index)), draws, full_log_q)
+    tree = backbone_tree(root, draws, widths, scores=log_q.gather(-1, index), check=False)
+    return SampledTree(tree, draws, full_log_q, check=False)

@@ -43,6 +43,22 @@ def parse_tree(text: str) -> tuple[int, ...] | DynamicTree | str | None:
     raise ValueError(f"tree must be auto, chain, widths such as 4,2,1, or dynamic:DEPTH,TOP_K,NODES, got {text!r}")
 
 
+def build_decoder(
+    target: CausalLM, drafter: Drafter | None, tree: tuple[int, ...] | DynamicTree | str | None, **settings: Any
+) -> SpeculativeDecoder:
+    """Decoder with a tree that `parse_tree` returned; ``auto`` measures this machine.
+
+    Args:
+        target: Target.
+        drafter: Drafter for it; None decodes plainly.
+        tree: The tree.
+        **settings: See `SpeculativeDecoder`.
+    """
+    if isinstance(tree, str):
+        return SpeculativeDecoder.tuned(target, drafter, **settings)
+    return SpeculativeDecoder(target, drafter, tree=tree, **settings)
+
+
 LOOKUP = "+lookup"
 
 
@@ -195,10 +211,10 @@ class Session:
         note_unapplied(spec.name)
         model, tokenizer = spec.load().to(device), spec.tokenizer()
         tokenizer.chat_template = template or tokenizer.chat_template
-        decoder = SpeculativeDecoder(
+        decoder = build_decoder(
             model,
             find_drafter(drafter, model, tokenizer),
-            tree=shape,
+            shape,
             rejection=rejection,
             min_confidence=min_confidence,
             compile=compile,

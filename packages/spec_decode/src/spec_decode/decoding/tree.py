@@ -6,7 +6,7 @@ accepted. Shapes: B rows of a batch, n nodes, N levels below the root, K candida
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ class DraftTree:
     Args:
         tokens: int64 of shape (B, n); column 0 holds the last committed token. -1 at absent nodes.
         parents: int64 of shape (B, n), -1 in column 0 and at absent nodes, else the index of an earlier node.
+        check: Look for mistakes, which waits for the device several times; False where the tree is valid by
+            construction.
 
     Raises:
         ValueError: If shapes, dtypes or parents do not describe a tree, or siblings hold the same token.
@@ -27,27 +29,11 @@ class DraftTree:
 
     tokens: Tensor
     parents: Tensor
+    check: InitVar[bool] = True
 
-    def __post_init__(self) -> None:
-        tokens, parents = self.tokens, self.parents
-        if tokens.dtype != torch.int64 or parents.dtype != torch.int64:
-            raise ValueError(f"tokens and parents must be torch.int64, got {tokens.dtype} and {parents.dtype}")
-        if tokens.dim() != 2 or tokens.shape != parents.shape or tokens.shape[1] == 0:
-            raise ValueError(
-                "tokens and parents must share one shape (batch, nodes) with at least the root, "
-                f"got {tuple(tokens.shape)} and {tuple(parents.shape)}"
-            )
-        index = torch.arange(tokens.shape[1], device=parents.device)
-        if ((parents >= index) | (parents < -1)).any():
-            raise ValueError("parents must be -1 (root, absent nodes) or the index of an earlier node of the same row")
-        present = self.present
-        if (present & (tokens < 0)).any() or (~present & (tokens != -1)).any():
-            raise ValueError("tokens must be >= 0 at the root and at nodes with a parent, -1 at absent nodes")
-        if (present[:, 1:] & ~present.gather(1, parents[:, 1:].clamp(min=0))).any():
-            raise ValueError("a node's parent must not be absent")
-        twins = (parents.unsqueeze(1) == parents.unsqueeze(2)) & (tokens.unsqueeze(1) == tokens.unsqueeze(2))
-        if (twins & present.unsqueeze(1)).tril(-1).any():
-            raise ValueError("children of one node must hold distinct tokens; drop the duplicates")
+    def __post_init__(self, check: bool) -> None:
+        if check:
+            _check_tree(self)
 
     @property
     def present(self) -> Tensor:
@@ -55,10 +41,32 @@ class DraftTree:
         return (self.parents >= 0) | (torch.arange(self.parents.shape[1], device=self.parents.device) == 0)
 
 
+def _check_tree(tree: DraftTree) -> None:
+    tokens, parents = tree.tokens, tree.parents
+    if tokens.dtype != torch.int64 or parents.dtype != torch.int64:
+        raise ValueError(f"tokens and parents must be torch.int64, got {tokens.dtype} and {parents.dtype}")
+    if tokens.dim() != 2 or tokens.shape != parents.shape or tokens.shape[1] == 0:
+        raise ValueError(
+            "tokens and parents must share one shape (batch, nodes) with at least the root, "
+            f"got {tuple(tokens.shape)} and {tuple(parents.shape)}"
+        )
+    index = torch.arange(tokens.shape[1], device=parents.device)
+    if ((parents >= index) | (parents < -1)).any():
+        raise ValueError("parents must be -1 (root, absent nodes) or the index of an earlier node of the same row")
+    present = tree.present
+    if (present & (tokens < 0)).any() or (~present & (tokens != -1)).any():
+        raise ValueError("tokens must be >= 0 at the root and at nodes with a parent, -1 at absent nodes")
+    if (present[:, 1:] & ~present.gather(1, parents[:, 1:].clamp(min=0))).any():
+        raise ValueError("a node's parent must not be absent")
+    twins = (parents.unsqueeze(1) == parents.unsqueeze(2)) & (tokens.unsqueeze(1) == tokens.unsqueeze(2))
+    if (twins & present.unsqueeze(1)).tril(-1).any():
+        raise ValueError("children of one node must hold distinct tokens; drop the duplicates")
+
+
 def root_tree(root: Tensor) -> DraftTree:
     """The last committed tokens alone, int64 of shape (B,): the tree of plain decoding."""
     tokens = root.unsqueeze(1)
-    return DraftTree(tokens, torch.full_like(tokens, -1))
+    return DraftTree(tokens, torch.full_like(tokens, -1), check=False)
 
 
 def ancestor_mask(parents: Tensor) -> Tensor:
@@ -131,7 +139,12 @@ def backbone_parents(widths: Sequence[int]) -> Tensor:
 
 
 def backbone_tree(
-    root: Tensor, candidates: Tensor, widths: Sequence[int], *, scores: Tensor | None = None
+    root: Tensor,
+    candidates: Tensor,
+    widths: Sequence[int],
+    *,
+    scores: Tensor | None = None,
+    check: bool = True,
 ) -> DraftTree:
     """Constrained draft tree over the candidates of every level.
 
@@ -142,6 +155,7 @@ def backbone_tree(
         widths: Candidates to keep per level, N numbers in [1, K].
         scores: Optional ranking of shape (B, N, K), such as draft probabilities: the best ones are kept, the best of
             all becomes the backbone. Equal scores keep the order of the candidates.
+        check: See `DraftTree`.
 
     Returns:
         Tree of 1 + sum(widths) nodes in the order of `backbone_parents`.
@@ -162,7 +176,7 @@ def backbone_tree(
     leaves = [candidates[:, level, 1:w] for level, w in enumerate(widths)]
     tokens = torch.cat([root.unsqueeze(1), candidates[:, :, 0], *leaves], dim=1)
     unreachable = (ancestor_mask(parents) & (tokens < 0).unsqueeze(1)).any(-1)
-    return DraftTree(tokens.masked_fill(unreachable, -1), parents.masked_fill(unreachable, -1))
+    return DraftTree(tokens.masked_fill(unreachable, -1), parents.masked_fill(unreachable, -1), check)
 
 
 def prune_tree(tree: DraftTree, keep: Tensor) -> DraftTree:
@@ -181,7 +195,7 @@ def prune_tree(tree: DraftTree, keep: Tensor) -> DraftTree:
     place = keep.any(0).cumsum(0) - 1
     parents = torch.where(keep & (tree.parents >= 0), place[tree.parents.clamp(min=0)], -1)
     columns = keep.any(0)
-    return DraftTree(tree.tokens.masked_fill(~keep, -1)[:, columns], parents[:, columns])
+    return DraftTree(tree.tokens.masked_fill(~keep, -1)[:, columns], parents[:, columns], check=False)
 
 
 def merge_branches(tree: DraftTree, branches: Sequence[Sequence[Sequence[int]]], max_nodes: int) -> DraftTree:
@@ -200,29 +214,34 @@ def merge_branches(tree: DraftTree, branches: Sequence[Sequence[Sequence[int]]],
         Tree of at most max(max_nodes, n) nodes; shorter rows end in absent nodes.
 
     Raises:
-        ValueError: If there is not one list of branches per row.
+        ValueError: If there is not one list of branches per row, or one holds a negative token.
     """
     if len(branches) != len(tree.tokens):
         raise ValueError(f"need one list of branches per row ({len(tree.tokens)}), got {len(branches)}")
     all_tokens, all_parents = tree.tokens.tolist(), tree.parents.tolist()
-    for tokens, parents, row_branches in zip(all_tokens, all_parents, branches, strict=True):
-        child = {(parent, token): node for node, (parent, token) in enumerate(zip(parents, tokens, strict=True))}
+    for row_tokens, row_parents, row_branches in zip(all_tokens, all_parents, branches, strict=True):
+        child = {
+            (parent, token): node for node, (parent, token) in enumerate(zip(row_parents, row_tokens, strict=True))
+        }
         for branch in row_branches:
+            if min(branch, default=0) < 0:
+                raise ValueError(f"a branch must hold tokens, numbers >= 0, got {list(branch)}")
             node = 0
             for token in branch:
                 if (node, token) not in child:
-                    if len(tokens) >= max_nodes:
+                    if len(row_tokens) >= max_nodes:
                         break
-                    child[node, token] = len(tokens)
-                    tokens.append(token)
-                    parents.append(node)
+                    child[node, token] = len(row_tokens)
+                    row_tokens.append(token)
+                    row_parents.append(node)
                 node = child[node, token]
-    size = max(len(tokens) for tokens in all_tokens)
+    size = max(map(len, all_tokens))
     padded = [[row + [-1] * (size - len(row)) for row in rows] for rows in (all_tokens, all_parents)]
-    return DraftTree(*(torch.tensor(rows, device=tree.tokens.device) for rows in padded))
+    tokens, parents = (torch.tensor(rows, device=tree.tokens.device) for rows in padded)
+    return DraftTree(tokens, parents, check=False)
 
 
 def pad_tree(tree: DraftTree, multiple: int = 8) -> DraftTree:
     """The same tree with absent nodes appended until the number of nodes is a multiple of `multiple`."""
     extra = -tree.tokens.shape[1] % multiple
-    return DraftTree(F.pad(tree.tokens, (0, extra), value=-1), F.pad(tree.parents, (0, extra), value=-1))
+    return DraftTree(F.pad(tree.tokens, (0, extra), value=-1), F.pad(tree.parents, (0, extra), value=-1), check=False)

@@ -100,18 +100,18 @@ class DraftState:
     min_confidence: float = 0.0
 
 
-class Drafter(ABC):
-    """Proposes trees. One instance serves any number of batches; what it remembers of one lives in its memory.
+@dataclass(frozen=True)
+class Capabilities:
+    """What a drafter can draft.
 
-    Attributes:
-        max_depth: Most levels it can draft; None without a limit.
+    Args:
+        max_depth: Most levels; None without a limit.
         max_width: Most candidates of a level; None without a limit.
         chain_depth: Levels of a chain where neither a tree nor a measurement says how many.
         samples: Whether it can draw its candidates, as `verify_sampled` needs.
         dynamic: Whether it can draft a `DynamicTree`.
         confident: Whether its nodes have probabilities, which `min_confidence` needs.
         extra_branches: Further branches that its drafts may hold beside the tree, each as long as the tree is deep.
-        acceptance: Acceptance by level and rank measured on validation text (see `cost`); None if not measured.
     """
 
     max_depth: int | None = None
@@ -121,6 +121,17 @@ class Drafter(ABC):
     dynamic: bool = False
     confident: bool = False
     extra_branches: int = 0
+
+
+class Drafter(ABC):
+    """Proposes trees. One instance serves any number of batches; what it remembers of one lives in its memory.
+
+    Attributes:
+        capabilities: What it can draft.
+        acceptance: Acceptance by level and rank measured on validation text (see `cost`); None if not measured.
+    """
+
+    capabilities = Capabilities()
     acceptance: list[list[float]] | None = None
 
     def serves(self, target: CausalLM) -> bool:

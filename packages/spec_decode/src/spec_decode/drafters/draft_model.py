@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spec_decode.drafters.base import Draft, Drafter, DraftState, draft_along_backbone, last_rows
+from spec_decode.drafters.base import Capabilities, Draft, Drafter, DraftState, draft_along_backbone, last_rows
 from spec_decode.drafters.registry import DRAFTERS
 from spec_decode.drafters.trainable import TrainableDrafter
 from spec_decode.models import CausalLM, DecoderLayer, KVCache, Pass, RMSNorm, States
@@ -105,8 +105,6 @@ class PretrainedDraft(Autoregressive):
         ValueError: If the heads differ in size and it is not said how many tokens are shared, or one lacks some.
     """
 
-    samples = confident = True
-
     def __init__(self, target: CausalLM, model: CausalLM, shared: int | None = None) -> None:
         if shared is None and model.vocab_size != target.vocab_size:
             raise ValueError(
@@ -114,10 +112,11 @@ class PretrainedDraft(Autoregressive):
                 "tokenizer, say how many tokens it has (shared)"
             )
         fewest = min(model.vocab_size, target.vocab_size)
-        self.shared = self.max_width = fewest if shared is None else shared
+        self.shared = fewest if shared is None else shared
         if not 1 <= self.shared <= fewest:
             raise ValueError(f"shared must be in [1, {fewest}], the smaller vocabulary, got {shared}")
         self.target, self.model = target, model
+        self.capabilities = Capabilities(max_width=self.shared, samples=True, confident=True)
 
     def serves(self, target: CausalLM) -> bool:
         """Whether it was built for this target."""

@@ -100,9 +100,8 @@ class DynamicCandidates:
         above = parents.gather(1, kept)
         nodes = torch.where(above < 0, 0, place.gather(1, above.clamp(min=0)))
         root = self._root.unsqueeze(1)
-        tree = DraftTree(
-            torch.cat([root, tokens.gather(1, kept)], 1), torch.cat([root.new_full(root.shape, -1), nodes], 1)
-        )
+        tokens, parents = torch.cat([root, tokens.gather(1, kept)], 1), F.pad(nodes, (1, 0), value=-1)
+        tree = DraftTree(tokens, parents, check=False)
         if not min_confidence:
             return tree
         return prune_tree(tree, F.pad(scores.gather(1, kept).exp(), (1, 0), value=1.0) >= min_confidence)

@@ -86,7 +86,7 @@ class Eagle3(TrainableDrafter):
         EAGLE-3, arXiv 2503.01840; dynamic tree: EAGLE-2, arXiv 2406.16858.
     """
 
-    dynamic = True
+    capabilities = replace(TrainableDrafter.capabilities, dynamic=True)
 
     def __init__(self, target: CausalLM, *, depth: int = 7, draft_vocab: int | None = None) -> None:
         super().__init__(target, depth, draft_vocab)

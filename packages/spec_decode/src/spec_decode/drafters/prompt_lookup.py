@@ -7,7 +7,7 @@ from torch import Tensor
 
 from spec_decode.decoding.proposals import SampledTree
 from spec_decode.decoding.tree import merge_branches, root_tree
-from spec_decode.drafters.base import Draft, Drafter, DraftState, tree_depth, verified_slots
+from spec_decode.drafters.base import Capabilities, Draft, Drafter, DraftState, tree_depth, verified_slots
 from spec_decode.drafters.registry import DRAFTERS
 from spec_decode.models import CausalLM
 
@@ -55,8 +55,7 @@ class PromptLookup(Drafter):
         Saxena, Prompt lookup decoding, 2023 (first match); the longest match is taken here.
     """
 
-    max_width = 1
-    chain_depth = 7  # with the root a pass of eight nodes, which is what fewer are padded to
+    capabilities = Capabilities(max_width=1, chain_depth=7)  # with the root eight nodes, to which fewer are padded
 
     def __init__(self, longest: int = 5) -> None:
         if type(longest) is not int or longest < 1:
@@ -89,10 +88,8 @@ class WithLookup(Drafter):
 
     def __init__(self, drafter: Drafter, longest: int = 5) -> None:
         self.drafter, self.lookup = drafter, PromptLookup(longest)
-        self.max_depth, self.dynamic, self.acceptance = drafter.max_depth, drafter.dynamic, drafter.acceptance
-        self.max_width, self.chain_depth = drafter.max_width, drafter.chain_depth
-        self.extra_branches = drafter.extra_branches + 1
-        self.confident = drafter.confident  # the branch itself is never pruned
+        self.acceptance, own = drafter.acceptance, drafter.capabilities
+        self.capabilities = replace(own, samples=False, extra_branches=own.extra_branches + 1)
 
     def serves(self, target: CausalLM) -> bool:
         """Whether the other drafter does."""

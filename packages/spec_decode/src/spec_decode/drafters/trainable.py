@@ -6,13 +6,14 @@ Level i (from 0) at row p predicts token p + 2 + i.
 """
 
 from abc import abstractmethod
+from dataclasses import replace
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spec_decode.drafters.base import Drafter
+from spec_decode.drafters.base import Capabilities, Drafter
 from spec_decode.models import CausalLM, KVCache, States
 from spec_decode.models.layers import Rotation, rotation
 from spec_decode.models.packed import PackedLinear, pack_linears, packable
@@ -53,7 +54,7 @@ class TrainableDrafter(nn.Module, Drafter):
     """
 
     vocabulary: Tensor | None
-    samples = confident = True
+    capabilities = Capabilities(samples=True, confident=True)
 
     def __init__(self, target: CausalLM, depth: int, draft_vocab: int | None) -> None:
         super().__init__()
@@ -62,8 +63,8 @@ class TrainableDrafter(nn.Module, Drafter):
         if draft_vocab is not None and not 1 <= draft_vocab <= target.vocab_size:
             raise ValueError(f"draft_vocab must be in [1, {target.vocab_size}], or null for all, got {draft_vocab}")
         self._target = [target]  # in a list, so that it is no submodule: not saved, not trained, not moved
-        self.depth = self.max_depth = self.supervised = depth
-        self.max_width = draft_vocab or target.vocab_size
+        self.depth = self.supervised = depth
+        self.capabilities = replace(self.capabilities, max_depth=depth, max_width=draft_vocab or target.vocab_size)
         self.register_buffer("vocabulary", None if draft_vocab is None else torch.full((draft_vocab,), -1))
         self._head_rows: Tensor | None = None
         self._packed_rows: list[PackedLinear] = []  # in a list, so that they are no submodule: they are the target's

@@ -14,7 +14,7 @@ class Result(RunResult):
     ``acceptance`` by level and rank, and the training ``seconds``.
 
     Attributes:
-        tree: Tree that ``tree="auto"`` chose on this machine; empty if plain decoding is faster, None if not asked.
+        tree: Tree that automatic tuning chose on this machine; empty if plain decoding is faster, None if not asked.
         measured: Held-out prompts decoded: ``plain``, and ``chain`` with all levels; ``tree`` where one was chosen.
     """
 
