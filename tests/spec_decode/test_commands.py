@@ -16,10 +16,11 @@ import transformers
 from rich.console import Console
 
 from kd_common.hub import load_causal_lm
-from spec_decode.benchmark import benchmark, checksum, content_digest, margin, read_results, transformers_peers
+from spec_decode.benchmark import benchmark, checksum, content_digest, read_results
 from spec_decode.chat import chat, talk
 from spec_decode.decoding.decoder import SpeculativeDecoder
-from spec_decode.decoding.measure import first_divergence
+from spec_decode.decoding.measure import first_divergence, margin
+from spec_decode.decoding.peers import transformers_peers
 from spec_decode.decoding.sampling import Sampling, row_seeds
 from spec_decode.decoding.session import Session, TextStream, find_drafter, parse_tree
 from spec_decode.drafters import DrafterSpec, DynamicTree, PromptLookup, WithLookup, save_drafter

@@ -13,23 +13,20 @@ import hashlib
 import json
 import os
 import platform
-import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse import auto_cli
 from rich.console import Console
-from torch import Tensor
 from tqdm import tqdm
-from transformers import GenerationConfig
 
 from kd_common.files import read_json, write_atomically
-from kd_common.hub.language_models import load_causal_lm, model_ends, model_source, note_unapplied
+from kd_common.hub.language_models import model_ends, model_source, note_unapplied
 from kd_common.run.errors import run_command
-from kd_common.run.memory import peak_bytes
 from kd_common.run.messages import CommandParser, check_device, check_folder
 from kd_common.text import Row
 from spec_decode.data.corpus import encode_prompts
@@ -37,8 +34,9 @@ from spec_decode.data.prompts import packaged_prompts, read_prompts
 from spec_decode.decoding.autotune import measure_passes
 from spec_decode.decoding.cost import speedup
 from spec_decode.decoding.decoder import SpeculativeDecoder
-from spec_decode.decoding.measure import Measurement, first_divergence, measure
-from spec_decode.decoding.sampling import Sampling, Stream, gumbel_noise, row_seeds
+from spec_decode.decoding.measure import Measurement, lossless, measure, needed_memory
+from spec_decode.decoding.peers import transformers_peers
+from spec_decode.decoding.sampling import Sampling
 from spec_decode.decoding.session import (
     build_decoder,
     check_drafter,
@@ -56,107 +54,53 @@ from spec_decode.viz.tables import print_tables
 PLAIN = "plain"
 
 
-def margin(target: CausalLM, text: Sequence[int], sampling: Sampling, seed: int) -> float:
-    """Gap between the two largest of log p + noise (of the logits at temperature 0) behind a text.
-
-    Where two ways of computing the same logits choose different tokens, this is what rounding had to bridge.
-    """
-    logits = target.logits(target(torch.tensor([text], device=target.device)).final[:, -1]).double()
-    if sampling.temperature:
-        ids = torch.arange(target.vocab_size, device=target.device)
-        position = torch.tensor([len(text)], device=target.device)
-        seeds = row_seeds(seed, 1).to(target.device)
-        logits = sampling.log_probs(logits) + gumbel_noise(seeds, position, ids, Stream.TARGET)
-    best = logits[0].topk(2).values
-    return float(best[0] - best[1])
-
-
-def lossless(
-    found: Measurement,
-    plain: Measurement,
-    target: CausalLM,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    seed: int,
-) -> dict[str, Any]:
-    """How many texts equal those of plain decoding; for each that does not, where and by what margin."""
-    differing = [
-        {"prompt": i, "token": at, "margin": margin(target, [*prompts[i], *plain.texts[i][:at]], sampling, seed)}
-        for i, at in enumerate(first_divergence(found.texts, plain.texts))
-        if at is not None
-    ]
-    return {"equal": len(found.texts) - len(differing), "of": len(found.texts), "differing": differing}
-
-
-def needed_memory(decoder: SpeculativeDecoder, prompt: Sequence[int], **settings: Any) -> dict[str, float]:
-    """MiB that a decoder needs beside the target's weights: its drafter's own, and at the peak of one generation.
+@dataclass(frozen=True)
+class Settings:
+    """All that the numbers of a benchmark depend on.
 
     Args:
-        decoder: The decoder.
-        prompt: Prompt as token ids.
-        **settings: Of `SpeculativeDecoder.generate`.
+        target: Fingerprint of the target.
+        dtype: Precision of its weights.
+        drafters: Digest of every drafter's files; empty for one without.
+        tree: Tree of the drafters that have none of their own.
+        min_confidence: See `SpeculativeDecoder`.
+        prompts: Encoded prompts of every set.
+        stop_tokens: Tokens that end a text.
+        max_new_tokens: Tokens per prompt.
+        batch_size: Prompts at once.
+        seed: Seed of the draws.
+        peers: Whether transformers' own `generate` takes part.
+        assistant: Source of the model that assists it.
+        compile: Whether the target's passes are compiled.
+        device: Where it runs.
+        environment: Hardware and versions.
     """
-    target = [*decoder.target.parameters(), *decoder.target.buffers()]
-    drafter = [] if decoder.drafter is None else decoder.drafter.weights()
-    shared, own = _sizes(target), _sizes(drafter)
-    peak = peak_bytes(lambda: decoder.generate([prompt], **settings), [*target, *drafter], decoder.target.device)
-    drafter_bytes = sum(size for place, size in own.items() if place not in shared)
-    return {"drafter_mib": drafter_bytes / 2**20, "decoding_mib": peak / 2**20}
 
+    target: str
+    dtype: str
+    drafters: dict[str, str]
+    tree: str
+    min_confidence: float
+    prompts: dict[str, list[list[int]]]
+    stop_tokens: tuple[int, ...]
+    max_new_tokens: int
+    batch_size: int
+    seed: int
+    peers: bool
+    assistant: str | None
+    compile: bool
+    device: str
+    environment: dict[str, Any]
 
-def _sizes(tensors: Sequence[Tensor]) -> dict[int, int]:
-    """Bytes by place; tensors that share memory count once. Packed weights have no address."""
-    plain = [t.untyped_storage() for t in tensors if t.layout == torch.strided]
-    packed = {id(t): t.numel() * t.element_size() for t in tensors if t.layout != torch.strided}
-    return {storage.data_ptr(): storage.nbytes() for storage in plain} | packed
+    @property
+    def key(self) -> str:
+        """Digest that tells the results of one benchmark from those of another."""
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
 
-
-def transformers_peers(
-    name: str,
-    dtype: str,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    stops: Sequence[int],
-    assistant: str | None = None,
-    device: str = "cpu",
-) -> dict[str, float]:
-    """Tokens per second from prompt to end of transformers' `generate`: alone, with prompt lookup, assisted."""
-
-    def loaded(name: str) -> Any:
-        model: Any = load_causal_lm(name, dtype)
-        model.generation_config = GenerationConfig()  # the law of the other decoders, without penalties of its own
-        return model.to(device)
-
-    model = loaded(name)
-    settings: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "do_sample": temperature > 0,
-        "eos_token_id": list(stops) or None,
-        "pad_token_id": 0,
-        **({"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}),
-    }
-    speeds = {}
-    ways: dict[str, dict[str, Any]] = {
-        "transformers": {},
-        "transformers prompt lookup": {"prompt_lookup_num_tokens": 4},
-    }
-    if assistant is not None:
-        ways["transformers assisted"] = {"assistant_model": loaded(assistant)}
-    for label, extra in ways.items():
-        tokens, seconds = 0, 0.0
-        for index, prompt in enumerate([prompts[0], *prompts]):
-            ids = torch.tensor([prompt], device=device)
-            torch.manual_seed(index)
-            start = time.perf_counter()
-            out = model.generate(ids, attention_mask=torch.ones_like(ids), **settings, **extra)
-            if out.is_cuda:
-                torch.cuda.synchronize()
-            if index:  # the first is a warm-up
-                tokens, seconds = tokens + out.shape[1] - ids.shape[1], seconds + time.perf_counter() - start
-        speeds[label] = tokens / seconds
-    return speeds
+    def generation(self, temperature: float) -> dict[str, Any]:
+        """Settings of `SpeculativeDecoder.generate`."""
+        names = ("max_new_tokens", "seed", "stop_tokens")
+        return {name: getattr(self, name) for name in names} | {"temperature": temperature}
 
 
 def rows_of_block(
@@ -230,6 +174,121 @@ def content_digest(folder: Path) -> str:
     return digest.hexdigest() if paths else ""
 
 
+def load_prompts(files: Mapping[str, str], tokenizer: Any, count: int, longest: int) -> dict[str, list[list[int]]]:
+    """Encoded prompts of every set, the first ones; without files the last packaged prompts, as `fit` trains on others.
+
+    Args:
+        files: JSONL files by the name of the set.
+        tokenizer: transformers tokenizer.
+        count: Prompts per set.
+        longest: Longer prompts are left out.
+    """
+    read = {name: read_prompts(Path(path)) for name, path in files.items()}
+    texts: Mapping[str, Sequence[str | Row]] = read or {"packaged": packaged_prompts()[::-1]}
+    return {name: encode_prompts(tokenizer, text[:count], longest=longest) for name, text in texts.items()}
+
+
+def load_decoders(
+    entries: Mapping[str, tuple[str, Any]], target: CausalLM, tokenizer: Any, *, min_confidence: float, compile: bool
+) -> dict[str, SpeculativeDecoder]:
+    """Plain decoding and a decoder per drafter.
+
+    Args:
+        entries: Name and tree of every drafter.
+        target: The target.
+        tokenizer: Its tokenizer.
+        min_confidence: See `SpeculativeDecoder`; left out for drafters without probabilities.
+        compile: See `SpeculativeDecoder`.
+    """
+    decoders = {PLAIN: SpeculativeDecoder(target, compile=compile)}
+    for entry, (name, tree) in entries.items():
+        drafter = find_drafter(name, target, tokenizer)
+        confidence = min_confidence if drafter is not None and drafter.capabilities.confident else 0.0
+        decoders[entry] = build_decoder(target, drafter, tree, min_confidence=confidence)
+    return decoders
+
+
+def measure_block(
+    settings: Settings,
+    decoders: dict[str, SpeculativeDecoder],
+    name: str,
+    sampling: Sampling,
+    on_batch: Callable[[], None],
+) -> list[dict[str, Any]]:
+    """Rows of one set of prompts at one temperature, a row per decoder.
+
+    Args:
+        settings: What is measured.
+        decoders: Decoders by name.
+        name: Name of the set.
+        sampling: The target's processors.
+        on_batch: Called after every batch.
+    """
+    target, prompts = decoders[PLAIN].target, settings.prompts[name]
+    how = settings.generation(sampling.temperature)
+    largest = max(tree_slots(decoder.tree) for decoder in decoders.values())
+    passes = measure_passes(target, [1, *range(8, largest + 1, 8)])
+    found = measure(decoders, prompts, **how, batch_size=settings.batch_size, on_batch=on_batch)
+    memory = {n: needed_memory(decoder, prompts[0], **how) for n, decoder in decoders.items()}
+    plain = found[PLAIN]
+    verdicts = {n: lossless(m, plain, target, prompts, sampling, settings.seed) for n, m in found.items() if n != PLAIN}
+    block = {
+        "set": name,
+        "temperature": sampling.temperature,
+        "batch_size": settings.batch_size,
+        "pass_seconds": {str(size): seconds for size, seconds in passes.items()},
+    }
+    return rows_of_block(found, decoders, passes, verdicts, memory, block)
+
+
+def compare_transformers(rows: list[dict[str, Any]], settings: Settings, target: str, assistant: str | None) -> None:
+    """Add transformers' own runs to the rows of a block, and to each row its speed relative to them.
+
+    Args:
+        rows: Rows of the block.
+        settings: What is measured.
+        target: Name of the target.
+        assistant: Name of the model that assists it.
+    """
+    block = {key: rows[0][key] for key in ("set", "temperature", "batch_size", "pass_seconds")}
+    speeds = transformers_peers(
+        target,
+        settings.dtype,
+        settings.prompts[block["set"]],
+        max_new_tokens=settings.max_new_tokens,
+        temperature=block["temperature"],
+        stops=settings.stop_tokens,
+        assistant=assistant,
+        device=settings.device,
+    )
+    for row in rows:
+        row["speedup_over_transformers"] = row["end_to_end"] / speeds["transformers"]
+    rows += [{**block, "drafter": peer, "end_to_end": speed} for peer, speed in speeds.items()]
+
+
+def finished_rows(path: Path, key: str) -> list[dict[str, Any]]:
+    """Rows that a benchmark of the same key has finished; a file of another one is renamed to hold its key.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.is_file():
+        return []
+    saved = read_results(path)
+    if saved["key"] == key:
+        rows: list[dict[str, Any]] = saved["rows"]
+        return rows
+    path.rename(path.with_name(f"results-{saved['key']}.json"))
+    return []
+
+
+def write_results(path: Path, settings: Settings, rows: list[dict[str, Any]]) -> None:
+    """Write all rows there are so far."""
+    content = {"key": settings.key, "environment": settings.environment, "rows": rows, "crc32": checksum(rows)}
+    write_atomically(path, json.dumps(content, indent=1))
+
+
 def benchmark(
     drafters: list[str],
     target: str | None = None,
@@ -276,8 +335,8 @@ def benchmark(
     check_device(device)
     if count < 1:
         raise ValueError(f"count must be >= 1, got {count}")
-    laws = [Sampling(temperature) for temperature in temperatures or (0.0, 1.0)]
-    check_settings(max_new_tokens=max_new_tokens, temperature=laws[0].temperature, seed=seed)
+    samplings = [Sampling(temperature) for temperature in temperatures or (0.0, 1.0)]
+    check_settings(max_new_tokens=max_new_tokens, temperature=samplings[0].temperature, seed=seed)
     entries = {entry: (name, parse_tree(own or tree)) for entry in drafters for name, _, own in [entry.partition("@")]}
     for name, _ in entries.values():
         check_drafter(name)
@@ -287,81 +346,36 @@ def benchmark(
     note_unapplied(spec.name)
     model, tokenizer = spec.load().to(device), spec.tokenizer()
     tokenizer.chat_template = template or tokenizer.chat_template
-    stops = model_ends(spec.name, tokenizer)
-    files = {n: read_prompts(Path(p)) for n, p in (prompts or {}).items()}
-    # `fit` trains on the first ones of the packaged prompts.
-    texts: Mapping[str, Sequence[str | Row]] = files or {"packaged": packaged_prompts()[::-1]}
-    sets = {n: encode_prompts(tokenizer, t[:count], longest=longest_prompt) for n, t in texts.items()}
-    decoders = {PLAIN: SpeculativeDecoder(model, compile=compile)}
-    for entry, (name, shape) in entries.items():
-        drafter = find_drafter(name, model, tokenizer)
-        confidence = min_confidence if drafter is not None and drafter.capabilities.confident else 0.0
-        decoders[entry] = build_decoder(model, drafter, shape, min_confidence=confidence)
-    largest = max(tree_slots(decoder.tree) for decoder in decoders.values())
-
-    settings = [
-        model.fingerprint(model.dtype),
-        str(model.dtype),
-        {entry: content_digest(drafter_folder(name)) for entry, (name, _) in entries.items()},
-        tree,
-        min_confidence,
-        count,
-        max_new_tokens,
-        longest_prompt,
-        batch_size,
-        seed,
-        sets,
-        stops,
-        peers,
-        assistant and model_source(assistant),
-        compile,
-        device,
-        environment(),
-    ]
-    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+    sets = load_prompts(prompts or {}, tokenizer, count, longest_prompt)
+    decoders = load_decoders(entries, model, tokenizer, min_confidence=min_confidence, compile=compile)
+    settings = Settings(
+        target=model.fingerprint(model.dtype),
+        dtype=str(model.dtype).removeprefix("torch."),
+        drafters={entry: content_digest(drafter_folder(name)) for entry, (name, _) in entries.items()},
+        tree=tree,
+        min_confidence=min_confidence,
+        prompts=sets,
+        stop_tokens=model_ends(spec.name, tokenizer),
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        seed=seed,
+        peers=peers,
+        assistant=assistant and model_source(assistant),
+        compile=compile,
+        device=device,
+        environment=environment(),
+    )
     path = Path(output) / "results.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    saved = read_results(path) if path.is_file() else {}
-    if saved and saved["key"] != key:
-        path.rename(path.with_name(f"results-{saved['key']}.json"))
-    rows: list[dict[str, Any]] = saved["rows"] if saved.get("key") == key else []
+    rows = finished_rows(path, settings.key)
     finished = {(row["set"], row["temperature"]) for row in rows}
-    blocks = [(n, law) for n in sets for law in laws if (n, law.temperature) not in finished]
+    blocks = [(n, s) for n in sets for s in samplings if (n, s.temperature) not in finished]
     with tqdm(total=sum(len(sets[n]) for n, _ in blocks), unit="prompt") as bar:
         for name, sampling in blocks:
-            temperature = sampling.temperature
-            how: dict[str, Any] = {
-                "max_new_tokens": max_new_tokens,
-                "temperature": temperature,
-                "seed": seed,
-                "stop_tokens": stops,
-            }
-            passes = measure_passes(model, [1, *range(8, largest + 1, 8)])
-            found = measure(decoders, sets[name], **how, batch_size=batch_size, on_batch=bar.update)
-            memory = {n: needed_memory(d, sets[name][0], **how) for n, d in decoders.items()}
-            verdicts = {
-                n: lossless(m, found[PLAIN], model, sets[name], sampling, seed) for n, m in found.items() if n != PLAIN
-            }
-            times = {str(size): seconds for size, seconds in passes.items()}
-            block = {"set": name, "temperature": temperature, "batch_size": batch_size, "pass_seconds": times}
-            rows += rows_of_block(found, decoders, passes, verdicts, memory, block)
+            block = measure_block(settings, decoders, name, sampling, on_batch=bar.update)
             if peers and batch_size == 1:
-                speeds = transformers_peers(
-                    spec.name,
-                    str(model.dtype).removeprefix("torch."),
-                    sets[name],
-                    max_new_tokens=max_new_tokens,
-                    temperature=temperature,
-                    stops=stops,
-                    assistant=assistant,
-                    device=device,
-                )
-                for row in rows:
-                    if (row["set"], row["temperature"]) == (name, temperature):
-                        row["speedup_over_transformers"] = row["end_to_end"] / speeds["transformers"]
-                rows += [{**block, "drafter": peer, "end_to_end": speed} for peer, speed in speeds.items()]
-            content = {"key": key, "environment": environment(), "rows": rows, "crc32": checksum(rows)}
-            write_atomically(path, json.dumps(content, indent=1))
+                compare_transformers(block, settings, spec.name, assistant)
+            rows += block
+            write_results(path, settings, rows)
     print_tables(rows, Console())
     print(f"written to {path}")
     return rows

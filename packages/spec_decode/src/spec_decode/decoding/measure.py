@@ -3,9 +3,16 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from kd_common.run.memory import peak_bytes
 from spec_decode.decoding.decoder import SpeculativeDecoder
+from spec_decode.decoding.sampling import Sampling, Stream, gumbel_noise, row_seeds
 from spec_decode.decoding.statistics import PHASES, Generation
+from spec_decode.models import CausalLM
 
 
 @dataclass
@@ -117,3 +124,58 @@ def measure(
         if on_batch is not None:
             on_batch()
     return found
+
+
+def margin(target: CausalLM, text: Sequence[int], sampling: Sampling, seed: int) -> float:
+    """Gap between the two largest of log p + noise (of the logits at temperature 0) behind a text.
+
+    Where two ways of computing the same logits choose different tokens, this is what rounding had to bridge.
+    """
+    logits = target.logits(target(torch.tensor([text], device=target.device)).final[:, -1]).double()
+    if sampling.temperature:
+        ids = torch.arange(target.vocab_size, device=target.device)
+        position = torch.tensor([len(text)], device=target.device)
+        seeds = row_seeds(seed, 1).to(target.device)
+        logits = sampling.log_probs(logits) + gumbel_noise(seeds, position, ids, Stream.TARGET)
+    best = logits[0].topk(2).values
+    return float(best[0] - best[1])
+
+
+def lossless(
+    found: Measurement,
+    plain: Measurement,
+    target: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    seed: int,
+) -> dict[str, Any]:
+    """How many texts equal those of plain decoding; for each that does not, where and by what margin."""
+    differing = [
+        {"prompt": i, "token": at, "margin": margin(target, [*prompts[i], *plain.texts[i][:at]], sampling, seed)}
+        for i, at in enumerate(first_divergence(found.texts, plain.texts))
+        if at is not None
+    ]
+    return {"equal": len(found.texts) - len(differing), "of": len(found.texts), "differing": differing}
+
+
+def needed_memory(decoder: SpeculativeDecoder, prompt: Sequence[int], **settings: Any) -> dict[str, float]:
+    """MiB that a decoder needs beside the target's weights: its drafter's own, and at the peak of one generation.
+
+    Args:
+        decoder: The decoder.
+        prompt: Prompt as token ids.
+        **settings: Of `SpeculativeDecoder.generate`.
+    """
+    target = [*decoder.target.parameters(), *decoder.target.buffers()]
+    drafter = [] if decoder.drafter is None else decoder.drafter.weights()
+    shared, own = _sizes(target), _sizes(drafter)
+    peak = peak_bytes(lambda: decoder.generate([prompt], **settings), [*target, *drafter], decoder.target.device)
+    drafter_bytes = sum(size for place, size in own.items() if place not in shared)
+    return {"drafter_mib": drafter_bytes / 2**20, "decoding_mib": peak / 2**20}
+
+
+def _sizes(tensors: Sequence[Tensor]) -> dict[int, int]:
+    """Bytes by place; tensors that share memory count once. Packed weights have no address."""
+    plain = [t.untyped_storage() for t in tensors if t.layout == torch.strided]
+    packed = {id(t): t.numel() * t.element_size() for t in tensors if t.layout != torch.strided}
+    return {storage.data_ptr(): storage.nbytes() for storage in plain} | packed
