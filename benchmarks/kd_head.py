@@ -30,14 +30,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kd_common.registry import subclasses
 from kd_common.run.errors import run_command
 from kd_common.run.memory import peak_bytes
 from llm_kd.head import HeadOutput, HiddenSignal, KDHead, LMHead, TeacherSignal, truncate
-from llm_kd.objectives import OBJECTIVES
-from llm_kd.selection import SELECTORS
+from llm_kd.objectives import Objective
+from llm_kd.selection import Selector
+
+OBJECTIVES = subclasses(Objective)
+SELECTORS = subclasses(Selector)
 
 FLOOR_ROWS = 512
-BETA = {"fkl": 0.0, "jsd": 0.5, "rkl": 1.0}
+BETA = {"ForwardKL": 0.0, "JensenShannon": 0.5, "ReverseKL": 1.0}
 """The peers' name of an objective."""
 
 Loss = Callable[[], Tensor]
@@ -49,8 +53,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 512])
     parser.add_argument("--hidden", type=int, default=64, help="student")
     parser.add_argument("--teacher-hidden", type=int, default=96)
-    parser.add_argument("--objectives", nargs="+", default=["fkl", "rkl", "jsd"], choices=OBJECTIVES.names())
-    parser.add_argument("--selectors", nargs="+", default=["none", "topk", "adakd"], choices=SELECTORS.names())
+    parser.add_argument(
+        "--objectives", nargs="+", default=["ForwardKL", "ReverseKL", "JensenShannon"], choices=OBJECTIVES
+    )
+    parser.add_argument("--selectors", nargs="+", default=["Uniform", "TopK", "AdaKD"], choices=SELECTORS)
     parser.add_argument("--peers", nargs="*", default=["liger", "trl"], choices=["liger", "trl"])
     parser.add_argument("--compile", action="store_true", help="also run Liger's loss with torch.compile, its default")
     parser.add_argument("--stored", type=int, default=64, help="K of the stored teacher")
@@ -178,7 +184,7 @@ def losses(case: Case, head: KDHead, objective: str, selector: str, args: argpar
         calls["stored"] = lambda: case.run(head, stored).loss
     if not args.skip_dense:
         calls["dense"] = lambda: dense_loss(head, *case.logits())
-    if selector != "none" or objective not in BETA:
+    if selector != "Uniform" or objective not in BETA:
         return calls
     candidates: dict[str, Callable[[Case, float], Loss]] = {}
     if "liger" in args.peers:
@@ -263,7 +269,7 @@ def main() -> None:
             row = next((row for row in done if named.items() <= row.items()), None)
             if row is None:
                 case = Case.random(vocab, tokens, args)
-                head = KDHead(OBJECTIVES.get(objective)(), SELECTORS.get(selector)(), chunk_size=args.chunk_size)
+                head = KDHead(OBJECTIVES[objective](), SELECTORS[selector](), chunk_size=args.chunk_size)
                 calls = losses(case, head, objective, selector, args)
                 row = named | {
                     "settings": settings,

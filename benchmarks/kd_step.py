@@ -13,11 +13,15 @@ import time
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from kd_common.registry import subclasses
 from kd_common.run.errors import run_command
 from llm_kd.head import HiddenSignal, KDHead
 from llm_kd.models import Body
-from llm_kd.objectives import OBJECTIVES
-from llm_kd.selection import SELECTORS
+from llm_kd.objectives import Objective
+from llm_kd.selection import Selector
+
+OBJECTIVES = subclasses(Objective)
+SELECTORS = subclasses(Selector)
 
 VOCAB, HIDDEN = 49_152, 576
 
@@ -27,8 +31,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, nargs=2, default=[30, 10], help="of teacher and student")
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--objective", default="rkl", choices=OBJECTIVES.names())
-    parser.add_argument("--selectors", nargs="+", default=["topk", "speck", "adakd"], choices=SELECTORS.names())
+    parser.add_argument("--objective", default="ReverseKL", choices=OBJECTIVES)
+    parser.add_argument("--selectors", nargs="+", default=["TopK", "SpecK", "AdaKD"], choices=SELECTORS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser.parse_args()
@@ -94,7 +98,7 @@ def main() -> None:
     print(f"{tokens.numel()} tokens, {args.objective}, layers {args.layers}, {args.threads} threads")
     print(f"{'selector':<15}{'step ms':>10}" + "".join(f"{n:>12}" for n in ("teacher", "student", "head", "backward")))
     for name in args.selectors:
-        head = KDHead(OBJECTIVES.get(args.objective)(), SELECTORS.get(name)())
+        head = KDHead(OBJECTIVES[args.objective](), SELECTORS[name]())
         rounds = [step(teacher, student, head, tokens) for _ in range(args.rounds + 1)][1:]  # the first warms up
         parts = {part: statistics.median(round_[part] for round_ in rounds) for part in rounds[0]}
         shares = "".join(f"{parts[part] / parts['step']:>12.1%}" for part in ("teacher", "student", "head", "backward"))

@@ -1,6 +1,8 @@
+from abc import ABC, abstractmethod
+
 import pytest
 
-from kd_common.registry import Registry, UnknownNameError
+from kd_common.registry import Registry, UnknownNameError, subclasses
 
 
 @pytest.fixture
@@ -49,3 +51,19 @@ def test_unknown_key_names_kind_key_close_matches_and_all(models):
 def test_no_suggestion_when_nothing_is_close(models):
     with pytest.raises(KeyError, match=r"^unknown model 'zzz' \(known: "):
         models.get("zzz")
+
+
+def test_subclasses_are_found_by_name_without_abstract_and_private_ones():
+    class Base(ABC):
+        @abstractmethod
+        def step(self): ...
+
+    class Second(Base):
+        def step(self): ...
+
+    class First(Second): ...
+
+    class _Helper(Base):
+        def step(self): ...
+
+    assert list(subclasses(Base).items()) == [("First", First), ("Second", Second)]

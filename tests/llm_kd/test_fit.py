@@ -373,16 +373,6 @@ def test_a_stored_teacher_is_known_by_its_files_and_not_loaded(arguments, answer
         run(build(arguments(*answered)))
 
 
-def test_a_cache_of_an_earlier_version_is_compared_by_the_loaded_weights(arguments, answered, tmp_path, save_model):
-    manifest = tmp_path / "cache/manifest.json"
-    content = json.loads(manifest.read_text())
-    assert content.pop("source").startswith("SHA-256")
-    manifest.write_text(json.dumps(content))
-    assert run(build(arguments(*answered))).last["kl"] > 0
-    with pytest.raises(CacheError, match="holds another teacher or vocabulary"):
-        run(build(arguments(*answered, f"--model.teacher.name={save_model('other', seed=1, vocab=272)}")))
-
-
 def test_dataset_answers(arguments, tmp_path):
     rows = [{"instruction": text, "output": text[::-1]} for text in PROMPTS]
     files = [f"--data.{split}={write_jsonl(tmp_path / f'{split}_answers.jsonl', rows)}" for split in ("train", "val")]

@@ -3,15 +3,19 @@
 import pytest
 import torch
 
+from kd_common.registry import subclasses
 from llm_kd.head import HiddenSignal, KDHead, LMHead
-from llm_kd.objectives import OBJECTIVES
-from llm_kd.selection import SELECTORS, Selection, Selector
+from llm_kd.objectives import Objective
+from llm_kd.selection import Selection, Selector
+
+OBJECTIVES = subclasses(Objective)
+SELECTORS = subclasses(Selector)
 
 F64 = torch.float64
 N, H, H_TEACHER, V = 17, 6, 5, 23
 
 
-class Fixed(Selector):
+class _Fixed(Selector):
     """Given weights; None rejects all."""
 
     def __init__(self, weights=None):
@@ -30,18 +34,18 @@ class Fixed(Selector):
 
 @pytest.mark.parametrize("student", [torch.float32, F64])
 @pytest.mark.parametrize("teacher", [torch.bfloat16, torch.float32, F64])
-@pytest.mark.parametrize("objective", OBJECTIVES.names())
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_student_and_teacher_may_differ_in_precision(objective, teacher, student):
     """The loss is the one of a teacher that was rounded to its precision, in the student's."""
     inputs = Inputs(dtype=student)
     theirs = LMHead(inputs.teacher.weight.to(teacher), inputs.teacher.bias.to(teacher))
     hidden = inputs.teacher_hidden.to(teacher)
     logits = torch.nn.functional.linear(hidden, theirs.weight, theirs.bias).to(student)
-    for selector in ("topk", "speck_expected", "adakd"):
-        head = KDHead(OBJECTIVES.get(objective)(), SELECTORS.get(selector)())
+    for selector in ("TopK", "SpecKExpected", "AdaKD"):
+        head = KDHead(OBJECTIVES[objective](), SELECTORS[selector]())
         found = head(inputs.hidden, inputs.student, HiddenSignal(hidden, theirs)).loss
         same = HiddenSignal(logits, LMHead(torch.eye(V, dtype=student)))
-        again = KDHead(OBJECTIVES.get(objective)(), SELECTORS.get(selector)())
+        again = KDHead(OBJECTIVES[objective](), SELECTORS[selector]())
         expected = again(inputs.hidden, inputs.student, same).loss
         assert found.dtype == expected.dtype
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -117,40 +121,45 @@ def assert_agrees(inputs, head, tolerance=1e-10):
     return output
 
 
-def build(objective="fkl", selector="topk", /, objective_args=None, selector_args=None, **settings):
+def build(objective="ForwardKL", selector="TopK", /, objective_args=None, selector_args=None, **settings):
     return KDHead(
-        OBJECTIVES.get(objective)(**(objective_args or {})),
-        SELECTORS.get(selector)(**(selector_args or {})),
+        OBJECTIVES[objective](**(objective_args or {})),
+        SELECTORS[selector](**(selector_args or {})),
         **settings,
     )
 
 
 @pytest.mark.parametrize("chunk_size", [3, 100])
-@pytest.mark.parametrize("objective", OBJECTIVES.names())
-@pytest.mark.parametrize("selector", SELECTORS.names())
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("selector", SELECTORS)
 def test_every_objective_with_every_selector(objective, selector, chunk_size):
     head = build(objective, selector, loss_temperature=1.7, verify_temperature=0.8, chunk_size=chunk_size)
-    if selector == "adakd":
+    if selector == "AdaKD":
         head.selector.share = 0.6
     assert_agrees(Inputs(), head)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 5, 8, 16, 17, 18, None])
-@pytest.mark.parametrize("selector", ["speck", "adakd", "entropy_top_p"])
+@pytest.mark.parametrize("selector", ["SpecK", "AdaKD", "EntropyTopP"])
 def test_any_chunk_size(selector, chunk_size):
     inputs = Inputs()
-    output = assert_agrees(inputs, build("rkl", selector, chunk_size=chunk_size))
+    output = assert_agrees(inputs, build("ReverseKL", selector, chunk_size=chunk_size))
     assert 0 < output.weights.sum() <= N
 
 
 @pytest.mark.parametrize("normalize", ["valid", "selected"])
 @pytest.mark.parametrize("scale", ["squared", "none"])
 @pytest.mark.parametrize("beta", [0.0, 0.01, 1.0])
-@pytest.mark.parametrize("selector", ["topk", "speck", "speck_expected"])
+@pytest.mark.parametrize("selector", ["TopK", "SpecK", "SpecKExpected"])
 def test_normalisation_scale_and_beta(selector, beta, scale, normalize):
     args = {"k": 2, "beta": beta}
     head = build(
-        "jsd", selector, selector_args=args, normalize=normalize, temperature_scale=scale, loss_temperature=2.0
+        "JensenShannon",
+        selector,
+        selector_args=args,
+        normalize=normalize,
+        temperature_scale=scale,
+        loss_temperature=2.0,
     )
     head.chunk_size = 4
     output = assert_agrees(Inputs(), head)
@@ -163,17 +172,17 @@ def test_normalisation_scale_and_beta(selector, beta, scale, normalize):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_bias_and_softcap(bias, softcap):
-    assert_agrees(Inputs(bias=bias, softcap=softcap), build("rkl", "tsdkd", chunk_size=5, loss_temperature=1.3))
+    assert_agrees(Inputs(bias=bias, softcap=softcap), build("ReverseKL", "TSDKD", chunk_size=5, loss_temperature=1.3))
 
 
-@pytest.mark.parametrize("selector", ["none", "adakd"])
+@pytest.mark.parametrize("selector", ["Uniform", "AdaKD"])
 def test_padded_vocabularies_are_sliced(selector):
     inputs = Inputs(vocab=V + 4, teacher_vocab=V + 9, scale=2.0)
     with pytest.raises(ValueError, match=r"27 rows, the teacher's 32.*set vocab_size"):
         inputs.run(build())
     with pytest.raises(ValueError, match="vocab_size=28 exceeds the 27 rows"):
         inputs.run(build(vocab_size=28))
-    head = build("rkl", selector, vocab_size=V, chunk_size=4)
+    head = build("ReverseKL", selector, vocab_size=V, chunk_size=4)
     assert_agrees(inputs, head)
     _, (_, weight, bias) = inputs.gradients(head)
     assert weight.shape == (V + 4, H)
@@ -182,11 +191,11 @@ def test_padded_vocabularies_are_sliced(selector):
     assert (weight[:V] != 0).any()
 
 
-@pytest.mark.parametrize("selector", SELECTORS.names())
+@pytest.mark.parametrize("selector", SELECTORS)
 @pytest.mark.parametrize("normalize", ["valid", "selected"])
 def test_batch_without_tokens_is_a_zero_with_a_gradient_path(selector, normalize):
     inputs = Inputs(rows=0)
-    output, gradients = inputs.gradients(build("rkl", selector, normalize=normalize))
+    output, gradients = inputs.gradients(build("ReverseKL", selector, normalize=normalize))
     assert output.loss.item() == output.accepted_sum.item() == output.num_tokens == 0
     for gradient, leaf in zip(gradients, inputs.leaves, strict=True):
         assert torch.equal(gradient, torch.zeros_like(leaf))
@@ -196,9 +205,9 @@ def test_batch_without_tokens_is_a_zero_with_a_gradient_path(selector, normalize
 @pytest.mark.parametrize("normalize", ["valid", "selected"])
 def test_all_rejected_batch_is_a_zero_with_a_gradient_path(normalize, per_row):
     inputs = Inputs()
-    selector = Fixed()
+    selector = _Fixed()
     selector.per_row = per_row
-    head = KDHead(OBJECTIVES.get("rkl")(), selector, normalize=normalize, chunk_size=4)
+    head = KDHead(OBJECTIVES["ReverseKL"](), selector, normalize=normalize, chunk_size=4)
     output, gradients = inputs.gradients(head)
     assert output.loss.item() == output.accepted_sum.item() == 0
     assert output.num_tokens == N
@@ -213,19 +222,19 @@ def test_rows_of_weight_zero_reach_neither_the_loss_nor_the_backward(per_row):
     weights[[2, 9]] = torch.tensor([1.0, 0.5])
     seen = []
 
-    class Spy(type(OBJECTIVES.get("fkl")())):
+    class _Spy(OBJECTIVES["ForwardKL"]):
         def value_and_slope(self, log_q, log_p):
             seen.append(len(log_q))
             return super().value_and_slope(log_q, log_p)
 
-    selector = SELECTORS.get("topk")(k=3, beta=0.0) if per_row else Fixed(weights)
-    output = assert_agrees(inputs, KDHead(Spy(), selector, chunk_size=4))
+    selector = SELECTORS["TopK"](k=3, beta=0.0) if per_row else _Fixed(weights)
+    output = assert_agrees(inputs, KDHead(_Spy(), selector, chunk_size=4))
     assert sum(seen) == (output.weights > 0).sum() < N
 
 
 def test_validation_builds_no_gradient():
     inputs = Inputs()
-    head = build("rkl", "topk")
+    head = build("ReverseKL", "TopK")
     with torch.no_grad():
         silent = inputs.run(head)
     assert not silent.loss.requires_grad
@@ -236,7 +245,7 @@ def test_frozen_parts_get_no_gradient():
     inputs = Inputs()
     inputs.weight.requires_grad_(False)
     inputs.bias.requires_grad_(False)
-    head = build("rkl", "topk", chunk_size=4)
+    head = build("ReverseKL", "TopK", chunk_size=4)
     expected = torch.autograd.grad(dense(inputs, head)[0], inputs.hidden)[0]
     inputs.run(head).loss.backward()
     torch.testing.assert_close(inputs.hidden.grad, expected)
@@ -247,7 +256,7 @@ def test_frozen_parts_get_no_gradient():
 
 def test_gradient_scales_with_the_upstream_gradient_and_is_used_once():
     inputs = Inputs()
-    head = build("rkl", "topk", chunk_size=4)
+    head = build("ReverseKL", "TopK", chunk_size=4)
     plain = torch.autograd.grad(inputs.run(head).loss_sum, inputs.leaves)
     loss = 3 * inputs.run(head).loss_sum
     for scaled, gradient in zip(torch.autograd.grad(loss, inputs.leaves, retain_graph=True), plain, strict=True):
@@ -259,7 +268,7 @@ def test_gradient_scales_with_the_upstream_gradient_and_is_used_once():
 def test_tied_embeddings_add_up():
     inputs = Inputs(bias=False)
     tokens = torch.randint(0, V, (N,))
-    head = build("rkl", "none", chunk_size=4)
+    head = build("ReverseKL", "Uniform", chunk_size=4)
 
     def gradient(loss_of):
         inputs.hidden = inputs.weight[tokens]
@@ -270,11 +279,11 @@ def test_tied_embeddings_add_up():
     )
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES.names())
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_extreme_logits_in_float32(objective):
     inputs = Inputs(dtype=torch.float32, scale=100.0)
     inputs.weight.data[:, 0] *= 10
-    head = build(objective, "speck", chunk_size=4)
+    head = build(objective, "SpecK", chunk_size=4)
     output, gradients = inputs.gradients(head)
     assert output.loss.isfinite()
     assert all(gradient.isfinite().all() for gradient in gradients)
@@ -283,7 +292,7 @@ def test_extreme_logits_in_float32(objective):
 def test_bfloat16_models_are_summed_in_float32():
     rows = 40
     inputs = Inputs(rows, dtype=torch.bfloat16)
-    output, gradients = inputs.gradients(build("fkl", "none", chunk_size=1))
+    output, gradients = inputs.gradients(build("ForwardKL", "Uniform", chunk_size=1))
     assert output.row_loss.dtype == torch.float32
     assert [g.dtype for g in gradients] == [torch.bfloat16] * 3
     exact = Inputs(rows)
@@ -291,7 +300,7 @@ def test_bfloat16_models_are_summed_in_float32():
     exact.hidden, exact.weight, exact.bias = (x.detach().double().requires_grad_() for x in inputs.leaves)
     exact.teacher_hidden = inputs.teacher_hidden.double()
     exact.teacher = LMHead(inputs.teacher.weight.double(), inputs.teacher.bias.double())
-    loss, expected = exact.gradients(build("fkl", "none"))
+    loss, expected = exact.gradients(build("ForwardKL", "Uniform"))
     torch.testing.assert_close(output.loss.double(), loss.loss, rtol=1e-2, atol=1e-2)
     for gradient, wanted in zip(gradients, expected, strict=True):
         assert (gradient.double() - wanted).norm() < 0.01 * wanted.norm()
@@ -299,7 +308,7 @@ def test_bfloat16_models_are_summed_in_float32():
 
 def test_autocast_projects_in_low_precision_and_keeps_parameter_dtypes():
     inputs = Inputs(dtype=torch.float32)
-    head = build("fkl", "none", chunk_size=4)
+    head = build("ForwardKL", "Uniform", chunk_size=4)
     full, expected = inputs.gradients(head)
     with torch.autocast("cpu", torch.bfloat16):
         low, gradients = inputs.gradients(head)
@@ -312,10 +321,10 @@ def test_autocast_projects_in_low_precision_and_keeps_parameter_dtypes():
 
 
 def test_steps_and_state_pass_through():
-    head = build("taid", "adakd", objective_args={"rate": 0.1})
+    head = build("TAID", "AdaKD", objective_args={"rate": 0.1})
     for step, loss in enumerate([4.0, 3.0, 2.0, 0.1], start=1):
         head.on_step(loss, step, 20)
-    twin = build("taid", "adakd", objective_args={"rate": 0.1})
+    twin = build("TAID", "AdaKD", objective_args={"rate": 0.1})
     twin.load_state_dict(head.state_dict())
     assert twin.objective.t == head.objective.t > 0.4
     assert twin.selector.mean_loss == head.selector.mean_loss
@@ -349,4 +358,4 @@ def test_bad_tensors():
     with pytest.raises(ValueError, match=r"got shape \(17, 6\) and 16 rows; pick the supervised tokens"):
         inputs.run(head)
     with pytest.raises(ValueError, match=r"k must lie in \[1, 23\]"):
-        Inputs().run(build("fkl", "topk", selector_args={"k": 24}))
+        Inputs().run(build("ForwardKL", "TopK", selector_args={"k": 24}))

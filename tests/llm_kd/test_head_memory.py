@@ -9,12 +9,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from kd_common.registry import subclasses
 from kd_common.run.memory import LiveBytes
 from llm_kd.head import HiddenSignal, KDHead, LMHead, truncate
 from llm_kd.head.kd_head import BYTES_PER_LOGIT
 from llm_kd.head.linear import rows_per_chunk
-from llm_kd.objectives import OBJECTIVES
-from llm_kd.selection import SELECTORS
+from llm_kd.objectives import Objective
+from llm_kd.selection import Selector
+
+OBJECTIVES = subclasses(Objective)
+SELECTORS = subclasses(Selector)
 
 H, V = 6, 64
 
@@ -36,7 +40,7 @@ def tensors(rows):
 
 def run(objective, selector, chunk_size, inputs):
     hidden, weight, teacher_hidden, teacher_weight = inputs
-    head = KDHead(OBJECTIVES.get(objective)(), SELECTORS.get(selector)(), chunk_size=chunk_size)
+    head = KDHead(OBJECTIVES[objective](), SELECTORS[selector](), chunk_size=chunk_size)
     head(hidden, LMHead(weight), HiddenSignal(teacher_hidden, LMHead(teacher_weight))).loss.backward()
 
 
@@ -56,8 +60,8 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("selector", SELECTORS.names())
-@pytest.mark.parametrize("objective", ["rkl", "alpha_beta", "taid"])
+@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("objective", ["ReverseKL", "AlphaBeta", "TAID"])
 def test_largest_tensor_is_a_chunk(objective, selector):
     chunk = 8
     for rows in (16, 40):
@@ -68,8 +72,8 @@ def test_largest_tensor_is_a_chunk(objective, selector):
         assert V * 3 <= record.largest <= V * chunk  # entropy_top_p keeps 3 of 16 rows, all logits are V * rows
 
 
-@pytest.mark.parametrize("selector", SELECTORS.names())
-@pytest.mark.parametrize("objective", OBJECTIVES.names())
+@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_live_memory_is_a_few_chunks(objective, selector):
     chunk = 16  # entropy_top_p keeps more than a chunk of either batch
     extra = {}
@@ -89,7 +93,7 @@ def test_stored_teachers_take_no_more(size):
     for rows in (96, 160):
         hidden, weight, *teacher = tensors(rows)
         stored = truncate(HiddenSignal(teacher[0], LMHead(teacher[1])), size, V)
-        head = KDHead(OBJECTIVES.get("rkl")(), SELECTORS.get("topk")(k=2), chunk_size=chunk)
+        head = KDHead(OBJECTIVES["ReverseKL"](), SELECTORS["TopK"](k=2), chunk_size=chunk)
         ignore = [hidden, weight, stored.log_probs, stored.indices, stored.tail_mass]
         with LiveBytes(ignore) as record:
             head(hidden, LMHead(weight), stored).loss.backward()

@@ -5,18 +5,22 @@ import math
 import pytest
 import torch
 
+from kd_common.registry import subclasses
 from llm_kd.head import HiddenSignal, KDHead, LMHead, signal, truncate
 from llm_kd.head.metrics import token_metrics
 from llm_kd.head.rows import TAIL_FLOOR, truncated_loss
-from llm_kd.objectives import OBJECTIVES
-from llm_kd.selection import SELECTORS
+from llm_kd.objectives import Objective
+from llm_kd.selection import Selector
 from llm_kd.selection.acceptance import TruncatedDistribution
 from llm_kd.teacher.records import RecordLayout
 
+OBJECTIVES = subclasses(Objective)
+SELECTORS = subclasses(Selector)
+
 F64 = torch.float64
 N, H, V = 19, 6, 23
-BOUNDED = [name for name in OBJECTIVES.names() if OBJECTIVES.get(name).data_processing]
-PARTIAL = [name for name in SELECTORS.names() if not SELECTORS.get(name).whole_teacher]
+BOUNDED = [name for name in OBJECTIVES if OBJECTIVES[name].data_processing]
+PARTIAL = [name for name in SELECTORS if not SELECTORS[name].whole_teacher]
 
 
 def divergence(name, p, q):
@@ -26,12 +30,12 @@ def divergence(name, p, q):
         return (a * (a / b).log()).sum(-1)
 
     return {
-        "fkl": lambda: kl(p, q),
-        "rkl": lambda: kl(q, p),
-        "jsd": lambda: 0.5 * kl(p, 0.5 * (p + q)) + 0.5 * kl(q, 0.5 * (p + q)),
-        "skew_fkl": lambda: kl(p, 0.1 * p + 0.9 * q),
-        "skew_rkl": lambda: kl(q, 0.9 * p + 0.1 * q),
-        "tvd": lambda: 0.5 * (p - q).abs().sum(-1),
+        "ForwardKL": lambda: kl(p, q),
+        "ReverseKL": lambda: kl(q, p),
+        "JensenShannon": lambda: 0.5 * kl(p, 0.5 * (p + q)) + 0.5 * kl(q, 0.5 * (p + q)),
+        "SkewForwardKL": lambda: kl(p, 0.1 * p + 0.9 * q),
+        "SkewReverseKL": lambda: kl(q, 0.9 * p + 0.1 * q),
+        "TotalVariation": lambda: 0.5 * (p - q).abs().sum(-1),
     }[name]()
 
 
@@ -60,8 +64,8 @@ class Case:
         return output, torch.autograd.grad(output.loss, self.leaves)
 
 
-def build(objective="fkl", selector="none", /, selector_args=None, **settings):
-    return KDHead(OBJECTIVES.get(objective)(), SELECTORS.get(selector)(**(selector_args or {})), **settings).eval()
+def build(objective="ForwardKL", selector="Uniform", /, selector_args=None, **settings):
+    return KDHead(OBJECTIVES[objective](), SELECTORS[selector](**(selector_args or {})), **settings).eval()
 
 
 def merged(probabilities, indices):
@@ -76,20 +80,27 @@ def assert_all_close(actual, expected, tolerance=1e-9):
 
 
 def test_what_allows_truncation():
-    assert set(BOUNDED) == {"fkl", "rkl", "jsd", "skew_fkl", "skew_rkl", "tvd"}
-    assert set(PARTIAL) == {"none", "topk", "entropy_top_p"}
+    assert set(BOUNDED) == {
+        "ForwardKL",
+        "ReverseKL",
+        "JensenShannon",
+        "SkewForwardKL",
+        "SkewReverseKL",
+        "TotalVariation",
+    }
+    assert set(PARTIAL) == {"Uniform", "TopK", "EntropyTopP"}
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES.names())
-@pytest.mark.parametrize("selector", SELECTORS.names())
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("selector", SELECTORS)
 def test_all_tokens_stored_equals_online(objective, selector):
     head = build(objective, selector, loss_temperature=1.7, verify_temperature=0.8, chunk_size=4)
-    if selector == "adakd":
+    if selector == "AdaKD":
         head.selector.share = 0.6
     case = Case(softcap=4.0)
     online, expected = case.run(head, case.online)
     stored, gradients = case.run(head, truncate(case.online, V, V))
-    assert torch.equal(stored.weights, online.weights) or selector in ("speck_expected", "tsdkd")
+    assert torch.equal(stored.weights, online.weights) or selector in ("SpecKExpected", "TSDKD")
     assert_all_close([stored.row_loss, stored.weights, stored.accepted, *gradients],
                      [online.row_loss, online.weights, online.accepted, *expected], 1e-11)  # fmt: skip
 
@@ -98,7 +109,7 @@ def test_all_tokens_stored_equals_online(objective, selector):
 @pytest.mark.parametrize("objective", BOUNDED)
 @pytest.mark.parametrize("selector", PARTIAL)
 def test_tail_is_one_category(objective, selector, size):
-    arguments = {"k": 1, "beta": 0.3} if selector == "topk" else None
+    arguments = {"k": 1, "beta": 0.3} if selector == "TopK" else None
     head = build(objective, selector, arguments, verify_temperature=0.8, chunk_size=4, vocab_size=V)
     case = Case(softcap=4.0, padding=3)
     teacher = truncate(case.online, size, V)
@@ -118,11 +129,11 @@ def test_gradient_against_finite_differences(objective):
     z = 2 * torch.randn(4, 9, dtype=F64)
     teacher = TruncatedDistribution.from_logits(2 * torch.randn(4, 9, dtype=F64), 3)
     step = 1e-6
-    _, gradient = truncated_loss(OBJECTIVES.get(objective)(), z, teacher, with_gradient=True)
+    _, gradient = truncated_loss(OBJECTIVES[objective](), z, teacher, with_gradient=True)
     for v in range(9):
         shift = torch.zeros(9, dtype=F64)
         shift[v] = step
-        up, down = (truncated_loss(OBJECTIVES.get(objective)(), z + s, teacher, with_gradient=False)[0]
+        up, down = (truncated_loss(OBJECTIVES[objective](), z + s, teacher, with_gradient=False)[0]
                     for s in (shift, -shift))  # fmt: skip
         torch.testing.assert_close(gradient[:, v], (up - down) / (2 * step), rtol=1e-5, atol=1e-8)
 
@@ -131,11 +142,11 @@ def test_gradient_against_finite_differences(objective):
 @pytest.mark.parametrize("objective", BOUNDED)
 def test_truncation_is_a_lower_bound_that_rises_to_the_divergence(objective, scale):
     z, z_teacher = scale * torch.randn(2, 400, V, dtype=F64)
-    dense = OBJECTIVES.get(objective)()(z, z_teacher)
+    dense = OBJECTIVES[objective]()(z, z_teacher)
     last = torch.zeros(400, dtype=F64)
     for size in range(1, V):
         teacher = TruncatedDistribution.from_logits(z_teacher, size)
-        bound, _ = truncated_loss(OBJECTIVES.get(objective)(), z, teacher, with_gradient=False)
+        bound, _ = truncated_loss(OBJECTIVES[objective](), z, teacher, with_gradient=False)
         assert (bound >= last - 1e-12).all()
         last = bound
     assert (last <= dense + 1e-12).all()
@@ -147,15 +158,15 @@ def test_truncation_loses_nothing_where_the_tails_are_proportional(objective):
     z_teacher = torch.randn(5, V, dtype=F64)
     teacher = TruncatedDistribution.from_logits(z_teacher, 4)
     z = (z_teacher + 0.7).scatter(-1, teacher.indices, torch.randn(5, 4, dtype=F64))
-    bound, _ = truncated_loss(OBJECTIVES.get(objective)(), z, teacher, with_gradient=False)
-    torch.testing.assert_close(bound, OBJECTIVES.get(objective)()(z, z_teacher))
+    bound, _ = truncated_loss(OBJECTIVES[objective](), z, teacher, with_gradient=False)
+    torch.testing.assert_close(bound, OBJECTIVES[objective]()(z, z_teacher))
 
 
 @pytest.mark.parametrize(
     ("objective", "p", "q"),
     [
-        (OBJECTIVES.get("alpha_beta")(alpha=1.0, beta=1.0), [0.4, 0.3, 0.3], [0.2, 0.4, 0.4]),
-        (OBJECTIVES.get("taid")(), [0.5, 0.499, 0.001], [0.989, 0.001, 0.01]),
+        (OBJECTIVES["AlphaBeta"](alpha=1.0, beta=1.0), [0.4, 0.3, 0.3], [0.2, 0.4, 0.4]),
+        (OBJECTIVES["TAID"](), [0.5, 0.499, 0.001], [0.989, 0.001, 0.01]),
     ],
 )
 def test_refused_objectives_are_no_lower_bound(objective, p, q):
@@ -173,13 +184,13 @@ def test_tail_without_mass_is_floored(objective, dtype):
     teacher = TruncatedDistribution(
         torch.tensor([0.5, 0.3, 0.2], dtype=dtype).log().expand(3, 3), torch.tensor([4, 0, 2]).expand(3, 3),
         torch.zeros(3, dtype=dtype), V)  # fmt: skip
-    loss, gradient = truncated_loss(OBJECTIVES.get(objective)(), z, teacher, with_gradient=True)
+    loss, gradient = truncated_loss(OBJECTIVES[objective](), z, teacher, with_gradient=True)
     assert loss.isfinite().all()
     assert gradient.isfinite().all()
     q = merged(z[0].double().softmax(-1), teacher.indices[0])
     p = torch.tensor([0.5, 0.3, 0.2, TAIL_FLOOR], dtype=F64)
     torch.testing.assert_close(loss[0].double(), divergence(objective, p, q), rtol=1e-5, atol=1e-6)
-    assert objective != "rkl" or loss.max() < 90  # the student's tail costs at most -log(1.2e-38) = 87.3
+    assert objective != "ReverseKL" or loss.max() < 90  # the student's tail costs at most -log(1.2e-38) = 87.3
 
 
 def test_small_tails_keep_their_digits():
@@ -189,7 +200,7 @@ def test_small_tails_keep_their_digits():
         part
         for dtype in (torch.float32, F64)
         for part in truncated_loss(
-            OBJECTIVES.get("fkl")(),
+            OBJECTIVES["ForwardKL"](),
             z.to(dtype),
             TruncatedDistribution.from_logits(z_teacher.to(dtype), 1),
             with_gradient=True,
@@ -209,7 +220,7 @@ def test_rounded_probabilities_are_normalised(dtype):
     )
     z = case.logits().detach()
     for name in BOUNDED:
-        objective = OBJECTIVES.get(name)()
+        objective = OBJECTIVES[name]()
         loss, gradient = truncated_loss(objective, z, rounded, with_gradient=True)
         wanted, _ = truncated_loss(objective, z, exact, with_gradient=True)
         torch.testing.assert_close(loss, wanted, rtol=0.05, atol=0.01)
@@ -223,16 +234,16 @@ def test_rounded_probabilities_are_normalised(dtype):
 @pytest.mark.parametrize("size", [3, V])
 def test_batch_without_tokens(selector, size):
     case = Case(rows=0)
-    head = build("rkl", selector, {"k": 2} if selector == "topk" else None)
+    head = build("ReverseKL", selector, {"k": 2} if selector == "TopK" else None)
     output, gradients = case.run(head, truncate(case.online, size, V))
     assert output.loss.item() == output.num_tokens == 0
     assert all((gradient == 0).all() for gradient in gradients)
 
 
-@pytest.mark.parametrize("selector", sorted(set(SELECTORS.names()) - set(PARTIAL)))
+@pytest.mark.parametrize("selector", sorted(set(SELECTORS) - set(PARTIAL)))
 def test_selectors_that_need_the_whole_teacher_refuse(selector):
-    case, head = Case(), build("rkl", selector)
-    with pytest.raises(ValueError, match=r"whole distribution, but only 6 of 23 tokens are stored; use topk"):
+    case, head = Case(), build("ReverseKL", selector)
+    with pytest.raises(ValueError, match=r"whole distribution, but only 6 of 23 tokens are stored; use TopK"):
         head.check_truncated(6, V)
     with pytest.raises(ValueError, match="whole distribution"):
         case.run(head, truncate(case.online, 6, V))
@@ -240,17 +251,17 @@ def test_selectors_that_need_the_whole_teacher_refuse(selector):
 
 
 def test_what_cannot_be_computed_is_refused():
-    for objective in set(OBJECTIVES.names()) - set(BOUNDED):
-        with pytest.raises(ValueError, match=r"only 6 of 23 tokens are stored; store all, or run.*fkl, rkl"):
+    for objective in set(OBJECTIVES) - set(BOUNDED):
+        with pytest.raises(ValueError, match=r"only 6 of 23 tokens are stored; store all, or run.*ForwardKL"):
             build(objective).check_truncated(6, V)
         build(objective).check_truncated(V, V)
     with pytest.raises(ValueError, match=r"loss_temperature=2.0 needs.*set loss_temperature to 1"):
-        build("rkl", loss_temperature=2.0).check_truncated(6, V)
-    build("rkl", loss_temperature=2.0).check_truncated(V, V)
-    build("rkl", "topk", {"k": 6}, verify_temperature=2.0).check_truncated(6, V)
+        build("ReverseKL", loss_temperature=2.0).check_truncated(6, V)
+    build("ReverseKL", loss_temperature=2.0).check_truncated(V, V)
+    build("ReverseKL", "TopK", {"k": 6}, verify_temperature=2.0).check_truncated(6, V)
     for size in (6, 4):
         with pytest.raises(ValueError, match="k=7 needs the teacher's first 7 tokens"):
-            build("rkl", "topk", {"k": 7}).check_truncated(size, V)
+            build("ReverseKL", "TopK", {"k": 7}).check_truncated(size, V)
     with pytest.raises(ValueError, match=r"vocabulary of 23 tokens, the head vocab_size=22"):
         build(vocab_size=22).check_truncated(6, V)
 
@@ -299,7 +310,7 @@ def test_ranks_survive_rounding_where_all_tokens_are_stored():
     stored, student = rounded(logits), 4 * torch.eye(V)[[5]]
     assert (stored.log_probs[0, 0] == stored.log_probs[0, 1]).item()
     for teacher in (HiddenSignal(logits, LMHead(torch.eye(V))), stored):
-        head = build("fkl", "topk", selector_args={"k": 1})
+        head = build("ForwardKL", "TopK", selector_args={"k": 1})
         assert head(student, LMHead(torch.eye(V)), teacher).accepted.item() == 1
         sums = token_metrics(student, LMHead(torch.eye(V)), teacher, torch.tensor([5]), V, k=1)
         assert sums["accepted"] == sums["agreement"] == 1

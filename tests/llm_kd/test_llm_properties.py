@@ -8,21 +8,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kd_common.registry import subclasses
 from llm_kd.head.rows import truncated_loss
-from llm_kd.objectives import OBJECTIVES
-from llm_kd.selection import SELECTORS
+from llm_kd.objectives import Objective
+from llm_kd.selection import Selector
 from llm_kd.selection.acceptance import (
     BLOCK,
     TruncatedDistribution,
-    speck_accept,
     speck_accept_probability,
-    token_acceptance_rate,
     token_weights,
     topk_accept,
 )
 from llm_kd.selection.base import entropy, top_share
 from llm_kd.teacher.records import DTYPES as STORED
 from llm_kd.teacher.records import RecordLayout
+
+OBJECTIVES = subclasses(Objective)
+SELECTORS = subclasses(Selector)
 
 F64 = torch.float64
 DTYPES = [F64, torch.float32, torch.bfloat16]
@@ -108,34 +110,17 @@ def test_speck_probability(pair, k, more, shift, data):
     torch.testing.assert_close(speck_accept_probability(student, whole, k), probability)
 
 
-@props
-@given(pair=pairs(), k=st.integers(1, 6), seed=st.integers(0, 99))
-def test_speck_accepts_what_is_certain_and_nothing_impossible(pair, k, seed):
-    student, teacher = pair
-    accepted = speck_accept(student, teacher, k, torch.Generator().manual_seed(seed))
-    probability = speck_accept_probability(student, teacher, k)
-    assert accepted[probability == 1].all()
-    assert not accepted[probability == 0].any()
-
-
 # --- weights and selectors ---
 
 
 @props
-@given(accepted=st.lists(st.floats(0, 1), min_size=1, max_size=9), beta=st.floats(0, 1), data=st.data())
-def test_weights_lie_between_beta_and_one_and_the_rate_is_a_mean(accepted, beta, data):
+@given(accepted=st.lists(st.floats(0, 1), min_size=1, max_size=9), beta=st.floats(0, 1))
+def test_weights_lie_between_beta_and_one(accepted, beta):
     accepted = torch.tensor(accepted)
     weights = token_weights(accepted, beta)
     assert ((weights >= beta - 1e-6) & (weights <= 1 + 1e-6)).all()
     order = accepted.argsort()
     assert (weights[order].diff() >= -1e-6).all()
-    valid = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(accepted), max_size=len(accepted))))
-    rate = token_acceptance_rate(accepted, valid)
-    assert 0 <= rate <= 1 + 1e-6
-    if valid.any():
-        assert accepted[valid].min() - 1e-6 <= rate <= accepted[valid].max() + 1e-6
-    flipped = torch.where(valid, accepted, 1 - accepted)
-    assert token_acceptance_rate(flipped, valid) == rate  # what is not valid does not count
 
 
 @props
@@ -161,12 +146,12 @@ def test_top_share_keeps_its_share_of_the_largest_and_is_nested(score, shares):
     assert top_share(score, 1.0).all()
 
 
-@pytest.mark.parametrize("name", SELECTORS.names())
+@pytest.mark.parametrize("name", SELECTORS)
 @props
 @given(pair=pairs([F64, torch.float32], sizes=(9, BLOCK + 2)), data=st.data())
 def test_every_selector_on_any_logits(name, pair, data):
     student, teacher = pair
-    selector = SELECTORS.get(name)()
+    selector = SELECTORS[name]()
     noise = selector.draw(len(student), student.device)
     score = selector.score(student, teacher)
     weights, accepted, temperature = selector.select(score, noise)
@@ -176,17 +161,17 @@ def test_every_selector_on_any_logits(name, pair, data):
     assert ((accepted >= 0) & (accepted <= 1)).all()
     assert (torch.as_tensor(temperature) > 0).all()
     # Scores depend on the distributions: not on a row's shift, not on the other rows.
-    if name != "topk":  # a shift may round two logits to one, and a decision is all or nothing
+    if name != "TopK":  # a shift may round two logits to one, and a decision is all or nothing
         torch.testing.assert_close(selector.score(student + 8, teacher - 4), score, rtol=1e-3, atol=5e-3)
     order = data.draw(st.permutations(range(len(student))))
     torch.testing.assert_close(selector.score(student[order], teacher[order]), score[order])
 
 
-@pytest.mark.parametrize("name", ["topk", "speck", "speck_expected"])
+@pytest.mark.parametrize("name", ["TopK", "SpecK", "SpecKExpected"])
 @props
 @given(pair=pairs([F64, torch.float32], sizes=(9,)))
 def test_a_student_equal_to_its_teacher_is_accepted_everywhere(name, pair):
-    selector = SELECTORS.get(name)()
+    selector = SELECTORS[name]()
     student, _ = pair
     selection = selector.select(selector.score(student, student), selector.draw(len(student), student.device))
     torch.testing.assert_close(selection.accepted, torch.ones_like(selection.accepted))
@@ -239,12 +224,12 @@ def test_stored_bytes_give_back_ids_and_ranks(pair, dtype, data):
     )
 
 
-@pytest.mark.parametrize("name", [name for name in OBJECTIVES.names() if OBJECTIVES.get(name).data_processing])
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if OBJECTIVES[name].data_processing])
 @props
 @given(pair=pairs([F64, torch.float32], sizes=(2, 9)), data=st.data())
 def test_truncated_losses_rise_with_the_size_to_the_divergence(name, pair, data):
     student, teacher = pair
-    vocab, objective = student.shape[-1], OBJECTIVES.get(name)()
+    vocab, objective = student.shape[-1], OBJECTIVES[name]()
     largest = max(float(z.abs().max()) for z in pair)
     tolerance = 1e-5 + 1e-6 * largest  # of the logsumexp over the missing tokens in float32
     values = []
@@ -263,15 +248,15 @@ def test_truncated_losses_rise_with_the_size_to_the_divergence(name, pair, data)
     assert all((small <= large * (1 + 1e-5) + tolerance).all() for small, large in pairwise(values))
 
 
-@pytest.mark.parametrize("name", [name for name in OBJECTIVES.names() if OBJECTIVES.get(name).data_processing])
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if OBJECTIVES[name].data_processing])
 @props
 @given(pair=pairs([torch.float32], sizes=(5, 9)), size=st.integers(1, 4), offset=st.sampled_from([-2e4, 300.0, 2e4]))
 def test_an_offset_of_all_logits_costs_a_truncated_loss_no_digits(name, pair, size, offset):
     """Against float64 on the same rounded logits: what float32 loses in adding the offset is not the function's."""
     student, stored = pair[0] + offset, TruncatedDistribution.from_logits(pair[1], size)
-    parts = truncated_loss(OBJECTIVES.get(name)(), student, stored, with_gradient=True)
-    exact = truncated_loss(OBJECTIVES.get(name)(), student.double(), stored, with_gradient=True)
+    parts = truncated_loss(OBJECTIVES[name](), student, stored, with_gradient=True)
+    exact = truncated_loss(OBJECTIVES[name](), student.double(), stored, with_gradient=True)
     tolerance = 2e-6 + 5e-7 * max(float((z.amax(-1) - z.amin(-1)).max()) for z in pair)
     # The gradient of total variation is a sign, which rounding flips where the two agree.
-    for part, expected in list(zip(parts, exact, strict=True))[: 1 if name == "tvd" else 2]:
+    for part, expected in list(zip(parts, exact, strict=True))[: 1 if name == "TotalVariation" else 2]:
         torch.testing.assert_close(part.double(), expected, rtol=1e-5, atol=tolerance)

@@ -8,9 +8,10 @@ import pytest
 import torch
 import yaml
 
+from kd_common.registry import subclasses
 from llm_kd.fit import CONFIG_DIR, build, needed_teacher, prepare_teacher
-from llm_kd.objectives import OBJECTIVES
-from llm_kd.selection import SELECTORS
+from llm_kd.objectives import Objective
+from llm_kd.selection import Selector
 
 PAIRS = {
     "qwen2_7b_1.5b": ("qwen2", "Qwen/Qwen2-7B-Instruct", "Qwen/Qwen2-1.5B-Instruct"),
@@ -120,8 +121,10 @@ def test_a_part_states_every_setting_of_its_class(name):
 
 
 def test_every_objective_and_selector_has_a_recipe():
-    assert {f"objectives/{name}" for name in OBJECTIVES.names()} <= set(PARTS)
-    assert {f"selectors/{name}" for name in SELECTORS.names()} <= set(PARTS)
+    blocks = [block for name in PARTS for block in settings_of(name).values() if isinstance(block, dict)]
+    chosen = {block["class_path"] for block in blocks if "class_path" in block}
+    for cls in [*subclasses(Objective).values(), *subclasses(Selector).values()]:
+        assert f"{cls.__module__}.{cls.__name__}" in chosen
 
 
 @pytest.mark.parametrize("file", ["smollm2", "selection", "gsm8k"])

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from kd_common.registry import subclasses
 from llm_kd.cache_teacher import cache_teacher
 from llm_kd.head import KDHead, LMHead, truncate
 from llm_kd.models import Body
-from llm_kd.objectives import OBJECTIVES
-from llm_kd.selection import SELECTORS
+from llm_kd.objectives import Objective
+from llm_kd.selection import Selector
 from llm_kd.selection.acceptance import TruncatedDistribution
 from llm_kd.teacher import (
     CachedTeacher,
@@ -26,6 +27,9 @@ from llm_kd.teacher import (
     weights_fingerprint,
 )
 from llm_kd.teacher.records import DTYPES, RecordLayout
+
+OBJECTIVES = subclasses(Objective)
+SELECTORS = subclasses(Selector)
 
 V = 50
 
@@ -203,12 +207,12 @@ def test_batch_without_supervised_tokens(tmp_path):
     assert len(cache) == 6
 
 
-@pytest.mark.parametrize("objective", ["fkl", "rkl", "jsd", "alpha_beta"])
-@pytest.mark.parametrize("selector", ["topk", "speck", "adakd"])
+@pytest.mark.parametrize("objective", ["ForwardKL", "ReverseKL", "JensenShannon", "AlphaBeta"])
+@pytest.mark.parametrize("selector", ["TopK", "SpecK", "AdaKD"])
 def test_training_from_a_whole_cache_is_training_online(tmp_path, objective, selector):
     model, batch = Model(), BATCHES[1]
     cached = CachedTeacher(write(tmp_path, model, size=V, dtype="float32"))
-    head = KDHead(OBJECTIVES.get(objective)(), SELECTORS.get(selector)(), vocab_size=V, chunk_size=7).eval()
+    head = KDHead(OBJECTIVES[objective](), SELECTORS[selector](), vocab_size=V, chunk_size=7).eval()
     head.check_truncated(cached.cache.header.size, cached.cache.header.vocab_size)
     rows = int(batch.predict.sum())
     hidden, weight = torch.randn(rows, 5, requires_grad=True), torch.randn(V, 5, requires_grad=True)
@@ -225,7 +229,7 @@ def test_training_from_a_whole_cache_is_training_online(tmp_path, objective, sel
 def test_training_from_a_small_cache_is_a_lower_bound(tmp_path, dtype):
     model, batch = Model(), BATCHES[1]
     hidden, head = torch.randn(int(batch.predict.sum()), 5), LMHead(torch.randn(V, 5))
-    loss = KDHead(OBJECTIVES.get("rkl")(), SELECTORS.get("topk")(k=3), vocab_size=V)
+    loss = KDHead(OBJECTIVES["ReverseKL"](), SELECTORS["TopK"](k=3), vocab_size=V)
     online = loss(hidden, head, OnlineTeacher(model).signal(batch))
     previous = torch.zeros_like(online.row_loss)
     for size in (3, 10, 30, 49):

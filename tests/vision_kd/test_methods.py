@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from vision_kd.methods import available_methods
+from kd_common.registry import subclasses
+from vision_kd.methods import Method
 from vision_kd.methods.crld import CRLD
 from vision_kd.methods.dkd import DKD
 from vision_kd.methods.kd import KD
@@ -208,7 +209,7 @@ def test_components_are_those_of_the_reference(method, k):
 
 
 def test_the_reference_covers_every_method_and_its_masks_bite():
-    assert REFERENCES.keys() == available_methods().keys()
+    assert REFERENCES.keys() == subclasses(Method).keys()
     _, teacher, _ = batch()
     for view in ("weak", "strong"):
         confidence = teacher[view].softmax(-1).amax(-1)
@@ -281,7 +282,7 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_distil():
 # ---------------------------------------------------------------- which samples a value depends on
 
 
-@pytest.mark.parametrize("cls", available_methods().values(), ids=available_methods())
+@pytest.mark.parametrize("cls", subclasses(Method).values(), ids=subclasses(Method))
 def test_permuting_the_batch_permutes_the_components(cls):
     """Also those of MLKD: its median is that of the same batch, and its class relation is the same for all samples."""
     student, teacher, target = batch()
@@ -347,7 +348,7 @@ def test_crld_masks_are_per_sample_and_per_teacher_view():
 # ---------------------------------------------------------------- the contract every method fulfils
 
 
-@pytest.mark.parametrize("cls", available_methods().values(), ids=available_methods())
+@pytest.mark.parametrize("cls", subclasses(Method).values(), ids=subclasses(Method))
 class TestContract:
     def test_declared_views_are_enough_and_declared_components_returned(self, cls):
         method = cls()
@@ -403,7 +404,7 @@ class TestContract:
 
 
 def test_the_methods_by_name():
-    assert list(available_methods()) == ["CRLD", "DKD", "KD", "MLKD", "Vanilla"]
+    assert list(subclasses(Method)) == ["CRLD", "DKD", "KD", "MLKD", "Vanilla"]
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ class MemoryLogger(DummyLogger):
         return [row[name] for row in self.rows if name in row]
 
 
-class Spy(KD):
+class _Spy(KD):
     """KD that remembers the progress and the k it was called with."""
 
     def __init__(self):
@@ -244,7 +244,7 @@ def test_logged_statistics_equal_two_passes_over_recorded_gradients(toy):
 
 def test_k_and_warm_up_follow_the_updates(toy):
     topk = DynamicTopK(k_start=1, k_opt=2, phase_ends=(0.3, 0.6))
-    logger, method = MemoryLogger(), Spy()
+    logger, method = MemoryLogger(), _Spy()
     toy.train(toy.module(method=method, topk=topk, accumulate=2), toy.batches(4, 4, 4, 4), 3, logger=logger)
     schedule = TopKSchedule(toy.classes, 6, k_start=1, k_opt=2, phase_ends=(0.3, 0.6))
     assert method.seen == [(step / 2, schedule(step)) for step in range(6) for _ in range(2)]

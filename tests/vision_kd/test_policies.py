@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from kd_common.optim import DecoupledAdamW, DecoupledSGD
-from vision_kd.methods import available_methods
+from kd_common.registry import subclasses
+from vision_kd.methods import Method
 from vision_kd.policies import DOT, SGD, AdamW, DeepKD, DeepKDAdamW, GradientPolicy
 
 PARTS = ("task", "target", "nontarget")
@@ -116,8 +117,8 @@ def test_a_momentum_outside_its_range_is_an_error(policy):
 
 
 def test_every_policy_takes_every_method_but_vanilla_which_needs_one_momentum():
-    assert {type(p) for p in ALL} == set(GradientPolicy.__subclasses__())
-    for cls in available_methods().values():
+    assert {type(p) for p in ALL} == set(subclasses(GradientPolicy).values())
+    for cls in subclasses(Method).values():
         for policy in ALL:
             if cls.components == ("task",) and policy in DECOUPLING:
                 with pytest.raises(ValueError, match=r"model\.policy"):

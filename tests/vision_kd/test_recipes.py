@@ -15,8 +15,9 @@ import torch
 import yaml
 from torch.utils.data import DataLoader
 
+from kd_common.registry import subclasses
 from vision_kd.fit import CONFIG_DIR, build
-from vision_kd.methods import available_methods
+from vision_kd.methods import Method
 from vision_kd.models import MODELS, build_classifier
 from vision_kd.policies import GradientPolicy
 
@@ -102,8 +103,8 @@ ONE_STEP = {
 }
 
 
-POLICY_CLASSES = [cls for cls in GradientPolicy.__subclasses__() if cls.__module__.startswith("vision_kd.policies.")]
-METHOD_CLASSES = {n: cls for n, cls in available_methods().items() if cls.__module__.startswith("vision_kd.methods.")}
+POLICY_CLASSES = list(subclasses(GradientPolicy).values())
+METHOD_CLASSES = subclasses(Method)
 
 
 @cache

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from vision_kd.methods import available_methods
+from kd_common.registry import subclasses
+from vision_kd.methods import Method
 from vision_kd.methods.crld import CRLD
 from vision_kd.methods.kd import KD
 from vision_kd.methods.mlkd import MLKD
@@ -58,7 +59,7 @@ def plain_gradients(student, teacher, method, views, target, params, **settings)
     return torch.autograd.grad(total, params)
 
 
-@pytest.mark.parametrize("cls", available_methods().values(), ids=available_methods())
+@pytest.mark.parametrize("cls", subclasses(Method).values(), ids=subclasses(Method))
 def test_components_sum_to_the_gradient_of_the_total_loss(cls, student, teacher, batch):
     views, target = batch
     params = list(student.parameters())
@@ -69,7 +70,7 @@ def test_components_sum_to_the_gradient_of_the_total_loss(cls, student, teacher,
     assert_all_close(sum_of(step.gradients), expected)
 
 
-@pytest.mark.parametrize("cls", available_methods().values(), ids=available_methods())
+@pytest.mark.parametrize("cls", subclasses(Method).values(), ids=subclasses(Method))
 def test_each_component_has_its_own_gradient(cls, student, teacher, batch):
     views, target = batch
     params = list(student.parameters())
@@ -147,7 +148,7 @@ def test_float64_is_not_rounded_on_the_way(student, teacher, batch):
     assert teacher_logits(teacher, views, ["weak"])["weak"].dtype == torch.float64
 
 
-@pytest.mark.parametrize("cls", available_methods().values(), ids=available_methods())
+@pytest.mark.parametrize("cls", subclasses(Method).values(), ids=subclasses(Method))
 def test_bf16_autocast_keeps_losses_and_gradients_in_fp32(cls, batch):
     student, teacher = network(1, torch.float32), network(2, torch.float32).eval()
     views, target = {v: x.float() for v, x in batch[0].items()}, batch[1]
@@ -176,7 +177,7 @@ class Scaled(nn.Module):
         return images.flatten(1)[:, :C] * self.weight
 
 
-@pytest.mark.parametrize("cls", available_methods().values(), ids=available_methods())
+@pytest.mark.parametrize("cls", subclasses(Method).values(), ids=subclasses(Method))
 def test_losses_are_computed_outside_autocast(cls, batch):
     student, teacher = Scaled(1), Scaled(2)
     views, target = {v: 5 * x.float() for v, x in batch[0].items()}, batch[1]

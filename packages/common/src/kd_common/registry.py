@@ -1,6 +1,7 @@
 """Named collections with exact keys: models, methods and datasets that a config file picks by name."""
 
 import difflib
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
@@ -27,6 +28,21 @@ def suggest(name: str, names: Iterable[str]) -> str:
     by_lower = {known.lower(): known for known in names}
     close = [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower)]
     return f"; did you mean {', '.join(close)}?" if close else ""
+
+
+def subclasses(base: type[T]) -> dict[str, type[T]]:
+    """Find the imported classes that can be chosen in place of a base class.
+
+    Args:
+        base: A class, itself among the result unless it is abstract.
+
+    Returns:
+        The classes by name, in alphabetical order, without abstract ones and those whose name starts with "_".
+    """
+    found = {} if inspect.isabstract(base) or base.__name__.startswith("_") else {base.__name__: base}
+    for derived in base.__subclasses__():
+        found |= subclasses(derived)
+    return dict(sorted(found.items()))
 
 
 class Registry(Generic[T]):

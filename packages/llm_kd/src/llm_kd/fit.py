@@ -186,8 +186,7 @@ def check_lengths(model: DistillationModule, data: TextDataModule, answers: int)
 def needed_teacher(model: DistillationModule, data: TextDataModule) -> Body | None:
     """The teacher that the configuration names, or None if it need not run."""
     spec: TeacherSpec = model.teacher_spec
-    # Whose cache of an earlier version it is only the weights themselves tell.
-    if spec.cache is None or TeacherCache(spec.cache).source is None or data.responses == "teacher":
+    if spec.cache is None or data.responses == "teacher":
         return load_teacher(spec)
     return None
 

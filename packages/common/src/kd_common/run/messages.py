@@ -16,7 +16,7 @@ from typing import Any, NoReturn, get_args
 
 from jsonargparse import ArgumentParser, Namespace
 
-from kd_common.registry import suggest
+from kd_common.registry import subclasses, suggest
 from kd_common.run.imports import FLAG, ImportOption, guard, import_asked_for, import_named
 from kd_common.run.settings_text import check_config_files, keep_text
 from kd_common.terminal import printable
@@ -139,7 +139,7 @@ def _explained(cause: str, message: str, given: str) -> str:
         return f"{found[1]} has no setting {found[2]!r}"
     if found := re.match(r"Expected a dot import path string: ?(.*)|module '.*' has no attribute '(.*)'", cause):
         (*_, base) = re.findall(r"<class '([\w.]+)'>", "".join(re.findall(r"Subtypes: .*", message)))
-        names = sorted(set(_names(import_named(base))))
+        names = list(subclasses(import_named(base)))
         return (
             f"no such {base.rpartition('.')[2]}{suggest(found[1] or found[2] or '', names)} (known: {', '.join(names)})"
         )
@@ -162,14 +162,6 @@ def _parameters(owner: type) -> dict[str, inspect.Parameter]:
     """Parameters of a class, with those that it hands on to its bases."""
     makers = [vars(base)["__init__"] for base in reversed(owner.__mro__[:-1]) if "__init__" in vars(base)]
     return {name: parameter for init in makers for name, parameter in inspect.signature(init).parameters.items()}
-
-
-def _names(base: type[Any]) -> Iterator[str]:
-    """Names of a class and of all derived from it that can be made."""
-    if not inspect.isabstract(base) and not base.__name__.startswith("_"):
-        yield base.__name__
-    for derived in base.__subclasses__():
-        yield from _names(derived)
 
 
 def _chosen(config: Namespace, key: str = "") -> Iterator[tuple[str, dict[str, inspect.Parameter], Namespace]]:

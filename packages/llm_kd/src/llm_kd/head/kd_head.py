@@ -178,7 +178,7 @@ class KDHead(nn.Module):
         if not self.objective.data_processing:
             raise ValueError(
                 f"the objective {type(self.objective).__name__} needs the teacher's whole distribution, {remedy} "
-                "(fkl, rkl, jsd, skew_fkl, skew_rkl and tvd do without)"
+                "(ForwardKL, ReverseKL, JensenShannon, their skewed forms and TotalVariation do without)"
             )
         if self.loss_temperature != 1:
             raise ValueError(

@@ -3,9 +3,9 @@
 import importlib
 import pkgutil
 
-from llm_kd.objectives.base import OBJECTIVES, Objective
+from llm_kd.objectives.base import Objective
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["OBJECTIVES", "Objective"]
+__all__ = ["Objective"]

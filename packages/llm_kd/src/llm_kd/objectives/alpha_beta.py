@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from kd_common.functional import alpha_beta
-from llm_kd.objectives.base import OBJECTIVES, Objective
+from llm_kd.objectives.base import Objective
 
 
-@OBJECTIVES.register("alpha_beta")
 class AlphaBeta(Objective):
     """Alpha-beta divergence (ABKD, arXiv 2505.04560): forward KL at (1, 0), reverse KL at (0, 1).
 

@@ -7,8 +7,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from kd_common.registry import Registry
-
 
 class Objective(nn.Module, ABC):
     """A divergence between the teacher's and the student's distribution, as a sum over tokens of f(log p, log q).
@@ -84,7 +82,3 @@ def log_ratio(log_a: Tensor, log_b: Tensor) -> Tensor:
 def log_mixture(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
     """Log of weight * a + (1 - weight) * b, for weight in [0, 1)."""
     return torch.logaddexp(log_a + math.log(weight), log_b + math.log1p(-weight)) if weight else log_b
-
-
-OBJECTIVES: Registry[type[Objective]] = Registry("objective")
-"""Objective classes by the name a config file uses."""

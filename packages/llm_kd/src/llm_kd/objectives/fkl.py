@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 
 from kd_common.functional import forward_kl
-from llm_kd.objectives.base import OBJECTIVES, Objective, log_ratio
+from llm_kd.objectives.base import Objective, log_ratio
 
 
-@OBJECTIVES.register("fkl")
 class ForwardKL(Objective):
     """KL(p || q), the divergence of classical distillation (arXiv 1503.02531)."""
 

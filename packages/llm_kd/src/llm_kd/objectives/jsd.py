@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 
 from kd_common.functional import jensen_shannon
-from llm_kd.objectives.base import OBJECTIVES, Objective, log_mixture, log_ratio
+from llm_kd.objectives.base import Objective, log_mixture, log_ratio
 
 
-@OBJECTIVES.register("jsd")
 class JensenShannon(Objective):
     """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q (GKD, arXiv 2306.13649).
 

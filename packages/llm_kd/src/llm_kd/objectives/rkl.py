@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 
 from kd_common.functional import reverse_kl
-from llm_kd.objectives.base import OBJECTIVES, Objective, log_ratio
+from llm_kd.objectives.base import Objective, log_ratio
 
 
-@OBJECTIVES.register("rkl")
 class ReverseKL(Objective):
     """KL(q || p), the mode-seeking direction (MiniLLM, arXiv 2306.08543)."""
 

@@ -5,10 +5,9 @@ import math
 from torch import Tensor
 
 from kd_common.functional import skew_forward_kl
-from llm_kd.objectives.base import OBJECTIVES, Objective, log_mixture
+from llm_kd.objectives.base import Objective, log_mixture
 
 
-@OBJECTIVES.register("skew_fkl")
 class SkewForwardKL(Objective):
     """KL(p || alpha p + (1 - alpha) q) (DistiLLM, arXiv 2402.03898).
 

@@ -3,10 +3,9 @@
 from torch import Tensor
 
 from kd_common.functional import skew_reverse_kl
-from llm_kd.objectives.base import OBJECTIVES, Objective, log_mixture, log_ratio
+from llm_kd.objectives.base import Objective, log_mixture, log_ratio
 
 
-@OBJECTIVES.register("skew_rkl")
 class SkewReverseKL(Objective):
     """KL(q || (1 - alpha) p + alpha q) (DistiLLM, arXiv 2402.03898).
 

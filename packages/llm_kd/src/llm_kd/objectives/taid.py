@@ -6,10 +6,9 @@ from typing import Any
 from torch import Tensor
 
 from kd_common.functional.divergences import log_probs
-from llm_kd.objectives.base import OBJECTIVES, Objective
+from llm_kd.objectives.base import Objective
 
 
-@OBJECTIVES.register("taid")
 class TAID(Objective):
     """Cross-entropy of q to p_t = softmax((1 - t) sg(z) + t z_teacher), t growing from t_start to t_end.
 

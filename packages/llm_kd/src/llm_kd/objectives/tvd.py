@@ -3,10 +3,9 @@
 from torch import Tensor
 
 from kd_common.functional import total_variation
-from llm_kd.objectives.base import OBJECTIVES, Objective
+from llm_kd.objectives.base import Objective
 
 
-@OBJECTIVES.register("tvd")
 class TotalVariation(Objective):
     """0.5 * sum_v |p_v - q_v| (f-DISTILL, arXiv 2307.15190)."""
 

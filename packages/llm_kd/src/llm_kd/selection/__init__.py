@@ -3,9 +3,9 @@
 import importlib
 import pkgutil
 
-from llm_kd.selection.base import SELECTORS, Selection, Selector
+from llm_kd.selection.base import Selection, Selector
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["SELECTORS", "Selection", "Selector"]
+__all__ = ["Selection", "Selector"]

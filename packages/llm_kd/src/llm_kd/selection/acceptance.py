@@ -233,38 +233,6 @@ def speck_accept_probability(
     return -torch.expm1(k * torch.log1p(-overlap))
 
 
-@torch.no_grad()
-def speck_accept(
-    student_logits: Tensor,
-    teacher_logits: Tensor | TruncatedDistribution,
-    k: int = 5,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Whether the teacher accepts at least one of k independent proposals y ~ q, each with chance min(1, p(y) / q(y)).
-
-    The outcome of a row is a coin that shows 1 with probability :func:`speck_accept_probability`, and rows are
-    independent; so that coin is thrown, one random number per row, in place of k draws from V tokens.
-
-    Args:
-        student_logits: Student logits of shape (..., V).
-        teacher_logits: Teacher logits of shape (..., V), or a stored distribution without missing mass.
-        k: Number of proposals, >= 1.
-        generator: Source of the random numbers, on the logits' device; PyTorch's default if None.
-
-    Returns:
-        Booleans of shape (...).
-
-    Raises:
-        ValueError: If k < 1, the shapes differ or a stored distribution does not determine the answer.
-
-    References:
-        SelecTKD, Spec-k verification.
-    """
-    probability = speck_accept_probability(student_logits, teacher_logits, k)
-    coin = torch.rand(probability.shape, generator=generator, device=probability.device, dtype=probability.dtype)
-    return coin < probability
-
-
 def _check_shapes(student_logits: Tensor, teacher_logits: Tensor) -> None:
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
@@ -302,25 +270,3 @@ def token_weights(accepted: Tensor, beta: float = 0.01) -> Tensor:
     accepted = accepted.detach()
     accepted = at_least_fp32(accepted) if accepted.is_floating_point() else accepted.float()
     return beta + (1 - beta) * accepted
-
-
-def token_acceptance_rate(accepted: Tensor, valid_mask: Tensor) -> Tensor:
-    """Token acceptance rate (TAR): mean of ``accepted`` over the valid tokens.
-
-    Args:
-        accepted: Booleans, or probabilities of acceptance, of shape (...).
-        valid_mask: Booleans of the same shape, true at the tokens that carry a loss.
-
-    Returns:
-        Scalar in [0, 1]; 0 when no token is valid.
-
-    Raises:
-        ValueError: If the shapes differ or the mask is not boolean.
-    """
-    if accepted.shape != valid_mask.shape or valid_mask.dtype != torch.bool:
-        raise ValueError(
-            f"valid_mask must be boolean and of the shape {tuple(accepted.shape)} of accepted, got "
-            f"{valid_mask.dtype} of shape {tuple(valid_mask.shape)}"
-        )
-    hits = token_weights(accepted, beta=0.0).masked_fill(~valid_mask, 0.0).sum()
-    return hits / valid_mask.sum().clamp(min=1)

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from llm_kd.selection.acceptance import TruncatedDistribution
-from llm_kd.selection.base import SELECTORS, Selection, Selector, check_share, top_share, whole
+from llm_kd.selection.base import Selection, Selector, check_share, top_share, whole
 
 
-@SELECTORS.register("adakd")
 class AdaKD(Selector):
     """Keep the share r of tokens with the largest Hellinger distance s; factor exp(-c tanh(log(s / median))) on T.
 

@@ -7,7 +7,6 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kd_common.registry import Registry
 from llm_kd.selection.acceptance import TruncatedDistribution
 
 
@@ -82,7 +81,7 @@ class Selector(nn.Module, ABC):
         if self.whole_teacher and size < vocab_size:
             raise ValueError(
                 f"the selector {type(self).__name__} needs the teacher's whole distribution, but only {size} of "
-                f"{vocab_size} tokens are stored; use topk, entropy_top_p or none, store all tokens, or run the "
+                f"{vocab_size} tokens are stored; use TopK, EntropyTopP or Uniform, store all tokens, or run the "
                 "teacher online"
             )
 
@@ -138,7 +137,3 @@ def check_share(name: str, share: float) -> None:
     """Raise ValueError unless a share of tokens lies in (0, 1]."""
     if not 0 < share <= 1:
         raise ValueError(f"{name} is a share of the tokens and must lie in (0, 1], got {share}")
-
-
-SELECTORS: Registry[type[Selector]] = Registry("selector")
-"""Selector classes by the name a config file uses."""

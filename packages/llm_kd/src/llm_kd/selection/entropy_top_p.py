@@ -3,10 +3,9 @@
 from torch import Tensor
 
 from llm_kd.selection.acceptance import TruncatedDistribution
-from llm_kd.selection.base import SELECTORS, Selection, Selector, check_share, entropy, top_share
+from llm_kd.selection.base import Selection, Selector, check_share, entropy, top_share
 
 
-@SELECTORS.register("entropy_top_p")
 class EntropyTopP(Selector):
     """Keep the share p of the batch's tokens with the largest student entropy.
 

@@ -8,11 +8,10 @@ from torch import Tensor
 from torch import distributed as dist
 
 from llm_kd.selection.acceptance import token_weights
-from llm_kd.selection.base import SELECTORS, Selection
+from llm_kd.selection.base import Selection
 from llm_kd.selection.speck_expected import SpecKExpected
 
 
-@SELECTORS.register("speck")
 class SpecK(SpecKExpected):
     """Weight 1 where the teacher accepts one of k random proposals of the student, else beta.
 
@@ -29,7 +28,7 @@ class SpecK(SpecKExpected):
         ValueError: If a setting is out of its range.
 
     References:
-        SelecTKD, arXiv 2510.24021; see :func:`llm_kd.selection.acceptance.speck_accept`.
+        SelecTKD, arXiv 2510.24021; see :func:`llm_kd.selection.acceptance.speck_accept_probability`.
     """
 
     def __init__(self, k: int = 5, beta: float = 0.01, seed: int | None = None) -> None:
@@ -52,7 +51,7 @@ class SpecK(SpecKExpected):
             ValueError: If there is no noise.
         """
         if noise is None:
-            raise ValueError("Spec-k is random: pass the numbers of draw(), or use speck_expected")
+            raise ValueError("Spec-k is random: pass the numbers of draw(), or use SpecKExpected")
         accepted = (~(noise >= score)).to(score.dtype)  # NaN is accepted, so that the loss shows it
         return Selection(token_weights(accepted, self.beta), accepted)
 

@@ -3,11 +3,10 @@
 from torch import Tensor
 
 from llm_kd.selection.acceptance import TruncatedDistribution, speck_accept_probability, token_weights
-from llm_kd.selection.base import SELECTORS, Selection, Selector
+from llm_kd.selection.base import Selection, Selector
 from llm_kd.selection.topk import check_gate
 
 
-@SELECTORS.register("speck_expected")
 class SpecKExpected(Selector):
     """Weight beta + (1 - beta) (1 - TV(p, q)^k), the mean of the Spec-k weight; nothing is random.
 

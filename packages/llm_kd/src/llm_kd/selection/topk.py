@@ -3,10 +3,9 @@
 from torch import Tensor
 
 from llm_kd.selection.acceptance import TruncatedDistribution, token_weights, topk_accept
-from llm_kd.selection.base import SELECTORS, Selection, Selector
+from llm_kd.selection.base import Selection, Selector
 
 
-@SELECTORS.register("topk")
 class TopK(Selector):
     """Weight 1 where the student's most likely token is among the teacher's k most likely ones, else beta.
 

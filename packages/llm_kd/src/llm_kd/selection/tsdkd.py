@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 
 from llm_kd.selection.acceptance import TruncatedDistribution
-from llm_kd.selection.base import SELECTORS, Selection, Selector, entropy, whole
+from llm_kd.selection.base import Selection, Selector, entropy, whole
 
 
-@SELECTORS.register("tsdkd")
 class TSDKD(Selector):
     """Weight sigmoid(H(q) - H(p)): more where the student is less sure than the teacher; every token takes part.
 

@@ -3,10 +3,9 @@
 from torch import Tensor
 
 from llm_kd.selection.acceptance import TruncatedDistribution
-from llm_kd.selection.base import SELECTORS, Selection, Selector
+from llm_kd.selection.base import Selection, Selector
 
 
-@SELECTORS.register("none")
 class Uniform(Selector):
     """Weight 1 for every token: plain distillation."""
 

@@ -81,7 +81,7 @@ class Manifest:
         shards: Its files.
         complete: False while examples are still to be written.
         source: What the teacher was loaded from, :meth:`llm_kd.models.TeacherSpec.source`, by which it is known without
-            being loaded; None in caches of earlier versions.
+            being loaded; None if the writer was not told.
     """
 
     header: CacheHeader
@@ -116,7 +116,7 @@ class Manifest:
             found = content["format"]
             header = CacheHeader(**{field.name: content[field.name] for field in fields(CacheHeader)})
             shards = tuple(Shard(**shard) for shard in content["shards"])
-            manifest = cls(header, shards, content["complete"], content.get("source"))
+            manifest = cls(header, shards, content["complete"], content["source"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             cause = f"{type(error).__name__}: {error}"
             raise CacheError(f"{path} is damaged ({cause}); delete the folder and cache the teacher again") from error
