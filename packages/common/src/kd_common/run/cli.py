@@ -40,7 +40,7 @@ from kd_common.run.checkpoints import (
     resumed_config,
     run_checkpoints,
 )
-from kd_common.run.exit_message import Farewell
+from kd_common.run.exit_message import ExitMessage
 from kd_common.run.memory import limit_primitive_cache
 from kd_common.run.messages import (
     CommandParser,
@@ -193,7 +193,7 @@ class FitCLI(LightningCLI):
             keep_earlier_metrics(self.run_dir)
             kwargs["logger"] = [TensorBoardLogger(**where), CSVLogger(**where)]
         if trainer_config.get("enable_checkpointing") is not False:
-            self.trainer_defaults["callbacks"] = [Farewell(), *run_checkpoints(self.run_dir, self.checkpoint)]
+            self.trainer_defaults["callbacks"] = [ExitMessage(), *run_checkpoints(self.run_dir, self.checkpoint)]
         self.save_config_kwargs["folder"] = self.run_dir
         trainer = super().instantiate_trainer(**kwargs)
         check_world_size(trainer.world_size)

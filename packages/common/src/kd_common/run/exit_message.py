@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from kd_common.run.errors import last_checkpoint, out_of_memory
 
 
-class Farewell(pl.Callback):
+class ExitMessage(pl.Callback):
     """Says of a run that was interrupted, or had too little memory, what is kept and how to go on."""
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

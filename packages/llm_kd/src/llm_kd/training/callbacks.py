@@ -12,8 +12,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from kd_common.files import beside, finish_replacing, replace_folder
 from kd_common.hub.language_models import quiet
-from kd_common.run.live_figures import LiveFigures
 from kd_common.run.result import best_epoch
+from kd_common.run.tensorboard_figures import TensorBoardFigures
 from llm_kd.models import Body, build_student
 from llm_kd.teacher import OnlineTeacher
 from llm_kd.training.distillation import DistillationModule
@@ -81,7 +81,7 @@ def export_student(module: DistillationModule, folder: Path) -> None:
     replace_folder(folder)
 
 
-class TokenFigures(LiveFigures):
+class TokenFigures(TensorBoardFigures):
     """Accepted and rejected tokens, KL and acceptance by position and by the teacher's entropy, in TensorBoard.
 
     On the first held-out answers; nothing is drawn where the teacher is a cache, or the models are sharded.

@@ -6,8 +6,8 @@ from pathlib import Path
 import lightning.pytorch as pl
 from matplotlib.figure import Figure
 
-from kd_common.run.live_figures import LiveFigures
 from kd_common.run.result import best_epoch
+from kd_common.run.tensorboard_figures import TensorBoardFigures
 from spec_decode.decoding.decoder import SpeculativeDecoder
 from spec_decode.decoding.measure import Measurement
 from spec_decode.drafters import save_drafter
@@ -45,7 +45,7 @@ class DrafterExport(pl.Callback):
             save_drafter(pl_module.drafter, pl_module.drafter_spec, self.folder / name, meta)
 
 
-class DraftFigures(LiveFigures):
+class DraftFigures(TensorBoardFigures):
     """Draft trees, acceptance per level and time per phase on the first held-out prompt, in TensorBoard.
 
     Args:

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 
 
-class LiveFigures(pl.Callback, ABC):
+class TensorBoardFigures(pl.Callback, ABC):
     """Draw figures of a report after every validation of a fit; does nothing without a TensorBoard logger."""
 
     @abstractmethod
