@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kd_common.files import beside, finish_replacing, locked, replace_folder, replacing_stopped, write_atomically
+from kd_common.files import finish_replacing, locked, replace_folder, replacing_stopped, staging_paths, write_atomically
 
 
 @pytest.mark.parametrize(("content", "stored"), [("naïve\n", "naïve\n".encode()), (b"\x00\xff", b"\x00\xff")])
@@ -23,7 +23,7 @@ def test_replaces_the_file(tmp_path, content, stored):
 def test_replacing_a_folder_stopped_anywhere_is_finished(tmp_path, monkeypatch, kept):
     """Killed before the first rename, between the two, and never."""
     folder = tmp_path / "model"
-    for path, content in ((folder, "old"), (beside(folder)[0], "new")):
+    for path, content in ((folder, "old"), (staging_paths(folder)[0], "new")):
         path.mkdir()
         (path / "weights").write_text(content)
     rename, done = Path.rename, []
@@ -40,7 +40,7 @@ def test_replacing_a_folder_stopped_anywhere_is_finished(tmp_path, monkeypatch, 
     assert replacing_stopped(folder) == (kept == 1)
     finish_replacing(folder)
     assert (folder / "weights").read_text() == ("new" if kept else "old")
-    assert not beside(folder)[1].exists()
+    assert not staging_paths(folder)[1].exists()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the kernel's always full device")

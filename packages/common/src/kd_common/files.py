@@ -79,7 +79,7 @@ def naming(path: Path, advice: str) -> Iterator[None]:
         raise OSError(error.errno, f"{error.strerror}; {advice}", str(path)) from error
 
 
-def write_aside(path: Path, content: str | bytes | memoryview, partial: Path) -> None:
+def write_temporary(path: Path, content: str | bytes | memoryview, partial: Path) -> None:
     """Write what is to become a file beside it, down to the disk.
 
     Args:
@@ -113,7 +113,7 @@ def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
         OSError: it cannot be written; nothing is left behind. The message names the file.
     """
     partial = path.with_name(f"{path.name}.tmp")
-    write_aside(path, content, partial)
+    write_temporary(path, content, partial)
     try:
         partial.replace(path)
     except OSError:
@@ -126,19 +126,19 @@ def free_name(path: Path) -> Path:
     return next(p for n in itertools.count(1) if not (p := path.with_stem(f"{path.stem}_{n}")).exists())
 
 
-def beside(folder: Path) -> tuple[Path, Path]:
+def staging_paths(folder: Path) -> tuple[Path, Path]:
     """Where the successor of a folder is written, and where the folder lies while that takes its place."""
     partial, old = (folder.with_name(f"{folder.name}.{state}") for state in ("partial", "old"))
     return partial, old
 
 
 def replace_folder(folder: Path) -> None:
-    """Put the complete folder at `beside` in the place of one, which need not exist.
+    """Put the complete folder at `staging_paths` in the place of one, which need not exist.
 
     Folders cannot be exchanged in one step: :func:`replacing_stopped` knows the moment in between,
     :func:`finish_replacing` ends it.
     """
-    partial, old = beside(folder)
+    partial, old = staging_paths(folder)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)  # deleting in place could be interrupted half-way
@@ -148,13 +148,13 @@ def replace_folder(folder: Path) -> None:
 
 def replacing_stopped(folder: Path) -> bool:
     """Whether a kill left a folder's successor, which is complete, and its predecessor, but none in its place."""
-    return not folder.exists() and all(other.is_dir() for other in beside(folder))
+    return not folder.exists() and all(other.is_dir() for other in staging_paths(folder))
 
 
 def finish_replacing(folder: Path) -> None:
     """End what a killed program left in `replace_folder`; does nothing else."""
     if replacing_stopped(folder):
-        partial, old = beside(folder)
+        partial, old = staging_paths(folder)
         partial.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
 

@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from kd_common.files import beside, cache_root, locked, read_json, replacing_stopped
+from kd_common.files import cache_root, locked, read_json, replacing_stopped, staging_paths
 from kd_common.hub.vocabulary import end_tokens
 from kd_common.hub.weight_files import REMEDY, WRAPPER, ModelFilesError, check_no_adapter, check_whole, stored_weights
 from kd_common.terminal import printable
@@ -197,7 +197,7 @@ def _load(load: Callable[..., T], name: str, **settings: Any) -> T:
     folder = embedded_folder() if name == EMBEDDED else Path(name).expanduser()
     if not folder.is_dir():
         if replacing_stopped(folder):
-            partial, old = beside(folder)
+            partial, old = staging_paths(folder)
             raise ModelNotFoundError(
                 f"{name}: the program that was replacing this folder was stopped in between. {partial} holds the new "
                 f"model, complete, and {old} the one before: rename one of them to {folder.name}, or resume the run in "

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from kd_common.files import beside, finish_replacing, replace_folder
+from kd_common.files import finish_replacing, replace_folder, staging_paths
 from kd_common.hub.language_models import quiet
 from kd_common.run.result import best_epoch
 from kd_common.run.tensorboard_figures import TensorBoardFigures
@@ -69,7 +69,7 @@ def export_student(module: DistillationModule, folder: Path) -> None:
         body.causal_lm.generation_config = stops
         body.load_state_dict(whole)
     finish_replacing(folder)
-    partial, _ = beside(folder)
+    partial, _ = staging_paths(folder)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with quiet():

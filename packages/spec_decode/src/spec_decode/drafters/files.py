@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from kd_common.files import read_json, write_aside
+from kd_common.files import read_json, write_temporary
 from kd_common.hub.weight_files import WRAPPER, shown
 from kd_common.registry import UnknownNameError, suggest
 from spec_decode.decoding.cost import check_acceptance
@@ -99,9 +99,9 @@ def save_drafter(drafter: TrainableDrafter, spec: DrafterSpec, folder: Path, met
         "weights_crc32": zlib.crc32(packed),
     }
     # Everything is on the disk before anything of the drafter that lies there is touched.
-    write_aside(weights, packed, Path(f"{weights}.part"))
+    write_temporary(weights, packed, Path(f"{weights}.part"))
     try:
-        write_aside(config, json.dumps(content, indent=2) + "\n", Path(f"{config}.part"))
+        write_temporary(config, json.dumps(content, indent=2) + "\n", Path(f"{config}.part"))
     except OSError:
         Path(f"{weights}.part").unlink()
         raise
