@@ -17,7 +17,7 @@ import pytest
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from kd_common.run.errors import REFUSALS
+from kd_common.run.errors import USER_ERRORS
 
 pytestmark = pytest.mark.slow
 RECIPES = {
@@ -73,7 +73,7 @@ def attempt(package, arguments):
             import_module(f"{package}.fit").build(arguments)
     except SystemExit as left:
         return ("refused" if left.code == 2 else "bare"), errors.getvalue()
-    except (*REFUSALS, MisconfigurationException) as error:
+    except (*USER_ERRORS, MisconfigurationException) as error:
         return "refused", str(error)
     except Exception as error:
         return "bare", repr(error)

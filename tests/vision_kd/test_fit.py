@@ -391,11 +391,11 @@ def test_open_classes_are_resolved_in_the_configuration(digits_args):
 
 
 @pytest.mark.parametrize(
-    ("option", "remedy"),
+    ("option", "hint"),
     [("accumulate_grad_batches=2", "model.accumulate"), ("gradient_clip_val=1.0", "model.clip_norm")],
 )
-def test_trainer_options_that_miss_component_gradients_name_ours(digits_args, option, remedy):
-    with pytest.raises(ValueError, match=remedy):
+def test_trainer_options_that_miss_component_gradients_name_ours(digits_args, option, hint):
+    with pytest.raises(ValueError, match=hint):
         build([*digits_args, f"--trainer.{option}"])
 
 

@@ -159,22 +159,22 @@ def finish_replacing(folder: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def read_json(path: Path, remedy: str) -> dict[str, Any]:
+def read_json(path: Path, hint: str) -> dict[str, Any]:
     """The object in a JSON file.
 
     Args:
         path: the file.
-        remedy: what to do about a damaged one, for the message.
+        hint: what to do about a damaged one, for the message.
 
     Raises:
-        ValueError: it is not one JSON object in UTF-8; the message names the file and the remedy.
+        ValueError: it is not one JSON object in UTF-8; the message names the file and the hint.
     """
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # broken JSON or UTF-8
-        raise ValueError(f"{path} is damaged, no JSON ({error}); {remedy}") from error
+        raise ValueError(f"{path} is damaged, no JSON ({error}); {hint}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it holds {type(content).__name__}, no JSON object; {remedy}")
+        raise ValueError(f"{path} is damaged: it holds {type(content).__name__}, no JSON object; {hint}")
     return content
 
 

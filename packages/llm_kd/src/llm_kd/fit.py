@@ -179,8 +179,8 @@ def check_lengths(model: DistillationModule, data: TextDataModule, answers: int)
     if answers:
         written = data.sampling.max_new_tokens
         what = f"all validation prompts with answers of data.sampling.max_new_tokens {written}, sequences"
-        remedy = "lower that, or set answers to 0"
-        check_positions(configs, min(data.prompt_lengths("val")) + written, what, remedy)
+        hint = "lower that, or set answers to 0"
+        check_positions(configs, min(data.prompt_lengths("val")) + written, what, hint)
 
 
 def needed_teacher(model: DistillationModule, data: TextDataModule) -> Body | None:

@@ -32,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 
 from kd_common.files import cache_root, locked, read_json, replacing_stopped, staging_paths
 from kd_common.hub.vocabulary import end_tokens
-from kd_common.hub.weight_files import REMEDY, WRAPPER, ModelFilesError, check_no_adapter, check_whole, stored_weights
+from kd_common.hub.weight_files import HINT, WRAPPER, ModelFilesError, check_no_adapter, check_whole, stored_weights
 from kd_common.terminal import printable
 
 EMBEDDED = "smollm2-135m-instruct"
@@ -185,7 +185,7 @@ def model_source(name: str) -> str:
     if not folder.is_dir():
         load_config(name)  # brings at least this file to the local cache, whose folders are named after revisions
         return f"{name} at revision {_snapshot(name).name}"
-    config = read_json(folder / SETTINGS[0], REMEDY)
+    config = read_json(folder / SETTINGS[0], HINT)
     digest = hashlib.sha256(json.dumps(settings_with_effect(config), sort_keys=True).encode())
     for path in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
         with path.open("rb") as file:
@@ -216,7 +216,7 @@ def _load(load: Callable[..., T], name: str, **settings: Any) -> T:
     for path in (folder / name for name in SETTINGS):
         if path.is_file():
             try:
-                read_json(path, REMEDY)
+                read_json(path, HINT)
             except ValueError as error:
                 raise ModelFilesError(str(error)) from error
     with quiet():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kd_common.files import read_json
 
-REMEDY = "fetch or save the model again"
+HINT = "fetch or save the model again"
 
 ADAPTER = "adapter_config.json"
 
@@ -71,7 +71,7 @@ def check_no_adapter(folder: Path) -> None:
     path = folder / ADAPTER
     if not path.is_file():
         return
-    settings = read_json(path, REMEDY)
+    settings = read_json(path, HINT)
     base = settings.get("base_model_name_or_path")
     beside = (folder / "config.json").is_file()
     merged = f"; if the weights in it hold the adapter already, remove {ADAPTER}" if beside else ""
@@ -110,7 +110,7 @@ def stored_weights(folder: Path) -> StoredWeights:
                 not_real[name] = kind
     if unusable := [f"{name} {kind}" for name, kind in not_real.items() if kind.startswith(UNUSABLE)]:
         raise ModelFilesError(
-            f"{folder}: {len(unusable)} tensors are complex or without values ({shown(unusable)}); {REMEDY}"
+            f"{folder}: {len(unusable)} tensors are complex or without values ({shown(unusable)}); {HINT}"
         )
     return StoredWeights(chosen, not_real)
 
@@ -143,7 +143,7 @@ def check_whole(name: str, model: Any, report: Mapping[str, Any], stored: Stored
     if listed:
         raise ModelFilesError(
             f"{name}: the stored tensors do not make the {type(model).__name__} of its config.json: {listed}. "
-            f"{REMEDY[0].upper()}{REMEDY[1:]}, whole and unwrapped, with save_pretrained"
+            f"{HINT[0].upper()}{HINT[1:]}, whole and unwrapped, with save_pretrained"
         )
 
 
@@ -186,12 +186,12 @@ def _files_of_tensors(folder: Path, name: str) -> dict[str, Path]:
     if not name.endswith(".index.json"):
         _check_no_other_shards(folder, name, set())
         return dict.fromkeys(_kinds(path), path)
-    places = read_json(path, REMEDY).get("weight_map")
+    places = read_json(path, HINT).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
-        raise ModelFilesError(f"{path} is damaged: its weight_map does not map tensors to files; {REMEDY}")
+        raise ModelFilesError(f"{path} is damaged: its weight_map does not map tensors to files; {HINT}")
     shards = sorted(set(places.values()))
     if missing := [shard for shard in shards if not (folder / shard).is_file()]:
-        raise ModelFilesError(f"{path} lists {len(missing)} files that are missing ({shown(missing)}); {REMEDY}")
+        raise ModelFilesError(f"{path} lists {len(missing)} files that are missing ({shown(missing)}); {HINT}")
     _check_no_other_shards(folder, name.removesuffix(".index.json"), set(shards))
     found: dict[str, Path] = {}
     twice = []
@@ -200,9 +200,9 @@ def _files_of_tensors(folder: Path, name: str) -> dict[str, Path]:
             twice += [tensor] if tensor in found else []
             found[tensor] = folder / shard
     if twice:
-        raise ModelFilesError(f"{folder}: {len(twice)} tensors stand in two shards ({shown(twice)}); {REMEDY}")
+        raise ModelFilesError(f"{folder}: {len(twice)} tensors stand in two shards ({shown(twice)}); {HINT}")
     if absent := places.keys() - found.keys():
-        raise ModelFilesError(f"{path} lists {len(absent)} tensors that no shard holds ({shown(absent)}); {REMEDY}")
+        raise ModelFilesError(f"{path} lists {len(absent)} tensors that no shard holds ({shown(absent)}); {HINT}")
     return found
 
 
@@ -213,7 +213,7 @@ def _check_no_other_shards(folder: Path, single: str, listed: set[str]) -> None:
     if others and (listed or not (folder / f"{single}.index.json").is_file()):
         raise ModelFilesError(
             f"{folder}: {len(others)} files of weights are left over ({shown(others)}), of another model or an "
-            f"interrupted save; remove them, or {REMEDY}"
+            f"interrupted save; remove them, or {HINT}"
         )
 
 
@@ -239,7 +239,7 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
     except RuntimeError:  # of a format before version 1.6
         content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, Mapping):
-        raise ModelFilesError(f"{path} holds no tensors by name, but {type(content).__name__}; {REMEDY}")
+        raise ModelFilesError(f"{path} holds no tensors by name, but {type(content).__name__}; {HINT}")
     return {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
 
 

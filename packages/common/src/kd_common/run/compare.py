@@ -101,12 +101,12 @@ def run_matrix(
 
 def _finished(results: Path) -> list[Row]:
     """Rows of an earlier comparison."""
-    remedy = "choose another output folder, or delete that file to run everything again"
-    rows = read_json(results, remedy).get("runs")
+    hint = "choose another output folder, or delete that file to run everything again"
+    rows = read_json(results, hint).get("runs")
     if not isinstance(rows, list) or not all(
         isinstance(r, dict) and {"variant", "seed", "args"} <= r.keys() for r in rows
     ):
-        raise ValueError(f"{results} is damaged: it holds no list of runs; {remedy}")
+        raise ValueError(f"{results} is damaged: it holds no list of runs; {hint}")
     return rows
 
 

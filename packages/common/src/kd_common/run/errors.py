@@ -10,7 +10,7 @@ from typing import Any
 from kd_common.registry import UnknownNameError
 from kd_common.terminal import printable
 
-REFUSALS = (ValueError, OSError, ModuleNotFoundError, UnknownNameError)
+USER_ERRORS = (ValueError, OSError, ModuleNotFoundError, UnknownNameError)
 """What settings, data and files of a user are refused with: the message says what is wrong and what to do."""
 
 TRACEBACK = "KD_TRACEBACK"
@@ -46,7 +46,7 @@ def run_command(command: Callable[[], Any]) -> None:
         if type(error).__name__ == "SIGTERMException":  # Lightning's, which would end as a finished run does
             raise SystemExit(128 + signal.SIGTERM) from None
         raise
-    except _refusals() as error:
+    except _user_errors() as error:
         if os.environ.get(TRACEBACK) or in_training(error):
             raise
         print(f"error: {printable(str(error))}\n({TRACEBACK}=1 in the environment shows where)", file=sys.stderr)
@@ -57,10 +57,10 @@ def run_command(command: Callable[[], Any]) -> None:
         raise
 
 
-def _refusals() -> tuple[type[Exception], ...]:
-    """`REFUSALS`, and what Lightning refuses the settings of its trainer with, if it was loaded at all."""
+def _user_errors() -> tuple[type[Exception], ...]:
+    """`USER_ERRORS`, and what Lightning refuses the settings of its trainer with, if it was loaded at all."""
     lightning = sys.modules.get("lightning.fabric.utilities.exceptions")
-    return (*REFUSALS, lightning.MisconfigurationException) if lightning else REFUSALS
+    return (*USER_ERRORS, lightning.MisconfigurationException) if lightning else USER_ERRORS
 
 
 def out_of_memory(error: BaseException) -> bool:

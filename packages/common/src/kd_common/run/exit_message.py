@@ -21,5 +21,5 @@ class ExitMessage(pl.Callback):
         else:
             return
         last = last_checkpoint(trainer)
-        remedy = f"go on from there with --ckpt_path {last}" if Path(last).is_file() else "start again, caches are kept"
-        rank_zero_info(f"{reason} in epoch {trainer.current_epoch}. Last checkpoint: {last}; {remedy}.")
+        hint = f"go on from there with --ckpt_path {last}" if Path(last).is_file() else "start again, caches are kept"
+        rank_zero_info(f"{reason} in epoch {trainer.current_epoch}. Last checkpoint: {last}; {hint}.")

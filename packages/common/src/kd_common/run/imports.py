@@ -84,8 +84,8 @@ def import_named(path: str) -> Any:
     hidden = any(part.startswith("_") for part in module.split("."))
     allowed = _is_asked_for(path) or (root in KNOWN and not hidden) or (root not in _STANDARD and _is_loaded(module))
     if "." in path and not allowed:
-        remedy = "" if root in _STANDARD else f"; if you trust {module}, add {FLAG} {module} to the command line"
-        raise ValueError(f"{path} is not of a package that a configuration may name ({', '.join(KNOWN)}){remedy}")
+        hint = "" if root in _STANDARD else f"; if you trust {module}, add {FLAG} {module} to the command line"
+        raise ValueError(f"{path} is not of a package that a configuration may name ({', '.join(KNOWN)}){hint}")
     found = _util.import_object(path)
     origin = str(getattr(found, "__module__", None) or "")
     if inspect.isclass(found) and (origin.partition(".")[0] not in _STANDARD or _is_asked_for(origin)):

@@ -215,7 +215,7 @@ def check_groups(config: Namespace) -> None:
 
 
 def check_accelerator(name: Any) -> None:
-    """Refuse a GPU where there is none; Lightning's error names neither the setting nor the remedy.
+    """Refuse a GPU where there is none; Lightning's error names neither the setting nor the hint.
 
     Raises:
         ValueError: If PyTorch finds no GPU.

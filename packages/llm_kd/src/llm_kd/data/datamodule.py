@@ -251,9 +251,9 @@ class TextDataModule(LightningDataModule):
             ValueError: If a model has too few.
         """
         fewest = min(map(positions, configs.values()))
-        remedy = f"set data.max_length to {fewest} or less, so that longer ones are left out and counted"
+        hint = f"set data.max_length to {fewest} or less, so that longer ones are left out and counted"
         for split in splits:
-            check_positions(configs, self.longest(split), f"{split}: conversations", remedy)
+            check_positions(configs, self.longest(split), f"{split}: conversations", hint)
 
     def longest_prompt(self, split: str) -> int:
         """Tokens of the longest prompt of ``train`` or ``val``; see :meth:`longest`."""

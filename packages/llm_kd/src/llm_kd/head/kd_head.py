@@ -174,15 +174,15 @@ class KDHead(nn.Module):
         self.selector.check_truncated(size, vocab_size)
         if size == vocab_size:
             return
-        remedy = f"but only {size} of {vocab_size} tokens are stored; store all, or run the teacher online"
+        hint = f"but only {size} of {vocab_size} tokens are stored; store all, or run the teacher online"
         if not self.objective.data_processing:
             raise ValueError(
-                f"the objective {type(self.objective).__name__} needs the teacher's whole distribution, {remedy} "
+                f"the objective {type(self.objective).__name__} needs the teacher's whole distribution, {hint} "
                 "(ForwardKL, ReverseKL, JensenShannon, their skewed forms and TotalVariation do without)"
             )
         if self.loss_temperature != 1:
             raise ValueError(
-                f"loss_temperature={self.loss_temperature} needs the teacher's whole distribution, {remedy}, or set "
+                f"loss_temperature={self.loss_temperature} needs the teacher's whole distribution, {hint}, or set "
                 "loss_temperature to 1"
             )
 

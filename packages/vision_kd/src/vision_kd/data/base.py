@@ -32,10 +32,10 @@ def data_root(root: str | None = None) -> Path:
     return Path(root or os.environ.get("KD_DATA") or "~/.cache/kd_data").expanduser()
 
 
-def missing_data(name: str, places: Sequence[Path], remedy: str) -> FileNotFoundError:
+def missing_data(name: str, places: Sequence[Path], hint: str) -> FileNotFoundError:
     """The error for a data set that is in none of the places searched."""
     listed = "\n".join(f"  {place}" for place in places)
-    return FileNotFoundError(f"{name} not found. Looked in:\n{listed}\nGet it with: {remedy}")
+    return FileNotFoundError(f"{name} not found. Looked in:\n{listed}\nGet it with: {hint}")
 
 
 @contextmanager

@@ -241,10 +241,10 @@ def read_image(split: Split, row: int) -> Tensor:
     path, annotated = split.folder / split.files[row], split.sizes[row].tolist()
     image = read_rgb(path)
     if (found := list(image.shape[:0:-1])) != annotated:
-        remedy = ". Its EXIF orientation may turn it: annotate it as viewers show it, or remove the orientation"
+        hint = ". Its EXIF orientation may turn it: annotate it as viewers show it, or remove the orientation"
         raise ValueError(
             f"{path} is {found[0]} x {found[1]} pixels, its annotations say {annotated[0]} x {annotated[1]}: the boxes "
-            f"would not fit{remedy if found == annotated[::-1] else ''}"
+            f"would not fit{hint if found == annotated[::-1] else ''}"
         )
     return image
 

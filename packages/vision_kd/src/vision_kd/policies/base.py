@@ -44,7 +44,7 @@ def require_parts(policy: GradientPolicy, components: Sequence[str]) -> dict[str
         The momentum donor of each further component.
 
     Raises:
-        ValueError: If a part is missing; the message names it and the remedy.
+        ValueError: If a part is missing; the message names it and the hint.
     """
     if missing := [name for name in COMPONENTS if name not in components]:
         raise ValueError(
