@@ -223,9 +223,9 @@ def test_rows_of_weight_zero_reach_neither_the_loss_nor_the_backward(per_row):
     seen = []
 
     class _Spy(OBJECTIVES["ForwardKL"]):
-        def value_and_slope(self, log_q, log_p):
+        def value_and_grad(self, log_q, log_p):
             seen.append(len(log_q))
-            return super().value_and_slope(log_q, log_p)
+            return super().value_and_grad(log_q, log_p)
 
     selector = SELECTORS["TopK"](k=3, beta=0.0) if per_row else _Fixed(weights)
     output = assert_agrees(inputs, KDHead(_Spy(), selector, chunk_size=4))

@@ -1,4 +1,4 @@
-"""Closed-form slopes against autograd and probability space, extreme logits, and TAID's clock."""
+"""Closed-form gradients against autograd and probability space, extreme logits, and TAID's clock."""
 
 import math
 
@@ -35,7 +35,7 @@ def objective(request):
 
 def closed_form(objective, student, teacher, temperature=1.0):
     log_q, log_p = ((z / temperature).log_softmax(-1) for z in (student, teacher))
-    h = objective.slope(log_q, log_p)
+    h = objective.grad_log_q(log_q, log_p)
     return (h - log_q.exp() * h.sum(-1, keepdim=True)) / temperature
 
 
@@ -56,9 +56,9 @@ def test_closed_form_gradient_is_autograds(objective, temperature):
     assert value.shape == (3, 5)
     log_q, log_p = ((z / temperature).log_softmax(-1) for z in (student, teacher))
     torch.testing.assert_close(objective(log_q, log_p, None), value)
-    both = objective.value_and_slope(log_q, log_p)
+    both = objective.value_and_grad(log_q, log_p)
     torch.testing.assert_close(both[0], value, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(both[1], objective.slope(log_q, log_p), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(both[1], objective.grad_log_q(log_q, log_p), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(closed_form(objective, student, teacher, temperature), gradient, rtol=1e-10, atol=1e-12)
 
 
@@ -81,7 +81,7 @@ def test_absent_tokens_change_nothing(objective):
     padded = [torch.cat([z, torch.full((4, 3), -math.inf, dtype=F64)], dim=-1) for z in (student, teacher)]
     value, _ = autograd(objective, student, teacher)
     torch.testing.assert_close(objective(*padded), value)
-    torch.testing.assert_close(objective.value_and_slope(*(z.log_softmax(-1) for z in padded))[0], value)
+    torch.testing.assert_close(objective.value_and_grad(*(z.log_softmax(-1) for z in padded))[0], value)
     gradient = closed_form(objective, *padded)
     assert (gradient[:, 9:] == 0).all()
     torch.testing.assert_close(gradient[:, :9], closed_form(objective, student, teacher))
@@ -90,7 +90,7 @@ def test_absent_tokens_change_nothing(objective):
 def test_slope_leaves_its_arguments_alone(objective):
     log_q, log_p = torch.randn(2, 4, 9).log_softmax(-1)
     kept = log_q.clone(), log_p.clone()
-    for h in (objective.slope(log_q, log_p), objective.value_and_slope(log_q, log_p)[1]):
+    for h in (objective.grad_log_q(log_q, log_p), objective.value_and_grad(log_q, log_p)[1]):
         assert torch.equal(log_q, kept[0])
         assert torch.equal(log_p, kept[1])
         assert h.data_ptr() not in (log_q.data_ptr(), log_p.data_ptr())
@@ -112,7 +112,7 @@ def test_slopes_are_the_papers():
     ]
     assert {name for name, *_ in table} == set(OBJECTIVES)
     for name, settings, h in table:
-        torch.testing.assert_close(OBJECTIVES[name](**settings).slope(q.log(), p.log()), h)
+        torch.testing.assert_close(OBJECTIVES[name](**settings).grad_log_q(q.log(), p.log()), h)
 
 
 def test_values_are_the_shared_divergences():

@@ -29,8 +29,8 @@ def dense_loss(
     log_q, log_p = z.log_softmax(dim=-1), z_teacher.log_softmax(dim=-1)
     if not with_gradient:
         return objective(log_q, log_p, None), None
-    loss, slope = objective.value_and_slope(log_q, log_p)
-    return loss, _through_softmax(slope, log_q)
+    loss, gradient = objective.value_and_grad(log_q, log_p)
+    return loss, _through_softmax(gradient, log_q)
 
 
 def truncated_loss(
@@ -62,12 +62,12 @@ def truncated_loss(
     log_p = torch.cat([teacher.log_probs.to(z.dtype), log_tail[:, None]], dim=-1).log_softmax(dim=-1)
     if not with_gradient:
         return objective(log_q, log_p, None), None
-    loss, slope = objective.value_and_slope(log_q, log_p)
-    stored, tail = _through_softmax(slope, log_q).split([teacher.size, 1], dim=-1)
+    loss, gradient = objective.value_and_grad(log_q, log_p)
+    stored, tail = _through_softmax(gradient, log_q).split([teacher.size, 1], dim=-1)
     return loss, rest.sub_(log_rest).exp_().mul_(tail).scatter_(-1, indices, stored)
 
 
-def _through_softmax(slope: Tensor, log_q: Tensor) -> Tensor:
-    """Gradient h - q * sum_v h with respect to the logits, given the slope h; both arguments are used up."""
-    total = slope.sum(dim=-1, keepdim=True)
-    return slope.addcmul_(log_q.exp_(), total, value=-1)
+def _through_softmax(gradient: Tensor, log_q: Tensor) -> Tensor:
+    """Gradient h - q * sum_v h with respect to the logits, given the gradient h with respect to log q; both arguments are used up."""
+    total = gradient.sum(dim=-1, keepdim=True)
+    return gradient.addcmul_(log_q.exp_(), total, value=-1)

@@ -30,8 +30,8 @@ class AlphaBeta(Objective):
         """Divergence per row; see :meth:`Objective.forward`."""
         return alpha_beta(student_logits, teacher_logits, self.alpha, self.beta, temperature=temperature)
 
-    def slope(self, log_q: Tensor, log_p: Tensor) -> Tensor:
-        """Slope h = q^beta (q^alpha - p^alpha) / alpha, and its limit q^beta log(q / p) at alpha = 0."""
+    def grad_log_q(self, log_q: Tensor, log_p: Tensor) -> Tensor:
+        """Gradient h = q^beta (q^alpha - p^alpha) / alpha, and its limit q^beta log(q / p) at alpha = 0."""
         absent = (log_p == -math.inf) & (log_q == -math.inf)
         gap = (log_q - log_p).masked_fill(absent, 0.0)
         if self.alpha == 0:

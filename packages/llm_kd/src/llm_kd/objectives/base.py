@@ -1,4 +1,4 @@
-"""What an objective is: a divergence per row, and its slope in closed form."""
+"""What an objective is: a divergence per row, and its gradient in closed form."""
 
 import math
 from abc import ABC, abstractmethod
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 class Objective(nn.Module, ABC):
     """A divergence between the teacher's and the student's distribution, as a sum over tokens of f(log p, log q).
 
-    The value is differentiable; the slope h = df/dlog q lets the head form the gradient with respect to the logits,
+    The value is differentiable; the gradient h = df/dlog q lets the head form the gradient with respect to the logits,
     (h - q * sum_v h) / T, without autograd. An objective with a state that follows training keeps it in the module's
     extra state and changes it in :meth:`on_step` only.
 
@@ -37,8 +37,8 @@ class Objective(nn.Module, ABC):
         """
 
     @abstractmethod
-    def slope(self, log_q: Tensor, log_p: Tensor) -> Tensor:
-        """Slope h = df/dlog q of the summand.
+    def grad_log_q(self, log_q: Tensor, log_p: Tensor) -> Tensor:
+        """Gradient h = df/dlog q of the summand.
 
         Args:
             log_q: Student log-probabilities of shape (..., V).
@@ -48,8 +48,8 @@ class Objective(nn.Module, ABC):
             A new tensor of shape (..., V).
         """
 
-    def value_and_slope(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-        """What :meth:`forward` and :meth:`slope` give; an objective whose two share terms computes them once.
+    def value_and_grad(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+        """What :meth:`forward` and :meth:`grad_log_q` give; an objective whose two share terms computes them once.
 
         Args:
             log_q: Student log-probabilities of shape (..., V).
@@ -58,7 +58,7 @@ class Objective(nn.Module, ABC):
         Returns:
             Values of shape (...) and a new tensor of shape (..., V).
         """
-        return self(log_q, log_p, None), self.slope(log_q, log_p)
+        return self(log_q, log_p, None), self.grad_log_q(log_q, log_p)
 
     def on_step(self, loss: float, step: int, total_steps: int) -> None:
         """Advance the state after an optimizer step; most objectives have none.
@@ -75,7 +75,7 @@ class Objective(nn.Module, ABC):
 
 
 def log_ratio(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """log(a / b), and 0 where a = 0: every slope multiplies it by a."""
+    """log(a / b), and 0 where a = 0: every gradient multiplies it by a."""
     return (log_a - log_b).masked_fill(log_a == -math.inf, 0.0)
 
 

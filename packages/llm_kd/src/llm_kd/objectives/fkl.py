@@ -16,11 +16,11 @@ class ForwardKL(Objective):
         """Divergence per row; see :meth:`Objective.forward`."""
         return forward_kl(student_logits, teacher_logits, temperature=temperature)
 
-    def slope(self, log_q: Tensor, log_p: Tensor) -> Tensor:
-        """Slope h = -p."""
+    def grad_log_q(self, log_q: Tensor, log_p: Tensor) -> Tensor:
+        """Gradient h = -p."""
         return -log_p.exp()
 
-    def value_and_slope(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-        """Both at once; see :meth:`Objective.value_and_slope`."""
+    def value_and_grad(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+        """Both at once; see :meth:`Objective.value_and_grad`."""
         p = log_p.exp()
         return torch.linalg.vecdot(p, log_ratio(log_p, log_q)), p.neg_()

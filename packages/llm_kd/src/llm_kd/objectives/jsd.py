@@ -28,15 +28,15 @@ class JensenShannon(Objective):
         """Divergence per row; see :meth:`Objective.forward`."""
         return jensen_shannon(student_logits, teacher_logits, temperature=temperature, beta=self.beta)
 
-    def slope(self, log_q: Tensor, log_p: Tensor) -> Tensor:
-        """Slope h = (1 - beta) q log(q / m)."""
-        return self._slope(log_q, log_mixture(log_p, log_q, self.beta))
+    def grad_log_q(self, log_q: Tensor, log_p: Tensor) -> Tensor:
+        """Gradient h = (1 - beta) q log(q / m)."""
+        return self._grad_log_q(log_q, log_mixture(log_p, log_q, self.beta))
 
-    def value_and_slope(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-        """Both at once; see :meth:`Objective.value_and_slope`."""
+    def value_and_grad(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+        """Both at once; see :meth:`Objective.value_and_grad`."""
         log_m = log_mixture(log_p, log_q, self.beta)
-        slope = self._slope(log_q, log_m)  # the student's half of the value is its sum
-        return self.beta * torch.linalg.vecdot(log_p.exp(), log_ratio(log_p, log_m)) + slope.sum(dim=-1), slope
+        gradient = self._grad_log_q(log_q, log_m)  # the student's half of the value is its sum
+        return self.beta * torch.linalg.vecdot(log_p.exp(), log_ratio(log_p, log_m)) + gradient.sum(dim=-1), gradient
 
-    def _slope(self, log_q: Tensor, log_m: Tensor) -> Tensor:
+    def _grad_log_q(self, log_q: Tensor, log_m: Tensor) -> Tensor:
         return log_ratio(log_q, log_m).mul_(log_q.exp()).mul_(1 - self.beta)

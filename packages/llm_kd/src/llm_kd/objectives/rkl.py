@@ -16,11 +16,11 @@ class ReverseKL(Objective):
         """Divergence per row; see :meth:`Objective.forward`."""
         return reverse_kl(student_logits, teacher_logits, temperature=temperature)
 
-    def slope(self, log_q: Tensor, log_p: Tensor) -> Tensor:
-        """Slope h = q (log q - log p + 1)."""
-        return self.value_and_slope(log_q, log_p)[1]
+    def grad_log_q(self, log_q: Tensor, log_p: Tensor) -> Tensor:
+        """Gradient h = q (log q - log p + 1)."""
+        return self.value_and_grad(log_q, log_p)[1]
 
-    def value_and_slope(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-        """Both at once; see :meth:`Objective.value_and_slope`."""
+    def value_and_grad(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+        """Both at once; see :meth:`Objective.value_and_grad`."""
         q, ratio = log_q.exp(), log_ratio(log_q, log_p)
         return torch.linalg.vecdot(q, ratio), ratio.add_(1).mul_(q)

@@ -29,8 +29,8 @@ class SkewForwardKL(Objective):
         """Divergence per row; see :meth:`Objective.forward`."""
         return skew_forward_kl(student_logits, teacher_logits, temperature=temperature, alpha=self.alpha)
 
-    def slope(self, log_q: Tensor, log_p: Tensor) -> Tensor:
-        """Slope h = -(1 - alpha) p q / m, and 0 where m = 0."""
+    def grad_log_q(self, log_q: Tensor, log_p: Tensor) -> Tensor:
+        """Gradient h = -(1 - alpha) p q / m, and 0 where m = 0."""
         log_m = log_mixture(log_p, log_q, self.alpha)
         absent = (log_p == -math.inf) | (log_q == -math.inf)
         return -(1 - self.alpha) * (log_p + log_q - log_m).masked_fill(absent, -math.inf).exp()

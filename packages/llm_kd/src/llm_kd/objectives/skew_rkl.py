@@ -29,8 +29,8 @@ class SkewReverseKL(Objective):
         """Divergence per row; see :meth:`Objective.forward`."""
         return skew_reverse_kl(student_logits, teacher_logits, temperature=temperature, alpha=self.alpha)
 
-    def slope(self, log_q: Tensor, log_p: Tensor) -> Tensor:
-        """Slope h = q (log(q / m) + 1 - alpha q / m)."""
+    def grad_log_q(self, log_q: Tensor, log_p: Tensor) -> Tensor:
+        """Gradient h = q (log(q / m) + 1 - alpha q / m)."""
         ratio = log_ratio(log_q, log_mixture(log_q, log_p, self.alpha))
         # q / m is at most 1 / alpha; without a share of the student in m it has no bound.
         share = self.alpha * ratio.exp() if self.alpha else 0.0

@@ -54,8 +54,8 @@ class TAID(Objective):
         target = self._log_target(log_q.detach(), log_p).exp()
         return -(target * log_q.masked_fill(target == 0, 0.0)).sum(dim=-1)
 
-    def slope(self, log_q: Tensor, log_p: Tensor) -> Tensor:
-        """Slope h = -p_t."""
+    def grad_log_q(self, log_q: Tensor, log_p: Tensor) -> Tensor:
+        """Gradient h = -p_t."""
         return -self._log_target(log_q, log_p).exp()
 
     def on_step(self, loss: float, step: int, total_steps: int) -> None:

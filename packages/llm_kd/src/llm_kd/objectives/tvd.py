@@ -15,7 +15,7 @@ class TotalVariation(Objective):
         """Distance per row; see :meth:`Objective.forward`."""
         return total_variation(student_logits, teacher_logits, temperature=temperature)
 
-    def slope(self, log_q: Tensor, log_p: Tensor) -> Tensor:
-        """Slope h = 0.5 q sign(q - p)."""
+    def grad_log_q(self, log_q: Tensor, log_p: Tensor) -> Tensor:
+        """Gradient h = 0.5 q sign(q - p)."""
         q = log_q.exp()
         return 0.5 * q * (q - log_p.exp()).sign()
