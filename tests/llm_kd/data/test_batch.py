@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from transformers.masking_utils import find_packed_sequence_indices
 
 from llm_kd.data.batch import collate, pack
-from llm_kd.data.example import Example, answered, nothing
+from llm_kd.data.example import Example, padding_example, prompt_response_example
 
 PAD = 0
 SHAPE = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -91,7 +91,7 @@ def test_packed_and_padded_hidden_states_equal_those_of_each_sequence_alone(fami
 
 
 def test_an_example_without_a_loss_stands_in_its_row_alone():
-    batch = collate([[nothing(7)], [answered([8, 9], [], "")], [A]], PAD)
+    batch = collate([[padding_example(7)], [prompt_response_example([8, 9], [], "")], [A]], PAD)
     assert batch.input_ids[:2].tolist() == [[7, 0, 0, 0, 0], [8, 9, 0, 0, 0]]
     assert not batch.predict[:2].any()
     assert (batch.keys, batch.prompts) == ([A.key], [[8, 9], A.input_ids[:2]])

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from kd_common.text import EncodingError, Message, Row
 from kd_common.text.template import DATE, INSTRUCTION_TEMPLATE
 from llm_kd.data.encode import Encoder
-from llm_kd.data.example import Example, answered
+from llm_kd.data.example import Example, prompt_response_example
 
 LONG = 10_000
 TURNS = ("Name the capital of France.", "The answer is\n\nParis.", "And of Italy?", "Rome.")
@@ -219,7 +219,7 @@ def test_a_tokenizer_without_template_and_eos_is_refused(text):
 def test_answers_of_a_model_keep_their_tokens(text):
     encoder = Encoder(text.tokenizer())
     prompt = encoder.prompt(text.row("Hi"))
-    example = answered(prompt, [300, 9], "reference")  # stopped by the length limit: no closing token
+    example = prompt_response_example(prompt, [300, 9], "reference")  # stopped by the length limit: no closing token
     assert example.input_ids == [*prompt, 300, 9]
     assert example.loss_mask == [False] * len(prompt) + [True, True]
     assert (example.prompt_length, example.reference, example.num_supervised) == (len(prompt), "reference", 2)

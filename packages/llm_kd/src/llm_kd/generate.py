@@ -19,7 +19,7 @@ from kd_common.run.errors import run_command
 from kd_common.run.messages import CommandParser, check_device, default_device
 from kd_common.terminal import printable
 from llm_kd.data import Encoder, Message, Row
-from llm_kd.evaluation.answers import visible
+from llm_kd.evaluation.answers import display_text
 from llm_kd.models import shared_vocabulary
 from llm_kd.models.generation import Sampling, generate
 
@@ -83,7 +83,7 @@ def main(args: list[str] | None = None) -> str:
     )
     text = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
     if not text:
-        print(printable(visible(text, str(tokenizer.decode(tokens)))), file=sys.stderr)
+        print(printable(display_text(text, str(tokenizer.decode(tokens)))), file=sys.stderr)
     return text
 
 

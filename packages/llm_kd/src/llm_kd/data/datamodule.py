@@ -13,7 +13,7 @@ from kd_common.hub.language_models import load_tokenizer
 from kd_common.run.messages import check_batch_size
 from kd_common.text import Row, encode_each, read_rows
 from llm_kd.data.encode import Encoder, padding_token
-from llm_kd.data.example import Example, answered
+from llm_kd.data.example import Example, prompt_response_example
 from llm_kd.data.loader import TextLoader
 from llm_kd.data.responses import write_responses
 from llm_kd.models import vocabulary_size
@@ -203,7 +203,9 @@ class TextDataModule(LightningDataModule):
                 progress_bar=progress_bar,
             )
             examples = [
-                answered(prompt, response.tokens, row.messages[-1].content if row.answered else response.text)
+                prompt_response_example(
+                    prompt, response.tokens, row.messages[-1].content if row.answered else response.text
+                )
                 for (row, prompt), response in zip(kept, written, strict=True)
             ]
             if cut := sum(not set(response.tokens[-1:]) & set(self.eos_ids) for response in written):
@@ -342,7 +344,7 @@ class TextDataModule(LightningDataModule):
         rows = self.rows(split)
         if self.prompts_only and split == "train":
             prompts = self._prompts(rows, self.max_length)
-            self._keep(split, rows, [answered(prompt, [], "") for _, prompt in prompts], self.max_length)
+            self._keep(split, rows, [prompt_response_example(prompt, [], "") for _, prompt in prompts], self.max_length)
         else:
             examples = encode_each(rows, lambda row: self.encoder.example(row, self.max_length, self.truncate))
             self._keep(split, rows, [example for example in examples if example is not None], self.max_length)

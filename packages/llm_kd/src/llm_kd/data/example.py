@@ -43,7 +43,7 @@ class Example:
         return sum(self.loss_mask)
 
 
-def answered(prompt: list[int], response: list[int], reference: str) -> Example:
+def prompt_response_example(prompt: list[int], response: list[int], reference: str) -> Example:
     """The example of a prompt and the tokens that a model answered with.
 
     The tokens are used as they were generated: text that is tokenised again may come out differently, and an answer
@@ -53,6 +53,6 @@ def answered(prompt: list[int], response: list[int], reference: str) -> Example:
     return Example(prompt + response, mask, len(prompt), reference)
 
 
-def nothing(pad_id: int) -> Example:
+def padding_example(pad_id: int) -> Example:
     """One token of padding, neither prompt nor answer: what a process computes on that has nothing left."""
     return Example([pad_id], [False], prompt_length=0)

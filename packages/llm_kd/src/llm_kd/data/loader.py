@@ -9,7 +9,7 @@ import torch
 from kd_common.run.loading import ResumableLoader
 from kd_common.run.messages import check_batch_size
 from llm_kd.data.batch import TokenBatch, collate, pack
-from llm_kd.data.example import Example, nothing
+from llm_kd.data.example import Example, padding_example
 
 NOBODY = -1
 """Row number of a place in the last validation batch that no example is left for."""
@@ -83,7 +83,7 @@ class TextLoader(ResumableLoader):
 
     def batches(self, first: int) -> Iterator[TokenBatch]:
         """The batches of the chosen epoch from one of them on."""
-        unsupervised = nothing(self.pad_id)
+        unsupervised = padding_example(self.pad_id)
         for batch in self.plan()[first:]:
             yield collate(
                 [[unsupervised] if row == NOBODY else [self.examples[n] for n in self.rows[row]] for row in batch],

@@ -27,7 +27,7 @@ class Question:
     references: list[str] = field(default_factory=list)
 
 
-def visible(response: str, written: str) -> str:
+def display_text(response: str, written: str) -> str:
     """A response for people; one without text is described, for it may be a mere end or white space without one.
 
     Args:

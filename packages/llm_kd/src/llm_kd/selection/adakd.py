@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llm_kd.selection.acceptance import TruncatedDistribution
-from llm_kd.selection.base import Selection, Selector, check_share, top_share, whole
+from llm_kd.selection.base import Selection, Selector, check_share, dense_logits, top_share
 
 
 class AdaKD(Selector):
@@ -64,7 +64,7 @@ class AdaKD(Selector):
 
     def score(self, student_logits: Tensor, teacher_logits: Tensor | TruncatedDistribution) -> Tensor:
         """Hellinger distance of q and p, in [0, 1]."""
-        root_q, root_p = ((0.5 * z.log_softmax(dim=-1)).exp() for z in (student_logits, whole(teacher_logits)))
+        root_q, root_p = ((0.5 * z.log_softmax(dim=-1)).exp() for z in (student_logits, dense_logits(teacher_logits)))
         return torch.linalg.vector_norm(root_q - root_p, dim=-1) / math.sqrt(2)
 
     def select(self, score: Tensor, noise: Tensor | None = None) -> Selection:

@@ -107,7 +107,7 @@ class Selector(nn.Module, ABC):
         """
 
 
-def whole(teacher_logits: Tensor | TruncatedDistribution) -> Tensor:
+def dense_logits(teacher_logits: Tensor | TruncatedDistribution) -> Tensor:
     """The teacher's logits of all tokens, shape (..., V); ValueError if what is stored does not determine them."""
     return teacher_logits.dense_log_probs() if isinstance(teacher_logits, TruncatedDistribution) else teacher_logits
 

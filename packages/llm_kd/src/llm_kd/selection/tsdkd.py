@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from llm_kd.selection.acceptance import TruncatedDistribution
-from llm_kd.selection.base import Selection, Selector, entropy, whole
+from llm_kd.selection.base import Selection, Selector, dense_logits, entropy
 
 
 class TSDKD(Selector):
@@ -18,7 +18,7 @@ class TSDKD(Selector):
 
     def score(self, student_logits: Tensor, teacher_logits: Tensor | TruncatedDistribution) -> Tensor:
         """Entropy of the student minus that of the teacher, in nats."""
-        return entropy(student_logits) - entropy(whole(teacher_logits))
+        return entropy(student_logits) - entropy(dense_logits(teacher_logits))
 
     def select(self, score: Tensor, noise: Tensor | None = None) -> Selection:
         """Weights in (0, 1)."""

@@ -21,7 +21,7 @@ from kd_common.run.training import TrainingModule
 from kd_common.schedules import CosineDecay, Schedule
 from llm_kd.data.batch import TokenBatch, collate
 from llm_kd.data.encode import Encoder, padding_token
-from llm_kd.data.example import Example, answered, nothing
+from llm_kd.data.example import Example, padding_example, prompt_response_example
 from llm_kd.head import KDHead
 from llm_kd.models import Body, StudentSpec, TeacherSpec, build_student, shared_vocabulary
 from llm_kd.models.generation import response_ends
@@ -240,7 +240,7 @@ class DistillationModule(TrainingModule):
             self._touched = True
             self.rollout.keep(examples)
         pad = self._pad_id
-        rows = [[example] for example in examples] or [[nothing(pad)]]
+        rows = [[example] for example in examples] or [[padding_example(pad)]]
         return collate(rows, pad).to(self.device)
 
     def _write(self, prompts: list[list[int]], seed: int) -> list[Example]:
@@ -253,7 +253,9 @@ class DistillationModule(TrainingModule):
             seed=seed,
             synced=self.sharded,
         )
-        return [answered(prompt, response, "") for prompt, response in zip(prompts, responses, strict=False)]
+        return [
+            prompt_response_example(prompt, response, "") for prompt, response in zip(prompts, responses, strict=False)
+        ]
 
     @property
     def eos_ids(self) -> list[int]:

@@ -13,7 +13,7 @@ from kd_common.hub.language_models import quiet
 from kd_common.run.rehearsal import check_monitors, rehearsing
 from llm_kd.data import TextDataModule
 from llm_kd.data.batch import collate
-from llm_kd.data.example import answered
+from llm_kd.data.example import prompt_response_example
 from llm_kd.models import Body
 from llm_kd.teacher import OnlineTeacher
 from llm_kd.training.distillation import DistillationModule
@@ -50,7 +50,7 @@ def rehearse(
         stack.enter_context(trainer.precision_plugin.forward_context())
         distiller.to(device), body.to(device)
         prompt = data.first_prompt("train")
-        batch: Any = collate([[answered(prompt, [*model.eos_ids[:1]] * 2, "")]], data.pad_id).to(device)
+        batch: Any = collate([[prompt_response_example(prompt, [*model.eos_ids[:1]] * 2, "")]], data.pad_id).to(device)
         signal = OnlineTeacher(body).signal(batch)
         distiller(batch, signal).loss_sum.backward()
         distiller.zero_grad(set_to_none=True)

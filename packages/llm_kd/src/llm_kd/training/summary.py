@@ -6,7 +6,7 @@ from rich.console import Console
 
 from kd_common.run.summary import files_of_run, print_lines, print_table
 from llm_kd.data import TextDataModule
-from llm_kd.evaluation.answers import visible
+from llm_kd.evaluation.answers import display_text
 from llm_kd.training.distillation import DistillationModule
 from llm_kd.training.result import Result
 
@@ -65,7 +65,7 @@ def print_summary(
         lines["ROUGE-L"] = f"of greedy answers to {len(result.answers['before'].prompts)} held-out prompts, in per cent"
         lines["prompt"] = one_line(result.answers["before"].prompts[0])
         for when, given in result.answers.items():
-            lines[f"answer, {when}"] = one_line(visible(given.responses[0], given.written[0]))
+            lines[f"answer, {when}"] = one_line(display_text(given.responses[0], given.written[0]))
     if result.run_dir is not None:
         # A resumed run has no best student of its own where the best epoch came before it.
         found = ",".join(which for which in ("last", "best") if (result.run_dir / f"student_{which}").is_dir())
