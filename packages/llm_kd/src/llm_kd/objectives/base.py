@@ -1,4 +1,4 @@
-"""What an objective is: a divergence per row, and its gradient in closed form."""
+"""The base class of objectives: a divergence per row with its gradient in closed form."""
 
 import math
 from abc import ABC, abstractmethod
