@@ -68,6 +68,6 @@ def truncated_loss(
 
 
 def _through_softmax(gradient: Tensor, log_q: Tensor) -> Tensor:
-    """Turn the gradient h with respect to log q into h - q * sum_v h, that of the logits; both arguments are used up."""
+    """Turn the gradient h with respect to log q into h - q * sum_v h, that of logits; both arguments are used up."""
     total = gradient.sum(dim=-1, keepdim=True)
     return gradient.addcmul_(log_q.exp_(), total, value=-1)

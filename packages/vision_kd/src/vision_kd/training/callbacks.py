@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from matplotlib.figure import Figure
 
 from kd_common.files import free_name
-from kd_common.run.live_figures import LiveFigures
+from kd_common.run.tensorboard_figures import TensorBoardFigures
 from kd_common.run.result import best_epoch
 from vision_kd.models import save_student
 from vision_kd.models.checkpoints import DESCRIPTION, read_checkpoint
@@ -86,7 +86,7 @@ def _is_of(file: Path, epoch: Mapping[str, Any], metric: str) -> bool:
     return all(meta.get(name) == epoch[name] for name in ("epoch", metric))
 
 
-class StudentFigures(LiveFigures):
+class StudentFigures(TensorBoardFigures):
     """Calibration and correlation of the logits of a classifier beside its teacher's, in TensorBoard.
 
     Args:
