@@ -10,8 +10,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from matplotlib.figure import Figure
 
 from kd_common.files import free_name
-from kd_common.run.tensorboard_figures import TensorBoardFigures
 from kd_common.run.result import best_epoch
+from kd_common.run.tensorboard_figures import TensorBoardFigures
 from vision_kd.models import save_student
 from vision_kd.models.checkpoints import DESCRIPTION, read_checkpoint
 from vision_kd.models.student import describe
