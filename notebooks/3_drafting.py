@@ -136,13 +136,13 @@ print(f"verify_matching emits the same: {[tokenizer.decode([t]) for t in again.t
 #
 # There are two exact rules. *Sample and match* draws the target's own token at every node, with noise that depends on
 # the position alone, and moves on if the tree holds it: same tokens as without drafting. *Rejection* accepts a drawn
-# candidate x with probability min(1, p(x)/q(x)) and otherwise draws from what is left of p: other tokens, same law.
+# candidate x with probability min(1, p(x)/q(x)) and otherwise draws from what is left of p: other tokens, same distribution.
 #
-# First one token, with known laws. A wrong rule runs along to show that the comparison can fail: it passes the
+# First one token, with known distributions. A wrong rule runs along to show that the comparison can fail: it passes the
 # drafter's most likely tokens off as random draws.
 
 # %%
-P = (0.40, 0.25, 0.20, 0.10, 0.05)  # the target's law
+P = (0.40, 0.25, 0.20, 0.10, 0.05)  # the target's distribution
 Q = (0.55, 0.10, 0.05, 0.25, 0.05)  # the drafter's
 CANDIDATES = 2
 ROWS = 20_000
@@ -166,20 +166,20 @@ outcomes = {
 emitted = {name: found[0] if isinstance(found, tuple) else found.tokens[:, 0] for name, found in outcomes.items()}
 
 
-def against(law, counts):
-    """Total variation and chi-square of counts against a law: distance, statistic, p-value."""
-    expected = counts.sum() * law
+def against(probs, counts):
+    """Total variation and chi-square of counts against a distribution: distance, statistic, p-value."""
+    expected = counts.sum() * probs
     rare = expected < 5  # too rare for the chi-square approximation: taken together
     cells = [torch.cat([x[~rare], x[rare].sum()[None]]) if rare.any() else x for x in (counts, expected)]
     statistic = float(((cells[0] - cells[1]) ** 2 / cells[1]).sum())
-    return float((counts / counts.sum() - law).abs().sum() / 2), statistic, float(chi2.sf(statistic, len(cells[0]) - 1))
+    return float((counts / counts.sum() - probs).abs().sum() / 2), statistic, float(chi2.sf(statistic, len(cells[0]) - 1))
 
 
-def sampling_distance(law, n, repeats=400):
-    """Total variation between a law and n draws from it: mean and 95th percentile."""
+def sampling_distance(probs, n, repeats=400):
+    """Total variation between a distribution and n draws from it: mean and 95th percentile."""
     torch.manual_seed(0)
-    counts = torch.distributions.Multinomial(n, law).sample((repeats,))
-    distance = (counts / n - law).abs().sum(1) / 2
+    counts = torch.distributions.Multinomial(n, probs).sample((repeats,))
+    distance = (counts / n - probs).abs().sum(1) / 2
     return float(distance.mean()), float(distance.quantile(0.95))
 
 
@@ -221,7 +221,7 @@ plt.show()
 
 # %% [markdown]
 # Now whole generations. A tiny random Llama of 8 tokens emits pairs of tokens, thousands of times, without drafts and
-# with the drafts of another random Llama. The law of the pair is known exactly from the logits.
+# with the drafts of another random Llama. The distribution of the pair is known exactly from the logits.
 
 # %%
 PAIRS = 6000
@@ -245,9 +245,9 @@ def tiny(seed):
 small, other = tiny(0), tiny(1)
 start = [1, 2, 3]
 with torch.no_grad():
-    law = Sampling(TEMPERATURE).log_probs
-    first = law(small.logits(small(torch.tensor([start])).final[:, -1]))[0]
-    second = law(small.logits(small(torch.tensor([[*start, t] for t in range(8)])).final[:, -1]))
+    log_probs = Sampling(TEMPERATURE).log_probs
+    first = log_probs(small.logits(small(torch.tensor([start])).final[:, -1]))[0]
+    second = log_probs(small.logits(small(torch.tensor([[*start, t] for t in range(8)])).final[:, -1]))
     exact = (first[:, None] + second).exp().flatten()
 
 decoders = {
@@ -268,7 +268,7 @@ for name, decoder in decoders.items():
         {
             "decoding": name,
             "accepted (%)": accepted,
-            "TV to the exact law": f"{distance:.4f}",
+            "TV to the exact distribution": f"{distance:.4f}",
             "chi-square": f"{statistic:.1f}",
             "p-value": f"{chance:.2g}",
         }
@@ -432,7 +432,7 @@ print(f"tau {result.last['tau']:.2f}, acceptance by level {', '.join(acceptance)
 # %% [markdown]
 # ## What to take home
 #
-# * Drafting never changes the law of the text; a bug in verification shows as a distance beyond the sampling error.
+# * Drafting never changes the distribution of the text; a bug in verification shows as a distance beyond the sampling error.
 # * Whether it pays is a property of the machine and of the text. On a CPU a pass over 8 nodes costs noticeably more
 #   than one over a single node, so acceptance has to make up for it.
 # * Two prompts of each kind show the mechanism; `python -m spec_decode.benchmark` measures properly.

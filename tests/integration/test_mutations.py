@@ -609,7 +609,7 @@ MUTATIONS = [
         "spec_decode/test_losses.py::test_level_batch_supervises_answers_within_the_sequence",
     ),
     Mutation(
-        "the slope of the rejected mass without its normaliser",
+        "the gradient of the rejected mass without its normaliser",
         "spec_decode/training/losses.py",
         "q * short.sum(-1, keepdim=True) - short",
         "-short",

@@ -24,7 +24,7 @@ from spec_decode.drafters import (
     load_drafter,
     save_drafter,
 )
-from spec_decode.drafters.base import DraftState, draft_from_levels
+from spec_decode.drafters.base import DraftContext, draft_from_levels
 from spec_decode.drafters.draft_model import PretrainedDraft
 from spec_decode.drafters.dynamic import DynamicCandidates
 from spec_decode.drafters.eagle3 import TrainingTimeTest
@@ -171,12 +171,12 @@ def test_rejection_runs_and_keeps_greedy_text(tiny, plain, name):
 # --- drafts are what training predicts ---
 
 
-def state_at(target, texts, tree, memory, start=0, sampling=GREEDY):
+def state_at(target, texts, tree, cache, start=0, sampling=GREEDY):
     """State with every text committed from `start` on; the last token of each is the root."""
     lengths = torch.tensor([len(text) for text in texts])
     padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(t) for t in texts], batch_first=True, padding_value=-1)
     states = target(padded.clamp(min=0))
-    return DraftState(
+    return DraftContext(
         contexts=texts,
         root=torch.tensor([text[-1] for text in texts]),
         root_positions=lengths - 1,
@@ -187,7 +187,7 @@ def state_at(target, texts, tree, memory, start=0, sampling=GREEDY):
         sampling=sampling,
         seeds=row_seeds(SEED, len(texts)),
         rejection=False,
-        memory=memory,
+        cache=cache,
     )
 
 
@@ -205,7 +205,7 @@ def levels_of(tree, widths):
 def test_drafts_are_the_best_tokens_of_the_teacher_forced_pass(tiny, name, draft_vocab):
     drafter, widths = make(tiny.target, name, draft_vocab=draft_vocab), (3, 2, 3, 1)
     texts = [torch.randint(40, (12,)).tolist(), torch.randint(40, (7,)).tolist()]
-    drafted = drafter.propose(state_at(tiny.target, texts, widths, drafter.new_memory(2, 40)))
+    drafted = drafter.propose(state_at(tiny.target, texts, widths, drafter.new_cache(2, 40)))
     found = levels_of(drafted, widths)
     for row, text in enumerate(texts):
         # Behind the prefix the drafted backbone itself, so that teacher forcing and drafting see the same tokens.
@@ -223,15 +223,15 @@ def test_committing_in_parts_drafts_the_same(tiny, name):
     """Rows that commit different numbers of tokens, through several drafts, against one fresh draft."""
     drafter, widths = make(tiny.target, name), (2, 2, 2, 2)
     texts = [torch.randint(40, (14,)).tolist(), torch.randint(40, (9,)).tolist()]
-    memory, done = drafter.new_memory(2, 60), [0, 0]
+    cache, done = drafter.new_cache(2, 60), [0, 0]
     for parts in ((5, 3), (1, 4), (3, 1), (5, 1)):
         now = [d + p for d, p in zip(done, parts, strict=True)]
         prefixes = [text[:n] for text, n in zip(texts, now, strict=True)]
-        whole = state_at(tiny.target, prefixes, widths, memory)
+        whole = state_at(tiny.target, prefixes, widths, cache)
         starts = [max(d - 1, 0) for d in done]
         counts = torch.tensor([n - 1 - s for n, s in zip(now, starts, strict=True)])
         index = (torch.tensor(starts).unsqueeze(1) + torch.arange(int(counts.max()))).clamp(max=max(now) - 2)
-        partial = DraftState(
+        partial = DraftContext(
             **{
                 **vars(whole),
                 "states": whole.states.gather(index),
@@ -240,7 +240,7 @@ def test_committing_in_parts_drafts_the_same(tiny, name):
             }
         )
         found = drafter.propose(partial)
-        fresh = drafter.propose(state_at(tiny.target, prefixes, widths, drafter.new_memory(2, 60)))
+        fresh = drafter.propose(state_at(tiny.target, prefixes, widths, drafter.new_cache(2, 60)))
         assert torch.equal(found.tokens, fresh.tokens)
         done = now
 
@@ -253,12 +253,12 @@ def test_fast_eagle_caches_hold_committed_positions_only(tiny, monkeypatch):
 
     def watched(state):
         draft = propose(state)
-        cache, length = state.memory, int(state.root_positions[0])
+        cache, length = state.cache, int(state.root_positions[0])
         assert cache.lengths.tolist() == [length]
         for kept in (cache.keys, cache.values):
             assert (kept[..., length:, :] == 0).all()
         text = list(state.contexts[0])
-        fresh = drafter.new_memory(1, cache.capacity)
+        fresh = drafter.new_cache(1, cache.capacity)
         propose(state_at(tiny.target, [text], state.tree, fresh))
         torch.testing.assert_close(cache.keys, fresh.keys, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(cache.values, fresh.values, rtol=1e-4, atol=1e-5)
@@ -322,7 +322,7 @@ def test_dynamic_tree_is_the_best_of_all_considered_nodes(tiny, temperature):
         frontier = sorted(children.items(), key=lambda item: -item[1])[: shape.top_k]
     expected = {path for path, _ in sorted(candidates.items(), key=lambda item: -item[1])[: shape.nodes]}
     sampling = Sampling(temperature)
-    tree = drafter.propose(state_at(tiny.target, [text], shape, drafter.new_memory(1, 64), sampling=sampling))
+    tree = drafter.propose(state_at(tiny.target, [text], shape, drafter.new_cache(1, 64), sampling=sampling))
     found, tokens, parents = set(), tree.tokens[0].tolist(), tree.parents[0].tolist()
     for node in range(1, len(tokens)):
         path, at = [], node
@@ -364,14 +364,14 @@ def test_a_dynamic_tree_holds_what_the_target_draws_where_the_drafter_is_the_tar
             sampling=sampling,
             seeds=known,
         )
-        state = DraftState(
+        state = DraftContext(
             contexts=contexts,
             states=None,
             next_tokens=None,
             counts=None,
             tree=shape,
             rejection=False,
-            memory=None,
+            cache=None,
             **vars(state),
         )
         candidates = DynamicCandidates(state, shape, None)
@@ -392,12 +392,12 @@ def test_backbone_noise_is_the_final_trees(tiny):
     logits = torch.randn(2, 3, 40)
     state = state_at(tiny.target, [[1, 2], [3, 4]], (2, 3, 1), None, sampling=HOT)
     for rejection in (False, True):
-        whole = DraftState(**{**vars(state), "rejection": rejection})
+        whole = DraftContext(**{**vars(state), "rejection": rejection})
         tree = draft_from_levels(whole, logits, None, 40)
         tree = tree.tree if rejection else tree
         for level, width in enumerate(state.tree):
             alone = {"tree": (width,), "root_positions": state.root_positions + level}
-            single = draft_from_levels(DraftState(**{**vars(whole), **alone}), logits[:, level : level + 1], None, 40)
+            single = draft_from_levels(DraftContext(**{**vars(whole), **alone}), logits[:, level : level + 1], None, 40)
             single = single.tree if rejection else single
             assert torch.equal(single.tokens[:, 1], tree.tokens[:, 1 + level])
 
@@ -502,7 +502,7 @@ def test_dynamic_tree_under_pruning(tiny, plain):
     [
         ({"min_confidence": 1.0}, r"min_confidence must be in \[0, 1\), got 1.0"),
         ({"min_confidence": -0.1}, "min_confidence must be in"),
-        ({"min_confidence": 0.1, "rejection": True}, "change their law"),
+        ({"min_confidence": 0.1, "rejection": True}, "changes their distribution"),
     ],
 )
 def test_bad_confidence(tiny, settings, message):

@@ -25,14 +25,14 @@ from spec_decode.training.losses import (
 
 def test_soft_cross_entropy_in_float64():
     student, teacher = torch.randn(5, 7, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64)
-    found, slope = soft_cross_entropy(student, teacher)
+    found, grad = soft_cross_entropy(student, teacher)
     for row in range(5):
         p, q = teacher[row].exp() / teacher[row].exp().sum(), student[row].exp() / student[row].exp().sum()
         assert float(found[row]) == pytest.approx(float(-sum(p * q.log())), rel=1e-12)
     assert (found >= soft_cross_entropy(teacher, teacher)[0]).all()
     student.requires_grad_()
     written_out = -(teacher.softmax(-1) * student.log_softmax(-1)).sum()
-    torch.testing.assert_close(slope, torch.autograd.grad(written_out, student)[0])
+    torch.testing.assert_close(grad, torch.autograd.grad(written_out, student)[0])
 
 
 def test_soft_cross_entropy_limits():
@@ -50,24 +50,24 @@ def test_soft_cross_entropy_limits():
 
 def test_rejected_mass_in_float64():
     student, teacher = torch.randn(5, 7, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64)
-    found, slope = rejected_mass(student, teacher)
+    found, grad = rejected_mass(student, teacher)
     for row in range(5):
         p, q = teacher[row].exp() / teacher[row].exp().sum(), student[row].exp() / student[row].exp().sum()
         assert float(found[row]) == pytest.approx(float((p - q).abs().sum() / 2), rel=1e-12)  # the total variation
     student.requires_grad_()
     written_out = -torch.minimum(teacher.softmax(-1), student.softmax(-1)).sum()
-    torch.testing.assert_close(slope, torch.autograd.grad(written_out, student)[0])
+    torch.testing.assert_close(grad, torch.autograd.grad(written_out, student)[0])
 
 
 def test_rejected_mass_limits():
     z = torch.randn(4, 6)
-    value, slope = rejected_mass(z, z)
+    value, grad = rejected_mass(z, z)
     torch.testing.assert_close(value, torch.zeros(4), atol=1e-6, rtol=0)
-    torch.testing.assert_close(slope, torch.zeros(4, 6))
+    torch.testing.assert_close(grad, torch.zeros(4, 6))
     apart = torch.tensor([[9e4, -9e4]]), torch.tensor([[-9e4, 9e4]])
-    value, slope = rejected_mass(*apart)
+    value, grad = rejected_mass(*apart)
     assert value.tolist() == [1.0]
-    assert slope.isfinite().all()
+    assert grad.isfinite().all()
     assert all(part.dtype == torch.float32 for part in rejected_mass(z.bfloat16(), z))
 
 

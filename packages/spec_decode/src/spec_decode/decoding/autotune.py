@@ -14,7 +14,7 @@ from torch import Tensor
 from spec_decode.decoding.cost import TreeChoice, best_tree
 from spec_decode.decoding.sampling import Sampling, row_seeds
 from spec_decode.decoding.tree import DraftTree, backbone_parents
-from spec_decode.drafters.base import Drafter, DraftState, tree_slots
+from spec_decode.drafters.base import DraftContext, Drafter, tree_slots
 from spec_decode.models import CausalLM, KVCache, States
 
 SIZES = (1, 8, 16, 24, 32)
@@ -98,8 +98,8 @@ def measure_drafts(
     _, tokens, states = _filled(target, batch, length, 0)
     rows = torch.full((batch,), length - 1, device=target.device)
 
-    def state(levels: int, start: int, memory: object) -> DraftState:
-        return DraftState(
+    def state(levels: int, start: int, cache: object) -> DraftContext:
+        return DraftContext(
             contexts=tokens.tolist(),
             root=tokens[:, -1],
             root_positions=rows,
@@ -110,15 +110,15 @@ def measure_drafts(
             sampling=sampling or Sampling(0.0),
             seeds=row_seeds(0, batch).to(target.device),
             rejection=False,
-            memory=memory,
+            cache=cache,
         )
 
     calls: list[Callable[[], object]] = []
     for levels in range(1, depth + 1):
         # Every draft of `seconds`, two a turn, commits its two tokens again: room for all of them.
-        memory = drafter.new_memory(batch, length + 4 * (repeats + 1) + tree_slots((width,) * levels))
-        drafter.propose(state(levels, 0, memory))
-        calls.append(partial(drafter.propose, state(levels, length - 3, memory)))
+        cache = drafter.new_cache(batch, length + 4 * (repeats + 1) + tree_slots((width,) * levels))
+        drafter.propose(state(levels, 0, cache))
+        calls.append(partial(drafter.propose, state(levels, length - 3, cache)))
     return seconds(calls, target.device, repeats)
 
 

@@ -23,7 +23,7 @@ from spec_decode.decoding.statistics import Clock, Generation, Statistics
 from spec_decode.decoding.stopping import StopStrings
 from spec_decode.decoding.tree import DraftTree, pad_tree, root_tree
 from spec_decode.decoding.verify import Verified, verify
-from spec_decode.drafters.base import Draft, Drafter, DraftState, DynamicTree, TreeShape, tree_depth, tree_slots
+from spec_decode.drafters.base import Draft, DraftContext, Drafter, DynamicTree, TreeShape, tree_depth, tree_slots
 from spec_decode.models import CausalLM
 
 OnPass = Callable[[DraftTree, Verified], None]
@@ -38,10 +38,10 @@ class SpeculativeDecoder:
         drafter: Drafter for this target; None decodes plainly.
         tree: Candidates per level, such as (3, 2, 1), or a `DynamicTree`, for drafters that can. None means a chain of
             all the drafter's levels, of its `chain_depth` where it has no limit; `tuned` chooses by measurement.
-        rejection: Draw candidates from the drafter's law and verify by recursive rejection. The default,
+        rejection: Draw candidates from the drafter's distribution and verify by recursive rejection. The default,
             sample-and-match, emits token for token what plain decoding with the same seed emits.
         min_confidence: Leave out the nodes that the drafter takes to be reached with a smaller probability, in [0, 1):
-            the product along the path of its laws, which know the noise. 0 keeps them all.
+            the product along the path of its probabilities, which know the noise. 0 keeps them all.
         compile: Compile the target's passes (`CausalLM.compile_steps`): seconds to minutes for the first of every size.
         tokenizer: Needed for stop strings only.
 
@@ -116,7 +116,7 @@ class SpeculativeDecoder:
         if self.min_confidence and not can.confident:
             raise ValueError(f"the drafts of {name} have no probabilities; leave min_confidence at 0")
         if self.min_confidence and self.rejection:
-            raise ValueError("choosing among drawn candidates would change their law; leave min_confidence at 0")
+            raise ValueError("choosing among drawn candidates changes their distribution; leave min_confidence at 0")
         if self.rejection and not can.samples:
             raise ValueError(f"{name} does not draw its candidates; leave rejection off (sample-and-match)")
         if self.rejection and isinstance(shape, DynamicTree):
@@ -223,7 +223,7 @@ class SpeculativeDecoder:
             sampling=sampling,
             seeds=seeds,
             cache=self.target.new_cache(batch, capacity),
-            memory=self.drafter.new_memory(batch, capacity + missed) if self.drafter and self.tree else None,
+            draft_cache=self.drafter.new_cache(batch, capacity + missed) if self.drafter and self.tree else None,
             guard=guard,
             clock=Clock(device),
             statistics=Statistics(batch, tree_depth(self.tree)),
@@ -246,7 +246,7 @@ class SpeculativeDecoder:
         read = Committed.join(state.unread)
         state.unread.clear()
         draft = self.drafter.propose(
-            DraftState(
+            DraftContext(
                 contexts=state.rows.contexts,
                 root=roots,
                 root_positions=positions,
@@ -257,7 +257,7 @@ class SpeculativeDecoder:
                 sampling=state.sampling,
                 seeds=state.seeds,
                 rejection=self.rejection,
-                memory=state.memory,
+                cache=state.draft_cache,
                 min_confidence=self.min_confidence,
             )
         )

@@ -25,7 +25,7 @@ def transformers_peers(
 
     def loaded(name: str) -> Any:
         model: Any = load_causal_lm(name, dtype)
-        model.generation_config = GenerationConfig()  # the law of the other decoders, without penalties of its own
+        model.generation_config = GenerationConfig()  # as the other decoders, without penalties
         return model.to(device)
 
     model = loaded(name)

@@ -19,17 +19,17 @@ RANKED = 256
 
 @dataclass(frozen=True, eq=False)
 class SampledTree:
-    """Constrained draft tree whose candidates were drawn from the drafter's law without replacement.
+    """Constrained draft tree whose candidates were drawn from the drafter's distribution without replacement.
 
     Args:
         tree: Tree in the order of `backbone_parents`.
         draws: The candidates of each level in the order in which they were drawn, int64 of shape (B, N, K); -1 where
             there are fewer.
-        log_probs: Log-law each level was drawn from, of shape (B, N, V).
+        log_probs: Log-probabilities each level was drawn from, of shape (B, N, V).
         check: Look for impossible draws, which waits for the device.
 
     Raises:
-        ValueError: If a candidate has probability 0 under the law it is said to be drawn from.
+        ValueError: If a candidate has probability 0 under the distribution it is said to be drawn from.
     """
 
     tree: DraftTree
@@ -42,7 +42,7 @@ class SampledTree:
             return
         drawn = self.log_probs.gather(-1, self.draws.clamp(min=0))
         if (drawn.isneginf() & (self.draws >= 0)).any():
-            raise ValueError("a candidate has probability 0 under log_probs; pass the law it was really drawn from")
+            raise ValueError("a candidate has probability 0 under log_probs; pass those it was really drawn from")
 
 
 def _level_noise(draft_logits: Tensor, seeds: Tensor, root_positions: Tensor, ids: Tensor, stream: Stream) -> Tensor:
@@ -103,12 +103,12 @@ class RankedTokens:
     Args:
         ids: Tokens, int64 of shape (B, N, c).
         scores: What they are ranked by, float64 of the same shape.
-        log_laws: How likely the drafter takes each to be the target's draw, as logarithms; the same shape.
+        log_probs: How likely the drafter takes each to be the target's draw, as logarithms; the same shape.
     """
 
     ids: Tensor
     scores: Tensor
-    log_laws: Tensor
+    log_probs: Tensor
 
     def tree(self, root: Tensor, widths: Sequence[int]) -> DraftTree:
         """Tree of the best of them; see `matching_tree`."""
@@ -116,7 +116,7 @@ class RankedTokens:
         return backbone_tree(root, self.ids.gather(-1, place).masked_fill(best.isneginf(), -1), widths, check=False)
 
     def path_probabilities(self, tree: DraftTree) -> Tensor:
-        """How likely the drafter takes each node of such a tree to be reached: the product of its laws along the path.
+        """How likely the drafter takes each node to be reached: the product of its probabilities along the path.
 
         Returns:
             float64 of shape (B, n): 1 at the root; what stands at absent nodes means nothing.
@@ -125,7 +125,7 @@ class RankedTokens:
         rows = torch.arange(len(above), device=above.device).unsqueeze(1)
         level = (above.sum(-1) - 2).clamp(min=0)
         here = self.ids[rows, level] == tree.tokens.unsqueeze(-1)
-        own = self.log_laws[rows, level].masked_fill(~here, -torch.inf).amax(-1)
+        own = self.log_probs[rows, level].masked_fill(~here, -torch.inf).amax(-1)
         own[:, 0] = 0
         return torch.where(above, own.unsqueeze(1), 0).sum(-1).exp()
 
@@ -142,8 +142,8 @@ def rank_tokens(
     """Score the drafter's likeliest tokens of every level; arguments as in `matching_tree`.
 
     Only the `count` largest logits are looked at: noise for a whole vocabulary costs as much as a small target's pass.
-    At temperature 0 the law is the drafter's. Above it the noise is known, so the law is what is left of the doubt: the
-    softmax of logits / temperature + noise among these tokens.
+    At temperature 0 the probabilities are the drafter's. Above it the noise is known, and they are what doubt is left:
+    the softmax of logits / temperature + noise among these tokens.
     """
     check_logits(draft_logits)
     logits, index = draft_logits.topk(min(count, draft_logits.shape[-1]), dim=-1)
@@ -152,8 +152,8 @@ def rank_tokens(
         return RankedTokens(ids, logits, logits - draft_logits.float().logsumexp(-1, keepdim=True))
     scores = logits + temperature * _level_noise(draft_logits, seeds, root_positions, ids, Stream.TARGET)
     # The best score becomes 0 first: no temperature, however small, can overflow it.
-    laws = ((scores - scores.amax(-1, keepdim=True)) / temperature).log_softmax(-1)
-    return RankedTokens(ids, scores, laws)
+    log_probs = ((scores - scores.amax(-1, keepdim=True)) / temperature).log_softmax(-1)
+    return RankedTokens(ids, scores, log_probs)
 
 
 def sampled_tree(
@@ -167,7 +167,7 @@ def sampled_tree(
     vocab_size: int,
     vocabulary: Tensor | None = None,
 ) -> SampledTree:
-    """Tree of tokens drawn from the drafter's processed law without replacement, for `verify_sampled`.
+    """Tree of tokens drawn from the drafter's processed distribution without replacement, for `verify_sampled`.
 
     Gumbel-top-k draws them in order. The backbone is the likeliest one drawn; any choice among the candidates is
     allowed, while they must be tested in the order in which they were drawn.
@@ -176,14 +176,14 @@ def sampled_tree(
         root: Last committed token per row, int64 of shape (B,).
         draft_logits: Logits of every level, shape (B, N, C).
         widths: Candidates per level, N numbers in [1, C].
-        sampling: Processors of the draft law; any law is exact, the target's own is a good choice.
+        sampling: Processors of the draft distribution; any distribution is exact, the target's own is a good choice.
         seeds: int64 of shape (B,).
         root_positions: Absolute position of the root, int64 of shape (B,).
         vocab_size: V.
         vocabulary: Target token of each of the drafter's tokens, int64 of shape (C,); None if they are the same.
 
     Returns:
-        Tree of 1 + sum(widths) nodes, absent where a law has fewer tokens than the level has candidates.
+        Tree of 1 + sum(widths) nodes, absent where a distribution has fewer tokens than the level has candidates.
 
     Raises:
         ValueError: If the logits define no distribution or the widths do not fit them.

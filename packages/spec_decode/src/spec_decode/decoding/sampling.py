@@ -1,4 +1,4 @@
-"""The law a token is drawn from (logit processors) and noise that is a pure function of seed and absolute position.
+"""Logit processors, and noise that is a pure function of seed and absolute position.
 
 All of it is computed in float64, row by row: a draw depends on the logits of its own row, the row's seed and the
 position of the drawn token, and on nothing else, so it comes out the same in plain and in speculative decoding.
@@ -20,9 +20,9 @@ class Stream(IntEnum):
     """Independent uses of the noise at one position."""
 
     TARGET = 0
-    """Draws from the target's law, also a residual of it."""
+    """Draws from the target's distribution, also a residual of it."""
     DRAFT = 1
-    """Candidates drawn from the drafter's law."""
+    """Candidates drawn from the drafter's distribution."""
     ACCEPT = 2
     """Acceptance tests of such candidates."""
 
@@ -147,13 +147,13 @@ def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Processors that turn logits into the law of the next token: temperature, then top-k, then top-p.
+    """Processors that turn logits into the distribution of the next token: temperature, then top-k, then top-p.
 
     Args:
         temperature: Finite divisor of the logits, >= 0; 0 puts all probability on the largest logit, the one of the
             lowest token id where several are equal.
         top_k: Number of tokens to keep, >= 1; None keeps all.
-        top_p: Probability to keep, in (0, 1]; 1 keeps all. It refers to the law after temperature and top-k.
+        top_p: Probability to keep, in (0, 1]; 1 keeps all. It refers to the distribution after temperature and top-k.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -172,7 +172,7 @@ class Sampling:
             raise ValueError(f"top_p must be in (0, 1], 1 keeps every token, got {self.top_p}")
 
     def log_probs(self, logits: Tensor) -> Tensor:
-        """Log-probabilities of the processed law.
+        """Log-probabilities of the processed distribution.
 
         Args:
             logits: Logits of shape (..., V) in any floating dtype; -inf excludes a token.
@@ -185,8 +185,8 @@ class Sampling:
         """
         check_logits(logits)
         if self.temperature == 0:
-            law = torch.full_like(logits, -torch.inf, dtype=torch.float64)
-            return law.scatter(-1, logits.argmax(-1, keepdim=True), 0.0)
+            log_probs = torch.full_like(logits, -torch.inf, dtype=torch.float64)
+            return log_probs.scatter(-1, logits.argmax(-1, keepdim=True), 0.0)
         return self._processed(logits).log_softmax(-1)
 
     def _processed(self, logits: Tensor) -> Tensor:
@@ -198,7 +198,7 @@ class Sampling:
         return keep_top_p(logits, self.top_p)
 
     def draw(self, logits: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
-        """One token per row from the processed law; plain decoding and `verify_matching` both draw here.
+        """One token per row from the processed distribution; plain decoding and `verify_matching` both draw here.
 
         Args:
             logits: Logits of shape (A, V).

@@ -121,7 +121,7 @@ class DecodingState:
         sampling: The target's processors.
         seeds: One seed per row, int64 of shape (B,).
         cache: Keys and values of the target.
-        memory: What the drafter remembers of the batch.
+        draft_cache: What the drafter remembers of the batch.
         guard: Decides whether a pass drafts; None always drafts.
         clock: Seconds by phase.
         statistics: What the passes brought.
@@ -132,7 +132,7 @@ class DecodingState:
     sampling: Sampling
     seeds: Tensor
     cache: KVCache
-    memory: Any
+    draft_cache: Any
     guard: PayGuard | None
     clock: Clock
     statistics: Statistics

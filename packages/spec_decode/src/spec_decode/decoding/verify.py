@@ -1,8 +1,8 @@
 """Lossless verification of a draft tree against the target's logits at its nodes.
 
-Both rules walk down from the root: at each node one token is drawn whose law is exactly the target's processed law
-there; while the tree holds the drawn token as a child, the walk moves on to it, otherwise that token is the bonus.
-They differ in how the token is drawn. Proofs and what is tested: docs/spec_exactness.md.
+Both rules walk down from the root: at each node one token is drawn whose distribution is exactly the target's processed
+distribution there; while the tree holds the drawn token as a child, the walk moves on to it, otherwise that token is
+the bonus. They differ in how the token is drawn. Proofs and what is tested: docs/spec_exactness.md.
 Shapes: B rows of a batch, n nodes, D the tree's depth, V tokens, A rows still walking.
 """
 
@@ -101,19 +101,19 @@ def verify_matching(
 
 
 def recursive_rejection(p: Tensor, q: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-    """Acceptance probability of candidates drawn without replacement and the law left when all are rejected.
+    """Acceptance probability of candidates drawn without replacement and the distribution left when all are rejected.
 
     With R_1 = p and Q_1 = q, candidate x_j is accepted with probability min(1, R_j(x_j) / Q_j(x_j)); on rejection
     R_{j+1} is the normalised positive part of R_j - Q_j and Q_{j+1} is Q_j without x_j, normalised.
 
     Args:
-        p: Target law of shape (A, V).
+        p: Target distribution of shape (A, V).
         q: Law of the first draw, shape (A, V), positive at every candidate.
         draws: Candidates in the order in which they were drawn, int64 of shape (A, K), -1 where there are fewer.
 
     Returns:
         Acceptance probability of each candidate given that all before it were rejected, shape (A, K), 0 at -1; and
-        the law of the token in case all are rejected, shape (A, V).
+        the distribution of the token in case all are rejected, shape (A, V).
 
     References:
         Jeon et al., arXiv 2402.14160; Chen et al. (Sequoia), arXiv 2402.12374.
@@ -140,11 +140,11 @@ def verify_sampled(
 ) -> Verified:
     """Recursive rejection without replacement, candidates tested in the order in which they were drawn.
 
-    Exact for candidates drawn from the recorded laws with noise of their own; accepts more than `verify_matching`
-    would with the same candidates.
+    Exact for candidates drawn from the recorded distributions with noise of their own; accepts more than
+    `verify_matching` would with the same candidates.
 
     Args:
-        draft: Constrained draft tree with its draws and their laws.
+        draft: Constrained draft tree with its draws and their distributions.
         logits: Target logits at every node, shape (B, n, V).
         sampling: The target's processors.
         seeds: One seed per row, int64 of shape (B,).
@@ -159,12 +159,12 @@ def verify_sampled(
     levels = draft.draws.shape[1]
 
     def draw(rows: Tensor, nodes: Tensor, depth: int) -> Tensor:
-        law, seed, position = sampling.log_probs(logits[rows, nodes]), seeds[rows], root_positions[rows] + depth + 1
+        log_p, seed, position = sampling.log_probs(logits[rows, nodes]), seeds[rows], root_positions[rows] + depth + 1
         if depth == levels:
-            return gumbel_argmax(law, seed, position)
+            return gumbel_argmax(log_p, seed, position)
         # A leaf has no children, yet testing the level's draws there is exact as well; its token is then the bonus.
         draws = draft.draws[rows, depth]
-        acceptance, residual = recursive_rejection(law.exp(), draft.log_probs[rows, depth].double().exp(), draws)
+        acceptance, residual = recursive_rejection(log_p.exp(), draft.log_probs[rows, depth].double().exp(), draws)
         ranks = torch.arange(draws.shape[1], device=draws.device)
         accepted = uniform_noise(seed, position, ranks, Stream.ACCEPT) < acceptance
         first = draws.gather(1, accepted.int().argmax(1, keepdim=True)).squeeze(1)

@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 
-from spec_decode.drafters.base import Drafter, DraftState, DynamicTree
+from spec_decode.drafters.base import DraftContext, Drafter, DynamicTree
 from spec_decode.drafters.draft_model import DraftModel, PretrainedDraft
 from spec_decode.drafters.eagle3 import Eagle3
 from spec_decode.drafters.fast_eagle import FastEagle
@@ -18,8 +18,8 @@ for _module in pkgutil.iter_modules(__path__):
 
 __all__ = [
     "DRAFTERS",
+    "DraftContext",
     "DraftModel",
-    "DraftState",
     "Drafter",
     "DrafterSpec",
     "DynamicTree",

@@ -67,7 +67,7 @@ def tree_slots(shape: TreeShape) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class DraftState:
+class DraftContext:
     """What is known when a draft is due. The root is the last committed token; the target has not seen it yet.
 
     Args:
@@ -81,8 +81,8 @@ class DraftState:
         tree: Shape of the tree to draft.
         sampling: The target's processors.
         seeds: The target's seeds, int64 of shape (B,).
-        rejection: Whether the candidates must be drawn from the drafter's law, for `verify_sampled`.
-        memory: What the drafter's `new_memory` returned for this batch.
+        rejection: Whether the candidates must be drawn from the drafter's distribution, for `verify_sampled`.
+        cache: What the drafter's `new_cache` returned for this batch.
         min_confidence: Nodes that the drafter takes to be reached with a smaller probability are left out.
     """
 
@@ -96,7 +96,7 @@ class DraftState:
     sampling: Sampling
     seeds: Tensor
     rejection: bool
-    memory: Any
+    cache: Any
     min_confidence: float = 0.0
 
 
@@ -124,7 +124,7 @@ class Capabilities:
 
 
 class Drafter(ABC):
-    """Proposes trees. One instance serves any number of batches; what it remembers of one lives in its memory.
+    """Proposes trees. One instance serves any number of batches; what it remembers of one lives in its draft cache.
 
     Attributes:
         capabilities: What it can draft.
@@ -138,7 +138,7 @@ class Drafter(ABC):
         """Whether it drafts for this target; one that reads the text alone drafts for any."""
         return True
 
-    def new_memory(self, batch: int, capacity: int) -> Any:
+    def new_cache(self, batch: int, capacity: int) -> Any:
         """State of a new batch of rows that may grow to `capacity` tokens, draft nodes included."""
         return None
 
@@ -150,11 +150,11 @@ class Drafter(ABC):
         return [*self.parameters(), *self.buffers()] if isinstance(self, torch.nn.Module) else []
 
     @abstractmethod
-    def propose(self, state: DraftState) -> Draft:
+    def propose(self, state: DraftContext) -> Draft:
         """Tree below the root of every row; a `SampledTree` where `state.rejection` asks for drawn candidates."""
 
 
-def draft_from_levels(state: DraftState, logits: Tensor, vocabulary: Tensor | None, vocab_size: int) -> Draft:
+def draft_from_levels(state: DraftContext, logits: Tensor, vocabulary: Tensor | None, vocab_size: int) -> Draft:
     """Constrained tree of a drafter whose levels are independent of one another.
 
     Args:
@@ -178,7 +178,7 @@ def draft_from_levels(state: DraftState, logits: Tensor, vocabulary: Tensor | No
     return ranked_tree(state, rank_levels(state, logits, vocabulary))
 
 
-def ranked_tree(state: DraftState, ranked: RankedTokens) -> DraftTree:
+def ranked_tree(state: DraftContext, ranked: RankedTokens) -> DraftTree:
     """Constrained tree of the best tokens of every level, without what is below `state.min_confidence`."""
     assert isinstance(state.tree, tuple)
     tree = ranked.tree(state.root, state.tree)
@@ -187,8 +187,8 @@ def ranked_tree(state: DraftState, ranked: RankedTokens) -> DraftTree:
     return tree
 
 
-def rank_levels(state: DraftState, logits: Tensor, vocabulary: Tensor | None) -> RankedTokens:
-    """The candidates' scores under the state's law; arguments as in `draft_from_levels`."""
+def rank_levels(state: DraftContext, logits: Tensor, vocabulary: Tensor | None) -> RankedTokens:
+    """The candidates' scores under the state's distribution; arguments as in `draft_from_levels`."""
     assert isinstance(state.tree, tuple)
     return rank_tokens(
         logits,
@@ -206,7 +206,7 @@ def last_rows(x: Tensor, counts: Tensor) -> Tensor:
 
 
 def draft_along_backbone(
-    state: DraftState,
+    state: DraftContext,
     logits: Tensor,
     advance: Callable[[Tensor], Tensor],
     vocabulary: Tensor | None,
@@ -241,12 +241,12 @@ def draft_along_backbone(
             place = ranked[-1].scores[:, 0].argmax(-1, keepdim=True)
             best = ranked[-1].ids[:, 0].gather(-1, place).squeeze(1)
             if state.min_confidence:  # which waits for the device
-                reached = reached + ranked[-1].log_laws[:, 0].gather(-1, place).squeeze(1)
+                reached = reached + ranked[-1].log_probs[:, 0].gather(-1, place).squeeze(1)
                 if (reached.exp() < state.min_confidence).all():
                     break
         levels.append(advance(best))
     if state.rejection:
         return draft_from_levels(state, torch.stack(levels, dim=1), vocabulary, vocab_size)
-    parts = [(r.ids, r.scores, r.log_laws) for r in ranked]
+    parts = [(r.ids, r.scores, r.log_probs) for r in ranked]
     together = RankedTokens(*(torch.cat(part, dim=1) for part in zip(*parts, strict=True)))
     return ranked_tree(replace(state, tree=state.tree[: len(ranked)]), together)

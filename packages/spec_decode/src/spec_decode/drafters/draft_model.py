@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spec_decode.drafters.base import Capabilities, Draft, Drafter, DraftState, draft_along_backbone, last_rows
+from spec_decode.drafters.base import Capabilities, Draft, DraftContext, Drafter, draft_along_backbone, last_rows
 from spec_decode.drafters.registry import DRAFTERS
 from spec_decode.drafters.trainable import TrainableDrafter
-from spec_decode.models import CausalLM, DecoderLayer, KVCache, Pass, RMSNorm, States
+from spec_decode.models import CausalLM, DecoderLayer, DecodingPass, KVCache, RMSNorm, States
 from spec_decode.models.layers import causal_attention
 
 
@@ -20,9 +20,9 @@ class Autoregressive(Drafter):
     def next_logits(self, tokens: Tensor, counts: Tensor, cache: KVCache) -> Tensor:
         """Append runs of tokens, (B, m) with (B,) counts, to the cache; logits (B, C) behind each row's last one."""
 
-    def draft(self, state: DraftState, vocabulary: Tensor | None, vocab_size: int) -> Draft:
+    def draft(self, state: DraftContext, vocabulary: Tensor | None, vocab_size: int) -> Draft:
         """Constrained tree along the backbone."""
-        cache: KVCache = state.memory
+        cache: KVCache = state.cache
         tokens, counts = state.next_tokens, state.counts
         if int(cache.lengths.max()) == 0:  # the first token follows nothing, so it is in no run of next tokens
             first = torch.tensor([[context[0]] for context in state.contexts], device=tokens.device)
@@ -73,21 +73,21 @@ class DraftModel(TrainableDrafter, Autoregressive):
         x = self.norm(x)
         return [x[:, 1 + level :] for level in range(self.depth)]
 
-    def new_memory(self, batch: int, capacity: int) -> Any:
+    def new_cache(self, batch: int, capacity: int) -> Any:
         """Cache of the stack."""
-        return self.new_cache(len(self.layers), batch, capacity)
+        return self.layer_cache(len(self.layers), batch, capacity)
 
     def next_logits(self, tokens: Tensor, counts: Tensor, cache: KVCache) -> Tensor:
         """See the base class."""
         shape = self.target.shape
-        this = Pass.run(cache, tokens.shape[1], groups=shape.heads // shape.kv_heads)
+        this = DecodingPass.run(cache, tokens.shape[1], groups=shape.heads // shape.kv_heads)
         x, by = self.embed(tokens), self.rotation(this.positions)
         for index, layer in enumerate(self.layers):
             x = layer(x, by, this.attend(index))
         cache.lengths = cache.lengths + counts
         return self.frozen_logits(self.norm(last_rows(x, counts)))
 
-    def propose(self, state: DraftState) -> Draft:
+    def propose(self, state: DraftContext) -> Draft:
         """Token by token."""
         return self.draft(state, self.vocabulary, self.target.vocab_size)
 
@@ -130,7 +130,7 @@ class PretrainedDraft(Autoregressive):
         """Those of the draft model."""
         return [*self.model.parameters(), *self.model.buffers()]
 
-    def new_memory(self, batch: int, capacity: int) -> Any:
+    def new_cache(self, batch: int, capacity: int) -> Any:
         """Cache of the draft model."""
         return self.model.new_cache(batch, capacity)
 
@@ -139,6 +139,6 @@ class PretrainedDraft(Autoregressive):
         known = tokens.clamp(max=self.model.vocab_size - 1)  # the target may write a token of its own padding
         return self.model.logits(last_rows(self.model.extend(known, counts, cache).final, counts))[..., : self.shared]
 
-    def propose(self, state: DraftState) -> Draft:
+    def propose(self, state: DraftContext) -> Draft:
         """Token by token."""
         return self.draft(state, None, self.target.vocab_size)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spec_decode.decoding.tree import DraftTree, prune_tree
-from spec_decode.drafters.base import DraftState, DynamicTree, rank_levels
+from spec_decode.drafters.base import DraftContext, DynamicTree, rank_levels
 
 
 class DynamicCandidates:
@@ -37,7 +37,7 @@ class DynamicCandidates:
     expanded: Tensor
     seen: Tensor
 
-    def __init__(self, state: DraftState, tree: DynamicTree, vocabulary: Tensor | None) -> None:
+    def __init__(self, state: DraftContext, tree: DynamicTree, vocabulary: Tensor | None) -> None:
         root = state.root
         self._state, self._root, self._shape, self._vocabulary = state, root, tree, vocabulary
         self._tokens: list[Tensor] = []
@@ -79,7 +79,7 @@ class DynamicCandidates:
             root_positions=(state.root_positions + level).repeat_interleave(nodes),
         )
         ranked = rank_levels(alone, logits.flatten(0, 1).unsqueeze(1), self._vocabulary)
-        best, place = ranked.log_laws.topk(width, dim=-1)
+        best, place = ranked.log_probs.topk(width, dim=-1)
         tokens = ranked.ids.gather(-1, place)
         # Rounding must not make a child likelier than its parent.
         return best.clamp(max=0).view(-1, nodes, width), tokens.view(-1, nodes, width)

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spec_decode.drafters.base import Draft, DraftState, DynamicTree, draft_along_backbone, last_rows
+from spec_decode.drafters.base import Draft, DraftContext, DynamicTree, draft_along_backbone, last_rows
 from spec_decode.drafters.dynamic import DynamicCandidates
 from spec_decode.drafters.registry import DRAFTERS
 from spec_decode.drafters.trainable import TrainableDrafter
-from spec_decode.models import CausalLM, KVCache, LayerShape, Pass, RMSNorm, States
+from spec_decode.models import CausalLM, DecodingPass, KVCache, LayerShape, RMSNorm, States
 from spec_decode.models.layers import Attend, Attention, GatedMLP, Rotation
 
 
@@ -121,20 +121,20 @@ class Eagle3(TrainableDrafter):
         """Logits through its own head."""
         return self.head(states)
 
-    def new_memory(self, batch: int, capacity: int) -> Any:
+    def new_cache(self, batch: int, capacity: int) -> Any:
         """Cache of the layer."""
-        return self.new_cache(1, batch, capacity)
+        return self.layer_cache(1, batch, capacity)
 
     def _groups(self) -> int:
         return self.target.shape.heads // self.target.shape.kv_heads
 
-    def _step(self, tokens: Tensor, features: Tensor, this: Pass) -> Tensor:
+    def _step(self, tokens: Tensor, features: Tensor, this: DecodingPass) -> Tensor:
         return self.layer(self.embed(tokens), features, self.rotation(this.positions), this.attend(0))
 
-    def propose(self, state: DraftState) -> Draft:
+    def propose(self, state: DraftContext) -> Draft:
         """Committed positions with the target's features first, then level by level on its own."""
-        cache: KVCache = state.memory
-        this = Pass.run(cache, state.next_tokens.shape[1], groups=self._groups())
+        cache: KVCache = state.cache
+        this = DecodingPass.run(cache, state.next_tokens.shape[1], groups=self._groups())
         fused = self.fuse(state.states.features.to(self.dtype))
         feature = last_rows(self._step(state.next_tokens, fused, this), state.counts).unsqueeze(1)
         cache.lengths = cache.lengths + state.counts
@@ -144,7 +144,7 @@ class Eagle3(TrainableDrafter):
 
         def advance(token: Tensor) -> Tensor:
             nonlocal feature
-            feature = self._step(token.unsqueeze(1), feature, Pass.run(cache, 1, groups=self._groups()))
+            feature = self._step(token.unsqueeze(1), feature, DecodingPass.run(cache, 1, groups=self._groups()))
             cache.lengths = cache.lengths + 1
             return self.head(self.norm(feature[:, 0]))
 
@@ -153,14 +153,14 @@ class Eagle3(TrainableDrafter):
         cache.lengths = committed
         return draft
 
-    def _dynamic(self, state: DraftState, tree: DynamicTree, feature: Tensor) -> Draft:
+    def _dynamic(self, state: DraftContext, tree: DynamicTree, feature: Tensor) -> Draft:
         """Tree grown by cumulative probability; `feature` (B, 1, h) is the root's."""
         candidates = DynamicCandidates(state, tree, self.vocabulary)
         tokens = candidates.expand(self.head(self.norm(feature)))
         feature = feature.expand(-1, tokens.shape[1], -1)
         for level in range(tree.depth - 1):
-            this = Pass(
-                state.memory,
+            this = DecodingPass(
+                state.cache,
                 torch.tensor(level, device=tokens.device),
                 candidates.seen,
                 first=level * tokens.shape[1],

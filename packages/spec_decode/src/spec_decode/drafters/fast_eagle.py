@@ -5,10 +5,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spec_decode.drafters.base import Draft, DraftState, draft_along_backbone, draft_from_levels, last_rows, tree_depth
+from spec_decode.drafters.base import (
+    Draft,
+    DraftContext,
+    draft_along_backbone,
+    draft_from_levels,
+    last_rows,
+    tree_depth,
+)
 from spec_decode.drafters.registry import DRAFTERS
 from spec_decode.drafters.trainable import TrainableDrafter
-from spec_decode.models import CausalLM, DecoderLayer, KVCache, Pass, RMSNorm, States
+from spec_decode.models import CausalLM, DecoderLayer, DecodingPass, KVCache, RMSNorm, States
 from spec_decode.models.layers import Attend, causal_attention
 
 
@@ -90,15 +97,15 @@ class FastEagle(TrainableDrafter):
         within = enumerate(outputs[: tokens.shape[1] - 1])
         return [self._state(i, x[:, : x.shape[1] - i], tokens[:, 1 + i :]) for i, x in within]
 
-    def new_memory(self, batch: int, capacity: int) -> Any:
+    def new_cache(self, batch: int, capacity: int) -> Any:
         """One cache with a layer per layer."""
-        return self.new_cache(len(self.layers), batch, capacity)
+        return self.layer_cache(len(self.layers), batch, capacity)
 
-    def propose(self, state: DraftState) -> Draft:
+    def propose(self, state: DraftContext) -> Draft:
         """One pass over the newly committed positions; the last of each row predicts every level."""
-        cache: KVCache = state.memory
+        cache: KVCache = state.cache
         shape = self.target.shape
-        this = Pass.run(cache, state.next_tokens.shape[1], groups=shape.heads // shape.kv_heads)
+        this = DecodingPass.run(cache, state.next_tokens.shape[1], groups=shape.heads // shape.kv_heads)
         attends = [this.attend(i) for i in range(self.stem + tree_depth(state.tree))]
         outputs = self._cascade(state.states.features, state.next_tokens, this.positions, attends)
         cache.lengths = cache.lengths + state.counts

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spec_decode.drafters.base import Draft, DraftState, draft_from_levels, last_rows, tree_depth
+from spec_decode.drafters.base import Draft, DraftContext, draft_from_levels, last_rows, tree_depth
 from spec_decode.drafters.registry import DRAFTERS
 from spec_decode.drafters.trainable import TrainableDrafter
 from spec_decode.models import CausalLM, States
@@ -68,7 +68,7 @@ class Medusa(TrainableDrafter):
         """Logits through the level's own head."""
         return self.heads[level](states)
 
-    def propose(self, state: DraftState) -> Draft:
+    def propose(self, state: DraftContext) -> Draft:
         """All levels from the last committed position."""
         final = last_rows(state.states.final, state.counts).to(self.dtype)
         levels = [block(final) for block in list(self.blocks)[: tree_depth(state.tree)]]

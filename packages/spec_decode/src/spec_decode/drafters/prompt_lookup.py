@@ -7,7 +7,7 @@ from torch import Tensor
 
 from spec_decode.decoding.proposals import SampledTree
 from spec_decode.decoding.tree import merge_branches, root_tree
-from spec_decode.drafters.base import Capabilities, Draft, Drafter, DraftState, tree_depth, verified_slots
+from spec_decode.drafters.base import Capabilities, Draft, DraftContext, Drafter, tree_depth, verified_slots
 from spec_decode.drafters.registry import DRAFTERS
 from spec_decode.models import CausalLM
 
@@ -62,15 +62,15 @@ class PromptLookup(Drafter):
             raise ValueError(f"longest must be >= 1, a whole number, got {longest}")
         self.longest = longest
 
-    def new_memory(self, batch: int, capacity: int) -> Any:
+    def new_cache(self, batch: int, capacity: int) -> Any:
         """One index per row."""
         return [NgramIndex(self.longest) for _ in range(batch)]
 
-    def branches(self, state: DraftState, count: int) -> list[list[list[int]]]:
-        """Branch of every row, at most `count` tokens, none where nothing matches; `state.memory` holds the indexes."""
-        return [[index.continuation(list(c), count)] for index, c in zip(state.memory, state.contexts, strict=True)]
+    def branches(self, state: DraftContext, count: int) -> list[list[list[int]]]:
+        """Branch of every row, at most `count` tokens, none where nothing matches; `state.cache` holds the indexes."""
+        return [[index.continuation(list(c), count)] for index, c in zip(state.cache, state.contexts, strict=True)]
 
-    def propose(self, state: DraftState) -> Draft:
+    def propose(self, state: DraftContext) -> Draft:
         """Chain of at most as many tokens as the tree has levels."""
         return merge_branches(root_tree(state.root), self.branches(state, tree_depth(state.tree)), 1 << 30)
 
@@ -103,14 +103,14 @@ class WithLookup(Drafter):
         """Those of the other drafter."""
         return self.drafter.weights()
 
-    def new_memory(self, batch: int, capacity: int) -> Any:
-        """The memories of both."""
-        return self.drafter.new_memory(batch, capacity), self.lookup.new_memory(batch, capacity)
+    def new_cache(self, batch: int, capacity: int) -> Any:
+        """The caches of both."""
+        return self.drafter.new_cache(batch, capacity), self.lookup.new_cache(batch, capacity)
 
-    def propose(self, state: DraftState) -> Draft:
+    def propose(self, state: DraftContext) -> Draft:
         """The drafter's tree, and a branch that fills its pass (`verified_slots`)."""
-        inner, indexes = state.memory
-        draft = self.drafter.propose(replace(state, memory=inner))
+        inner, indexes = state.cache
+        draft = self.drafter.propose(replace(state, cache=inner))
         assert not isinstance(draft, SampledTree)
         slots = verified_slots(state.tree)
-        return merge_branches(draft, self.lookup.branches(replace(state, memory=indexes), slots - 1), slots)
+        return merge_branches(draft, self.lookup.branches(replace(state, cache=indexes), slots - 1), slots)

@@ -155,7 +155,7 @@ class TrainableDrafter(nn.Module, Drafter):
         """The target's rotary cosines and sines in the drafter's type."""
         return rotation(positions, self.target.frequencies, self.target.rope_scale, self.dtype)
 
-    def new_cache(self, layers: int, batch: int, capacity: int) -> KVCache:
+    def layer_cache(self, layers: int, batch: int, capacity: int) -> KVCache:
         """Cache of the drafter's own layers, which have the target's shape."""
         shape = self.target.shape
         return KVCache(

@@ -72,7 +72,7 @@ class KVCache:
         self.lengths = self.lengths + kept
 
 
-class Pass:
+class DecodingPass:
     """One pass of new nodes over a cache: their positions, where they are written and what they see.
 
     Args:
@@ -127,13 +127,13 @@ class Pass:
         return bias.unsqueeze(1).repeat(1, 1, groups, 1)
 
     @classmethod
-    def run(cls, cache: KVCache, size: int, **settings: Any) -> "Pass":
+    def run(cls, cache: KVCache, size: int, **settings: Any) -> "DecodingPass":
         """Pass of `size` tokens each of which follows the one before."""
         order = torch.arange(size, device=cache.lengths.device)
         return cls(cache, order, (order.unsqueeze(1) >= order).unsqueeze(0), **settings)
 
     @classmethod
-    def tree(cls, cache: KVCache, parents: Tensor, **settings: Any) -> "Pass":
+    def tree(cls, cache: KVCache, parents: Tensor, **settings: Any) -> "DecodingPass":
         """Pass of a draft tree given as a parent array of shape (B, n), whose root follows the committed tokens."""
         seen = ancestor_mask(parents)
         return cls(cache, seen.sum(-1) - 1, seen, **settings)

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from spec_decode.decoding.tree import DraftTree
-from spec_decode.models.cache import KVCache, Pass
+from spec_decode.models.cache import DecodingPass, KVCache
 from spec_decode.models.layers import Attend, DecoderLayer, LayerShape, RMSNorm, Rotation, causal_attention, rotation
 from spec_decode.models.packed import PackedLinear, pack_linears, packable
 
@@ -201,9 +201,9 @@ class CausalLM(nn.Module):
         """
         settings = {"groups": self.shape.heads // self.shape.kv_heads, "window": self.window}
         if parents is None:
-            this = Pass.run(cache, tokens.shape[1], **settings)
+            this = DecodingPass.run(cache, tokens.shape[1], **settings)
         else:
-            this = Pass.tree(cache, parents, **settings)
+            this = DecodingPass.tree(cache, parents, **settings)
         attends = [this.attend(i, windowed=w) for i, w in enumerate(self.windowed)]
         run = self._compiled[0] if self._compiled else self._run
         return run(tokens.clamp(min=0), this.positions, attends)

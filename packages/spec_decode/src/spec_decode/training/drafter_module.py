@@ -33,11 +33,11 @@ from spec_decode.training.losses import (
 class DrafterModule(TrainingModule):
     """Train a drafter of any kind against a frozen target.
 
-    The loss of a level is the soft cross-entropy to the target's law, and what is weighted in beside it, summed over
-    its supervised tokens. The loss of an update is the weighted sum over the levels, micro-batches and ranks, divided
-    by the number of tokens that the first level is supervised on, so that neither accumulation nor the number of ranks
-    changes it. Under a reduced draft vocabulary the law is renormalised over it, and positions whose token lies outside
-    are left out.
+    The loss of a level is the soft cross-entropy to the target's distribution, and what is weighted in beside it,
+    summed over its supervised tokens. The loss of an update is the weighted sum over the levels, micro-batches and
+    ranks, divided by the number of tokens that the first level is supervised on, so that neither accumulation nor the
+    number of ranks changes it. Under a reduced draft vocabulary the distribution is renormalised over it, and positions
+    whose token lies outside are left out.
 
     Args:
         target: The model whose decoding is sped up.
@@ -176,7 +176,7 @@ class DrafterModule(TrainingModule):
         final = states.final.flatten(0, 1)
         with torch.no_grad():
             head = drafter.frozen_head()
-            answered = batch.answer[:, 1:].flatten().nonzero().squeeze(1)  # the law of token t is read at t - 1
+            answered = batch.answer[:, 1:].flatten().nonzero().squeeze(1)  # token t is predicted at t - 1
             at = answered + answered // (batch.tokens.shape[1] - 1)
             logits = torch.nn.functional.linear(final[at].to(head.dtype), head)
             place = torch.zeros(len(final), dtype=torch.int64, device=final.device)

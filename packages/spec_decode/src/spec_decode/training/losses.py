@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 
 def soft_cross_entropy(logits: Tensor, target_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """-sum over tokens of p log q for p = softmax(target_logits) and q = softmax(logits), and its slope q - p.
+    """-sum over tokens of p log q for p = softmax(target_logits) and q = softmax(logits), and its gradient q - p.
 
     Args:
         logits: Shape (M, C).
@@ -25,17 +25,17 @@ def soft_cross_entropy(logits: Tensor, target_logits: Tensor) -> tuple[Tensor, T
         Shape (M,), >= the entropy of p, and the gradient with respect to `logits`, shape (M, C); both without a graph
         and at least in fp32.
     """
-    log_q, p = _laws(logits, target_logits)
+    log_q, p = _distributions(logits, target_logits)
     value = -(p * log_q).sum(-1)
     return value, log_q.exp_().sub_(p)
 
 
 def rejected_mass(logits: Tensor, target_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """1 - sum over tokens of min(p, q), the total variation, and its slope.
+    """1 - sum over tokens of min(p, q), the total variation, and its gradient with respect to the logits.
 
     It is the probability that a token drawn from q is rejected when the target verifies it, so its fall is the gain in
-    acceptance at temperature 1 (Leviathan et al., arXiv 2211.17192, corollary 3.6). Its slope is small where q is far
-    from p, which is why it is added to the cross-entropy instead of taking its place.
+    acceptance at temperature 1 (Leviathan et al., arXiv 2211.17192, corollary 3.6). This gradient is small where q is
+    far from p, which is why it is added to the cross-entropy instead of taking its place.
 
     Args:
         logits: Shape (M, C).
@@ -45,22 +45,22 @@ def rejected_mass(logits: Tensor, target_logits: Tensor) -> tuple[Tensor, Tensor
         Shape (M,), in [0, 1], and the gradient with respect to `logits`, shape (M, C); both without a graph and at
         least in fp32.
     """
-    log_q, p = _laws(logits, target_logits)
+    log_q, p = _distributions(logits, target_logits)
     q = log_q.exp_()
     short = q * (q < p)  # tokens of which q holds too little
     return 1 - torch.minimum(p, q).sum(-1), q * short.sum(-1, keepdim=True) - short
 
 
-def _laws(logits: Tensor, target_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Log of the drafter's law q, and the target's law p, at least in fp32."""
+def _distributions(logits: Tensor, target_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Log of the drafter's distribution q, and the target's distribution p, at least in fp32."""
     precise = torch.promote_types(torch.promote_types(logits.dtype, target_logits.dtype), torch.float32)
-    # Both by the same steps: of equal logits the laws must be equal, or rounding would decide the slope of the minimum.
+    # Both by the same steps: equal logits must give equal distributions, or rounding would decide the gradient there.
     log_q, log_p = (z.detach().to(precise).log_softmax(-1) for z in (logits, target_logits))
     return log_q, log_p.exp_()
 
 
 LevelLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Loss of every position, (M,), and its slope, (M, C), from a level's logits and the target's."""
+"""Loss of every position, (M,), and its gradient, (M, C), with respect to a level's logits; from these and the target's."""
 
 
 def level_loss(acceptance_weight: float) -> LevelLoss:
@@ -69,9 +69,9 @@ def level_loss(acceptance_weight: float) -> LevelLoss:
         return soft_cross_entropy
 
     def both(logits: Tensor, target_logits: Tensor) -> tuple[Tensor, Tensor]:
-        value, slope = soft_cross_entropy(logits, target_logits)
-        missed, slope_missed = rejected_mass(logits, target_logits)
-        return value + acceptance_weight * missed, slope + acceptance_weight * slope_missed
+        value, grad = soft_cross_entropy(logits, target_logits)
+        missed, grad_missed = rejected_mass(logits, target_logits)
+        return value + acceptance_weight * missed, grad + acceptance_weight * grad_missed
 
     return both
 
@@ -156,7 +156,7 @@ class _HeadLoss(torch.autograd.Function):
         *leaves: Tensor,
     ) -> tuple[Tensor, Tensor]:
         loss, hits = states.new_zeros((), dtype=torch.float32), tokens.new_zeros(())
-        slopes: list[Tensor] = []
+        grads: list[Tensor] = []
         sums: list[Tensor | None] = [None] * len(leaves)
         for part, theirs, token in zip(
             states.split(chunk), target_logits.split(chunk), tokens.split(chunk), strict=True
@@ -164,21 +164,21 @@ class _HeadLoss(torch.autograd.Function):
             x = part.detach().requires_grad_(learns)
             with torch.set_grad_enabled(learns):
                 logits = head(x)
-            value, slope = objective(logits, theirs)
+            value, grad = objective(logits, theirs)
             # In fp32: on a CPU it takes several times as long to find the largest of bfloat16 numbers.
             loss, hits = loss + value.sum(), hits + (logits.detach().float().max(-1).indices == token).sum()
             if learns:
-                slope_x, *more = torch.autograd.grad(logits, [x, *leaves], slope.to(logits.dtype), allow_unused=True)
-                slopes.append(slope_x)
+                grad_x, *more = torch.autograd.grad(logits, [x, *leaves], grad.to(logits.dtype), allow_unused=True)
+                grads.append(grad_x)
                 sums = [b if a is None else a if b is None else a.add_(b) for a, b in zip(sums, more, strict=True)]
         ctx.mark_non_differentiable(hits)
-        ctx.save_for_backward(torch.cat(slopes) if slopes else torch.zeros_like(states), *sums)
+        ctx.save_for_backward(torch.cat(grads) if grads else torch.zeros_like(states), *sums)
         return loss, hits
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, by: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return (*[None] * 6, *(None if slope is None else slope * by for slope in ctx.saved_tensors))
+        return (*[None] * 6, *(None if grad is None else grad * by for grad in ctx.saved_tensors))
 
 
 def feature_loss(states: Tensor, final: Tensor) -> Tensor:
