@@ -395,7 +395,7 @@ for kind in PROMPTS:
     choice = best_tree(acceptance, passes_seconds, draft_seconds[: len(acceptance)])
     shown = ", ".join(f"{a:.0%}" for (a,) in acceptance)
     verdict = (
-        f"a chain of {len(choice.widths)}, {choice.speedup:.2f} times plain speed" if choice.widths else "no drafts"
+        f"a chain of {len(choice.branching)}, {choice.speedup:.2f} times plain speed" if choice.branching else "no drafts"
     )
     print(f"{kind}: acceptance by level {shown}; needed {needed(min(CHAIN, len(acceptance))):.0%}. Best: {verdict}")
 

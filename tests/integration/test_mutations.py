@@ -731,15 +731,15 @@ MUTATIONS = [
     Mutation(
         "dynamic trees ranked without the target's noise",
         "spec_decode/drafters/dynamic.py",
-        "            seeds=state.seeds.repeat_interleave(nodes),",
-        "            seeds=state.seeds.repeat_interleave(nodes) * 0,",
+        "            seeds=context.seeds.repeat_interleave(nodes),",
+        "            seeds=context.seeds.repeat_interleave(nodes) * 0,",
         "spec_decode/test_drafters.py::test_a_dynamic_tree_holds_what_the_target_draws_where_the_drafter_is_the_target",
     ),
     Mutation(
         "the noise of a dynamic tree's first level at all of them",
         "spec_decode/drafters/dynamic.py",
-        "(state.root_positions + level).repeat_interleave(nodes)",
-        "state.root_positions.repeat_interleave(nodes)",
+        "(context.root_positions + level).repeat_interleave(nodes)",
+        "context.root_positions.repeat_interleave(nodes)",
         "spec_decode/test_drafters.py::test_a_dynamic_tree_holds_what_the_target_draws_where_the_drafter_is_the_target",
     ),
     Mutation(

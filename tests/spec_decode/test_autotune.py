@@ -53,12 +53,12 @@ def test_the_choice_follows_acceptance_and_cost(tiny, drafter, monkeypatch):
     monkeypatch.setattr(module, "measure_drafts", lambda *a, **k: [0.1, 0.2, 0.3])
     drafter.acceptance = [[0.8, 0.1], [0.7, 0.1], [0.6, 0.1]]
     good = autotune(tiny.target, drafter)
-    assert len(good.widths) == 3
-    assert sum(good.widths) == 6  # as many as fit into 8 nodes
+    assert len(good.branching) == 3
+    assert sum(good.branching) == 6  # as many as fit into 8 nodes
     assert good.speedup > 1.5
-    assert SpeculativeDecoder.tuned(tiny.target, drafter).tree == good.widths
+    assert SpeculativeDecoder.tuned(tiny.target, drafter).tree == good.branching
     drafter.acceptance = [[0.1, 0.0], [0.1, 0.0], [0.1, 0.0]]
-    assert autotune(tiny.target, drafter).widths == ()
+    assert autotune(tiny.target, drafter).branching == ()
 
 
 def test_a_useless_drafter_is_never_called(tiny, drafter, monkeypatch):

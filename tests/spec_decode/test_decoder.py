@@ -266,9 +266,9 @@ def test_bad_settings(tiny):
     drafter.use_vocabulary(torch.arange(9))
     with pytest.raises(ValueError, match="has 9 candidates for a level, the tree asks for 10"):
         SpeculativeDecoder(tiny.target, drafter, tree=(2, 10))
-    for widths in ((2.0,), (True,)):
+    for branching in ((2.0,), (True,)):
         with pytest.raises(ValueError, match="number of candidates >= 1"):
-            SpeculativeDecoder(tiny.target, drafter, tree=widths)
+            SpeculativeDecoder(tiny.target, drafter, tree=branching)
     lookup = PromptLookup()
     with pytest.raises(ValueError, match="cannot draft a dynamic tree"):
         SpeculativeDecoder(tiny.target, lookup, tree=DynamicTree())

@@ -191,10 +191,10 @@ def state_at(target, texts, tree, cache, start=0, sampling=GREEDY):
     )
 
 
-def levels_of(tree, widths):
+def levels_of(tree, branching):
     """Candidates per level, backbone first, of a tree in the order of `backbone_parents`."""
-    tokens, at, found = tree.tokens.tolist(), 1 + len(widths), []
-    for level, width in enumerate(widths):
+    tokens, at, found = tree.tokens.tolist(), 1 + len(branching), []
+    for level, width in enumerate(branching):
         found.append([[row[1 + level], *row[at : at + width - 1]] for row in tokens])
         at += width - 1
     return found
@@ -203,15 +203,15 @@ def levels_of(tree, widths):
 @pytest.mark.parametrize("draft_vocab", [None, 17])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_drafts_are_the_best_tokens_of_the_teacher_forced_pass(tiny, name, draft_vocab):
-    drafter, widths = make(tiny.target, name, draft_vocab=draft_vocab), (3, 2, 3, 1)
+    drafter, branching = make(tiny.target, name, draft_vocab=draft_vocab), (3, 2, 3, 1)
     texts = [torch.randint(40, (12,)).tolist(), torch.randint(40, (7,)).tolist()]
-    drafted = drafter.propose(state_at(tiny.target, texts, widths, drafter.new_cache(2, 40)))
-    found = levels_of(drafted, widths)
+    drafted = drafter.propose(state_at(tiny.target, texts, branching, drafter.new_cache(2, 40)))
+    found = levels_of(drafted, branching)
     for row, text in enumerate(texts):
         # Behind the prefix the drafted backbone itself, so that teacher forcing and drafting see the same tokens.
         tokens = torch.tensor([text + [level[row][0] for level in found]])
         levels = drafter.level_states(tokens, tiny.target(tokens))
-        for level, width in enumerate(widths):
+        for level, width in enumerate(branching):
             logits = drafter.level_logits(level, levels[level][0, len(text) - 2])
             best = logits.topk(width).indices
             best = best if drafter.vocabulary is None else drafter.vocabulary[best]
@@ -221,13 +221,13 @@ def test_drafts_are_the_best_tokens_of_the_teacher_forced_pass(tiny, name, draft
 @pytest.mark.parametrize("name", OPTIONS)
 def test_committing_in_parts_drafts_the_same(tiny, name):
     """Rows that commit different numbers of tokens, through several drafts, against one fresh draft."""
-    drafter, widths = make(tiny.target, name), (2, 2, 2, 2)
+    drafter, branching = make(tiny.target, name), (2, 2, 2, 2)
     texts = [torch.randint(40, (14,)).tolist(), torch.randint(40, (9,)).tolist()]
     cache, done = drafter.new_cache(2, 60), [0, 0]
     for parts in ((5, 3), (1, 4), (3, 1), (5, 1)):
         now = [d + p for d, p in zip(done, parts, strict=True)]
         prefixes = [text[:n] for text, n in zip(texts, now, strict=True)]
-        whole = state_at(tiny.target, prefixes, widths, cache)
+        whole = state_at(tiny.target, prefixes, branching, cache)
         starts = [max(d - 1, 0) for d in done]
         counts = torch.tensor([n - 1 - s for n, s in zip(now, starts, strict=True)])
         index = (torch.tensor(starts).unsqueeze(1) + torch.arange(int(counts.max()))).clamp(max=max(now) - 2)
@@ -240,7 +240,7 @@ def test_committing_in_parts_drafts_the_same(tiny, name):
             }
         )
         found = drafter.propose(partial)
-        fresh = drafter.propose(state_at(tiny.target, prefixes, widths, drafter.new_cache(2, 60)))
+        fresh = drafter.propose(state_at(tiny.target, prefixes, branching, drafter.new_cache(2, 60)))
         assert torch.equal(found.tokens, fresh.tokens)
         done = now
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from kd_common.run.memory import peak_bytes
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from kd_common.run.memory import peak_bytes
 from spec_decode.decoding.decoder import SpeculativeDecoder
 from spec_decode.drafters import DrafterSpec
 from spec_decode.drafters.files import for_inference

@@ -143,18 +143,18 @@ def test_pruning_keeps_what_is_closed_under_parents_and_nothing_else(tree, data)
 
 @props
 @given(
-    widths=st.lists(st.integers(1, 4), max_size=4),
+    branching=st.lists(st.integers(1, 4), max_size=4),
     more=st.lists(st.lists(st.integers(0, VOCAB - 1), max_size=4), max_size=3),
     room=st.integers(0, 12),
     seed=st.integers(0, 99),
 )
-def test_number_of_nodes(widths, more, room, seed):
+def test_number_of_nodes(branching, more, room, seed):
     generator = torch.Generator().manual_seed(seed)
-    candidates = torch.rand(2, len(widths), VOCAB, generator=generator).argsort(-1)[..., :4]
-    tree = backbone_tree(torch.tensor([1, 2]), candidates, widths)
-    assert tree.tokens.shape[1] == 1 + sum(widths)
-    assert depths(tree.parents).max() == len(widths)
-    assert [(depths(tree.parents)[0] == level + 1).sum() for level in range(len(widths))] == widths
+    candidates = torch.rand(2, len(branching), VOCAB, generator=generator).argsort(-1)[..., :4]
+    tree = backbone_tree(torch.tensor([1, 2]), candidates, branching)
+    assert tree.tokens.shape[1] == 1 + sum(branching)
+    assert depths(tree.parents).max() == len(branching)
+    assert [(depths(tree.parents)[0] == level + 1).sum() for level in range(len(branching))] == branching
     size = tree.tokens.shape[1]
     merged = merge_branches(tree, [more, more[:1]], room)
     assert merged.tokens.shape[1] <= max(room, size)
@@ -204,23 +204,23 @@ def test_what_is_accepted_is_a_path_of_the_tree_and_the_bonus_leaves_it(tree, sa
 
 @props
 @given(
-    widths=st.lists(st.integers(1, VOCAB), min_size=1, max_size=3),
+    branching=st.lists(st.integers(1, VOCAB), min_size=1, max_size=3),
     sampling=samplings,
     seed=st.integers(0, 999),
     data=st.data(),
 )
-def test_a_drafter_equal_to_the_target_is_accepted_until_the_drafts_are_used_up(widths, sampling, seed, data):
+def test_a_drafter_equal_to_the_target_is_accepted_until_the_drafts_are_used_up(branching, sampling, seed, data):
     """Under either rule the walk ends at a node without children; with one candidate per level all are accepted."""
-    levels = data.draw(logits(2, len(widths) + 1, VOCAB)).double()
+    levels = data.draw(logits(2, len(branching) + 1, VOCAB)).double()
     levels = levels - 1e-6 * torch.arange(VOCAB)  # among equal logits topk may rank any first, argmax takes the lowest
     first, where = torch.tensor([0, 1]), {"seeds": row_seeds(seed, 2), "root_positions": torch.tensor([3, 9])}
 
     def at_nodes(tree):
         return levels.gather(1, depths(tree.parents).unsqueeze(-1).expand(-1, -1, VOCAB))
 
-    draft = sampled_tree(first, levels[:, :-1], widths, sampling=sampling, vocab_size=VOCAB, **where)
+    draft = sampled_tree(first, levels[:, :-1], branching, sampling=sampling, vocab_size=VOCAB, **where)
     plain = Sampling(sampling.temperature)  # what the candidates are ranked by
-    tree = matching_tree(first, levels[:, :-1], widths, temperature=sampling.temperature, **where)
+    tree = matching_tree(first, levels[:, :-1], branching, temperature=sampling.temperature, **where)
     outcomes = (
         (draft.tree, verify_sampled(draft, at_nodes(draft.tree), sampling, **where)),
         (tree, verify_matching(tree, at_nodes(tree), plain, **where)),
@@ -228,8 +228,8 @@ def test_a_drafter_equal_to_the_target_is_accepted_until_the_drafts_are_used_up(
     for tree, verified in outcomes:
         last = verified.path.gather(1, verified.accepted.unsqueeze(1))
         assert not (tree.parents == last).any()
-        if max(widths) == 1:
-            assert (verified.accepted == len(widths)).all()
+        if max(branching) == 1:
+            assert (verified.accepted == len(branching)).all()
 
 
 @st.composite
@@ -363,20 +363,20 @@ def tables(draw):
 @given(table=tables(), data=st.data())
 def test_expected_tokens_is_bounded_and_grows_with_acceptance_width_and_depth(table, data):
     ranks = len(table[0])
-    widths = data.draw(st.lists(st.integers(1, ranks), max_size=len(table)))
-    tau = expected_tokens(table, widths)
-    assert 1 <= tau <= len(widths) + 1
+    branching = data.draw(st.lists(st.integers(1, ranks), max_size=len(table)))
+    tau = expected_tokens(table, branching)
+    assert 1 <= tau <= len(branching) + 1
     level, rank = data.draw(st.integers(0, len(table) - 1)), data.draw(st.integers(0, ranks - 1))
     better = [list(row) for row in table]
     better[level][rank] += data.draw(st.floats(0, 0.2))
-    assert expected_tokens(better, widths) >= tau - 1e-12
+    assert expected_tokens(better, branching) >= tau - 1e-12
     assert all(
         expected_tokens(table, short) <= expected_tokens(table, long) + 1e-12
-        for short, long in pairwise([widths[:d] for d in range(len(widths) + 1)])
+        for short, long in pairwise([branching[:d] for d in range(len(branching) + 1)])
     )
-    assert expected_tokens(table, [ranks] * len(widths)) >= tau - 1e-12
+    assert expected_tokens(table, [ranks] * len(branching)) >= tau - 1e-12
     sure = [[1.0] + [0.0] * (ranks - 1)] * len(table)
-    assert expected_tokens(sure, widths) == len(widths) + 1
+    assert expected_tokens(sure, branching) == len(branching) + 1
 
 
 @props
@@ -387,9 +387,9 @@ def test_the_best_tree_never_loses_and_gains_where_time_or_acceptance_improves(t
     draft_times = [data.draw(st.floats(0, 0.5)) for _ in table]
     choice = best_tree(table, verify_times, draft_times)
     assert choice.speedup >= 1
-    assert 1 <= choice.tokens_per_pass <= len(choice.widths) + 1
-    assert len(choice.widths) <= len(table)
-    assert all(1 <= width <= len(table[0]) for width in choice.widths)
+    assert 1 <= choice.tokens_per_pass <= len(choice.branching) + 1
+    assert len(choice.branching) <= len(table)
+    assert all(1 <= width <= len(table[0]) for width in choice.branching)
     faster = best_tree(table, verify_times, [t / 2 for t in draft_times])
     assert faster.speedup >= choice.speedup - 1e-12
     better = best_tree([[min(1.0, 1.1 * a) for a in row] for row in table], verify_times, draft_times)

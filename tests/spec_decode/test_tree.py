@@ -57,9 +57,9 @@ def test_backbone_parents():
     assert backbone_parents(()).tolist() == [-1]
 
 
-@pytest.mark.parametrize("widths", [(1,), (4,), (1, 1, 1), (3, 2, 1), (2, 5, 1, 3)])
-def test_an_accepted_path_moves_at_most_one_row(widths):
-    for path in paths(backbone_parents(widths)[None])[0].tolist():
+@pytest.mark.parametrize("branching", [(1,), (4,), (1, 1, 1), (3, 2, 1), (2, 5, 1, 3)])
+def test_an_accepted_path_moves_at_most_one_row(branching):
+    for path in paths(backbone_parents(branching)[None])[0].tolist():
         nodes = [node for node in path if node >= 0]
         moved = [row for row, node in enumerate(nodes) if row != node]
         assert moved in ([], [len(nodes) - 1])
@@ -149,13 +149,13 @@ def test_malformed_trees_are_refused(tokens, parents, message):
         DraftTree(torch.tensor(tokens), torch.tensor(parents))
 
 
-def test_malformed_widths_and_branches_are_refused():
+def test_malformed_branching_and_branches_are_refused():
     candidates = torch.tensor([[[5, 6], [7, 8]]])
     with pytest.raises(ValueError, match="at least one candidate"):
         backbone_tree(torch.tensor([4]), candidates, (2, 0))
-    with pytest.raises(ValueError, match="widths"):
+    with pytest.raises(ValueError, match="branching"):
         backbone_tree(torch.tensor([4]), candidates, (2, 3))
-    with pytest.raises(ValueError, match="widths"):
+    with pytest.raises(ValueError, match="branching"):
         backbone_tree(torch.tensor([4]), candidates, (2,))
     with pytest.raises(ValueError, match="one list of branches per row"):
         merge_branches(backbone_tree(torch.tensor([4]), candidates, (1, 1)), [[], []], max_nodes=8)

@@ -318,7 +318,8 @@ def benchmark(
         prompts: JSONL files by a name for the set; the last packaged prompts by default.
         count: Prompts per set, the first ones.
         temperatures: Temperatures; 0 and 1 by default.
-        tree: ``auto``, ``chain``, widths such as ``4,2,1``, or ``dynamic:DEPTH,TOP_K,NODES``, for drafters without one.
+        tree: ``auto``, ``chain``, candidates per level such as ``4,2,1``, or ``dynamic:DEPTH,TOP_K,NODES``, for
+            drafters without one.
         min_confidence: See `SpeculativeDecoder`; drafters without probabilities keep all their nodes.
         max_new_tokens: Tokens per prompt.
         longest_prompt: Longer prompts are left out.

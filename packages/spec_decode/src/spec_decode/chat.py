@@ -108,7 +108,7 @@ def chat(
     Args:
         drafter: Folder of a trained drafter, ``prompt_lookup``, or ``none`` for plain decoding.
         target: Target by folder or name; by default the one the drafter was trained for, else the embedded SmolLM2.
-        tree: ``auto`` (measured), ``chain``, widths such as ``4,2,1``, or ``dynamic:DEPTH,TOP_K,NODES``.
+        tree: ``auto`` (measured), ``chain``, candidates per level such as ``4,2,1``, or ``dynamic:DEPTH,TOP_K,NODES``.
         min_confidence: Draft only what the drafter takes to be reached with this probability, in [0, 1).
         max_new_tokens: Longest answer in tokens.
         temperature: 0 is greedy.

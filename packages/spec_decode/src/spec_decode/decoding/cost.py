@@ -17,12 +17,12 @@ class TreeChoice:
     """Draft tree and what it is expected to bring.
 
     Args:
-        widths: Candidates per level; empty for plain decoding without drafts.
+        branching: Candidates per level; empty for plain decoding without drafts.
         tokens_per_pass: Expected tau.
         speedup: Expected tokens per second relative to plain decoding.
     """
 
-    widths: tuple[int, ...]
+    branching: tuple[int, ...]
     tokens_per_pass: float
     speedup: float
 
@@ -55,18 +55,18 @@ def _check_tables(
         )
 
 
-def expected_tokens(acceptance: Sequence[Sequence[float]], widths: Sequence[int]) -> float:
+def expected_tokens(acceptance: Sequence[Sequence[float]], branching: Sequence[int]) -> float:
     """Expected tau: 1 + sum over levels of P(backbone accepted above) * P(a candidate is accepted here).
 
     Args:
         acceptance: Acceptance by level and rank, at least as deep and wide as the tree.
-        widths: Candidates per level.
+        branching: Candidates per level.
 
     Returns:
-        Expected number of tokens per target pass, in [1, len(widths) + 1].
+        Expected number of tokens per target pass, in [1, len(branching) + 1].
     """
     tokens, reached = 1.0, 1.0
-    for row, width in zip(acceptance, widths, strict=False):
+    for row, width in zip(acceptance, branching, strict=False):
         tokens += reached * sum(row[:width])
         reached *= row[0]
     return tokens
@@ -86,8 +86,8 @@ def best_tree(
 ) -> TreeChoice:
     """The constrained tree with the most expected tokens per second, or none where drafting does not pay.
 
-    Exact: since only the backbone leads on, the gain of a level does not depend on the widths of the others, and the
-    best widths for every depth and number of nodes follow from a knapsack over the levels.
+    Exact: since only the backbone leads on, the gain of a level does not depend on the candidates of the others, and
+    the best branching for every depth and number of nodes follow from a knapsack over the levels.
 
     Args:
         acceptance: Acceptance by level and rank; its size bounds depth and width. The candidates of a rank must not
@@ -106,25 +106,25 @@ def best_tree(
     _check_tables(acceptance, verify_times, draft_times)
     plain_time = verify_times[1]
     best = TreeChoice((), 1.0, 1.0)
-    # By number of draft nodes, at exactly the current depth: the largest tau and its widths.
+    # By number of draft nodes, at exactly the current depth: the largest tau and its branching.
     frontier: dict[int, tuple[float, tuple[int, ...]]] = {0: (1.0, ())}
     reached = 1.0
     for depth, (row, draft_time) in enumerate(zip(acceptance, draft_times, strict=True), start=1):
         deeper: dict[int, tuple[float, tuple[int, ...]]] = {}
-        for nodes, (tokens, widths) in frontier.items():
+        for nodes, (tokens, branching) in frontier.items():
             for width in range(1, len(row) + 1):
-                option = (tokens + reached * sum(row[:width]), (*widths, width))
+                option = (tokens + reached * sum(row[:width]), (*branching, width))
                 if option[0] > deeper.get(nodes + width, (0.0, ()))[0]:
                     deeper[nodes + width] = option
         frontier, reached = deeper, reached * row[0]
         for size in sorted(verify_times):
             room = size - branches * depth
-            fitting = [(tokens, -nodes, widths) for nodes, (tokens, widths) in frontier.items() if nodes < room]
+            fitting = [(tokens, -nodes, branching) for nodes, (tokens, branching) in frontier.items() if nodes < room]
             if not fitting:
                 continue
-            tokens, _, widths = max(fitting)
+            tokens, _, branching = max(fitting)
             gain = speedup(tokens, plain_time, draft_time, verify_times[size])
             # Where nothing is accepted, a gain is noise of the measured times.
             if tokens > 1 and gain > best.speedup:
-                best = TreeChoice(widths, tokens, gain)
+                best = TreeChoice(branching, tokens, gain)
     return best

@@ -91,7 +91,7 @@ class SpeculativeDecoder:
         """
         decoder = cls(target, drafter, **settings)
         if drafter is not None:
-            decoder.tree, decoder.guards = autotune(target, drafter).widths, defaultdict(PayGuard)
+            decoder.tree, decoder.guards = autotune(target, drafter).branching, defaultdict(PayGuard)
             decoder._check()
         return decoder
 

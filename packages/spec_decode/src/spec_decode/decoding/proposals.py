@@ -54,7 +54,7 @@ def _level_noise(draft_logits: Tensor, seeds: Tensor, root_positions: Tensor, id
 def matching_tree(
     root: Tensor,
     draft_logits: Tensor,
-    widths: Sequence[int],
+    branching: Sequence[int],
     *,
     temperature: float,
     seeds: Tensor,
@@ -70,17 +70,17 @@ def matching_tree(
     Args:
         root: Last committed token per row, int64 of shape (B,).
         draft_logits: Logits of every level, shape (B, N, C).
-        widths: Candidates per level, N numbers in [1, C].
+        branching: Candidates per level, N numbers in [1, C].
         temperature: The target's temperature, >= 0.
         seeds: The target's seeds, int64 of shape (B,).
         root_positions: Absolute position of the root, int64 of shape (B,).
         vocabulary: Target token of each of the drafter's tokens, int64 of shape (C,); None if they are the same.
 
     Returns:
-        Tree of 1 + sum(widths) nodes.
+        Tree of 1 + sum(branching) nodes.
 
     Raises:
-        ValueError: If the logits define no distribution or the widths do not fit them.
+        ValueError: If the logits define no distribution or the branching does not fit them.
 
     References:
         Shared noise for draft and target: Daliri, Musco and Suresh, arXiv 2408.07978 (one candidate per level).
@@ -91,9 +91,9 @@ def matching_tree(
         seeds=seeds,
         root_positions=root_positions,
         vocabulary=vocabulary,
-        count=max(RANKED, *widths),
+        count=max(RANKED, *branching),
     )
-    return scores.tree(root, widths)
+    return scores.tree(root, branching)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,10 +110,10 @@ class RankedTokens:
     scores: Tensor
     log_probs: Tensor
 
-    def tree(self, root: Tensor, widths: Sequence[int]) -> DraftTree:
+    def tree(self, root: Tensor, branching: Sequence[int]) -> DraftTree:
         """Tree of the best of them; see `matching_tree`."""
-        best, place = self.scores.topk(min(max(widths, default=1), self.ids.shape[-1]), dim=-1)
-        return backbone_tree(root, self.ids.gather(-1, place).masked_fill(best.isneginf(), -1), widths, check=False)
+        best, place = self.scores.topk(min(max(branching, default=1), self.ids.shape[-1]), dim=-1)
+        return backbone_tree(root, self.ids.gather(-1, place).masked_fill(best.isneginf(), -1), branching, check=False)
 
     def path_probabilities(self, tree: DraftTree) -> Tensor:
         """How likely the drafter takes each node to be reached: the product of its probabilities along the path.
@@ -159,7 +159,7 @@ def rank_tokens(
 def sampled_tree(
     root: Tensor,
     draft_logits: Tensor,
-    widths: Sequence[int],
+    branching: Sequence[int],
     *,
     sampling: Sampling,
     seeds: Tensor,
@@ -175,7 +175,7 @@ def sampled_tree(
     Args:
         root: Last committed token per row, int64 of shape (B,).
         draft_logits: Logits of every level, shape (B, N, C).
-        widths: Candidates per level, N numbers in [1, C].
+        branching: Candidates per level, N numbers in [1, C].
         sampling: Processors of the draft distribution; any distribution is exact, the target's own is a good choice.
         seeds: int64 of shape (B,).
         root_positions: Absolute position of the root, int64 of shape (B,).
@@ -183,10 +183,10 @@ def sampled_tree(
         vocabulary: Target token of each of the drafter's tokens, int64 of shape (C,); None if they are the same.
 
     Returns:
-        Tree of 1 + sum(widths) nodes, absent where a distribution has fewer tokens than the level has candidates.
+        Tree of 1 + sum(branching) nodes, absent where a distribution has fewer tokens than the level has candidates.
 
     Raises:
-        ValueError: If the logits define no distribution or the widths do not fit them.
+        ValueError: If the logits define no distribution or the branching does not fit them.
 
     References:
         Kool, van Hoof and Welling, Stochastic beams and where to find them, arXiv 1903.06059, section 2.3.
@@ -194,11 +194,11 @@ def sampled_tree(
     ids = torch.arange(draft_logits.shape[-1], device=root.device) if vocabulary is None else vocabulary
     log_q = sampling.log_probs(draft_logits)
     perturbed = log_q + _level_noise(draft_logits, seeds, root_positions, ids, Stream.DRAFT)
-    best, index = perturbed.topk(min(max(widths, default=1), len(ids)), dim=-1)
+    best, index = perturbed.topk(min(max(branching, default=1), len(ids)), dim=-1)
     rank = torch.arange(index.shape[-1], device=root.device)
-    not_drawn = best.isneginf() | (rank >= torch.tensor(widths, device=root.device).unsqueeze(1))
+    not_drawn = best.isneginf() | (rank >= torch.tensor(branching, device=root.device).unsqueeze(1))
     draws = ids[index].masked_fill(not_drawn, -1)
     full_log_q = log_q.new_full((*log_q.shape[:2], vocab_size), -torch.inf)
     full_log_q[..., ids] = log_q
-    tree = backbone_tree(root, draws, widths, scores=log_q.gather(-1, index), check=False)
+    tree = backbone_tree(root, draws, branching, scores=log_q.gather(-1, index), check=False)
     return SampledTree(tree, draws, full_log_q, check=False)

@@ -24,7 +24,7 @@ from spec_decode.models.target import TargetSpec
 
 
 def parse_tree(text: str) -> tuple[int, ...] | DynamicTree | str | None:
-    """Tree from the command line: ``auto``, ``chain``, widths as in ``4,2,1``, or ``dynamic:DEPTH,TOP_K,NODES``.
+    """Tree from the command line: ``auto``, ``chain``, candidates per level, or ``dynamic:DEPTH,TOP_K,NODES``.
 
     Raises:
         ValueError: For anything else.
@@ -40,7 +40,7 @@ def parse_tree(text: str) -> tuple[int, ...] | DynamicTree | str | None:
         return values
     if kind == "dynamic" and len(values) == 3:
         return DynamicTree(*values)
-    raise ValueError(f"tree must be auto, chain, widths such as 4,2,1, or dynamic:DEPTH,TOP_K,NODES, got {text!r}")
+    raise ValueError(f"tree must be auto, chain, a list such as 4,2,1, or dynamic:DEPTH,TOP_K,NODES, got {text!r}")
 
 
 def build_decoder(

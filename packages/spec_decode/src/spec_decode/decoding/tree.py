@@ -114,34 +114,34 @@ def paths(parents: Tensor) -> Tensor:
     return ordered.masked_fill(ordered == size, -1)
 
 
-def backbone_parents(widths: Sequence[int]) -> Tensor:
+def backbone_parents(branching: Sequence[int]) -> Tensor:
     """Parent array of the constrained draft tree, whose only expanded node per level is the backbone.
 
     Nodes are the root, the backbone from level 1 to N, then the remaining candidates level by level. An accepted path
     therefore lies in rows 0, 1, 2, ... of the pass except possibly its last node.
 
     Args:
-        widths: Candidates per level, each >= 1; empty for the root alone.
+        branching: Candidates per level, each >= 1; empty for the root alone.
 
     Returns:
-        int64 of shape (1 + sum(widths),).
+        int64 of shape (1 + sum(branching),).
 
     Raises:
-        ValueError: If a width is below 1.
+        ValueError: If a level has no candidate.
 
     References:
         FastEagle, arXiv 2509.20416 ("backbone expansion").
     """
-    if any(width < 1 for width in widths):
-        raise ValueError(f"every level needs at least one candidate, got widths {tuple(widths)}")
-    leaves = [level for level, width in enumerate(widths) for _ in range(width - 1)]
-    return torch.tensor([-1, *range(len(widths)), *leaves])
+    if any(width < 1 for width in branching):
+        raise ValueError(f"every level needs at least one candidate, got {tuple(branching)}")
+    leaves = [level for level, width in enumerate(branching) for _ in range(width - 1)]
+    return torch.tensor([-1, *range(len(branching)), *leaves])
 
 
 def backbone_tree(
     root: Tensor,
     candidates: Tensor,
-    widths: Sequence[int],
+    branching: Sequence[int],
     *,
     scores: Tensor | None = None,
     check: bool = True,
@@ -152,28 +152,28 @@ def backbone_tree(
         root: Last committed token per row, int64 of shape (B,).
         candidates: Distinct candidate tokens per level, int64 of shape (B, N, K), the backbone's first unless scores
             are given; -1 where a level has fewer. Levels behind one without candidates are left out.
-        widths: Candidates to keep per level, N numbers in [1, K].
+        branching: Candidates to keep per level, N numbers in [1, K].
         scores: Optional ranking of shape (B, N, K), such as draft probabilities: the best ones are kept, the best of
             all becomes the backbone. Equal scores keep the order of the candidates.
         check: See `DraftTree`.
 
     Returns:
-        Tree of 1 + sum(widths) nodes in the order of `backbone_parents`.
+        Tree of 1 + sum(branching) nodes in the order of `backbone_parents`.
 
     Raises:
-        ValueError: If the widths do not fit the candidates, or a level holds one token twice.
+        ValueError: If the branching does not fit the candidates, or a level holds one token twice.
     """
     batch, levels, width = candidates.shape
-    if len(widths) != levels or any(w > width for w in widths):
+    if len(branching) != levels or any(w > width for w in branching):
         raise ValueError(
-            f"widths {tuple(widths)} need candidates of shape (batch, {len(widths)}, >= {max(widths, default=0)}), "
-            f"got {tuple(candidates.shape)}"
+            f"branching {tuple(branching)} needs candidates of shape (batch, {len(branching)}, "
+            f">= {max(branching, default=0)}), got {tuple(candidates.shape)}"
         )
-    parents = backbone_parents(widths).to(candidates.device).expand(batch, -1)
+    parents = backbone_parents(branching).to(candidates.device).expand(batch, -1)
     if scores is not None:
         ranked = scores.masked_fill(candidates < 0, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
         candidates = candidates.gather(-1, ranked)
-    leaves = [candidates[:, level, 1:w] for level, w in enumerate(widths)]
+    leaves = [candidates[:, level, 1:w] for level, w in enumerate(branching)]
     tokens = torch.cat([root.unsqueeze(1), candidates[:, :, 0], *leaves], dim=1)
     unreachable = (ancestor_mask(parents) & (tokens < 0).unsqueeze(1)).any(-1)
     return DraftTree(tokens.masked_fill(unreachable, -1), parents.masked_fill(unreachable, -1), check)

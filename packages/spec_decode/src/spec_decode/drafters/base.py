@@ -150,53 +150,54 @@ class Drafter(ABC):
         return [*self.parameters(), *self.buffers()] if isinstance(self, torch.nn.Module) else []
 
     @abstractmethod
-    def propose(self, state: DraftContext) -> Draft:
-        """Tree below the root of every row; a `SampledTree` where `state.rejection` asks for drawn candidates."""
+    def propose(self, context: DraftContext) -> Draft:
+        """Tree below the root of every row; a `SampledTree` where `context.rejection` asks for drawn candidates."""
 
 
-def draft_from_levels(state: DraftContext, logits: Tensor, vocabulary: Tensor | None, vocab_size: int) -> Draft:
+def draft_from_levels(context: DraftContext, logits: Tensor, vocabulary: Tensor | None, vocab_size: int) -> Draft:
     """Constrained tree of a drafter whose levels are independent of one another.
 
     Args:
-        state: State with a constrained tree of N levels.
+        context: Context with a constrained tree of N levels.
         logits: Logits per level, shape (B, N, C).
         vocabulary: Target token of each of the C draft tokens; None if they are the same.
         vocab_size: V.
     """
-    assert isinstance(state.tree, tuple)
-    if state.rejection:
+    assert isinstance(context.tree, tuple)
+    if context.rejection:
         return sampled_tree(
-            state.root,
+            context.root,
             logits,
-            state.tree,
-            sampling=state.sampling,
-            seeds=state.seeds,
-            root_positions=state.root_positions,
+            context.tree,
+            sampling=context.sampling,
+            seeds=context.seeds,
+            root_positions=context.root_positions,
             vocab_size=vocab_size,
             vocabulary=vocabulary,
         )
-    return ranked_tree(state, rank_levels(state, logits, vocabulary))
+    return ranked_tree(context, rank_levels(context, logits, vocabulary))
 
 
-def ranked_tree(state: DraftContext, ranked: RankedTokens) -> DraftTree:
-    """Constrained tree of the best tokens of every level, without what is below `state.min_confidence`."""
-    assert isinstance(state.tree, tuple)
-    tree = ranked.tree(state.root, state.tree)
-    if state.min_confidence:
-        tree = prune_tree(tree, ranked.path_probabilities(tree) >= state.min_confidence)
+def ranked_tree(context: DraftContext, ranked: RankedTokens) -> DraftTree:
+    """Constrained tree of the best tokens of every level, without what is below `context.min_confidence`."""
+    assert isinstance(context.tree, tuple)
+    tree = ranked.tree(context.root, context.tree)
+    if context.min_confidence:
+        tree = prune_tree(tree, ranked.path_probabilities(tree) >= context.min_confidence)
     return tree
 
 
-def rank_levels(state: DraftContext, logits: Tensor, vocabulary: Tensor | None) -> RankedTokens:
-    """The candidates' scores under the state's distribution; arguments as in `draft_from_levels`."""
-    assert isinstance(state.tree, tuple)
+def rank_levels(context: DraftContext, logits: Tensor, vocabulary: Tensor | None) -> RankedTokens:
+    """The candidates' scores under the drafter's distribution; arguments as in `draft_from_levels`."""
+    assert isinstance(context.tree, tuple)
     return rank_tokens(
         logits,
-        temperature=state.sampling.temperature,
-        seeds=state.seeds,
-        root_positions=state.root_positions,
+        temperature=context.sampling.temperature,
+        seeds=context.seeds,
+        root_positions=context.root_positions,
         vocabulary=vocabulary,
-        count=max(RANKED if state.sampling.temperature else 1, *state.tree),  # without noise the order is the drafter's
+        # Without noise the order is the drafter's.
+        count=max(RANKED if context.sampling.temperature else 1, *context.tree),
     )
 
 
@@ -206,7 +207,7 @@ def last_rows(x: Tensor, counts: Tensor) -> Tensor:
 
 
 def draft_along_backbone(
-    state: DraftContext,
+    context: DraftContext,
     logits: Tensor,
     advance: Callable[[Tensor], Tensor],
     vocabulary: Tensor | None,
@@ -217,36 +218,36 @@ def draft_along_backbone(
     Under `min_confidence` drafting ends with the level in which the backbones of all rows fall below it.
 
     Args:
-        state: State with a constrained tree.
+        context: Context with a constrained tree.
         logits: Logits of the first level, shape (B, C).
         advance: Backbone token of a level, (B,) -> logits of the next level, (B, C).
         vocabulary: Target token of each of the C draft tokens; None if they are the same.
         vocab_size: V.
     """
-    assert isinstance(state.tree, tuple)
+    assert isinstance(context.tree, tuple)
     levels, ranked = [logits], []
     reached = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
-    for level, width in enumerate(state.tree):
+    for level, width in enumerate(context.tree):
         # This level alone: its noise is a function of the position, so its backbone is the final one.
-        alone = replace(state, root_positions=state.root_positions + level)
-        if not state.rejection:
+        alone = replace(context, root_positions=context.root_positions + level)
+        if not context.rejection:
             ranked.append(rank_levels(alone, levels[-1].unsqueeze(1), vocabulary))
-        if level + 1 == len(state.tree):  # nothing is drafted behind the last level's backbone
+        if level + 1 == len(context.tree):  # nothing is drafted behind the last level's backbone
             break
-        if state.rejection:
+        if context.rejection:
             draft = draft_from_levels(replace(alone, tree=(width,)), levels[-1].unsqueeze(1), vocabulary, vocab_size)
             assert isinstance(draft, SampledTree)
             best = draft.tree.tokens[:, 1].clamp(min=0)
         else:
             place = ranked[-1].scores[:, 0].argmax(-1, keepdim=True)
             best = ranked[-1].ids[:, 0].gather(-1, place).squeeze(1)
-            if state.min_confidence:  # which waits for the device
+            if context.min_confidence:  # which waits for the device
                 reached = reached + ranked[-1].log_probs[:, 0].gather(-1, place).squeeze(1)
-                if (reached.exp() < state.min_confidence).all():
+                if (reached.exp() < context.min_confidence).all():
                     break
         levels.append(advance(best))
-    if state.rejection:
-        return draft_from_levels(state, torch.stack(levels, dim=1), vocabulary, vocab_size)
+    if context.rejection:
+        return draft_from_levels(context, torch.stack(levels, dim=1), vocabulary, vocab_size)
     parts = [(r.ids, r.scores, r.log_probs) for r in ranked]
     together = RankedTokens(*(torch.cat(part, dim=1) for part in zip(*parts, strict=True)))
-    return ranked_tree(replace(state, tree=state.tree[: len(ranked)]), together)
+    return ranked_tree(replace(context, tree=context.tree[: len(ranked)]), together)

@@ -20,17 +20,17 @@ class Autoregressive(Drafter):
     def next_logits(self, tokens: Tensor, counts: Tensor, cache: KVCache) -> Tensor:
         """Append runs of tokens, (B, m) with (B,) counts, to the cache; logits (B, C) behind each row's last one."""
 
-    def draft(self, state: DraftContext, vocabulary: Tensor | None, vocab_size: int) -> Draft:
+    def draft(self, context: DraftContext, vocabulary: Tensor | None, vocab_size: int) -> Draft:
         """Constrained tree along the backbone."""
-        cache: KVCache = state.cache
-        tokens, counts = state.next_tokens, state.counts
+        cache: KVCache = context.cache
+        tokens, counts = context.next_tokens, context.counts
         if int(cache.lengths.max()) == 0:  # the first token follows nothing, so it is in no run of next tokens
-            first = torch.tensor([[context[0]] for context in state.contexts], device=tokens.device)
+            first = torch.tensor([[row[0]] for row in context.contexts], device=tokens.device)
             tokens, counts = torch.cat([first, tokens], dim=1), counts + 1
         logits = self.next_logits(tokens, counts, cache)
         committed, ones = cache.lengths, torch.ones_like(counts)
         draft = draft_along_backbone(
-            state,
+            context,
             logits,
             lambda token: self.next_logits(token.unsqueeze(1), ones, cache),
             vocabulary,
@@ -87,9 +87,9 @@ class DraftModel(TrainableDrafter, Autoregressive):
         cache.lengths = cache.lengths + counts
         return self.frozen_logits(self.norm(last_rows(x, counts)))
 
-    def propose(self, state: DraftContext) -> Draft:
+    def propose(self, context: DraftContext) -> Draft:
         """Token by token."""
-        return self.draft(state, self.vocabulary, self.target.vocab_size)
+        return self.draft(context, self.vocabulary, self.target.vocab_size)
 
 
 class PretrainedDraft(Autoregressive):
@@ -139,6 +139,6 @@ class PretrainedDraft(Autoregressive):
         known = tokens.clamp(max=self.model.vocab_size - 1)  # the target may write a token of its own padding
         return self.model.logits(last_rows(self.model.extend(known, counts, cache).final, counts))[..., : self.shared]
 
-    def propose(self, state: DraftContext) -> Draft:
+    def propose(self, context: DraftContext) -> Draft:
         """Token by token."""
-        return self.draft(state, None, self.target.vocab_size)
+        return self.draft(context, None, self.target.vocab_size)

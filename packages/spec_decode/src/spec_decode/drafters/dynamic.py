@@ -21,7 +21,7 @@ class DynamicCandidates:
     Above temperature 0 these are the probabilities that are left once the target's noise is known (`rank_tokens`).
 
     Args:
-        state: State whose tree is dynamic.
+        context: Context whose tree is dynamic.
         tree: Shape of the tree.
         vocabulary: Target token of each draft token; None if they are the same.
 
@@ -37,9 +37,9 @@ class DynamicCandidates:
     expanded: Tensor
     seen: Tensor
 
-    def __init__(self, state: DraftContext, tree: DynamicTree, vocabulary: Tensor | None) -> None:
-        root = state.root
-        self._state, self._root, self._shape, self._vocabulary = state, root, tree, vocabulary
+    def __init__(self, context: DraftContext, tree: DynamicTree, vocabulary: Tensor | None) -> None:
+        root = context.root
+        self._context, self._root, self._shape, self._vocabulary = context, root, tree, vocabulary
         self._tokens: list[Tensor] = []
         self._scores: list[Tensor] = []
         self._parents: list[Tensor] = []  # index among all candidates, -1 below the root
@@ -70,13 +70,13 @@ class DynamicCandidates:
 
     def _likeliest(self, logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """Log-probability and token of the likeliest children of each node, both of shape (B, k, width)."""
-        nodes, state = logits.shape[1], self._state
+        nodes, context = logits.shape[1], self._context
         level = len(self._tokens)  # all nodes of a frontier are at one position, so that they share its noise
         alone = replace(
-            state,
+            context,
             tree=(width,),
-            seeds=state.seeds.repeat_interleave(nodes),
-            root_positions=(state.root_positions + level).repeat_interleave(nodes),
+            seeds=context.seeds.repeat_interleave(nodes),
+            root_positions=(context.root_positions + level).repeat_interleave(nodes),
         )
         ranked = rank_levels(alone, logits.flatten(0, 1).unsqueeze(1), self._vocabulary)
         best, place = ranked.log_probs.topk(width, dim=-1)

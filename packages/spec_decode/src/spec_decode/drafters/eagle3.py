@@ -131,15 +131,15 @@ class Eagle3(TrainableDrafter):
     def _step(self, tokens: Tensor, features: Tensor, this: DecodingPass) -> Tensor:
         return self.layer(self.embed(tokens), features, self.rotation(this.positions), this.attend(0))
 
-    def propose(self, state: DraftContext) -> Draft:
+    def propose(self, context: DraftContext) -> Draft:
         """Committed positions with the target's features first, then level by level on its own."""
-        cache: KVCache = state.cache
-        this = DecodingPass.run(cache, state.next_tokens.shape[1], groups=self._groups())
-        fused = self.fuse(state.states.features.to(self.dtype))
-        feature = last_rows(self._step(state.next_tokens, fused, this), state.counts).unsqueeze(1)
-        cache.lengths = cache.lengths + state.counts
-        if isinstance(state.tree, DynamicTree):
-            return self._dynamic(state, state.tree, feature)
+        cache: KVCache = context.cache
+        this = DecodingPass.run(cache, context.next_tokens.shape[1], groups=self._groups())
+        fused = self.fuse(context.states.features.to(self.dtype))
+        feature = last_rows(self._step(context.next_tokens, fused, this), context.counts).unsqueeze(1)
+        cache.lengths = cache.lengths + context.counts
+        if isinstance(context.tree, DynamicTree):
+            return self._dynamic(context, context.tree, feature)
         committed = cache.lengths
 
         def advance(token: Tensor) -> Tensor:
@@ -149,18 +149,18 @@ class Eagle3(TrainableDrafter):
             return self.head(self.norm(feature[:, 0]))
 
         first = self.head(self.norm(feature[:, 0]))
-        draft = draft_along_backbone(state, first, advance, self.vocabulary, self.target.vocab_size)
+        draft = draft_along_backbone(context, first, advance, self.vocabulary, self.target.vocab_size)
         cache.lengths = committed
         return draft
 
-    def _dynamic(self, state: DraftContext, tree: DynamicTree, feature: Tensor) -> Draft:
+    def _dynamic(self, context: DraftContext, tree: DynamicTree, feature: Tensor) -> Draft:
         """Tree grown by cumulative probability; `feature` (B, 1, h) is the root's."""
-        candidates = DynamicCandidates(state, tree, self.vocabulary)
+        candidates = DynamicCandidates(context, tree, self.vocabulary)
         tokens = candidates.expand(self.head(self.norm(feature)))
         feature = feature.expand(-1, tokens.shape[1], -1)
         for level in range(tree.depth - 1):
             this = DecodingPass(
-                state.cache,
+                context.cache,
                 torch.tensor(level, device=tokens.device),
                 candidates.seen,
                 first=level * tokens.shape[1],
@@ -169,4 +169,4 @@ class Eagle3(TrainableDrafter):
             output = self._step(tokens, feature, this)
             tokens = candidates.expand(self.head(self.norm(output)))
             feature = output.gather(1, candidates.expanded.unsqueeze(-1).expand(-1, -1, output.shape[-1]))
-        return candidates.tree(state.min_confidence)
+        return candidates.tree(context.min_confidence)

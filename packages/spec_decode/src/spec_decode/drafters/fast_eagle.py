@@ -83,7 +83,7 @@ class FastEagle(TrainableDrafter):
             outputs.append(x)
         return outputs[self.stem :]
 
-    def _state(self, level: int, x: Tensor, token: Tensor) -> Tensor:
+    def _context(self, level: int, x: Tensor, token: Tensor) -> Tensor:
         """What the head sees of a level's output x (..., h), drafted behind `token`, int64 of shape (...)."""
         if self.links and level:
             x = x + self.links[level - 1](torch.cat([x, self.embed(token)], dim=-1))
@@ -95,32 +95,32 @@ class FastEagle(TrainableDrafter):
         attends = [causal_attention()] * len(self.layers)
         outputs = self._cascade(states.features[:, :-1], tokens[:, 1:], positions, attends)
         within = enumerate(outputs[: tokens.shape[1] - 1])
-        return [self._state(i, x[:, : x.shape[1] - i], tokens[:, 1 + i :]) for i, x in within]
+        return [self._context(i, x[:, : x.shape[1] - i], tokens[:, 1 + i :]) for i, x in within]
 
     def new_cache(self, batch: int, capacity: int) -> Any:
         """One cache with a layer per layer."""
         return self.layer_cache(len(self.layers), batch, capacity)
 
-    def propose(self, state: DraftContext) -> Draft:
+    def propose(self, context: DraftContext) -> Draft:
         """One pass over the newly committed positions; the last of each row predicts every level."""
-        cache: KVCache = state.cache
+        cache: KVCache = context.cache
         shape = self.target.shape
-        this = DecodingPass.run(cache, state.next_tokens.shape[1], groups=shape.heads // shape.kv_heads)
-        attends = [this.attend(i) for i in range(self.stem + tree_depth(state.tree))]
-        outputs = self._cascade(state.states.features, state.next_tokens, this.positions, attends)
-        cache.lengths = cache.lengths + state.counts
-        last = [last_rows(x, state.counts) for x in outputs]
+        this = DecodingPass.run(cache, context.next_tokens.shape[1], groups=shape.heads // shape.kv_heads)
+        attends = [this.attend(i) for i in range(self.stem + tree_depth(context.tree))]
+        outputs = self._cascade(context.states.features, context.next_tokens, this.positions, attends)
+        cache.lengths = cache.lengths + context.counts
+        last = [last_rows(x, context.counts) for x in outputs]
         if not self.links:
-            together = torch.stack([self._state(level, x, state.root) for level, x in enumerate(last)], dim=1)
-            return draft_from_levels(state, self.frozen_logits(together), self.vocabulary, self.target.vocab_size)
+            together = torch.stack([self._context(level, x, context.root) for level, x in enumerate(last)], dim=1)
+            return draft_from_levels(context, self.frozen_logits(together), self.vocabulary, self.target.vocab_size)
         below = iter(range(1, len(last)))
 
         def advance(token: Tensor) -> Tensor:
             level = next(below)
-            return self.frozen_logits(self._state(level, last[level], token))
+            return self.frozen_logits(self._context(level, last[level], token))
 
-        first = self.frozen_logits(self._state(0, last[0], state.root))
-        return draft_along_backbone(state, first, advance, self.vocabulary, self.target.vocab_size)
+        first = self.frozen_logits(self._context(0, last[0], context.root))
+        return draft_along_backbone(context, first, advance, self.vocabulary, self.target.vocab_size)
 
 
 class _Link(nn.Sequential):

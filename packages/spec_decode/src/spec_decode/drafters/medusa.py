@@ -1,4 +1,4 @@
-"""Medusa: a residual block and a head of its own per level, on the target's last hidden state."""
+"""Medusa: a residual block and a head of its own per level, on the target's last hidden context."""
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ class ResidualBlock(nn.Module):
 
 @DRAFTERS.register("medusa")
 class Medusa(TrainableDrafter):
-    """Level i = head_i(block_i(final state of the last position the target has seen)).
+    """Level i = head_i(block_i(final context of the last position the target has seen)).
 
     It does not see the token that follows that position, and remembers nothing.
 
@@ -68,9 +68,9 @@ class Medusa(TrainableDrafter):
         """Logits through the level's own head."""
         return self.heads[level](states)
 
-    def propose(self, state: DraftContext) -> Draft:
+    def propose(self, context: DraftContext) -> Draft:
         """All levels from the last committed position."""
-        final = last_rows(state.states.final, state.counts).to(self.dtype)
-        levels = [block(final) for block in list(self.blocks)[: tree_depth(state.tree)]]
+        final = last_rows(context.states.final, context.counts).to(self.dtype)
+        levels = [block(final) for block in list(self.blocks)[: tree_depth(context.tree)]]
         logits = torch.stack([self.level_logits(i, x) for i, x in enumerate(levels)], dim=1)
-        return draft_from_levels(state, logits, self.vocabulary, self.target.vocab_size)
+        return draft_from_levels(context, logits, self.vocabulary, self.target.vocab_size)

@@ -66,13 +66,13 @@ class PromptLookup(Drafter):
         """One index per row."""
         return [NgramIndex(self.longest) for _ in range(batch)]
 
-    def branches(self, state: DraftContext, count: int) -> list[list[list[int]]]:
-        """Branch of every row, at most `count` tokens, none where nothing matches; `state.cache` holds the indexes."""
-        return [[index.continuation(list(c), count)] for index, c in zip(state.cache, state.contexts, strict=True)]
+    def branches(self, context: DraftContext, count: int) -> list[list[list[int]]]:
+        """Branch of every row, at most `count` tokens, none where nothing matches; the cache holds the indexes."""
+        return [[index.continuation(list(c), count)] for index, c in zip(context.cache, context.contexts, strict=True)]
 
-    def propose(self, state: DraftContext) -> Draft:
+    def propose(self, context: DraftContext) -> Draft:
         """Chain of at most as many tokens as the tree has levels."""
-        return merge_branches(root_tree(state.root), self.branches(state, tree_depth(state.tree)), 1 << 30)
+        return merge_branches(root_tree(context.root), self.branches(context, tree_depth(context.tree)), 1 << 30)
 
 
 class WithLookup(Drafter):
@@ -107,10 +107,10 @@ class WithLookup(Drafter):
         """The caches of both."""
         return self.drafter.new_cache(batch, capacity), self.lookup.new_cache(batch, capacity)
 
-    def propose(self, state: DraftContext) -> Draft:
+    def propose(self, context: DraftContext) -> Draft:
         """The drafter's tree, and a branch that fills its pass (`verified_slots`)."""
-        inner, indexes = state.cache
-        draft = self.drafter.propose(replace(state, cache=inner))
+        inner, indexes = context.cache
+        draft = self.drafter.propose(replace(context, cache=inner))
         assert not isinstance(draft, SampledTree)
-        slots = verified_slots(state.tree)
-        return merge_branches(draft, self.lookup.branches(replace(state, cache=indexes), slots - 1), slots)
+        slots = verified_slots(context.tree)
+        return merge_branches(draft, self.lookup.branches(replace(context, cache=indexes), slots - 1), slots)

@@ -60,7 +60,7 @@ def _distributions(logits: Tensor, target_logits: Tensor) -> tuple[Tensor, Tenso
 
 
 LevelLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Loss of every position, (M,), and its gradient, (M, C), with respect to a level's logits; from these and the target's."""
+"""Loss of every position, (M,), and its gradient, (M, C), with respect to a level's logits, given the target's."""
 
 
 def level_loss(acceptance_weight: float) -> LevelLoss:
