@@ -136,7 +136,7 @@ print(f"verify_matching emits the same: {[tokenizer.decode([t]) for t in again.t
 #
 # There are two exact rules. *Sample and match* draws the target's own token at every node, with noise that depends on
 # the position alone, and moves on if the tree holds it: same tokens as without drafting. *Rejection* accepts a drawn
-# candidate x with probability min(1, p(x)/q(x)) and otherwise draws from what is left of p: other tokens, same distribution.
+# candidate x with probability min(1, p(x)/q(x)) or else draws from what is left of p: other tokens, same distribution.
 #
 # First one token, with known distributions. A wrong rule runs along to show that the comparison can fail: it passes the
 # drafter's most likely tokens off as random draws.
@@ -166,20 +166,20 @@ outcomes = {
 emitted = {name: found[0] if isinstance(found, tuple) else found.tokens[:, 0] for name, found in outcomes.items()}
 
 
-def against(probs, counts):
+def against(p, counts):
     """Total variation and chi-square of counts against a distribution: distance, statistic, p-value."""
-    expected = counts.sum() * probs
+    expected = counts.sum() * p
     rare = expected < 5  # too rare for the chi-square approximation: taken together
     cells = [torch.cat([x[~rare], x[rare].sum()[None]]) if rare.any() else x for x in (counts, expected)]
     statistic = float(((cells[0] - cells[1]) ** 2 / cells[1]).sum())
-    return float((counts / counts.sum() - probs).abs().sum() / 2), statistic, float(chi2.sf(statistic, len(cells[0]) - 1))
+    return float((counts / counts.sum() - p).abs().sum() / 2), statistic, float(chi2.sf(statistic, len(cells[0]) - 1))
 
 
-def sampling_distance(probs, n, repeats=400):
+def sampling_distance(p, n, repeats=400):
     """Total variation between a distribution and n draws from it: mean and 95th percentile."""
     torch.manual_seed(0)
-    counts = torch.distributions.Multinomial(n, probs).sample((repeats,))
-    distance = (counts / n - probs).abs().sum(1) / 2
+    counts = torch.distributions.Multinomial(n, p).sample((repeats,))
+    distance = (counts / n - p).abs().sum(1) / 2
     return float(distance.mean()), float(distance.quantile(0.95))
 
 
@@ -392,10 +392,10 @@ for kind in PROMPTS:
     if not acceptance:
         print(f"{kind}: nothing was ever drafted")
         continue
-    choice = best_tree(acceptance, passes_seconds, draft_seconds[: len(acceptance)])
+    best = best_tree(acceptance, passes_seconds, draft_seconds[: len(acceptance)])
     shown = ", ".join(f"{a:.0%}" for (a,) in acceptance)
     verdict = (
-        f"a chain of {len(choice.branching)}, {choice.speedup:.2f} times plain speed" if choice.branching else "no drafts"
+        f"a chain of {len(best.branching)}, {best.speedup:.2f} times plain speed" if best.branching else "no drafts"
     )
     print(f"{kind}: acceptance by level {shown}; needed {needed(min(CHAIN, len(acceptance))):.0%}. Best: {verdict}")
 
@@ -432,7 +432,7 @@ print(f"tau {result.last['tau']:.2f}, acceptance by level {', '.join(acceptance)
 # %% [markdown]
 # ## What to take home
 #
-# * Drafting never changes the distribution of the text; a bug in verification shows as a distance beyond the sampling error.
+# * Drafting never changes the distribution of the text; a bug in verification shows as a distance above sampling error.
 # * Whether it pays is a property of the machine and of the text. On a CPU a pass over 8 nodes costs noticeably more
 #   than one over a single node, so acceptance has to make up for it.
 # * Two prompts of each kind show the mechanism; `python -m spec_decode.benchmark` measures properly.
