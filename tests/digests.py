@@ -85,7 +85,9 @@ def digests() -> dict[str, str]:
             print(name, found[name], flush=True)
         drafters = {name: f"{folder}/drafter_{name}/drafter_last" for name in DRAFTERS} | {"lookup": "prompt_lookup"}
         for name, drafter in drafters.items():
-            decoded = [settings | ({"tree": "chain"} if name == "lookup" else {}) for settings in DECODED]
+            # Prompt lookup has one candidate a level and draws none.
+            plain = {"tree": "chain", "rejection": False}
+            decoded = [settings | (plain if name == "lookup" else {}) for settings in DECODED]
             printed = python("-c", DECODE, json.dumps([drafter, decoded, PROMPT])).splitlines()
             tokens = [line for line in printed if line.startswith("TOKENS")]
             for settings, line in zip(decoded, tokens, strict=True):
