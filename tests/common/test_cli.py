@@ -30,6 +30,7 @@ from kd_common.run.cli import (
 )
 from kd_common.run.messages import CommandParser, check_device, check_file, check_groups, null_settings, readable
 from kd_common.run.summary import files_of_run
+from kd_common.run.training import TrainingModule
 
 
 class Rule:
@@ -68,7 +69,7 @@ class Narrow:
     width: int = 1
 
 
-class Toy(pl.LightningModule):
+class Toy(TrainingModule):
     """A linear model.
 
     Args:
@@ -78,6 +79,11 @@ class Toy(pl.LightningModule):
         narrow: Settings of something else.
         plain: Settings of something else again.
     """
+
+    metric = "loss"
+    mode = "min"
+    export_name = "toy_{}.pt"
+    seed = 0
 
     def __init__(
         self,
@@ -97,6 +103,16 @@ class Toy(pl.LightningModule):
 
     def validation_step(self, batch, batch_idx):
         self.log("val/loss", self.layer(batch).square().mean())
+
+    def on_validation_epoch_end(self):
+        if not self.trainer.sanity_checking:
+            self.remember({"loss": 0.0})
+
+    def export(self, path):
+        torch.save(self.history[-1], path)
+
+    def exported_epoch(self, path):
+        return torch.load(path)
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.1)
@@ -587,7 +603,7 @@ def test_run_dirs_are_numbered(build):
 
 def test_run_dir_can_be_chosen_and_holds_everything(build, tmp_path):
     args = ["--run_dir", str(tmp_path / "here"), "--trainer.max_epochs", "1"]
-    cli = build(*args, checkpoint={"monitor": "val/loss"})
+    cli = build(*args)
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     written = {str(path.relative_to(tmp_path / "here")) for path in (tmp_path / "here").rglob("*") if path.is_file()}
     assert {"config.yaml", "metrics.csv", "checkpoints/best.ckpt", "checkpoints/last.ckpt"} <= written
@@ -624,7 +640,7 @@ def test_a_checkpoint_of_the_user_may_have_the_settings_of_ours(build, tmp_path)
     ours = {"monitor": "val/loss", "mode": "min"}
     flags = [f"--trainer.callbacks.{name}={value}" for name, value in {**ours, "save_top_k": -1}.items()]
     args = ["--run_dir", str(tmp_path), "--trainer.max_epochs=2", "--trainer.callbacks+=ModelCheckpoint", *flags]
-    cli = build(*args, checkpoint=ours)
+    cli = build(*args)
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     written = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert written == {"best.ckpt", "last.ckpt", "epoch=0-step=2.ckpt", "epoch=1-step=4.ckpt"}
@@ -639,13 +655,12 @@ def test_a_run_ends_with_the_files_that_it_wrote(tmp_path):
     assert str(tmp_path / "checkpoints" / "last.ckpt") in files_of_run(tmp_path)["to resume"]
 
 
-def test_the_checkpoint_monitors_what_the_package_says(build):
-    best, last = build(checkpoint={"monitor": "val/loss", "mode": "max"}).trainer.checkpoint_callbacks
-    assert (best.filename, best.monitor, best.mode) == ("best", "val/loss", "max")
+def test_the_checkpoint_monitors_what_the_model_says(build):
+    best, last = build().trainer.checkpoint_callbacks
+    assert (best.filename, best.monitor, best.mode) == ("best", "val/loss", "min")
     assert (last.filename, last.monitor) == ("last", None)
     for callback in (best, last):
         assert Path(callback.dirpath).parts[-4:] == ("runs", "toy", "run_0", "checkpoints")
-    assert [callback.filename for callback in build().trainer.checkpoint_callbacks] == ["last"]
 
 
 def test_fast_dev_run_reserves_no_folder(build):

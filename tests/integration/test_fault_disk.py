@@ -1,7 +1,6 @@
 """A disk without room: the error names the file, what was there before is unchanged, nothing is left lying about."""
 
 import shutil
-from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -14,9 +13,9 @@ from kd_common.run.compare import run_matrix
 from llm_kd.data.responses import write_responses
 from llm_kd.models import Body
 from llm_kd.models.generation import Sampling
+from llm_kd.models.save import save_student as save_language_student
 from llm_kd.selection.acceptance import TruncatedDistribution
 from llm_kd.teacher import CacheHeader, CacheWriter, TeacherCache
-from llm_kd.training.callbacks import export_student
 from spec_decode.data.corpus import Writing, write_corpus
 from spec_decode.data.features import FeatureStore
 from spec_decode.drafters.files import DrafterSpec, save_drafter
@@ -43,17 +42,11 @@ def image_student(folder, target):
 
 def language_student(folder, target):
     body, tokenizer = Body(load_causal_lm(str(target))), load_tokenizer(str(target))
-    module = SimpleNamespace(
-        distiller=SimpleNamespace(student=body),
-        tokenizer=tokenizer,
-        sharded=False,
-        trainer=SimpleNamespace(is_global_zero=True),
-    )
 
     def write():
         with torch.no_grad():
             next(body.parameters()).add_(1)
-        export_student(module, folder / "student_best")
+        save_language_student(body, tokenizer, folder / "student_best")
 
     return write
 

@@ -22,7 +22,6 @@ from llm_kd.objectives.taid import TAID
 from llm_kd.selection.speck import SpecK
 from llm_kd.selection.topk import TopK
 from llm_kd.teacher import OnlineTeacher
-from llm_kd.training.callbacks import export_student
 from llm_kd.training.distillation import DistillationModule
 from llm_kd.training.rollout import AdaptiveReplay, OnPolicy
 
@@ -94,7 +93,7 @@ def distributed_runs(teacher, root):
             model = make(teacher, settings)
             trainer = fit(model, 2, accumulate, rank, 2, devices=2, strategy=strategy)
             trainer.save_checkpoint(f"{root}/{strategy} {name}.ckpt")
-            export_student(model, Path(root) / f"{strategy} {name}")
+            model.export(Path(root) / f"{strategy} {name}")
             found[f"{strategy} {name}"] = {"history": model.history, "steps": trainer.global_step}
         model = make(teacher, {"objective": ReverseKL, "rollout": OnPolicy(sampling=Sampling(max_new_tokens=4))})
         trainer = fit(model, 2, 1, rank, 2, devices=2, strategy=strategy)
@@ -102,7 +101,7 @@ def distributed_runs(teacher, root):
         model = make(teacher, {"objective": ReverseKL}, LoRASpec(rank=2))
         model.distiller.student.causal_lm.generation_config.eos_token_id = [5, 63]  # what its template taught
         fit(model, 2, 1, rank, 2, devices=2, strategy=strategy)
-        export_student(model, Path(root) / f"{strategy} LoRA")
+        model.export(Path(root) / f"{strategy} LoRA")
         interrupted = {"ckpt_path": f"{root}/{strategy} epochs/epoch=1.ckpt"}
         for name, how in {"whole": {"keep_in": f"{root}/{strategy} epochs"}, "resumed": interrupted}.items():
             rollout = AdaptiveReplay(capacity=6, step=0.5, tolerance=-9.0, sampling=Sampling(max_new_tokens=4))
@@ -202,7 +201,7 @@ def test_adapters_are_merged_into_the_exported_student(ranks, teacher, strategy)
     folder, _ = ranks
     model = make(teacher, {"objective": ReverseKL}, LoRASpec(rank=2))
     fit(model, 4, 1)
-    export_student(model, folder / "LoRA")
+    model.export(folder / "LoRA")
     exported, expected = (load_causal_lm(str(folder / name), "float64") for name in (f"{strategy} LoRA", "LoRA"))
     assert exported.generation_config.eos_token_id == [5, 63]
     start = load_causal_lm(teacher, "float64").state_dict()

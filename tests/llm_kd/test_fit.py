@@ -16,13 +16,13 @@ import yaml
 from transformers import GenerationConfig
 
 from kd_common.hub.language_models import load_causal_lm, load_tokenizer, model_ends
+from kd_common.run.export import Export
 from llm_kd import fit
 from llm_kd.cache_teacher import main as cache_teacher_main
 from llm_kd.evaluation import answers
 from llm_kd.fit import build, main, run
 from llm_kd.models import Body
 from llm_kd.teacher import CacheError
-from llm_kd.training.callbacks import StudentExport
 from llm_kd.training.summary import print_summary
 
 PROMPTS = [f"Count to {n}." for n in range(2, 30)]
@@ -471,13 +471,15 @@ def test_only_the_students_that_exist_are_announced(arguments, tmp_path, capsys)
     assert "run/student_{last}," in capsys.readouterr().out
 
 
-def test_a_student_that_a_kill_caught_between_two_names_is_put_in_place(tmp_path):
+def test_a_student_that_a_kill_caught_between_two_names_is_put_in_place(arguments, tmp_path):
+    module = build(arguments()).model
+    folder = tmp_path / "killed"
     for state in ("old", "partial"):
-        (tmp_path / f"student_best.{state}").mkdir()
-    (tmp_path / "student_best.partial/model.safetensors").write_text("complete")
-    StudentExport(tmp_path).on_fit_start(SimpleNamespace(is_global_zero=True), None)
-    assert [path.name for path in tmp_path.iterdir()] == ["student_best"]
-    assert (tmp_path / "student_best/model.safetensors").is_file()
+        (folder / f"student_best.{state}").mkdir(parents=True)
+    (folder / "student_best.partial/model.safetensors").write_text("complete")
+    Export(folder).on_fit_start(SimpleNamespace(is_global_zero=True), module)
+    assert [path.name for path in folder.iterdir()] == ["student_best"]
+    assert (folder / "student_best/model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(

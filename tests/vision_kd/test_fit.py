@@ -338,7 +338,7 @@ def test_a_dry_step_leaves_the_run_as_it_was(sgd_args):
     cli.datamodule.check_batch(1)
     weights = {name: value.clone() for name, value in cli.model.state_dict().items()}
     state, files = torch.get_rng_state(), sorted(cli.run_dir.rglob("*"))
-    rehearse(cli, {"data": {}})
+    rehearse(cli)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, weights[name]) for name, value in cli.model.state_dict().items())
     assert sorted(cli.run_dir.rglob("*")) == files

@@ -18,6 +18,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 
 import llm_kd.objectives
 import llm_kd.selection
+import llm_kd.training.callbacks
 import llm_kd.training.rollout
 import llm_kd.training.strategies  # noqa: F401  (makes class names and the strategy known to the command line)
 from kd_common.hub.language_models import load_config
@@ -32,7 +33,6 @@ from llm_kd.evaluation.answers import Answers, answer_prompts
 from llm_kd.models import Body, TeacherSpec, check_packing, load_teacher
 from llm_kd.models.positions import check_positions
 from llm_kd.teacher import CachedTeacher, CacheError, OnlineTeacher, TeacherCache, weights_fingerprint
-from llm_kd.training.callbacks import StudentExport
 from llm_kd.training.distillation import DistillationModule
 from llm_kd.training.rehearsal import rehearse
 from llm_kd.training.result import Result
@@ -97,7 +97,6 @@ def build(args: ArgsType = None, cli_class: type[LanguageCLI] = LanguageCLI) -> 
             "model.init_args.rollout": "OffPolicy",
             "model.init_args.lr_schedule": "CosineDecay",
         },
-        checkpoint={"monitor": "val/kl", "mode": "min"},
     )
 
 
@@ -135,10 +134,6 @@ def run(cli: LanguageCLI) -> Result:
 
     before = validate(cli)
     ask("before", model.distiller.student)
-    if cli.run_dir is not None:
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        # First: a run that is killed between export and checkpoint exports again.
-        callbacks.insert(0, StudentExport(cli.run_dir))
     trainer.fit(model, datamodule=data, ckpt_path=cli.config["ckpt_path"], weights_only=True)
     ask("after", model.distiller.student)
     if body is not None and (data.responses == "dataset" or any(row.answered for row in data.rows("val"))):

@@ -11,10 +11,10 @@ if __name__ == "__main__":
 
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 
+import spec_decode.training.callbacks  # noqa: F401  (makes its class names known to the command line)
 from kd_common.hub.language_models import model_ends, note_unapplied
 from kd_common.run.cli import FitCLI, fixed_seed
 from kd_common.run.errors import run_command
@@ -24,7 +24,6 @@ from spec_decode.data.datamodule import TargetText
 from spec_decode.decoding.decoder import SpeculativeDecoder
 from spec_decode.decoding.measure import Measurement, measure
 from spec_decode.drafters.files import for_inference
-from spec_decode.training.callbacks import DrafterExport
 from spec_decode.training.drafter_module import DrafterModule
 from spec_decode.training.rehearsal import rehearse
 from spec_decode.training.result import Result
@@ -78,7 +77,6 @@ def build(args: ArgsType = None) -> DrafterCLI:
         config_dir=CONFIG_DIR,
         args=args,
         class_defaults={"model.init_args.lr_schedule": "CosineDecay"},
-        checkpoint={"monitor": "val/tau", "mode": "max"},
     )
 
 
@@ -99,10 +97,6 @@ def run(cli: DrafterCLI) -> Result:
     }
     if trainer.is_global_zero and alone():
         rehearse(model, data, trainer, cli.run_dir)
-    if cli.run_dir is not None:
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        # First: a run that is killed between export and checkpoint exports again.
-        callbacks.insert(0, DrafterExport(cli.run_dir))
     trainer.fit(model, datamodule=data, ckpt_path=cli.config["ckpt_path"], weights_only=True)
     tree: tuple[int, ...] | None = None
     measured: dict[str, Measurement] = {}

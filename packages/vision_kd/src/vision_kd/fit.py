@@ -9,7 +9,6 @@ from kd_common.run.early import answer_early
 if __name__ == "__main__":
     answer_early("vision_kd.fit")  # before the imports below, which take seconds
 
-import json
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
+import vision_kd.training.callbacks  # noqa: F401  (makes its class names known to the command line)
 from kd_common.run.cli import FitCLI, fixed_seed
 from kd_common.run.errors import run_command
 from kd_common.run.imports import refuse_imports
@@ -26,7 +26,6 @@ from kd_common.run.rehearsal import alone
 from kd_common.run.run_lock import holding_folder
 from vision_kd.data import ImageDataModule
 from vision_kd.models import count_parameters
-from vision_kd.training.callbacks import StudentExport
 from vision_kd.training.component_training import ComponentTraining
 from vision_kd.training.guards import check_trainer
 from vision_kd.training.rehearsal import limited_validation, rehearse
@@ -71,11 +70,6 @@ class VisionCLI(FitCLI):
             raise ValueError("baseline repeats the run from its folder, and trainer.fast_dev_run writes none")
         refuse_imports("baseline", self.config["baseline"] or ())
 
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Build the trainer, which keeps the best epoch by the task's own metric."""
-        self.checkpoint = {"monitor": f"val/{self.model.metric}", "mode": "max"}
-        return super().instantiate_trainer(**kwargs)
-
 
 def build(args: ArgsType = None) -> VisionCLI:
     """Parse the configuration and instantiate model, data and trainer; runs nothing.
@@ -102,19 +96,18 @@ def run(cli: VisionCLI) -> Result:
     model, data = cli.model, cli.datamodule
     if cli.config["baseline"] is not None and cli.trainer.world_size > 1:
         raise ValueError("baseline trains a second time in one process; with several set it to null and run it apart")
-    data_config = json.loads(json.dumps(cli.config["data"].as_dict(), default=str))
     data.views = model.method.views
     if cli.trainer.is_global_zero:  # one process fetches what may have to be fetched
         data.check_batch(cli.trainer.world_size)
         if alone():
-            rehearse(cli, {"data": data_config})
+            rehearse(cli)
     parameters = {"student": count_parameters(model.student)}
     teacher: dict[str, Any] = {}
     if model.needs_teacher:
         network, origin = obtain_teacher(
             model.teacher_spec,
             data,
-            data_config,
+            data.settings,
             task=type(model),
             ranks=cli.trainer.world_size,
             launched=launched_from_outside(cli.trainer),
@@ -127,10 +120,6 @@ def run(cli: VisionCLI) -> Result:
         teacher = {"origin": origin}
         if cli.trainer.is_global_zero:
             teacher |= measure_teacher(cli)
-    if cli.run_dir is not None:
-        callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        # First: a run that is killed between export and checkpoint exports again.
-        callbacks.insert(0, StudentExport(cli.run_dir, {"data": data_config}, cli.config["ckpt_path"]))
     cli.trainer.fit(model, datamodule=data, ckpt_path=cli.config["ckpt_path"], weights_only=True)
     if cli.run_dir is not None and cli.trainer.is_global_zero:
         model.illustrate(cli.run_dir)

@@ -15,6 +15,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
 from kd_common.files import damaged_entry, write_atomically
+from kd_common.run.result import Mode
 
 CHECKPOINT_DIR = "checkpoints"
 CONFIG = "config.yaml"
@@ -49,16 +50,17 @@ class RunCheckpoint(ModelCheckpoint):
     """
 
 
-def run_checkpoints(run_dir: Path, best: Mapping[str, Any]) -> list[RunCheckpoint]:
+def run_checkpoints(run_dir: Path, monitor: str, mode: Mode) -> list[RunCheckpoint]:
     """What writes ``checkpoints/best.ckpt`` and ``last.ckpt`` of a run.
 
     Args:
         run_dir: Folder of the run.
-        best: ``monitor`` and ``mode`` of the best one; empty for none.
+        monitor: Metric by which the best one is chosen.
+        mode: Whether a larger or a smaller value of it is better.
     """
     # Not `save_last`: Lightning 2.6 then writes last.ckpt only when the best one changes. The last comes second, so
     # that it knows this epoch's best.
-    files: dict[str, Mapping[str, Any]] = {"best": best} if best else {}
+    files: dict[str, Mapping[str, Any]] = {"best": {"monitor": monitor, "mode": mode}, "last": {}}
     return [
         RunCheckpoint(
             run_dir / CHECKPOINT_DIR,
@@ -68,7 +70,7 @@ def run_checkpoints(run_dir: Path, best: Mapping[str, Any]) -> list[RunCheckpoin
             save_on_train_epoch_end=False,  # right after the validation, whenever that is
             **settings,
         )
-        for name, settings in (files | {"last": {}}).items()
+        for name, settings in files.items()
     ]
 
 

@@ -23,7 +23,7 @@ from types import MappingProxyType
 from typing import Any
 
 from jsonargparse import Namespace
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins import TorchCheckpointIO
@@ -41,6 +41,7 @@ from kd_common.run.checkpoints import (
     run_checkpoints,
 )
 from kd_common.run.exit_message import ExitMessage
+from kd_common.run.export import Export
 from kd_common.run.memory import limit_primitive_cache
 from kd_common.run.messages import (
     CommandParser,
@@ -52,7 +53,7 @@ from kd_common.run.messages import (
 )
 from kd_common.run.run_lock import NAME, hold
 from kd_common.run.trainer_settings import check_trainer
-from kd_common.run.training import FitTrainer
+from kd_common.run.training import FitTrainer, TrainingModule
 
 
 class FitParser(CommandParser, LightningArgumentParser):
@@ -68,8 +69,6 @@ class FitCLI(LightningCLI):
         config_dir: Folder of packaged YAML files; ``default.yaml`` in it is always applied first.
         args: Command line as a list of strings or configuration as a dict; None reads ``sys.argv``. Notebooks and
             tests pass a list.
-        checkpoint: ``monitor`` and ``mode`` of the ModelCheckpoint that keeps ``<run_dir>/checkpoints/best.ckpt``;
-            empty for none. ``last.ckpt`` beside it is written after every validated epoch.
 
     Raises:
         SystemExit: With code 2 and a message when the configuration does not parse (unknown key, wrong type, no file).
@@ -77,19 +76,17 @@ class FitCLI(LightningCLI):
 
     def __init__(
         self,
-        model_class: type[LightningModule],
+        model_class: type[TrainingModule],
         datamodule_class: type[LightningDataModule],
         *,
         config_dir: Path,
         args: ArgsType = None,
         class_defaults: Mapping[str, str] = MappingProxyType({}),
-        checkpoint: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.config_dir = config_dir
         silence_known_noise()
         limit_primitive_cache()
         self.class_defaults = dict(class_defaults)
-        self.checkpoint = dict(checkpoint)
         self.run_dir: Path | None = None
         super().__init__(
             model_class,
@@ -177,7 +174,7 @@ class FitCLI(LightningCLI):
             check_same_settings(path, saved.get("hyper_parameters", {}), self.model.hparams)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Build the trainer; logs and checkpoints go to :attr:`run_dir` unless the configuration sets a logger."""
+        """Build the trainer, which writes to :attr:`run_dir`; a logger in the configuration writes where it says."""
         trainer_config = self.config_init["trainer"]
         if trainer_config.get("fast_dev_run") or trainer_config.get("barebones"):
             return super().instantiate_trainer(**kwargs)
@@ -193,9 +190,13 @@ class FitCLI(LightningCLI):
             keep_earlier_metrics(self.run_dir)
             kwargs["logger"] = [TensorBoardLogger(**where), CSVLogger(**where)]
         if trainer_config.get("enable_checkpointing") is not False:
-            self.trainer_defaults["callbacks"] = [ExitMessage(), *run_checkpoints(self.run_dir, self.checkpoint)]
+            checkpoints = run_checkpoints(self.run_dir, f"val/{self.model.metric}", self.model.mode)
+            self.trainer_defaults["callbacks"] = [ExitMessage(), *checkpoints]
         self.save_config_kwargs["folder"] = self.run_dir
         trainer = super().instantiate_trainer(**kwargs)
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        # First: a run that is killed between export and checkpoint exports again.
+        callbacks.insert(0, Export(self.run_dir, self.config_init["ckpt_path"]))
         check_world_size(trainer.world_size)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # nobody chose another one
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()

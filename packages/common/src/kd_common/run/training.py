@@ -64,6 +64,8 @@ class TrainingModule(pl.LightningModule):
     Attributes:
         history: Results of the validations so far, in order.
         mode: ``max`` if a larger value of :attr:`metric` is better, ``min`` if a smaller one is.
+        export_name: Name of an exported model, with a pair of braces for ``best`` or ``last``.
+        large: Whether a model is too large to export the last one after every validation.
         lr_schedule: Factor on the learning rate.
         seed: Seed of every random draw.
         strategies: Strategies that it can train under, besides one device and DDP.
@@ -71,6 +73,8 @@ class TrainingModule(pl.LightningModule):
 
     strategies: ClassVar[tuple[type[Any], ...]] = ()
     mode: ClassVar[Mode] = "max"
+    export_name: ClassVar[str]
+    large: ClassVar[bool] = False
     history: list[dict[str, Any]]
     lr_schedule: Schedule
     seed: int
@@ -87,6 +91,17 @@ class TrainingModule(pl.LightningModule):
     @property
     def metric(self) -> str:
         """Name of the metric by which validations are compared."""
+        raise NotImplementedError
+
+    def export(self, path: Path) -> None:
+        """Write the trained model, as the last validation found it, in its own format.
+
+        Every rank must call this; rank 0 writes.
+        """
+        raise NotImplementedError
+
+    def exported_epoch(self, path: Path) -> Mapping[str, Any]:
+        """Return what :meth:`export` wrote beside the weights: ``epoch`` and :attr:`metric`, unless it is large."""
         raise NotImplementedError
 
     # ------------------------------------------------------------------------------------------------ progress

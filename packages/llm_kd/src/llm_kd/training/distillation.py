@@ -5,6 +5,7 @@ import math
 import random
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -25,6 +26,7 @@ from llm_kd.data.example import Example, padding_example, prompt_response_exampl
 from llm_kd.head import KDHead
 from llm_kd.models import Body, StudentSpec, TeacherSpec, build_student, shared_vocabulary
 from llm_kd.models.generation import response_ends
+from llm_kd.models.save import save_student
 from llm_kd.objectives import Objective
 from llm_kd.objectives.fkl import ForwardKL
 from llm_kd.selection import Selector
@@ -33,7 +35,7 @@ from llm_kd.selection.topk import TopK
 from llm_kd.teacher import CachedTeacher, OnlineTeacher, Teacher, vocabulary_fingerprint
 from llm_kd.training.distiller import Distiller, validation_means
 from llm_kd.training.rollout import OffPolicy, Rollout
-from llm_kd.training.strategies import shard_student, shard_teacher
+from llm_kd.training.strategies import shard_student, shard_teacher, unsharded
 
 WINDOW = ("loss", "denominator", "accepted", "tokens", "weights")
 """What is summed over the micro-batches and ranks of an update."""
@@ -72,6 +74,8 @@ class DistillationModule(TrainingModule):
     strategies = (ModelParallelStrategy,)
     metric = "kl"
     mode = "min"
+    export_name = "student_{}"
+    large = True
 
     def __init__(
         self,
@@ -355,10 +359,8 @@ class DistillationModule(TrainingModule):
 
     def rank_state(self) -> dict[str, Any]:
         """See `TrainingModule`: the rollout's memory, and the sums of the update that is not finished."""
-        state = super().rank_state() | {
-            "rollout": self.rollout.state_dict(),
-            "since_validation": self._since_validation,
-        }
+        own = {"rollout": self.rollout.state_dict(), "since_validation": self._since_validation}
+        state = super().rank_state() | own
         return state | ({"window": self._window.clone()} if self._in_window() else {})
 
     def load_rank_state(self, state: dict[str, Any]) -> None:
@@ -367,6 +369,14 @@ class DistillationModule(TrainingModule):
         self.rollout.load_state_dict(state["rollout"])
         self._since_validation = dict(state["since_validation"])
         self._window += state.get("window", torch.zeros(())).to(self._window)
+
+    def export(self, path: Path) -> None:
+        """See `TrainingModule`: student and tokenizer, as transformers loads them."""
+        student = self.distiller.student
+        if self.sharded:  # neither saving nor merging adapters works on shards
+            student = unsharded(student, lambda: build_student(self.student_spec, self.teacher_spec.name))
+        if self.trainer.is_global_zero:
+            save_student(student, self.tokenizer, path)
 
     def is_whole(self) -> bool:
         """See `TrainingModule`; FSDP2 hides the gradients of an update that is not finished."""

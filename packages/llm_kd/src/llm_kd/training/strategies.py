@@ -1,6 +1,9 @@
 """Sharding student and teacher with FSDP2, as a Lightning strategy: ``--trainer.strategy fsdp2``."""
 
+from collections.abc import Callable
+
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -40,3 +43,19 @@ def shard_teacher(teacher: Body, mesh: DeviceMesh) -> None:
     for layer in teacher.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(teacher, mesh=mesh, reshard_after_forward=False)
+
+
+def unsharded(student: Body, make: Callable[[], Body]) -> Body:
+    """Put a sharded student together on rank 0; every rank must call this, and the others get the shards back.
+
+    Args:
+        student: The sharded student.
+        make: Builds the same student whole.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    if not (state := get_model_state_dict(student, options=options)):
+        return student
+    whole = make()
+    whole.causal_lm.generation_config = student.causal_lm.generation_config
+    whole.load_state_dict(state)
+    return whole

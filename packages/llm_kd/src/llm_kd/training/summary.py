@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from rich.console import Console
 
+from kd_common.run.export import exported
 from kd_common.run.summary import files_of_run, print_lines, print_table
 from llm_kd.data import TextDataModule
 from llm_kd.evaluation.answers import display_text
@@ -67,9 +68,8 @@ def print_summary(
         for when, given in result.answers.items():
             lines[f"answer, {when}"] = one_line(display_text(given.responses[0], given.written[0]))
     if result.run_dir is not None:
-        # A resumed run has no best student of its own where the best epoch came before it.
-        found = ",".join(which for which in ("last", "best") if (result.run_dir / f"student_{which}").is_dir())
-        lines["student"] = f"{result.run_dir}/student_{{{found}}}, for AutoModelForCausalLM.from_pretrained"
+        students = exported(result.run_dir, model.export_name)
+        lines["student"] = f"{students}, for AutoModelForCausalLM.from_pretrained"
         lines["to try it"] = f"python -m llm_kd.generate --model {result.run_dir}/student_last --prompt ..."
     print_lines(lines | files_of_run(result.run_dir), console)
 

@@ -1,48 +1,15 @@
-"""Keep the drafter in its own format while it is trained, and show what it drafts."""
+"""Show what a drafter drafts while it is trained."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
-import lightning.pytorch as pl
 from matplotlib.figure import Figure
 
-from kd_common.run.result import best_epoch
 from kd_common.run.tensorboard_figures import TensorBoardFigures
 from spec_decode.decoding.decoder import SpeculativeDecoder
 from spec_decode.decoding.measure import Measurement
-from spec_decode.drafters import save_drafter
 from spec_decode.drafters.files import for_inference
 from spec_decode.training.drafter_module import DrafterModule
 from spec_decode.viz.figures import Passes, plot_acceptance, plot_time, plot_trees
-
-
-class DrafterExport(pl.Callback):
-    """Write ``drafter_last`` after every validation, and ``drafter_best`` after the one with the largest tau so far.
-
-    Args:
-        folder: Folder of the run.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Export the drafter when its epoch was validated."""
-        assert isinstance(pl_module, DrafterModule)
-        if trainer.sanity_checking or not trainer.is_global_zero or not pl_module.history:
-            return
-        latest = pl_module.history[-1]
-        names = ["drafter_last"]
-        if latest is best_epoch(pl_module.history, pl_module.metric, pl_module.mode):
-            names.append("drafter_best")
-        meta = {
-            "target": pl_module.target_spec.name,
-            "epoch": latest["epoch"],
-            "tau": latest["tau"],
-            "chat_template": getattr(trainer.datamodule, "chat_template", None),  # type: ignore[attr-defined]
-        }
-        for name in names:
-            save_drafter(pl_module.drafter, pl_module.drafter_spec, self.folder / name, meta)
 
 
 class DraftFigures(TensorBoardFigures):

@@ -1,6 +1,8 @@
 """The training system: a drafter learns every level in one teacher-forced pass over text the target wrote."""
 
 import math
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +17,8 @@ from kd_common.run.training import TrainingModule
 from kd_common.schedules import CosineDecay, Schedule
 from spec_decode.data.datamodule import DraftBatch, TargetText
 from spec_decode.decoding.cost import expected_tokens
-from spec_decode.drafters import DrafterSpec
-from spec_decode.drafters.files import frequent_tokens
+from spec_decode.drafters import DrafterSpec, save_drafter
+from spec_decode.drafters.files import frequent_tokens, read_config
 from spec_decode.models import CausalLM, States
 from spec_decode.models.target import TargetSpec
 from spec_decode.training.losses import (
@@ -61,6 +63,7 @@ class DrafterModule(TrainingModule):
     """
 
     metric = "tau"
+    export_name = "drafter_{}"
 
     def __init__(
         self,
@@ -305,6 +308,23 @@ class DrafterModule(TrainingModule):
         self.remember({"loss": loss, "tau": tau, "acceptance": acceptance})
 
     # ------------------------------------------------------------------------------------------------ checkpoints
+
+    def export(self, path: Path) -> None:
+        """See `TrainingModule`; :func:`spec_decode.drafters.load_drafter` reads it."""
+        if self.trainer.is_global_zero:
+            latest = self.history[-1]
+            data = self.trainer.datamodule  # type: ignore[attr-defined]  # set by a connector
+            meta = {
+                "target": self.target_spec.name,
+                "epoch": latest["epoch"],
+                "tau": latest["tau"],
+                "chat_template": getattr(data, "chat_template", None),
+            }
+            save_drafter(self.drafter, self.drafter_spec, path, meta)
+
+    def exported_epoch(self, path: Path) -> Mapping[str, Any]:
+        """See `TrainingModule`."""
+        return read_config(path)
 
     def rank_state(self) -> dict[str, Any]:
         """See `TrainingModule`: the sums of the update that is not finished."""

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from kd_common.run.export import exported
 from kd_common.run.summary import files_of_run, print_lines, print_table
 from spec_decode.training.drafter_module import DrafterModule
 from spec_decode.training.result import Result
@@ -47,5 +48,5 @@ def print_summary(result: Result, model: DrafterModule, console: Console | None 
         lines["speed-up"] = f"over plain decoding on the same runner, held-out prompts: {count}, greedy"
         lines["tree for this machine"] = str(result.tree or "none: plain decoding is expected to be faster")
     if result.run_dir is not None:
-        lines["drafter"] = str(result.run_dir / "drafter_{last,best}")
+        lines["drafter"] = exported(result.run_dir, model.export_name)
     print_lines(lines | files_of_run(result.run_dir), console)

@@ -2,12 +2,14 @@
 
 import copy
 import errno
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning import LightningDataModule
@@ -107,11 +109,19 @@ class ImageDataModule(LightningDataModule):
 
     def __init__(self, batch_size: int = 64, val_batch_size: int = 256, seed: int = 0) -> None:
         super().__init__()
+        self.save_hyperparameters(logger=False)
         for name, value in (("batch_size", batch_size), ("val_batch_size", val_batch_size)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.batch_size, self.val_batch_size, self.seed = batch_size, val_batch_size, seed
         self._views: tuple[str, ...] = ("weak",)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The class and its arguments in plain types, as a configuration names them."""
+        given = {name: value for name, value in self.hparams.items() if not name.startswith("_")}
+        settings: dict[str, Any] = json.loads(json.dumps(given, default=str))
+        return {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "init_args": settings}
 
     @property
     def num_classes(self) -> int:

@@ -1,6 +1,7 @@
 """The training system: manual optimisation of a student from named gradient components, whatever the task."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from kd_common.run.errors import NonFiniteLossError, last_checkpoint
 from kd_common.schedules import CosineDecay, Schedule, TopKSchedule
 from vision_kd.methods import Method
 from vision_kd.methods.kd import KD
-from vision_kd.models import ModelSpec, NormalizedNetwork
+from vision_kd.models import ModelSpec, NormalizedNetwork, save_student
+from vision_kd.models.checkpoints import DESCRIPTION, read_checkpoint
+from vision_kd.models.student import describe
 from vision_kd.policies import DeepKD, GradientPolicy
 from vision_kd.training.guards import FiniteGuard, check_trainer
 from vision_kd.training.specs import DynamicTopK, TeacherSpec
@@ -345,6 +348,17 @@ class ComponentTraining(Task):
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
+    def export(self, path: Path) -> None:
+        """Write the student alone, for plain PyTorch; see :func:`vision_kd.models.save_student`."""
+        if self.trainer.is_global_zero:
+            latest = self.history[-1]
+            extra = {**self.data_settings(), "epoch": latest["epoch"], self.metric: latest[self.metric]}
+            save_student(path, self.inference_model, self.student_spec, extra)
+
+    def exported_epoch(self, path: Path) -> Mapping[str, Any]:
+        """See `TrainingModule`."""
+        return read_checkpoint(path).meta
+
     def facts_of_data(self) -> dict[str, Any]:
         """See `TrainingModule`."""
         return self._facts
@@ -371,8 +385,12 @@ class ComponentTraining(Task):
             self._statistics[name].copy_(buffer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """See `TrainingModule`; in the middle of a step, the student is saved as it was before it."""
+        """See `TrainingModule`; in the middle of a step, the student is saved as it was before it.
+
+        The checkpoint describes the student and its data, so that they are compared wherever it is read.
+        """
         super().on_save_checkpoint(checkpoint)
+        checkpoint[DESCRIPTION] = describe(self.inference_model, self.student_spec) | self.data_settings()
         if self._in_batch():
             before = zip(self._statistics, self._statistics_before, strict=True)
             checkpoint["state_dict"] |= {f"student.{name}": buffer for name, buffer in before}

@@ -14,7 +14,7 @@ from vision_kd.models import ModelSpec, save_student
 from vision_kd.policies import SGD
 
 
-def rehearse(cli: Any, extra: dict[str, Any]) -> None:
+def rehearse(cli: Any) -> None:
     """Train and validate copies of student and teacher for one step on two images, and write and read the student.
 
     The teacher has random weights. What fails here would fail later, after the teacher was trained or even at the
@@ -22,7 +22,6 @@ def rehearse(cli: Any, extra: dict[str, Any]) -> None:
 
     Args:
         cli: The command line of the run, its data prepared.
-        extra: What is written beside the student's weights.
 
     Raises:
         ValueError: From the settings, such as a limit that leaves no batch.
@@ -41,7 +40,7 @@ def rehearse(cli: Any, extra: dict[str, Any]) -> None:
             dry_fit(pl.Trainer(max_epochs=1, logger=False, enable_checkpointing=False), learner, data, accelerator)
         logged = dry_fit(trainer, twin, data, accelerator)
         check_monitors(trainer, logged, later=("gsnr",))
-        save_student(folder / "student.pt", twin.inference_model, model.student_spec, extra)
+        save_student(folder / "student.pt", twin.inference_model, model.student_spec, {"data": data.settings})
         task.load(folder / "student.pt")
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from rich.console import Console
 
+from kd_common.run.export import exported
 from kd_common.run.summary import files_of_run, print_lines, print_table
 from vision_kd.training.component_training import ComponentTraining
 from vision_kd.training.result import Result
@@ -46,9 +47,7 @@ def print_summary(result: Result, model: ComponentTraining, console: Console | N
     if result.teacher:
         lines["teacher weights"] = result.teacher["origin"]
     if result.run_dir is not None:
-        # A resumed run has no best student where the best epoch came before it and its file is not there.
-        found = ",".join(which for which in ("last", "best") if (result.run_dir / f"student_{which}.pt").is_file())
-        lines["student weights"] = f"{result.run_dir}/student_{{{found}}}.pt"
+        lines["student weights"] = exported(result.run_dir, model.export_name)
     print_lines(lines | files_of_run(result.run_dir), console)
 
 

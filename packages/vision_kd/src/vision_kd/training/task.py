@@ -28,6 +28,7 @@ class Task(TrainingModule):
     metrics: ClassVar[dict[str, str]]
     fact_names: ClassVar[tuple[str, ...]]
     distillation_settings: ClassVar[tuple[str, ...]] = ("topk",)
+    export_name = "student_{}.pt"
     method: Method
 
     @staticmethod
@@ -69,6 +70,11 @@ class Task(TrainingModule):
 
     def illustrate(self, folder: Path) -> None:
         """Write what shows the student's work in its last validated epoch, besides numbers."""
+
+    def data_settings(self) -> dict[str, Any]:
+        """Settings of the data, for ``vision_kd.evaluate``."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]  # set by a connector
+        return {"data": data.settings} if isinstance(data, ImageDataModule) else {}
 
     @property
     def metric(self) -> str:
