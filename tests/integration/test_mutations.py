@@ -624,7 +624,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a guard that drafts on when nothing is saved",
-        "spec_decode/decoding/guard.py",
+        "spec_decode/decoding/speed_monitor.py",
         "self._drafting = self._saved > 0",
         "self._drafting = True",
         "spec_decode/test_autotune.py",
@@ -687,7 +687,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a plain pass right behind a draft is timed",
-        "spec_decode/decoding/guard.py",
+        "spec_decode/decoding/speed_monitor.py",
         """        self._warm = False
         cost =""",
         "        cost =",
@@ -695,16 +695,16 @@ MUTATIONS = [
     ),
     Mutation(
         "plain times of an earlier generation trusted",
-        "spec_decode/decoding/guard.py",
+        "spec_decode/decoding/speed_monitor.py",
         "        self._plain.clear()\n",
         "",
         "spec_decode/test_autotune.py::test_every_generation_times_plain_passes_before_it_drafts",
     ),
     Mutation(
         "one plain pass of a probe left out",
-        "spec_decode/decoding/guard.py",
-        "self._passes % self.probe > 1",
-        "self._passes % self.probe > 0",
+        "spec_decode/decoding/speed_monitor.py",
+        "self._passes % self.interval > 1",
+        "self._passes % self.interval > 0",
         "spec_decode/test_autotune.py::test_two_passes_in_a_row_of_so_many_are_plain",
     ),
     Mutation(
@@ -717,7 +717,7 @@ MUTATIONS = [
     Mutation(
         "no room for what a row missed in a pause",
         "spec_decode/decoding/decoder.py",
-        "missed = max(limits) if guard is not None and batch > 1 else 0",
+        "missed = max(limits) if monitor is not None and batch > 1 else 0",
         "missed = 0",
         "spec_decode/test_autotune.py::test_what_one_row_missed_fits_behind_another_that_is_full",
     ),

@@ -12,7 +12,7 @@ import torch
 from spec_decode.decoding import autotune as module
 from spec_decode.decoding.autotune import autotune, measure_drafts, measure_passes
 from spec_decode.decoding.decoder import SpeculativeDecoder
-from spec_decode.decoding.guard import PayGuard
+from spec_decode.decoding.speed_monitor import SpeedMonitor
 from spec_decode.drafters import DrafterSpec, PromptLookup, WithLookup
 from spec_decode.models import CausalLM
 
@@ -70,23 +70,25 @@ def test_a_useless_drafter_is_never_called(tiny, drafter, monkeypatch):
     assert torch.equal(decoder.generate([[1, 2, 3]], max_new_tokens=8).sequences, plain.sequences)
 
 
-def decode(guard: PayGuard, length: int, cost: float, taus: Iterator[float], plain: float = 1.0) -> tuple[float, int]:
+def decode(
+    monitor: SpeedMonitor, length: int, cost: float, taus: Iterator[float], plain: float = 1.0
+) -> tuple[float, int]:
     """Seconds of so many tokens, and how many passes were drafted."""
     seconds, tokens, passes = 0.0, 0.0, 0
     while tokens < length:
-        if guard.drafts():
+        if monitor.drafts():
             tau = next(taus)
-            guard.drafted(tau, cost)
+            monitor.drafted(tau, cost)
             tokens, seconds, passes = tokens + tau, seconds + cost, passes + 1
         else:
-            guard.plain(plain)
+            monitor.plain(plain)
             tokens, seconds = tokens + 1, seconds + plain
     return seconds, passes
 
 
 @pytest.mark.parametrize("cost", [1.01, 1.2, 3.0, 50.0])
 def test_drafting_that_never_pays_costs_little(cost):
-    seconds, passes = decode(PayGuard(), 20_000, cost, itertools.repeat(1.0))
+    seconds, passes = decode(SpeedMonitor(), 20_000, cost, itertools.repeat(1.0))
     assert passes >= 1
     assert seconds <= 1.015 * 20_000 + 4 + cost  # the share, the first filling, and the last pass of a try
 
@@ -94,8 +96,8 @@ def test_drafting_that_never_pays_costs_little(cost):
 def test_drafting_that_pays_goes_on_whatever_single_passes_do():
     rng = random.Random(0)
     taus = iter(lambda: rng.choice([1.0, 1.0, 1.0, 3.0]), None)  # 1.5 tokens on average
-    guard = PayGuard()
-    _, passes = decode(guard, 5000, 2.0, taus, plain=2.0 / 1.2)
+    monitor = SpeedMonitor()
+    _, passes = decode(monitor, 5000, 2.0, taus, plain=2.0 / 1.2)
     assert passes > 0.9 * 5000 / 1.5
 
 
@@ -104,9 +106,9 @@ def test_drafting_comes_back_soon_when_it_pays_again():
     slow = []
     for seed in range(20):
         rng = random.Random(seed)
-        guard = PayGuard()
-        decode(guard, 1000, 1.35, itertools.repeat(1.0))
-        seconds, _ = decode(guard, 400, 1.35, iter(rng.choices([1.0, 1.0, 1.0, 8.0], k=400)))
+        monitor = SpeedMonitor()
+        decode(monitor, 1000, 1.35, itertools.repeat(1.0))
+        seconds, _ = decode(monitor, 400, 1.35, iter(rng.choices([1.0, 1.0, 1.0, 8.0], k=400)))
         slow.append(400 / seconds)
     assert sum(slow) / len(slow) > 1.5  # 2.04 without the while
 
@@ -115,90 +117,90 @@ def test_drafting_comes_back_soon_when_it_pays_again():
 def test_a_machine_that_changes_its_speed_misleads_for_a_while_only(before):
     """A plain pass takes 1 now, and took something else before."""
     for tau, least in ((5 / 3, 0.95 * (5 / 3) / 1.3), (1.0, 0.97)):
-        guard = PayGuard()
-        decode(guard, 1000, 1.3 * before, itertools.repeat(tau), plain=before)
-        seconds, _ = decode(guard, 20_000, 1.3, itertools.repeat(tau))
+        monitor = SpeedMonitor()
+        decode(monitor, 1000, 1.3 * before, itertools.repeat(tau), plain=before)
+        seconds, _ = decode(monitor, 20_000, 1.3, itertools.repeat(tau))
         assert 20_000 / seconds > least
 
 
 def test_a_stall_of_the_machine_is_not_charged_to_drafting():
-    guard = PayGuard()
-    decode(guard, 500, 1.3, itertools.repeat(2.0))
-    guard.drafted(2.0, 500.0)
-    seconds, _ = decode(guard, 500, 1.3, itertools.repeat(2.0))
+    monitor = SpeedMonitor()
+    decode(monitor, 500, 1.3, itertools.repeat(2.0))
+    monitor.drafted(2.0, 500.0)
+    seconds, _ = decode(monitor, 500, 1.3, itertools.repeat(2.0))
     assert seconds < 0.7 * 500  # 0.65 without any plain pass
 
 
 def test_one_slow_pass_at_the_start_does_not_count():
-    guard = PayGuard()
-    decode(guard, 1, 1.3, itertools.repeat(1.5), plain=50.0)
-    seconds, _ = decode(guard, 5000, 1.3, itertools.repeat(1.0))
+    monitor = SpeedMonitor()
+    decode(monitor, 1, 1.3, itertools.repeat(1.5), plain=50.0)
+    seconds, _ = decode(monitor, 5000, 1.3, itertools.repeat(1.0))
     assert seconds < 1.02 * 5000
 
 
 def test_a_plain_pass_behind_drafted_ones_does_not_count():
     """It is slower wherever a processor's cache holds the weights of one kind of pass only."""
-    guard, seconds, plain = PayGuard(), 0.0, True
+    monitor, seconds, plain = SpeedMonitor(), 0.0, True
     for _ in range(
         5000
     ):  # drafting yields 1.5 tokens in 1.6 plain passes; the first plain pass takes 1.3 of a later one
-        if guard.drafts():
-            guard.drafted(1.5, 1.6)
+        if monitor.drafts():
+            monitor.drafted(1.5, 1.6)
             seconds, plain = seconds + 1.6 / 1.5, False
         else:
             cost, plain = 1.0 if plain else 1.3, True
-            guard.plain(cost)
+            monitor.plain(cost)
             seconds += cost
     assert seconds < 1.025 * 5000
 
 
 def test_the_first_plain_pass_of_a_generation_does_not_count():
-    guard = PayGuard()
+    monitor = SpeedMonitor()
     for _ in range(20):  # answers of one pass, each behind its prompt
-        guard.begin()
-        guard.plain(9.0)
-    assert not any(guard.drafts() for _ in range(3))  # what a plain pass takes is still unknown
+        monitor.begin()
+        monitor.plain(9.0)
+    assert not any(monitor.drafts() for _ in range(3))  # what a plain pass takes is still unknown
 
 
-def until_it_stops(guard: PayGuard, cost: float, tokens: float, behind: float) -> int:
+def until_it_stops(monitor: SpeedMonitor, cost: float, tokens: float, behind: float) -> int:
     """Drafted passes, each followed by a plain one of other seconds, until the account is empty; at most 50."""
     for passes in range(50):
-        if not guard._drafting:
+        if not monitor._drafting:
             return passes
-        guard.drafted(tokens, cost)
-        guard.plain(behind)
+        monitor.drafted(tokens, cost)
+        monitor.plain(behind)
     return 50
 
 
 def test_a_slow_plain_pass_behind_a_draft_does_not_make_drafting_look_cheap():
     """Every drafted pass loses one plain pass of the four that the account begins with."""
-    guard = PayGuard()
+    monitor = SpeedMonitor()
     for _ in range(6):
-        guard.plain(1.0)
-    assert until_it_stops(guard, cost=3.0, tokens=2.0, behind=9.0) == 5
+        monitor.plain(1.0)
+    assert until_it_stops(monitor, cost=3.0, tokens=2.0, behind=9.0) == 5
 
 
 def test_every_generation_times_plain_passes_before_it_drafts():
     """Also one whose drafter has paid before."""
-    guard = PayGuard()
-    decode(guard, 50, 1.3, itertools.repeat(3.0), plain=2.0)
+    monitor = SpeedMonitor()
+    decode(monitor, 50, 1.3, itertools.repeat(3.0), plain=2.0)
     for _ in range(3):
-        guard.begin()
+        monitor.begin()
         asked = []
         for _ in range(6):
-            asked.append(guard.drafts())
-            guard.drafted(3.0, 1.3) if asked[-1] else guard.plain(1.0)
+            asked.append(monitor.drafts())
+            monitor.drafted(3.0, 1.3) if asked[-1] else monitor.plain(1.0)
         assert asked == [False] * 4 + [True] * 2  # the first one only warms up
 
 
 @pytest.mark.parametrize("probe", [3, 5, 16])
 def test_two_passes_in_a_row_of_so_many_are_plain(probe):
-    guard = PayGuard(probe=probe)
-    decode(guard, 3 * probe + 12, 1.3, itertools.repeat(3.0))
+    monitor = SpeedMonitor(interval=probe)
+    decode(monitor, 3 * probe + 12, 1.3, itertools.repeat(3.0))
     asked = []
     for _ in range(6 * probe):
-        asked.append(guard.drafts())
-        guard.drafted(3.0, 1.3) if asked[-1] else guard.plain(1.0)
+        asked.append(monitor.drafts())
+        monitor.drafted(3.0, 1.3) if asked[-1] else monitor.plain(1.0)
     runs = [(drafts, len(list(run))) for drafts, run in itertools.groupby(asked)][1:-1]
     assert len(runs) > 8
     assert set(runs) == {(False, 2), (True, probe - 2)}
@@ -210,16 +212,16 @@ def test_a_guarded_generation_emits_the_same_tokens(tiny, drafter, monkeypatch, 
     monkeypatch.setattr(module, "measure_passes", lambda *a, **k: {1: 1.0, 8: 1.0})
     monkeypatch.setattr(module, "measure_drafts", lambda *a, **k: [0.0, 0.0, 0.0])
     decoder = SpeculativeDecoder.tuned(tiny.target, drafter)
-    guard = decoder.guards[1]
-    monkeypatch.setattr(PayGuard, "drafted", lambda self, tokens, seconds: setattr(self, "_drafting", pays))
+    monitor = decoder.monitors[1]
+    monkeypatch.setattr(SpeedMonitor, "drafted", lambda self, tokens, seconds: setattr(self, "_drafting", pays))
     calls, propose = [], drafter.propose
     monkeypatch.setattr(drafter, "propose", lambda state: calls.append(1) or propose(state))
     plain = SpeculativeDecoder(tiny.target).generate([[1, 2, 3]], max_new_tokens=40)
-    guard.stake = math.inf
+    monitor.retry = math.inf
     found = decoder.generate([[1, 2, 3]], max_new_tokens=40)
     assert torch.equal(found.sequences, plain.sequences)
     passes = len(found.acceptance_lengths[0])
-    assert len(calls) == (passes - guard.fresh - 1 if pays else 1)  # the first passes are plain ones
+    assert len(calls) == (passes - monitor.warmup - 1 if pays else 1)  # the first passes are plain ones
     assert passes > 7
     before = len(calls)
     decoder.generate([[1, 2, 3]], max_new_tokens=8)
@@ -228,29 +230,29 @@ def test_a_guarded_generation_emits_the_same_tokens(tiny, drafter, monkeypatch, 
 
 def test_a_generation_does_not_trust_what_plain_passes_took_in_an_earlier_one():
     """The machine is twice as fast by then: measured by the old times a useless drafter would seem to pay."""
-    guard = PayGuard()
-    decode(guard, 50, 2.6, itertools.repeat(1.0), plain=2.0)
-    guard.begin()
-    assert [guard.drafts() for _ in range(4)] == [False] * 4
-    seconds, _ = decode(guard, 2000, 1.3, itertools.repeat(1.0))
+    monitor = SpeedMonitor()
+    decode(monitor, 50, 2.6, itertools.repeat(1.0), plain=2.0)
+    monitor.begin()
+    assert [monitor.drafts() for _ in range(4)] == [False] * 4
+    seconds, _ = decode(monitor, 2000, 1.3, itertools.repeat(1.0))
     assert seconds < 2000 * 1.02
 
 
 def test_the_guard_of_a_batch_counts_tokens_per_unfinished_row(tiny, monkeypatch):
     drafter = DrafterSpec("fast_eagle", {"depth": 3}).build(tiny.target).eval().requires_grad_(False)
     decoder = SpeculativeDecoder(tiny.target, drafter, tree=(2, 2, 2))
-    decoder.guards, counted = defaultdict(PayGuard), []
-    monkeypatch.setattr(PayGuard, "drafted", lambda self, tokens, seconds: counted.append(tokens))
+    decoder.monitors, counted = defaultdict(SpeedMonitor), []
+    monkeypatch.setattr(SpeedMonitor, "drafted", lambda self, tokens, seconds: counted.append(tokens))
     found = decoder.generate([[1, 2, 3], list(range(30))])  # up to the context's end, which the longer one meets first
     passes = max(map(len, found.acceptance_lengths))
     drafted = [[row[i] for row in found.acceptance_lengths if i < len(row)] for i in range(passes)][-len(counted) :]
     assert 1 in map(len, drafted)
     assert 2 in map(len, drafted)
     assert counted == pytest.approx([sum(kept) / len(kept) for kept in drafted])
-    assert set(decoder.guards) == {2}
+    assert set(decoder.monitors) == {2}
 
 
-class Pausing(PayGuard):
+class Pausing(SpeedMonitor):
     """Drafts one pass in four."""
 
     def drafts(self) -> bool:
@@ -273,10 +275,10 @@ def test_a_draft_after_a_pause_has_read_what_it_missed(tiny, monkeypatch, name, 
         return draft
 
     monkeypatch.setattr(drafter, "propose", listen)
-    decoder.guards = defaultdict(Pausing)
+    decoder.monitors = defaultdict(Pausing)
     plain = SpeculativeDecoder(tiny.target).generate(prompts, max_new_tokens=40)
     assert torch.equal(decoder.generate(prompts, max_new_tokens=40).sequences, plain.sequences)
-    paused, decoder.guards = list(drafts), None
+    paused, decoder.monitors = list(drafts), None
     assert len(paused) >= 5
     for contexts, draft in paused:
         drafts.clear()
@@ -285,7 +287,7 @@ def test_a_draft_after_a_pause_has_read_what_it_missed(tiny, monkeypatch, name, 
         assert torch.equal(drafts[0][1].tokens, draft.tokens)
 
 
-class DraftsLate(PayGuard):
+class DraftsLate(SpeedMonitor):
     """Drafts once behind the first plain passes and again behind a long pause."""
 
     def drafts(self) -> bool:
@@ -299,7 +301,7 @@ def test_what_one_row_missed_fits_behind_another_that_is_full(tiny, name):
     """The short row has much to read when the long one, finished, fills the context."""
     drafter = DrafterSpec(name, {"depth": 2}).build(tiny.target).eval().requires_grad_(False)
     decoder = SpeculativeDecoder(tiny.target, drafter, tree=(1,))
-    decoder.guards = defaultdict(DraftsLate)
+    decoder.monitors = defaultdict(DraftsLate)
     prompts = [[5] * 60, [1, 2, 3]]
     plain = SpeculativeDecoder(tiny.target).generate(prompts)
     assert torch.equal(decoder.generate(prompts).sequences, plain.sequences)
@@ -314,7 +316,7 @@ def test_the_choice_leaves_room_for_the_branch_of_lookup(tiny, drafter, monkeypa
     assert sum(alone.tree) == 7
     assert sum(both.tree) == 4
     assert len(both.tree) == 3
-    both.guards = None
+    both.monitors = None
     found = both.generate([[1, 2, 3] * 6], max_new_tokens=30)
     assert set(found.pass_sizes) == {8}
 
@@ -324,7 +326,7 @@ def test_a_drafter_without_measured_acceptance_is_guarded(tiny, drafter):
     for unmeasured, depth in ((drafter, 3), (PromptLookup(), 7)):
         decoder = SpeculativeDecoder.tuned(tiny.target, unmeasured)
         assert decoder.tree == (1,) * depth
-        assert decoder.guards is not None
+        assert decoder.monitors is not None
 
 
 def test_a_drafter_of_another_target_is_refused(tiny, drafter):

@@ -128,7 +128,7 @@ def autotune(
     """The tree with the most expected tokens per second on this machine; empty where plain decoding is faster.
 
     A drafter whose acceptance was never measured, such as prompt lookup, gets a chain of its `chain_depth`; whether
-    that pays is left to the `PayGuard`.
+    that pays is left to the `SpeedMonitor`.
     """
     can = drafter.capabilities
     if not drafter.acceptance:

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spec_decode.decoding.autotune import autotune
-from spec_decode.decoding.guard import PayGuard
 from spec_decode.decoding.inputs import check_length, check_whole, prompt_lists
 from spec_decode.decoding.proposals import SampledTree
 from spec_decode.decoding.sampling import Sampling, row_seeds
+from spec_decode.decoding.speed_monitor import SpeedMonitor
 from spec_decode.decoding.state import Committed, DecodingState, OnTokens, Rows
 from spec_decode.decoding.statistics import Clock, Generation, Statistics
 from spec_decode.decoding.stopping import StopStrings
@@ -67,7 +67,7 @@ class SpeculativeDecoder:
             if model is not None:
                 model.pack()
         self.tree: TreeShape
-        self.guards: defaultdict[int, PayGuard] | None = None  # by number of rows
+        self.monitors: defaultdict[int, SpeedMonitor] | None = None  # by number of rows
         if drafter is None:
             self.tree = ()
         elif tree is None:
@@ -82,7 +82,7 @@ class SpeculativeDecoder:
         """Decoder with the tree that brings the most expected tokens per second here for a single row, if any pays.
 
         It measures this machine first. While decoding it falls back to plain decoding where that is faster after all
-        (`PayGuard`).
+        (`SpeedMonitor`).
 
         Args:
             target: Step runner of the target.
@@ -91,7 +91,7 @@ class SpeculativeDecoder:
         """
         decoder = cls(target, drafter, **settings)
         if drafter is not None:
-            decoder.tree, decoder.guards = autotune(target, drafter).branching, defaultdict(PayGuard)
+            decoder.tree, decoder.monitors = autotune(target, drafter).branching, defaultdict(SpeedMonitor)
             decoder._check()
         return decoder
 
@@ -171,7 +171,7 @@ class SpeculativeDecoder:
             on_tokens=on_tokens,
         )
         state = self._start(rows, Sampling(temperature, top_k, top_p), seed)
-        clock, guard = state.clock, state.guard
+        clock, monitor = state.clock, state.monitor
 
         # 1. Prefill: the target reads the prompts and draws a first token for every row.
         clock.start()
@@ -180,7 +180,7 @@ class SpeculativeDecoder:
 
         while not rows.done:
             roots, positions = rows.roots()
-            drafting = bool(self.tree) and (guard is None or guard.drafts())
+            drafting = bool(self.tree) and (monitor is None or monitor.drafts())
 
             # 2. Draft: the drafter proposes a tree below the last token of every row.
             draft = self._draft(state, roots, positions) if drafting else root_tree(roots)
@@ -202,8 +202,8 @@ class SpeculativeDecoder:
             if on_pass is not None:
                 on_pass(tree, verified)
             clock.stop("commit")
-            if guard is not None:
-                guard.drafted(committed.mean, seconds) if drafting else guard.plain(seconds)
+            if monitor is not None:
+                monitor.drafted(committed.mean, seconds) if drafting else monitor.plain(seconds)
         return state.finish(pad_token)
 
     def _start(self, rows: Rows, sampling: Sampling, seed: int) -> DecodingState:
@@ -213,18 +213,18 @@ class SpeculativeDecoder:
         seeds = row_seeds(seed, batch).to(device)
         longest = max(length + limit for length, limit in zip(rows.prompt_lengths, limits, strict=True))
         capacity = longest + tree_slots(self.tree)
-        guard = None if self.guards is None else self.guards[batch]
-        if guard is not None:
-            guard.begin()
+        monitor = None if self.monitors is None else self.monitors[batch]
+        if monitor is not None:
+            monitor.begin()
         # What a row missed while decoding was plain is read at once, padded to the longest run.
-        missed = max(limits) if guard is not None and batch > 1 else 0
+        missed = max(limits) if monitor is not None and batch > 1 else 0
         return DecodingState(
             rows=rows,
             sampling=sampling,
             seeds=seeds,
             cache=self.target.new_cache(batch, capacity),
             draft_cache=self.drafter.new_cache(batch, capacity + missed) if self.drafter and self.tree else None,
-            guard=guard,
+            monitor=monitor,
             clock=Clock(device),
             statistics=Statistics(batch, tree_depth(self.tree)),
         )

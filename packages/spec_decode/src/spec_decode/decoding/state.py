@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from spec_decode.decoding.guard import PayGuard
 from spec_decode.decoding.sampling import Sampling
+from spec_decode.decoding.speed_monitor import SpeedMonitor
 from spec_decode.decoding.statistics import Clock, Generation, Statistics
 from spec_decode.decoding.stopping import StopStrings
 from spec_decode.decoding.verify import Verified, count_kept
@@ -122,7 +122,7 @@ class DecodingState:
         seeds: One seed per row, int64 of shape (B,).
         cache: Keys and values of the target.
         draft_cache: What the drafter remembers of the batch.
-        guard: Decides whether a pass drafts; None always drafts.
+        monitor: Decides whether a pass drafts; None always drafts.
         clock: Seconds by phase.
         statistics: What the passes brought.
         unread: Committed positions that the drafter has not seen.
@@ -133,7 +133,7 @@ class DecodingState:
     seeds: Tensor
     cache: KVCache
     draft_cache: Any
-    guard: PayGuard | None
+    monitor: SpeedMonitor | None
     clock: Clock
     statistics: Statistics
     unread: list[Committed] = field(default_factory=list)

@@ -6,41 +6,41 @@ from statistics import median
 
 
 @dataclass
-class PayGuard:
+class SpeedMonitor:
     """Keeps an account of the time that drafting has saved, in plain passes, and lets it draft while there is some.
 
     `SpeculativeDecoder.tuned` chooses by the acceptance on validation text and by measured times. Other text, or
     a machine that has changed its speed, can make drafting slower than plain decoding. A drafted pass adds what it
     saved, or takes what it lost; when nothing is left, decoding goes on plainly. Plain passes pay in a small share of
-    their time, and each time this has bought `stake` passes, drafting is tried again. So drafting costs at most the
+    their time, and each time this has bought `retry` passes, drafting is tried again. So drafting costs at most the
     first filling and that share.
 
     What a plain pass takes is the median of the generation's last ones that followed another plain one: those it begins
-    with, and while drafting goes on the second of two in `probe`. The first of two may have to fetch weights that
+    with, and while drafting goes on the second of two in `interval`. The first of two may have to fetch weights that
     drafted passes, which read a packed copy of them, have driven out of the processor's cache. Earlier generations may
-    have met a faster or slower machine, so they do not count, and one that changes its speed misleads the guard for a
-    while only. A single pass during which it stalled is charged at most `stall` times what drafted passes took of late;
-    hundreds of plain tokens might be needed to pay for it.
+    have met a faster or slower machine, so they do not count, and one that changes its speed misleads the monitor for a
+    while only. A single pass during which it stalled is charged at most `max_charge` times what drafted passes took
+    of late; hundreds of plain tokens might be needed to pay for it.
 
     Args:
-        first: What the account holds at the beginning, > 0.
-        most: What it holds at most, >= `first`: the memory of a drafter that has paid.
-        stake: What it must hold to draft again, > 0.
-        share: Share of the time of plain passes that is paid in, in (0, 1).
-        probe: Passes of which two are plain, >= 3.
-        fresh: Plain passes that are timed in every generation before it drafts, >= 1.
-        recent: Most passes, plain and drafted, whose median is taken, >= `fresh`.
-        stall: Most that a drafted pass is charged, in medians of the last `recent` ones, >= 1.
+        initial: What the account holds at the beginning, > 0.
+        limit: What it holds at most, >= `initial`: what a drafter that has paid may lose.
+        retry: What it must hold to draft again, > 0.
+        saving: Share of the time of plain passes that is paid in, in (0, 1).
+        interval: Passes of which two are plain, >= 3.
+        warmup: Plain passes that are timed in every generation before it drafts, >= 1.
+        window: Most passes, plain and drafted, whose median is taken, >= `warmup`.
+        max_charge: Most that a drafted pass is charged, in medians of the last `window` ones, >= 1.
     """
 
-    first: float = 4.0
-    most: float = 8.0
-    stake: float = 0.5
-    share: float = 0.015
-    probe: int = 128
-    fresh: int = 3
-    recent: int = 5
-    stall: float = 2.0
+    initial: float = 4.0
+    limit: float = 8.0
+    retry: float = 0.5
+    saving: float = 0.015
+    interval: int = 128
+    warmup: int = 3
+    window: int = 5
+    max_charge: float = 2.0
     _saved: float = field(init=False)
     _plain: deque[float] = field(init=False)
     _costs: deque[float] = field(init=False)
@@ -49,8 +49,8 @@ class PayGuard:
     _warm: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        self._saved = self.first
-        self._plain, self._costs = deque(maxlen=self.recent), deque(maxlen=self.recent)
+        self._saved = self.initial
+        self._plain, self._costs = deque(maxlen=self.window), deque(maxlen=self.window)
 
     def begin(self) -> None:
         """A generation begins: its prompt is read by a pass of many rows, and what the machine does now is unknown."""
@@ -60,8 +60,8 @@ class PayGuard:
     def drafts(self) -> bool:
         """Whether the next pass should draft."""
         self._passes += 1
-        self._drafting = self._drafting or self._saved >= self.stake
-        return self._drafting and len(self._plain) >= self.fresh and self._passes % self.probe > 1
+        self._drafting = self._drafting or self._saved >= self.retry
+        return self._drafting and len(self._plain) >= self.warmup and self._passes % self.interval > 1
 
     def drafted(self, tokens: float, seconds: float) -> None:
         """Count a drafted pass.
@@ -72,9 +72,9 @@ class PayGuard:
         """
         self._warm = False
         cost = seconds / median(self._plain)
-        most = self.stall * median(self._costs) if len(self._costs) == self.recent else cost
+        most = self.max_charge * median(self._costs) if len(self._costs) == self.window else cost
         self._costs.append(cost)
-        self._saved = min(self._saved + tokens - min(cost, most), self.most)
+        self._saved = min(self._saved + tokens - min(cost, most), self.limit)
         self._drafting = self._saved > 0
 
     def plain(self, seconds: float) -> None:
@@ -86,4 +86,4 @@ class PayGuard:
         if self._warm:
             self._plain.append(seconds)
         self._warm = True
-        self._saved = min(self._saved + self.share, self.most)
+        self._saved = min(self._saved + self.saving, self.limit)
