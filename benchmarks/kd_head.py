@@ -33,7 +33,7 @@ from torch import Tensor
 from kd_common.registry import subclasses
 from kd_common.run.errors import run_command
 from kd_common.run.memory import peak_bytes
-from llm_kd.head import HeadOutput, HiddenSignal, KDHead, LMHead, TeacherSignal, truncate
+from llm_kd.head import HeadOutput, KDHead, LMHead, TeacherHiddenStates, TeacherOutput, truncate
 from llm_kd.objectives import Objective
 from llm_kd.selection import Selector
 
@@ -102,11 +102,11 @@ class Case:
         return cls([inputs[0].requires_grad_(), inputs[1].requires_grad_(), *inputs[2:]], device)
 
     @property
-    def online(self) -> HiddenSignal:
+    def online(self) -> TeacherHiddenStates:
         """The teacher's hidden states and head."""
-        return HiddenSignal(self.inputs[2], LMHead(self.inputs[3]))
+        return TeacherHiddenStates(self.inputs[2], LMHead(self.inputs[3]))
 
-    def run(self, head: KDHead, teacher: TeacherSignal) -> HeadOutput:
+    def run(self, head: KDHead, teacher: TeacherOutput) -> HeadOutput:
         """KDHead on this shape."""
         return head(self.inputs[0], LMHead(self.inputs[1]), teacher)
 

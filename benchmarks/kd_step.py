@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kd_common.registry import subclasses
 from kd_common.run.errors import run_command
-from llm_kd.head import HiddenSignal, KDHead
+from llm_kd.head import KDHead, TeacherHiddenStates
 from llm_kd.models import Body
 from llm_kd.objectives import Objective
 from llm_kd.selection import Selector
@@ -53,7 +53,7 @@ def random_model(layers: int) -> Body:
 
 
 @torch.no_grad()
-def selection_seconds(head: KDHead, student: HiddenSignal, teacher: HiddenSignal) -> float:
+def selection_seconds(head: KDHead, student: TeacherHiddenStates, teacher: TeacherHiddenStates) -> float:
     """Time of the selector's scores of all rows, in blocks of 64 rows that are projected beforehand."""
     seconds = 0.0
     for rows in torch.arange(len(student)).split(64):
@@ -77,7 +77,7 @@ def step(teacher: Body, student: Body, head: KDHead, tokens: torch.Tensor) -> di
     lap()
     hidden = student(tokens, positions).flatten(0, 1)
     lap()
-    online = HiddenSignal(teacher_hidden, teacher.lm_head())
+    online = TeacherHiddenStates(teacher_hidden, teacher.lm_head())
     loss = head(hidden, student.lm_head(), online).loss
     lap()
     loss.backward()
@@ -85,7 +85,9 @@ def step(teacher: Body, student: Body, head: KDHead, tokens: torch.Tensor) -> di
     student.zero_grad()
     parts = dict(zip(["teacher", "student", "head", "backward"], torch.tensor(times).diff().tolist(), strict=True))
     parts["step"] = times[-1] - times[0]
-    return parts | {"selection": selection_seconds(head, HiddenSignal(hidden.detach(), student.lm_head()), online)}
+    return parts | {
+        "selection": selection_seconds(head, TeacherHiddenStates(hidden.detach(), student.lm_head()), online)
+    }
 
 
 def main() -> None:

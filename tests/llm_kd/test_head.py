@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kd_common.registry import subclasses
-from llm_kd.head import HiddenSignal, KDHead, LMHead
+from llm_kd.head import KDHead, LMHead, TeacherHiddenStates
 from llm_kd.objectives import Objective
 from llm_kd.selection import Selection, Selector
 
@@ -43,8 +43,8 @@ def test_student_and_teacher_may_differ_in_precision(objective, teacher, student
     logits = torch.nn.functional.linear(hidden, theirs.weight, theirs.bias).to(student)
     for selector in ("TopK", "SpecKExpected", "AdaKD"):
         head = KDHead(OBJECTIVES[objective](), SELECTORS[selector]())
-        found = head(inputs.hidden, inputs.student, HiddenSignal(hidden, theirs)).loss
-        same = HiddenSignal(logits, LMHead(torch.eye(V, dtype=student)))
+        found = head(inputs.hidden, inputs.student, TeacherHiddenStates(hidden, theirs)).loss
+        same = TeacherHiddenStates(logits, LMHead(torch.eye(V, dtype=student)))
         again = KDHead(OBJECTIVES[objective](), SELECTORS[selector]())
         expected = again(inputs.hidden, inputs.student, same).loss
         assert found.dtype == expected.dtype
@@ -74,11 +74,11 @@ class Inputs:
         return [self.hidden, self.weight] + ([] if self.bias is None else [self.bias])
 
     @property
-    def signal(self):
-        return HiddenSignal(self.teacher_hidden, self.teacher)
+    def teacher_output(self):
+        return TeacherHiddenStates(self.teacher_hidden, self.teacher)
 
     def run(self, head):
-        return head(self.hidden, self.student, self.signal)
+        return head(self.hidden, self.student, self.teacher_output)
 
     def gradients(self, head):
         output = self.run(head)
@@ -353,7 +353,7 @@ def test_bad_settings(settings, message):
 def test_bad_tensors():
     inputs, head = Inputs(), build()
     with pytest.raises(ValueError, match=r"the same N tokens, got shape \(1, 17, 6\) and 17 rows"):
-        head(inputs.hidden[None], inputs.student, inputs.signal)
+        head(inputs.hidden[None], inputs.student, inputs.teacher_output)
     inputs.teacher_hidden = inputs.teacher_hidden[:-1]
     with pytest.raises(ValueError, match=r"got shape \(17, 6\) and 16 rows; pick the supervised tokens"):
         inputs.run(head)

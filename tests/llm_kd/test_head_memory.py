@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from kd_common.registry import subclasses
 from kd_common.run.memory import LiveBytes
-from llm_kd.head import HiddenSignal, KDHead, LMHead, truncate
+from llm_kd.head import KDHead, LMHead, TeacherHiddenStates, truncate
 from llm_kd.head.kd_head import BYTES_PER_LOGIT
 from llm_kd.head.linear import rows_per_chunk
 from llm_kd.objectives import Objective
@@ -41,7 +41,7 @@ def tensors(rows):
 def run(objective, selector, chunk_size, inputs):
     hidden, weight, teacher_hidden, teacher_weight = inputs
     head = KDHead(OBJECTIVES[objective](), SELECTORS[selector](), chunk_size=chunk_size)
-    head(hidden, LMHead(weight), HiddenSignal(teacher_hidden, LMHead(teacher_weight))).loss.backward()
+    head(hidden, LMHead(weight), TeacherHiddenStates(teacher_hidden, LMHead(teacher_weight))).loss.backward()
 
 
 class LargestTensor(TorchDispatchMode):
@@ -92,7 +92,7 @@ def test_stored_teachers_take_no_more(size):
     chunk, extra = 16, {}
     for rows in (96, 160):
         hidden, weight, *teacher = tensors(rows)
-        stored = truncate(HiddenSignal(teacher[0], LMHead(teacher[1])), size, V)
+        stored = truncate(TeacherHiddenStates(teacher[0], LMHead(teacher[1])), size, V)
         head = KDHead(OBJECTIVES["ReverseKL"](), SELECTORS["TopK"](k=2), chunk_size=chunk)
         ignore = [hidden, weight, stored.log_probs, stored.indices, stored.tail_mass]
         with LiveBytes(ignore) as record:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kd_common.registry import subclasses
-from llm_kd.head import HiddenSignal, KDHead, LMHead, signal, truncate
+from llm_kd.head import KDHead, LMHead, TeacherHiddenStates, teacher_output, truncate
 from llm_kd.head.metrics import token_metrics
 from llm_kd.head.rows import TAIL_FLOOR, truncated_loss
 from llm_kd.objectives import Objective
@@ -49,7 +49,7 @@ class Case:
         self.hidden, self.weight = randn(rows, H).requires_grad_(), randn(V + padding, H).requires_grad_()
         self.bias = randn(V + padding).requires_grad_() if bias else None
         self.softcap = softcap
-        self.online = HiddenSignal(randn(rows, H), LMHead(randn(V, H), None, softcap))
+        self.online = TeacherHiddenStates(randn(rows, H), LMHead(randn(V, H), None, softcap))
 
     @property
     def leaves(self):
@@ -286,7 +286,7 @@ def test_truncate_works_in_chunks_and_leaves_padding_out(softcap, monkeypatch):
     whole = whole if softcap is None else softcap * torch.tanh(whole / softcap)
     expected = TruncatedDistribution.from_logits(whole[:, :20], 5)
     for chunk in (1, 4, 100):
-        monkeypatch.setattr(signal, "rows_per_chunk", lambda *_, chunk=chunk: chunk)
+        monkeypatch.setattr(teacher_output, "rows_per_chunk", lambda *_, chunk=chunk: chunk)
         stored = truncate(case.online, 5, 20)
         assert stored.vocab_size == 20
         assert torch.equal(stored.indices, expected.indices)
@@ -309,7 +309,7 @@ def test_ranks_survive_rounding_where_all_tokens_are_stored():
     logits[0, 5], logits[0, 2] = 3.0001, 3.0  # equal in float16, where the lower id would rank first
     stored, student = rounded(logits), 4 * torch.eye(V)[[5]]
     assert (stored.log_probs[0, 0] == stored.log_probs[0, 1]).item()
-    for teacher in (HiddenSignal(logits, LMHead(torch.eye(V))), stored):
+    for teacher in (TeacherHiddenStates(logits, LMHead(torch.eye(V))), stored):
         head = build("ForwardKL", "TopK", selector_args={"k": 1})
         assert head(student, LMHead(torch.eye(V)), teacher).accepted.item() == 1
         sums = token_metrics(student, LMHead(torch.eye(V)), teacher, torch.tensor([5]), V, k=1)

@@ -160,21 +160,21 @@ def test_online_teacher_gives_the_supervised_rows():
     assert teacher.to("cpu") is teacher
     assert not model.training
     batch = BATCHES[1]
-    signal = teacher.signal(batch)
-    assert not signal.hidden.requires_grad
-    assert not signal.head.weight.requires_grad
+    teacher_output = teacher.output(batch)
+    assert not teacher_output.hidden.requires_grad
+    assert not teacher_output.head.weight.requires_grad
     places = [(i, j) for i in range(2) for j in range(30) if batch.predict[i, j]]
     expected = [model.embedding[batch.input_ids[p]] * (1 + batch.position_ids[p]).sqrt() for p in places]
-    torch.testing.assert_close(signal.hidden, torch.stack(expected))
+    torch.testing.assert_close(teacher_output.hidden, torch.stack(expected))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
 def test_online_teacher_of_a_transformer(make_model, architecture):
     model = make_model(architecture)
     batch = batch_of([0], [1])
-    signal = OnlineTeacher(Body(model)).signal(batch)
+    teacher_output = OnlineTeacher(Body(model)).output(batch)
     logits = model(batch.input_ids).logits[batch.predict].log_softmax(-1)
-    stored = truncate(signal, 258, 258)
+    stored = truncate(teacher_output, 258, 258)
     torch.testing.assert_close(stored.dense_log_probs(), logits, rtol=1e-4, atol=1e-4)
 
 
@@ -188,8 +188,8 @@ def test_cache_gives_what_the_teacher_gave(tmp_path, size, dtype):
     assert size == 1 or len(cache.cache.shards) > 1
     # Other batches than those written, in another order, padded and packed otherwise.
     for batch in (*BATCHES, batch_of([5, 0, 3], [2]), batch_of([4, 1], width=60)):
-        exact = truncate(OnlineTeacher(model).signal(batch), size, V)
-        stored = cache.signal(batch)
+        exact = truncate(OnlineTeacher(model).output(batch), size, V)
+        stored = cache.output(batch)
         assert stored.log_probs.dtype == DTYPES[dtype]
         assert torch.equal(stored.indices.long(), exact.indices)
         close = {"rtol": 1e-6, "atol": 1e-6} if dtype == "float32" else {"rtol": 2**-8, "atol": 1e-7}
@@ -201,9 +201,9 @@ def test_cache_gives_what_the_teacher_gave(tmp_path, size, dtype):
 def test_batch_without_supervised_tokens(tmp_path):
     empty = replace(BATCHES[2], predict=BATCHES[2].predict & False, keys=[])
     cache = write(tmp_path, batches=[*BATCHES, empty])
-    signal = CachedTeacher(cache).signal(empty)
-    assert len(signal) == 0
-    assert signal.size == 6
+    teacher_output = CachedTeacher(cache).teacher_output(empty)
+    assert len(teacher_output) == 0
+    assert teacher_output.size == 6
     assert len(cache) == 6
 
 
@@ -218,7 +218,7 @@ def test_training_from_a_whole_cache_is_training_online(tmp_path, objective, sel
     hidden, weight = torch.randn(rows, 5, requires_grad=True), torch.randn(V, 5, requires_grad=True)
     results = []
     for teacher in (OnlineTeacher(model), cached):
-        output = head(hidden, LMHead(weight), teacher.signal(batch))
+        output = head(hidden, LMHead(weight), teacher.output(batch))
         results.append([output.row_loss, output.weights, *torch.autograd.grad(output.loss, [hidden, weight])])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
@@ -230,11 +230,11 @@ def test_training_from_a_small_cache_is_a_lower_bound(tmp_path, dtype):
     model, batch = Model(), BATCHES[1]
     hidden, head = torch.randn(int(batch.predict.sum()), 5), LMHead(torch.randn(V, 5))
     loss = KDHead(OBJECTIVES["ReverseKL"](), SELECTORS["TopK"](k=3), vocab_size=V)
-    online = loss(hidden, head, OnlineTeacher(model).signal(batch))
+    online = loss(hidden, head, OnlineTeacher(model).output(batch))
     previous = torch.zeros_like(online.row_loss)
     for size in (3, 10, 30, 49):
         cached = CachedTeacher(write(tmp_path / str(size), model, size=size, dtype=dtype))
-        output = loss(hidden, head, cached.signal(batch))
+        output = loss(hidden, head, cached.output(batch))
         slack = {"float16": 0.01, "bfloat16": 0.08, "float32": 1e-5}[dtype] * (1 + online.row_loss)
         assert torch.equal(output.accepted, online.accepted)
         assert (output.row_loss <= online.row_loss + slack).all()
@@ -250,8 +250,8 @@ def test_other_supervised_tokens_are_noticed(tmp_path):
     fewer = replace(batch, predict=batch.predict & (batch.position_ids != 5))
     for changed in (other_token, fewer):
         with pytest.raises(CacheError, match=f"example ({'|'.join(batch.keys)}) was stored in .* other supervised"):
-            cached.signal(changed)
-    cached.signal(batch)
+            cached.teacher_output(changed)
+    cached.output(batch)
 
 
 def test_fingerprints_tell_teachers_and_vocabularies_apart():
@@ -288,8 +288,8 @@ def test_caching_runs_what_is_missing_once(tmp_path, capsys):
     assert model.calls == 1 + 3
     assert cache.complete
     assert len(cache) == 7
-    at_once = CachedTeacher(write(tmp_path / "at_once", batches=repeated[::-1])).signal(repeated[-1])
-    in_turns = CachedTeacher(cache).signal(repeated[-1])
+    at_once = CachedTeacher(write(tmp_path / "at_once", batches=repeated[::-1])).teacher_output(repeated[-1])
+    in_turns = CachedTeacher(cache).teacher_output(repeated[-1])
     assert torch.equal(in_turns.indices, at_once.indices)
     torch.testing.assert_close(in_turns.log_probs, at_once.log_probs, rtol=2**-9, atol=1e-6)
     torch.testing.assert_close(in_turns.tail_mass, at_once.tail_mass, rtol=2e-5, atol=1e-9)

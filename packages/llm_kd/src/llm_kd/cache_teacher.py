@@ -109,8 +109,8 @@ def _add(writer: CacheWriter, teacher: OnlineTeacher, batch: TokenBatch, device:
     if not any(new):
         return 0
     rows = torch.tensor(new).repeat_interleave(torch.tensor(counts))
-    signal = teacher.signal(batch.to(device))
-    distribution = truncate(signal[rows.to(device)], writer.layout.size, writer.layout.vocab_size)
+    teacher_output = teacher.output(batch.to(device))
+    distribution = truncate(teacher_output[rows.to(device)], writer.layout.size, writer.layout.vocab_size)
     kept = [(key, count) for key, count, is_new in zip(batch.keys, counts, new, strict=True) if is_new]
     tokens = batch.labels[batch.predict].cpu()[rows]
     writer.add([key for key, _ in kept], [count for _, count in kept], tokens, distribution)

@@ -33,7 +33,7 @@ from kd_common.terminal import printable
 from llm_kd.data import TextDataModule
 from llm_kd.evaluation.answers import Answers, answer_prompts
 from llm_kd.evaluation.harness import load_harness, run_harness
-from llm_kd.head import HiddenSignal
+from llm_kd.head import TeacherHiddenStates
 from llm_kd.head.metrics import token_metrics
 from llm_kd.models import Body, TeacherSpec, load_teacher, shared_vocabulary
 from llm_kd.models.generation import Sampling
@@ -71,8 +71,8 @@ def token_means(
         batch = batch.to(device)
         hidden = student(batch.input_ids, batch.position_ids)[batch.predict]
         others = hidden if teacher is None else teacher(batch.input_ids, batch.position_ids)[batch.predict]
-        signal = HiddenSignal(others, other.lm_head())
-        found = token_metrics(hidden, student.lm_head(), signal, batch.labels[batch.predict], vocab_size, k)
+        teacher_output = TeacherHiddenStates(others, other.lm_head())
+        found = token_metrics(hidden, student.lm_head(), teacher_output, batch.labels[batch.predict], vocab_size, k)
         for name, value in (found | {"tokens": batch.predict.sum()}).items():
             sums[name] = sums.get(name, 0.0) + float(value)
     means = token_metric_means(sums)

@@ -2,6 +2,6 @@
 
 from llm_kd.head.kd_head import HeadOutput, KDHead
 from llm_kd.head.linear import LMHead
-from llm_kd.head.signal import HiddenSignal, TeacherSignal, truncate
+from llm_kd.head.teacher_output import TeacherHiddenStates, TeacherOutput, truncate
 
-__all__ = ["HeadOutput", "HiddenSignal", "KDHead", "LMHead", "TeacherSignal", "truncate"]
+__all__ = ["HeadOutput", "KDHead", "LMHead", "TeacherHiddenStates", "TeacherOutput", "truncate"]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from llm_kd.head.linear import Gradients, LMHead, Projection, ValueWithGradients, rows_per_chunk
 from llm_kd.head.rows import dense_loss, truncated_loss
-from llm_kd.head.signal import HiddenSignal, TeacherSignal
+from llm_kd.head.teacher_output import TeacherHiddenStates, TeacherOutput
 from llm_kd.objectives import Objective
 from llm_kd.selection import Selector
 from llm_kd.selection.acceptance import TruncatedDistribution
@@ -119,7 +119,7 @@ class KDHead(nn.Module):
         self.vocab_size = vocab_size
         self.chunk_size = chunk_size
 
-    def forward(self, student_hidden: Tensor, student_head: LMHead, teacher: TeacherSignal) -> HeadOutput:
+    def forward(self, student_hidden: Tensor, student_head: LMHead, teacher: TeacherOutput) -> HeadOutput:
         """Loss of a batch, with gradients for the student's hidden states, head weight and bias.
 
         Args:
@@ -199,7 +199,7 @@ class KDHead(nn.Module):
         self.objective.on_step(loss, step, total_steps)
         self.selector.on_step(loss if selected_loss is None else selected_loss, step, total_steps)
 
-    def _shared_vocab(self, rows: int, teacher: TeacherSignal) -> int:
+    def _shared_vocab(self, rows: int, teacher: TeacherOutput) -> int:
         """V, from the number of rows of the student's head and the tokens the teacher knows."""
         teacher_rows = teacher.vocab_size if isinstance(teacher, TruncatedDistribution) else len(teacher.head.weight)
         if self.vocab_size is None and rows != teacher_rows:
@@ -216,9 +216,9 @@ class KDHead(nn.Module):
             self.check_truncated(teacher.size, teacher.vocab_size)
         return self.vocab_size or rows
 
-    def _rows_of(self, teacher: TeacherSignal, vocab_size: int, dtype: torch.dtype) -> TeacherRows:
+    def _rows_of(self, teacher: TeacherOutput, vocab_size: int, dtype: torch.dtype) -> TeacherRows:
         """What gives the teacher's logits, or its truncated distribution, of some rows."""
-        if isinstance(teacher, HiddenSignal):
+        if isinstance(teacher, TeacherHiddenStates):
             live = Projection(teacher.hidden, teacher.head, vocab_size)
             return lambda rows: live.logits(rows).to(dtype)
         if teacher.size < vocab_size:

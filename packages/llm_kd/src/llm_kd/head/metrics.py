@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from kd_common.functional import forward_kl
 from llm_kd.head.linear import LMHead, Projection, rows_per_chunk
 from llm_kd.head.rows import truncated_loss
-from llm_kd.head.signal import HiddenSignal, TeacherSignal
+from llm_kd.head.teacher_output import TeacherHiddenStates, TeacherOutput
 from llm_kd.objectives.fkl import ForwardKL
 from llm_kd.selection.acceptance import topk_accept
 
@@ -16,7 +16,7 @@ BYTES_PER_LOGIT = 4 * 6
 
 @torch.no_grad()
 def token_metrics(
-    student_hidden: Tensor, student_head: LMHead, teacher: TeacherSignal, labels: Tensor, vocab_size: int, k: int
+    student_hidden: Tensor, student_head: LMHead, teacher: TeacherOutput, labels: Tensor, vocab_size: int, k: int
 ) -> dict[str, Tensor]:
     """Sums over N tokens of what is reported as means.
 
@@ -36,12 +36,12 @@ def token_metrics(
     """
     student = Projection(student_hidden, student_head, vocab_size)
     chunks = torch.arange(len(labels), device=labels.device).split(rows_per_chunk(student, BYTES_PER_LOGIT))
-    live = Projection(teacher.hidden, teacher.head, vocab_size) if isinstance(teacher, HiddenSignal) else None
+    live = Projection(teacher.hidden, teacher.head, vocab_size) if isinstance(teacher, TeacherHiddenStates) else None
     sums: dict[str, Tensor] = {}
     for chunk in chunks:
         z, target = student.logits(chunk), labels[chunk]
         values = {"nll": F.cross_entropy(z, target, reduction="sum")}
-        if isinstance(teacher, HiddenSignal):
+        if isinstance(teacher, TeacherHiddenStates):
             z_teacher = live.logits(chunk)  # type: ignore[union-attr]  # it is there with this kind of teacher
             best, accepted = z_teacher.argmax(dim=-1), topk_accept(z, z_teacher, k)
         else:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_kd.data.batch import TokenBatch
-from llm_kd.head import LMHead, TeacherSignal
+from llm_kd.head import LMHead, TeacherOutput
 
 
 class TeacherBody(Protocol):
@@ -43,7 +43,7 @@ class Teacher(ABC):
     """
 
     @abstractmethod
-    def signal(self, batch: TokenBatch) -> TeacherSignal:
+    def output(self, batch: TokenBatch) -> TeacherOutput:
         """The teacher's rows of the supervised tokens.
 
         Args:

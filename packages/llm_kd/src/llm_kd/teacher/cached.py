@@ -18,8 +18,8 @@ class CachedTeacher(Teacher):
     def __init__(self, cache: TeacherCache) -> None:
         self.cache = cache
 
-    def signal(self, batch: TokenBatch) -> TruncatedDistribution:
-        """Stored rows of the supervised tokens; see :meth:`Teacher.signal`.
+    def output(self, batch: TokenBatch) -> TruncatedDistribution:
+        """Stored rows of the supervised tokens; see :meth:`Teacher.output`.
 
         Raises:
             CacheError: If an example is missing or damaged, or was stored with other supervised tokens.

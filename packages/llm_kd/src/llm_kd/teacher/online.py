@@ -3,7 +3,7 @@
 import torch
 
 from llm_kd.data.batch import TokenBatch
-from llm_kd.head import HiddenSignal
+from llm_kd.head import TeacherHiddenStates
 from llm_kd.teacher.base import Teacher, TeacherBody
 
 
@@ -20,10 +20,10 @@ class OnlineTeacher(Teacher):
         self.body = body
 
     @torch.no_grad()
-    def signal(self, batch: TokenBatch) -> HiddenSignal:
-        """Hidden states of the supervised tokens, and the head; see :meth:`Teacher.signal`."""
+    def output(self, batch: TokenBatch) -> TeacherHiddenStates:
+        """Hidden states of the supervised tokens, and the head; see :meth:`Teacher.output`."""
         hidden = self.body(batch.input_ids, batch.position_ids)
-        return HiddenSignal(hidden[batch.predict], self.body.lm_head())
+        return TeacherHiddenStates(hidden[batch.predict], self.body.lm_head())
 
     def to(self, device: torch.device | str) -> "OnlineTeacher":
         """Move the teacher to a device; returns itself."""

@@ -214,7 +214,7 @@ class DistillationModule(TrainingModule):
         torch.manual_seed(self._seed("model", batch_idx, self.global_rank))
         if self.rollout.generates:
             batch = self._respond(batch, batch_idx)
-        output = self.distiller(batch, self.teacher.signal(batch))
+        output = self.distiller(batch, self.teacher.output(batch))
         tokens = torch.tensor(output.num_tokens)
         values = (output.loss_sum.detach(), output.denominator, output.accepted_sum, tokens, output.weights.sum())
         self._window += torch.stack([value.to(self._window) for value in values])
@@ -314,7 +314,7 @@ class DistillationModule(TrainingModule):
 
     def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
         """Add the sums of one batch."""
-        for name, value in self.distiller.measure(batch, self.teacher.signal(batch)).items():
+        for name, value in self.distiller.measure(batch, self.teacher.output(batch)).items():
             self._val[name] = self._val.get(name, 0.0) + value.to(self._sum_dtype)
 
     def on_validation_epoch_end(self) -> None:

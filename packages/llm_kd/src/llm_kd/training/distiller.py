@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from llm_kd.data.batch import TokenBatch
 from llm_kd.head import HeadOutput, KDHead
 from llm_kd.head.metrics import token_metrics
-from llm_kd.head.signal import TeacherSignal
+from llm_kd.head.teacher_output import TeacherOutput
 from llm_kd.models import Body
 from llm_kd.models.generation import Sampling, generate
 
@@ -28,7 +28,7 @@ class Distiller(nn.Module):
         self.head = head
         self.vocab_size = vocab_size
 
-    def forward(self, batch: TokenBatch, teacher: TeacherSignal) -> HeadOutput:
+    def forward(self, batch: TokenBatch, teacher: TeacherOutput) -> HeadOutput:
         """Loss of the batch's supervised tokens.
 
         Args:
@@ -39,7 +39,7 @@ class Distiller(nn.Module):
         return self.head(hidden[batch.predict], self.student.lm_head(), teacher)
 
     @torch.no_grad()
-    def measure(self, batch: TokenBatch, teacher: TeacherSignal) -> dict[str, Tensor]:
+    def measure(self, batch: TokenBatch, teacher: TeacherOutput) -> dict[str, Tensor]:
         """Sums over the supervised tokens: loss, its denominator, their number, and the token metrics (top-5)."""
         hidden = self.student(batch.input_ids, batch.position_ids)[batch.predict]
         head = self.student.lm_head()

@@ -51,10 +51,10 @@ def rehearse(
         distiller.to(device), body.to(device)
         prompt = data.first_prompt("train")
         batch: Any = collate([[prompt_response_example(prompt, [*model.eos_ids[:1]] * 2, "")]], data.pad_id).to(device)
-        signal = OnlineTeacher(body).signal(batch)
-        distiller(batch, signal).loss_sum.backward()
+        teacher_output = OnlineTeacher(body).output(batch)
+        distiller(batch, teacher_output).loss_sum.backward()
         distiller.zero_grad(set_to_none=True)
-        sums = {name: float(value) for name, value in distiller.measure(batch, signal).items()}
+        sums = {name: float(value) for name, value in distiller.measure(batch, teacher_output).items()}
         if model.rollout.generates:
             sampling = replace(model.rollout.sampling, max_new_tokens=1)
             distiller.generate([prompt], sampling, eos_ids=model.eos_ids, pad_id=data.pad_id, seed=0)

@@ -13,7 +13,7 @@ BYTES_PER_LOGIT = 24
 
 
 @dataclass(frozen=True)
-class HiddenSignal:
+class TeacherHiddenStates:
     """A teacher that is at hand: hidden states before the head and the head itself.
 
     Attributes:
@@ -27,35 +27,37 @@ class HiddenSignal:
     def __len__(self) -> int:
         return len(self.hidden)
 
-    def __getitem__(self, rows: Tensor | slice) -> "HiddenSignal":
+    def __getitem__(self, rows: Tensor | slice) -> "TeacherHiddenStates":
         """Some rows, by a slice, indices or booleans."""
-        return HiddenSignal(self.hidden[rows], self.head)
+        return TeacherHiddenStates(self.hidden[rows], self.head)
 
 
-TeacherSignal = HiddenSignal | TruncatedDistribution
+TeacherOutput = TeacherHiddenStates | TruncatedDistribution
 """Either form of N rows, in the order of the student's."""
 
 
 @torch.no_grad()
-def truncate(signal: HiddenSignal, size: int, vocab_size: int) -> TruncatedDistribution:
+def truncate(teacher_output: TeacherHiddenStates, size: int, vocab_size: int) -> TruncatedDistribution:
     """The ``size`` most likely tokens of every row, chunk by chunk.
 
     Args:
-        signal: N rows of a teacher.
+        teacher_output: N rows of a teacher.
         size: K, in [1, vocab_size].
         vocab_size: Number V of tokens; rows of the head beyond it are padding and are left out.
 
     Returns:
-        N rows, on the signal's device, log-probabilities in at least float32.
+        N rows, on the teacher_output's device, log-probabilities in at least float32.
 
     Raises:
         ValueError: If a size is out of range or a logit is NaN or +inf.
     """
-    if vocab_size > len(signal.head.weight):
-        raise ValueError(f"vocab_size={vocab_size} exceeds the {len(signal.head.weight)} rows of the teacher's head")
-    teacher = Projection(signal.hidden, signal.head, vocab_size)
+    if vocab_size > len(teacher_output.head.weight):
+        raise ValueError(
+            f"vocab_size={vocab_size} exceeds the {len(teacher_output.head.weight)} rows of the teacher's head"
+        )
+    teacher = Projection(teacher_output.hidden, teacher_output.head, vocab_size)
     chunk = rows_per_chunk(teacher, BYTES_PER_LOGIT)
-    rows = torch.arange(len(signal), device=signal.hidden.device)
+    rows = torch.arange(len(teacher_output), device=teacher_output.hidden.device)
     return TruncatedDistribution.cat(
         [TruncatedDistribution.from_logits(teacher.logits(part), size) for part in rows.split(chunk)]
     )
