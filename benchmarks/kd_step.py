@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kd_common.registry import subclasses
 from kd_common.run.errors import run_command
 from llm_kd.head import KDHead, TeacherHiddenStates
-from llm_kd.models import Body
+from llm_kd.models import Backbone
 from llm_kd.objectives import Objective
 from llm_kd.selection import Selector
 
@@ -38,7 +38,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def random_model(layers: int) -> Body:
+def random_model(layers: int) -> Backbone:
     """A model of SmolLM2-135M's shape with random weights."""
     config = LlamaConfig(
         vocab_size=VOCAB,
@@ -49,7 +49,7 @@ def random_model(layers: int) -> Body:
         num_key_value_heads=3,
         tie_word_embeddings=True,
     )
-    return Body(LlamaForCausalLM(config))
+    return Backbone(LlamaForCausalLM(config))
 
 
 @torch.no_grad()
@@ -64,7 +64,7 @@ def selection_seconds(head: KDHead, student: TeacherHiddenStates, teacher: Teach
     return seconds
 
 
-def step(teacher: Body, student: Body, head: KDHead, tokens: torch.Tensor) -> dict[str, float]:
+def step(teacher: Backbone, student: Backbone, head: KDHead, tokens: torch.Tensor) -> dict[str, float]:
     """Seconds of the parts of one step."""
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     times = [time.perf_counter()]

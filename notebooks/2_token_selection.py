@@ -40,7 +40,7 @@ from kd_common.hub.language_models import EMBEDDED, load_tokenizer
 from kd_common.run.compare import mean_and_spread, write_table
 from llm_kd.data.example import Example
 from llm_kd.fit import build, run
-from llm_kd.models import Body, TeacherSpec, depth_prune, load_teacher
+from llm_kd.models import Backbone, TeacherSpec, depth_prune, load_teacher
 from llm_kd.selection.acceptance import speck_accept_probability
 from llm_kd.viz.figures import mark_tokens
 from llm_kd.viz.token_table import token_table
@@ -78,7 +78,7 @@ example = Example(tokens, [False] + [True] * (len(tokens) - 1), prompt_length=1)
 
 rows = []
 for layers in sorted({LAYERS, 28, 25, 20, 10}, reverse=True):
-    pruned = Body(depth_prune(teacher.causal_lm, layers)).eval()
+    pruned = Backbone(depth_prune(teacher.causal_lm, layers)).eval()
     found = token_table(pruned, teacher, [example], vocab_size=len(tokenizer), k=K)
     if layers == LAYERS:
         student, table = pruned, found

@@ -11,7 +11,7 @@ from kd_common.hub.language_models import load_causal_lm, load_config, load_toke
 from kd_common.run.checkpoints import AtomicCheckpointIO, check_resumable
 from kd_common.run.compare import run_matrix
 from llm_kd.data.responses import write_responses
-from llm_kd.models import Body
+from llm_kd.models import Backbone
 from llm_kd.models.generation import Sampling
 from llm_kd.models.save import save_student as save_language_student
 from llm_kd.selection.acceptance import TruncatedDistribution

@@ -5,8 +5,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from kd_common.hub.language_models import quiet
-from llm_kd.models import Body, check_packing, depth_prune
-from llm_kd.models.body import make_savable
+from llm_kd.models import Backbone, check_packing, depth_prune
+from llm_kd.models.backbone import make_savable
 from llm_kd.models.prune import relisted
 
 LINEAR = {
@@ -59,7 +59,7 @@ def tiny(kind, **more):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "gemma2", "gpt2", "smollm3", "mixtral"])
 def test_packing_passes_where_conversations_are_kept_apart(kind, dtype):
-    check_packing(Body(tiny(kind).to(dtype)), "student")
+    check_packing(Backbone(tiny(kind).to(dtype)), "student")
 
 
 @pytest.mark.filterwarnings("ignore")  # of kernels that are not installed
@@ -69,13 +69,13 @@ def test_packing_passes_where_conversations_are_kept_apart(kind, dtype):
 )
 def test_packing_is_refused_where_they_would_see_each_other(kind, dtype):
     with pytest.raises(ValueError, match=r"data\.packing.*teacher.*data\.packing to false"):
-        check_packing(Body(tiny(kind).to(dtype)), "teacher")
+        check_packing(Backbone(tiny(kind).to(dtype)), "teacher")
 
 
 def test_the_modes_of_a_tried_model_stay():
-    body = Body(tiny("llama")).train()
-    check_packing(body, "student")
-    assert all(module.training for module in body.modules())
+    backbone = Backbone(tiny("llama")).train()
+    check_packing(backbone, "student")
+    assert all(module.training for module in backbone.modules())
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -84,7 +84,7 @@ def test_heads_that_scale_or_cap_in_their_own_way_are_refused(kind):
     """RecurrentGemma caps at 30 under a name of its own; Granite and Cohere scale."""
     more = {"granite": {"logits_scaling": 1.01}, "cohere": {"logit_scale": 0.99}}.get(kind, {})
     with pytest.raises(ValueError, match="turns hidden states into logits in a way"):
-        Body(tiny(kind, **more))
+        Backbone(tiny(kind, **more))
 
 
 @pytest.mark.parametrize("cap", [30.0, 1000.0])
@@ -93,7 +93,7 @@ def test_a_cap_of_another_name_shows_however_small_the_logits_are(cap):
     torch.nn.init.normal_(model.lm_head.weight, std=1e-4)
     model.lm_head.register_forward_hook(lambda _, inputs, logits: cap * torch.tanh(logits / cap))
     with pytest.raises(ValueError, match="turns hidden states into logits in a way"):
-        Body(model)
+        Backbone(model)
 
 
 def kept_in_place(model, kept):

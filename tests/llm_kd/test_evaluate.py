@@ -15,7 +15,7 @@ from llm_kd.data import TextDataModule, responses
 from llm_kd.evaluate import main, token_means
 from llm_kd.evaluation import answers
 from llm_kd.evaluation.answers import answer_prompts, questions
-from llm_kd.models import Body, TeacherSpec, load_teacher
+from llm_kd.models import Backbone, TeacherSpec, load_teacher
 from llm_kd.models.generation import Sampling, generate
 
 EOS = 257
@@ -118,9 +118,9 @@ def test_settings_of_generation_that_are_not_applied_are_named(student, tmp_path
 
 
 def test_measuring_leaves_the_student_trainable(student, val):
-    body = Body(load_causal_lm(student))
-    token_means(body, None, dataset(student, val), vocab_size=258)
-    assert all(parameter.requires_grad for parameter in body.parameters())
+    backbone = Backbone(load_causal_lm(student))
+    token_means(backbone, None, dataset(student, val), vocab_size=258)
+    assert all(parameter.requires_grad for parameter in backbone.parameters())
 
 
 DRAWING = ["--temperature", "0.7", "--top_p", "0.9", "--top_k", "50", "--no_repeat_ngram_size", "3"]
@@ -249,11 +249,11 @@ def test_the_teachers_responses_as_references(arguments, student, teacher, tmp_p
 def test_answers_without_sampling_are_greedy(student, val, tokenizer):
     """What fit asks for."""
     data = dataset(student, val, sampling=Sampling(9))
-    body = Body(load_causal_lm(student))
-    found = answer_prompts(body, data, limit=2)
+    backbone = Backbone(load_causal_lm(student))
+    found = answer_prompts(backbone, data, limit=2)
     prompts = [ids(tokenizer, prompt_text(text)) for text, _ in PAIRS[:2]]
     greedy = Sampling(9, temperature=0.0)
-    expected = generate(body.model, prompts, greedy, eos_ids=[EOS], pad_id=EOS, seed=0, batch_size=1)
+    expected = generate(backbone.model, prompts, greedy, eos_ids=[EOS], pad_id=EOS, seed=0, batch_size=1)
     assert found.responses == [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in expected]
     assert found.prompts == ["Name a fruit.", "Add 2 and 3."]
     assert found.rouge_l == statistics.fmean(found.scores)
@@ -262,7 +262,7 @@ def test_answers_without_sampling_are_greedy(student, val, tokenizer):
 def test_prompts_beyond_the_models_positions_are_left_out(student, tmp_path):
     rows = [{"instruction": "x" * 440, "output": "a"}, {"instruction": "y", "output": "a"}]
     data = dataset(student, write(tmp_path / "long.jsonl", *rows), sampling=Sampling(64))
-    found = answer_prompts(Body(load_causal_lm(student)), data)
+    found = answer_prompts(Backbone(load_causal_lm(student)), data)
     assert (found.prompts, found.left_out) == (["y"], 1)
 
 
@@ -363,10 +363,10 @@ def test_weights_that_are_not_finite_or_overflow(arguments, student, value, matc
 
 
 def test_a_likelihood_that_is_not_finite(student, val):
-    body = Body(load_causal_lm(student))
-    body.causal_lm.model.embed_tokens.weight.data[EOS] = float("nan")
+    backbone = Backbone(load_causal_lm(student))
+    backbone.causal_lm.model.embed_tokens.weight.data[EOS] = float("nan")
     with pytest.raises(ValueError, match="nll not finite"):
-        token_means(body, None, dataset(student, val), vocab_size=258)
+        token_means(backbone, None, dataset(student, val), vocab_size=258)
 
 
 @pytest.mark.slow

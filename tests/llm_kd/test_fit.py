@@ -21,7 +21,7 @@ from llm_kd import fit
 from llm_kd.cache_teacher import main as cache_teacher_main
 from llm_kd.evaluation import answers
 from llm_kd.fit import build, main, run
-from llm_kd.models import Body
+from llm_kd.models import Backbone
 from llm_kd.teacher import CacheError
 from llm_kd.training.summary import print_summary
 
@@ -293,11 +293,11 @@ def test_the_ends_and_settings_of_the_teacher_reach_the_saved_student(arguments,
 
 def test_packing_is_tried_on_both_models_before_anything_is_measured(arguments, monkeypatch):
     tried = []
-    monkeypatch.setattr("llm_kd.fit.check_packing", lambda body, role: tried.append((type(body), role)))
+    monkeypatch.setattr("llm_kd.fit.check_packing", lambda backbone, role: tried.append((type(backbone), role)))
     monkeypatch.setattr("llm_kd.fit.validate", lambda cli: pytest.fail("measured"))
     with pytest.raises(pytest.fail.Exception, match="measured"):
         run(build(arguments("--data.packing=true", "--data.max_length=64", "--data.batch_size=1")))
-    assert tried == [(Body, "student"), (Body, "teacher")]
+    assert tried == [(Backbone, "student"), (Backbone, "teacher")]
 
 
 @pytest.mark.parametrize(

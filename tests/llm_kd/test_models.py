@@ -1,4 +1,4 @@
-"""Splitting causal language models into body and head, pruning, adapters and vocabularies."""
+"""Splitting causal language models into backbone and head, pruning, adapters and vocabularies."""
 
 import copy
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from kd_common.hub.language_models import ModelNotFoundError, load_tokenizer
 from kd_common.hub.vocabulary import shared_vocabulary, vocabulary_size
-from llm_kd.models import Body, LoRASpec, StudentSpec, TeacherSpec, build_student, depth_prune, load_teacher
+from llm_kd.models import Backbone, LoRASpec, StudentSpec, TeacherSpec, build_student, depth_prune, load_teacher
 from llm_kd.models.prune import decoder_layers, evenly_spaced
 
 ARCHITECTURES = ["llama", "qwen2", "mistral", "gemma2", "gpt2"]
@@ -18,26 +18,26 @@ TOKENS = torch.randint(0, 258, (2, 9), generator=torch.Generator().manual_seed(1
 POSITIONS = torch.arange(9).expand(2, 9)
 
 
-def head_logits(body, hidden):
-    weight, bias, softcap = body.lm_head()
+def head_logits(backbone, hidden):
+    weight, bias, softcap = backbone.lm_head()
     logits = torch.nn.functional.linear(hidden, weight, bias)
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_body_and_head_are_the_model(make_model, architecture):
+def test_backbone_and_head_are_the_model(make_model, architecture):
     model = make_model(architecture)
-    body = Body(model)
+    backbone = Backbone(model)
     expected = model(input_ids=TOKENS).logits
-    torch.testing.assert_close(head_logits(body, body(TOKENS, POSITIONS)), expected, rtol=1e-5, atol=1e-5)
-    assert len(body.layers) == 3
+    torch.testing.assert_close(head_logits(backbone, backbone(TOKENS, POSITIONS)), expected, rtol=1e-5, atol=1e-5)
+    assert len(backbone.layers) == 3
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_packed_sequences_do_not_see_each_other(make_model, architecture):
-    body = Body(make_model(architecture))
-    apart = [body(TOKENS[:1, :5], POSITIONS[:1, :5]), body(TOKENS[1:, :4], POSITIONS[:1, :4])]
-    packed = body(torch.cat([TOKENS[:1, :5], TOKENS[1:, :4]], dim=1), torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]]))
+    backbone = Backbone(make_model(architecture))
+    apart = [backbone(TOKENS[:1, :5], POSITIONS[:1, :5]), backbone(TOKENS[1:, :4], POSITIONS[:1, :4])]
+    packed = backbone(torch.cat([TOKENS[:1, :5], TOKENS[1:, :4]], dim=1), torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]]))
     torch.testing.assert_close(packed, torch.cat(apart, dim=1), rtol=1e-5, atol=1e-5)
 
 
@@ -52,7 +52,7 @@ def test_a_model_that_scales_its_logits_otherwise_is_refused(make_model):
 
     model.forward = scaled
     with pytest.raises(ValueError, match="turns hidden states into logits in a way"):
-        Body(model)
+        Backbone(model)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_adapters_alone_are_trained_and_can_be_merged(save_model):
     adapted = student(TOKENS, POSITIONS)
     assert not torch.allclose(adapted, plain(TOKENS, POSITIONS))
     merged = student.merged()
-    torch.testing.assert_close(Body(merged)(TOKENS, POSITIONS), adapted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(Backbone(merged)(TOKENS, POSITIONS), adapted, rtol=1e-4, atol=1e-5)
     assert not any("lora" in name for name, _ in merged.named_parameters())
 
 

@@ -78,14 +78,14 @@ def parameters(model):
     return {name: p.detach().clone() for name, p in model.distiller.named_parameters()}
 
 
-def dense_log_probs(body, batch):
-    logits = body.model(batch.input_ids, position_ids=batch.position_ids).logits
+def dense_log_probs(backbone, batch):
+    logits = backbone.model(batch.input_ids, position_ids=batch.position_ids).logits
     return logits[batch.predict].log_softmax(-1)
 
 
 def plain_loop(model, steps=STEPS, batch_size=8, clip=None):
     """The same training written out: dense logits, one mean over all tokens of an update, AdamW, cosine."""
-    student, teacher = copy.deepcopy(model.distiller.student), model.teacher.body
+    student, teacher = copy.deepcopy(model.distiller.student), model.teacher.backbone
     groups = [[p for p in student.parameters() if p.ndim > 1], [p for p in student.parameters() if p.ndim <= 1]]
     optimizer = torch.optim.AdamW(
         [{"params": groups[0], "weight_decay": model.weight_decay}, {"params": groups[1], "weight_decay": 0.0}],
@@ -160,8 +160,8 @@ def test_validation_means_against_dense_logits(folder):
     batch = collate([[example] for example in sequences()[:5]], 257)
     with torch.no_grad():
         log_q, log_p = (
-            body.model(batch.input_ids).logits[batch.predict].double().log_softmax(-1)
-            for body in (model.distiller.student, model.teacher.body)
+            backbone.model(batch.input_ids).logits[batch.predict].double().log_softmax(-1)
+            for backbone in (model.distiller.student, model.teacher.backbone)
         )
     labels = batch.labels[batch.predict][:, None]
     found = model.history[-1]
@@ -211,7 +211,7 @@ def test_batches_without_a_supervised_token(folder, masked):
 
 def test_a_loss_that_is_no_number_stops_before_the_update(folder):
     model = module(folder)
-    model.teacher.body.model.model.norm.weight.data[0] = float("nan")
+    model.teacher.backbone.model.model.norm.weight.data[0] = float("nan")
     before = parameters(model)
     with pytest.raises(NonFiniteLossError, match=r"loss of update 1 is nan; the update was not made"):
         fit(model)
@@ -347,16 +347,16 @@ def test_an_end_that_only_the_template_knows_is_an_end(save_model, tokenizer):
     model = module(folder, rollout=OnPolicy(sampling=Sampling(max_new_tokens=5)))
     assert model.eos_ids == [257, 258]
     assert model.distiller.student.causal_lm.generation_config.eos_token_id == [257, 258]
-    body = model.distiller.student.causal_lm
+    backbone = model.distiller.student.causal_lm
     with torch.no_grad():
-        body.model.norm.weight.fill_(1.0)
-        body.lm_head.weight.zero_()
-        body.model.embed_tokens.weight.fill_(1.0)
-        for layer in body.model.layers:
+        backbone.model.norm.weight.fill_(1.0)
+        backbone.lm_head.weight.zero_()
+        backbone.model.embed_tokens.weight.fill_(1.0)
+        for layer in backbone.model.layers:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
-        body.lm_head.weight[257] = 50.0
-    body.generation_config.eos_token_id = None
+        backbone.lm_head.weight[257] = 50.0
+    backbone.generation_config.eos_token_id = None
     assert [example.input_ids for example in model._write([[65, 66]], seed=0)] == [[65, 66, 257]]
 
 

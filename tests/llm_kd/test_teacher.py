@@ -12,7 +12,7 @@ from torch import nn
 from kd_common.registry import subclasses
 from llm_kd.cache_teacher import cache_teacher
 from llm_kd.head import KDHead, LMHead, truncate
-from llm_kd.models import Body
+from llm_kd.models import Backbone
 from llm_kd.objectives import Objective
 from llm_kd.selection import Selector
 from llm_kd.selection.acceptance import TruncatedDistribution
@@ -172,7 +172,7 @@ def test_online_teacher_gives_the_supervised_rows():
 def test_online_teacher_of_a_transformer(make_model, architecture):
     model = make_model(architecture)
     batch = batch_of([0], [1])
-    teacher_output = OnlineTeacher(Body(model)).output(batch)
+    teacher_output = OnlineTeacher(Backbone(model)).output(batch)
     logits = model(batch.input_ids).logits[batch.predict].log_softmax(-1)
     stored = truncate(teacher_output, 258, 258)
     torch.testing.assert_close(stored.dense_log_probs(), logits, rtol=1e-4, atol=1e-4)

@@ -12,14 +12,14 @@ from torch.nn import functional as F
 from kd_common.hub import load_causal_lm
 from llm_kd.data.example import Example
 from llm_kd.fit import main as fit
-from llm_kd.models import Body
+from llm_kd.models import Backbone
 from llm_kd.report import label, main, summary
 from llm_kd.viz.token_table import token_table
 
 
 def test_every_column_by_hand(make_model):
     """Two turns in one example: positions are counted from the start of each answer."""
-    student, teacher = (Body(make_model(seed=seed)).eval() for seed in (0, 1))
+    student, teacher = (Backbone(make_model(seed=seed)).eval() for seed in (0, 1))
     mask = [False, False, True, True, False, True, True, True]
     examples = [Example(torch.randint(250, (8,)).tolist(), mask, 5), Example([1, 2, 3], [False, False, True], 2)]
     table = token_table(student, teacher, examples, vocab_size=256, k=3)
@@ -28,8 +28,8 @@ def test_every_column_by_hand(make_model):
     row = 0
     for example in examples:
         z, p = (
-            body.causal_lm(torch.tensor([example.input_ids])).logits[0, :, :256].double().detach()
-            for body in (student, teacher)
+            backbone.causal_lm(torch.tensor([example.input_ids])).logits[0, :, :256].double().detach()
+            for backbone in (student, teacher)
         )
         for place, answered in enumerate(example.loss_mask):
             if not answered:

@@ -31,7 +31,7 @@ def example(length, seed, prompt=2):
 A, B, C, D = example(5, 1), example(7, 2), example(3, 3), example(9, 4, prompt=8)
 
 
-def body(family):
+def backbone(family):
     config = getattr(transformers, f"{family}Config")(**CONFIGS[family])
     torch.manual_seed(3)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval().base_model
@@ -78,7 +78,7 @@ def test_rows_of_hidden_states_follow_the_keys():
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_packed_and_padded_hidden_states_equal_those_of_each_sequence_alone(family):
-    model = body(family)
+    model = backbone(family)
     alone = torch.cat([hidden(model, batch)[batch.predict] for e in (A, B, C, D) for batch in [collate([[e]], PAD)]])
     # Gemma normalises in float32, whatever the model's precision.
     for rows in ([[A], [B], [C], [D]], [[A, B], [C, D]], [[A, B, C, D]]):

@@ -29,7 +29,7 @@ from llm_kd.teacher import (
     CacheHeader,
     CacheWriter,
     OnlineTeacher,
-    TeacherBody,
+    TeacherBackbone,
     TeacherCache,
     supervised_counts,
     vocabulary_fingerprint,
@@ -39,7 +39,7 @@ from llm_kd.teacher.records import RecordLayout
 
 
 def cache_teacher(
-    body: TeacherBody,
+    backbone: TeacherBackbone,
     batches: Iterable[TokenBatch],
     folder: str | Path,
     *,
@@ -56,7 +56,7 @@ def cache_teacher(
     """Write a cache, or go on with one whose writing was interrupted; examples it holds already are not run again.
 
     Args:
-        body: The teacher.
+        backbone: The teacher.
         batches: The data, in any order; iterated twice, the first time to count what is missing.
         folder: Where to write.
         size: Number K of tokens stored per position, in [1, vocab_size].
@@ -80,9 +80,9 @@ def cache_teacher(
     """
     if isinstance(batches, Iterator):
         raise ValueError("batches are iterated twice: pass a list or a DataLoader, not an iterator or a generator")
-    weights = weights_fingerprint(body)
+    weights = weights_fingerprint(backbone)
     header = CacheHeader(teacher, weights, tokenizer, vocab_size, size, dtype)
-    online = OnlineTeacher(body).to(device)
+    online = OnlineTeacher(backbone).to(device)
     with CacheWriter(folder, header, source=source, shard_bytes=shard_bytes) as writer:
         missing: dict[str, int] = {}
         for batch in batches:
@@ -146,13 +146,13 @@ def main(args: ArgsType = None) -> TeacherCache:
     RecordLayout(data.vocab_size, settings["size"], settings["dtype"])
     spec = TeacherSpec(**settings["model"]["init_args"]["teacher"])
     data.check_positions({"teacher": load_config(spec.name)}, SPLITS)
-    body = load_teacher(spec)
-    body.to(settings["device"])
-    data.write_responses(body.model)
+    backbone = load_teacher(spec)
+    backbone.to(settings["device"])
+    data.write_responses(backbone.model)
     data.setup()
     examples = [example for split in data.splits.values() for example in split.examples]
     cache = cache_teacher(
-        body,
+        backbone,
         TextLoader(examples, data.val_batch_size, pad_id=data.pad_id, shuffle=False),
         settings["folder"],
         size=settings["size"],

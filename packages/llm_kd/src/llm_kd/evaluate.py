@@ -35,7 +35,7 @@ from llm_kd.evaluation.answers import Answers, answer_prompts
 from llm_kd.evaluation.harness import load_harness, run_harness
 from llm_kd.head import TeacherHiddenStates
 from llm_kd.head.metrics import token_metrics
-from llm_kd.models import Body, TeacherSpec, load_teacher, shared_vocabulary
+from llm_kd.models import Backbone, TeacherSpec, load_teacher, shared_vocabulary
 from llm_kd.models.generation import Sampling
 from llm_kd.training.distiller import token_metric_means
 
@@ -45,7 +45,7 @@ SEEDS = [10, 20, 30, 40, 50]
 
 @torch.no_grad()
 def token_means(
-    student: Body, teacher: Body | None, data: TextDataModule, *, vocab_size: int, k: int = 5
+    student: Backbone, teacher: Backbone | None, data: TextDataModule, *, vocab_size: int, k: int = 5
 ) -> dict[str, float]:
     """Means over the supervised tokens of the validation data.
 
@@ -142,7 +142,7 @@ def check(settings: Namespace) -> Sampling:
     return Sampling(settings.data.max_length - settings.max_prompt, **drawing)
 
 
-def load(name: str, dtype: str, settings: Namespace) -> Body:
+def load(name: str, dtype: str, settings: Namespace) -> Backbone:
     """A model, frozen and in evaluation mode, on the device."""
     return load_teacher(TeacherSpec(name, dtype, settings.attention)).to(settings.device)
 

@@ -30,7 +30,7 @@ from kd_common.run.run_lock import holding_folder
 from kd_common.run.trainer_settings import check_batches
 from llm_kd.data import SPLITS, TextDataModule
 from llm_kd.evaluation.answers import Answers, answer_prompts
-from llm_kd.models import Body, TeacherSpec, check_packing, load_teacher
+from llm_kd.models import Backbone, TeacherSpec, check_packing, load_teacher
 from llm_kd.models.positions import check_positions
 from llm_kd.teacher import CachedTeacher, CacheError, OnlineTeacher, TeacherCache, weights_fingerprint
 from llm_kd.training.distillation import DistillationModule
@@ -120,13 +120,13 @@ def run(cli: LanguageCLI) -> Result:
     loaded = needed_teacher(model, data)
     if loaded is not None and trainer.is_global_zero and alone():
         rehearse(model, data, trainer, cli.run_dir, loaded)
-    body = prepare_teacher(model, data, trainer.strategy.root_device, loaded)
-    if body is not None:
-        parameters["teacher"] = count_parameters(body)
+    backbone = prepare_teacher(model, data, trainer.strategy.root_device, loaded)
+    if backbone is not None:
+        parameters["teacher"] = count_parameters(backbone)
     data.check_batch(trainer.world_size)  # packed rows are known only now
     answers: dict[str, Answers] = {}
 
-    def ask(when: str, speaker: Body) -> None:
+    def ask(when: str, speaker: Backbone) -> None:
         # A sharded model answers only in its own forward pass; evaluate the saved student instead.
         if cli.config["answers"] and trainer.is_global_zero and trainer.world_size == 1:
             speaker.to(trainer.strategy.root_device)
@@ -136,8 +136,8 @@ def run(cli: LanguageCLI) -> Result:
     ask("before", model.distiller.student)
     trainer.fit(model, datamodule=data, ckpt_path=cli.config["ckpt_path"], weights_only=True)
     ask("after", model.distiller.student)
-    if body is not None and (data.responses == "dataset" or any(row.answered for row in data.rows("val"))):
-        ask("teacher", body)
+    if backbone is not None and (data.responses == "dataset" or any(row.answered for row in data.rows("val"))):
+        ask("teacher", backbone)
     return Result(
         history=model.history,
         metric=model.metric,
@@ -178,7 +178,7 @@ def check_lengths(model: DistillationModule, data: TextDataModule, answers: int)
         check_positions(configs, min(data.prompt_lengths("val")) + written, what, hint)
 
 
-def needed_teacher(model: DistillationModule, data: TextDataModule) -> Body | None:
+def needed_teacher(model: DistillationModule, data: TextDataModule) -> Backbone | None:
     """The teacher that the configuration names, or None if it need not run."""
     spec: TeacherSpec = model.teacher_spec
     if spec.cache is None or data.responses == "teacher":
@@ -187,37 +187,37 @@ def needed_teacher(model: DistillationModule, data: TextDataModule) -> Body | No
 
 
 def prepare_teacher(
-    model: DistillationModule, data: TextDataModule, device: torch.device, body: Body | None
-) -> Body | None:
+    model: DistillationModule, data: TextDataModule, device: torch.device, backbone: Backbone | None
+) -> Backbone | None:
     """Attach the teacher that the configuration names, and let it write the responses that the data lack.
 
     Args:
         model: The training module.
         data: The data.
         device: Where the teacher writes.
-        body: From :func:`needed_teacher`.
+        backbone: From :func:`needed_teacher`.
 
     Returns:
-        The teacher's body, or None if it does not run beside the student.
+        The teacher's backbone, or None if it does not run beside the student.
 
     Raises:
         CacheError: If the stored teacher is damaged or another one, or lacks examples.
     """
     spec: TeacherSpec = model.teacher_spec
     cache = None if spec.cache is None else TeacherCache(spec.cache)
-    if body is not None and data.packing and cache is None:
-        check_packing(body, "teacher")
-    if body is not None and data.responses == "teacher":
-        body.to(device)
-        data.write_responses(body.model)
+    if backbone is not None and data.packing and cache is None:
+        check_packing(backbone, "teacher")
+    if backbone is not None and data.responses == "teacher":
+        backbone.to(device)
+        data.write_responses(backbone.model)
     if cache is None:
-        assert body is not None
-        model.attach_teacher(OnlineTeacher(body))
-        return body
-    if body is None:
+        assert backbone is not None
+        model.attach_teacher(OnlineTeacher(backbone))
+        return backbone
+    if backbone is None:
         cache.check_source(spec.source())
     else:
-        cache.check(weights=weights_fingerprint(body))
+        cache.check(weights=weights_fingerprint(backbone))
     data.setup()
     keys = [example.key for split in data.splits.values() for example in split.examples]
     if missing := sum(key not in cache for key in keys):
@@ -235,9 +235,9 @@ def validate(cli: LanguageCLI) -> dict[str, float]:
     return {name.removeprefix("val/"): value for name, value in found.items()}
 
 
-def count_parameters(body: Any) -> int:
+def count_parameters(backbone: Any) -> int:
     """Number of parameters, tied ones counted once."""
-    return sum(parameter.numel() for parameter in body.parameters())
+    return sum(parameter.numel() for parameter in backbone.parameters())
 
 
 def main(args: ArgsType = None) -> Result:

@@ -22,7 +22,7 @@ from kd_common.run.messages import CommandParser, check_folder
 from kd_common.run.report import Section, check_validated, read_config, read_metrics, run_names, write_report
 from kd_common.terminal import printable
 from llm_kd.data import TextDataModule
-from llm_kd.models import Body, shared_vocabulary
+from llm_kd.models import Backbone, shared_vocabulary
 from llm_kd.viz.figures import Metrics, mark_tokens, plot_entropy, plot_positions, plot_progress
 from llm_kd.viz.token_table import token_table
 
@@ -104,7 +104,7 @@ def student_sections(
         tokenizer, load_tokenizer(student_folder), load_config(teacher_name), load_config(student_folder)
     )
     data = held_out(settings, teacher_name, limit)
-    teacher = Body(
+    teacher = Backbone(
         load_causal_lm(teacher_name, model["teacher"]["dtype"], attention=model["teacher"]["attention"])
     ).eval()
     if data.responses == "teacher":
@@ -114,7 +114,7 @@ def student_sections(
     tables = {}
     for name, folder in folders.items():
         attention = configs[name]["model"]["init_args"]["student"]["attention"]
-        student = Body(load_causal_lm(str(folder), "float32", attention=attention)).eval()
+        student = Backbone(load_causal_lm(str(folder), "float32", attention=attention)).eval()
         tables[name] = token_table(student, teacher, examples, vocab_size=vocab_size, k=k)
     tokens = sum(example.num_supervised for example in examples)
     author = "teacher" if data.responses == "teacher" else "data set"

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from llm_kd.data import Row, TextDataModule
 from llm_kd.evaluation.rouge import rouge_l
-from llm_kd.models import Body
+from llm_kd.models import Backbone
 from llm_kd.models.generation import Sampling, generate, room_for_prompt
 
 
@@ -94,7 +94,7 @@ def up_to_last_answer(row: Row) -> Row:
 
 
 def answer_prompts(
-    body: Body,
+    backbone: Backbone,
     data: TextDataModule,
     *,
     limit: int | None = None,
@@ -106,7 +106,7 @@ def answer_prompts(
     """Answers of a model to the validation prompts, and their ROUGE-L.
 
     Args:
-        body: The model, on the device it is to run on.
+        backbone: The model, on the device it is to run on.
         data: The data; rows of the file with the same prompt are several references of one question.
         limit: Answer only the first prompts.
         sampling: How tokens are drawn; None takes the most likely ones, at most as many as the data's sampling allows.
@@ -120,7 +120,7 @@ def answer_prompts(
     """
     sampling = sampling or Sampling(data.sampling.max_new_tokens, temperature=0.0)
     everything = questions(data)
-    longest = min(max_prompt or data.max_length, room_for_prompt(body.model, sampling))
+    longest = min(max_prompt or data.max_length, room_for_prompt(backbone.model, sampling))
     asked = [question for question in everything if len(question.tokens) <= longest]
     left_out = len(everything) - len(asked)
     if not asked:
@@ -133,7 +133,7 @@ def answer_prompts(
     asked = asked[:limit]
     tokenizer = data.encoder.tokenizer
     written = generate(
-        body.model,
+        backbone.model,
         [question.tokens for question in asked],
         sampling,
         eos_ids=data.eos_ids,

@@ -1,6 +1,6 @@
 """Where the teacher's next-token distributions come from: the model itself, or a cache on disk."""
 
-from llm_kd.teacher.base import Teacher, TeacherBody, supervised_counts
+from llm_kd.teacher.base import Teacher, TeacherBackbone, supervised_counts
 from llm_kd.teacher.cache import CacheError, CacheHeader, TeacherCache
 from llm_kd.teacher.cached import CachedTeacher
 from llm_kd.teacher.fingerprint import vocabulary_fingerprint, weights_fingerprint
@@ -15,7 +15,7 @@ __all__ = [
     "DiskFullError",
     "OnlineTeacher",
     "Teacher",
-    "TeacherBody",
+    "TeacherBackbone",
     "TeacherCache",
     "supervised_counts",
     "vocabulary_fingerprint",

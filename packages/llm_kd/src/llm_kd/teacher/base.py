@@ -11,7 +11,7 @@ from llm_kd.data.batch import TokenBatch
 from llm_kd.head import LMHead, TeacherOutput
 
 
-class TeacherBody(Protocol):
+class TeacherBackbone(Protocol):
     """A module that turns ids and positions, both (B, S), into hidden states (B, S, H'), and has an output layer."""
 
     def __call__(self, input_ids: Tensor, position_ids: Tensor, /) -> Tensor:

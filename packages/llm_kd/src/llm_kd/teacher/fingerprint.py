@@ -5,10 +5,10 @@ import json
 from collections.abc import Mapping
 
 from llm_kd.models.fingerprint import tensors_fingerprint
-from llm_kd.teacher.base import TeacherBody
+from llm_kd.teacher.base import TeacherBackbone
 
 
-def weights_fingerprint(body: TeacherBody) -> str:
+def weights_fingerprint(backbone: TeacherBackbone) -> str:
     """SHA-256 over a teacher's settings and the names, dtypes, shapes and bytes of its weights, its head's, too.
 
     The same weights are another teacher where the base of the rotary embedding, a window or a norm's epsilon differs.
@@ -16,9 +16,9 @@ def weights_fingerprint(body: TeacherBody) -> str:
     Returns:
         64 hexadecimal digits.
     """
-    head = body.lm_head()
-    tensors = {**body.state_dict(), "head.weight": head.weight, "head.bias": head.bias}
-    note = json.dumps({"softcap": head.softcap, **body.settings()}, sort_keys=True, default=str)
+    head = backbone.lm_head()
+    tensors = {**backbone.state_dict(), "head.weight": head.weight, "head.bias": head.bias}
+    note = json.dumps({"softcap": head.softcap, **backbone.settings()}, sort_keys=True, default=str)
     return tensors_fingerprint(tensors, note=note)
 
 

@@ -4,28 +4,28 @@ import torch
 
 from llm_kd.data.batch import TokenBatch
 from llm_kd.head import TeacherHiddenStates
-from llm_kd.teacher.base import Teacher, TeacherBody
+from llm_kd.teacher.base import Teacher, TeacherBackbone
 
 
 class OnlineTeacher(Teacher):
     """Runs the teacher on every batch, without gradients.
 
     Args:
-        body: The teacher, such as :class:`llm_kd.models.Body`; it is frozen and put into evaluation mode.
+        backbone: The teacher, such as :class:`llm_kd.models.Backbone`; it is frozen and put into evaluation mode.
     """
 
-    def __init__(self, body: TeacherBody) -> None:
-        body.eval()
-        body.requires_grad_(False)
-        self.body = body
+    def __init__(self, backbone: TeacherBackbone) -> None:
+        backbone.eval()
+        backbone.requires_grad_(False)
+        self.backbone = backbone
 
     @torch.no_grad()
     def output(self, batch: TokenBatch) -> TeacherHiddenStates:
         """Hidden states of the supervised tokens, and the head; see :meth:`Teacher.output`."""
-        hidden = self.body(batch.input_ids, batch.position_ids)
-        return TeacherHiddenStates(hidden[batch.predict], self.body.lm_head())
+        hidden = self.backbone(batch.input_ids, batch.position_ids)
+        return TeacherHiddenStates(hidden[batch.predict], self.backbone.lm_head())
 
     def to(self, device: torch.device | str) -> "OnlineTeacher":
         """Move the teacher to a device; returns itself."""
-        self.body.to(device)
+        self.backbone.to(device)
         return self

@@ -24,7 +24,7 @@ from llm_kd.data.batch import TokenBatch, collate
 from llm_kd.data.encode import Encoder, padding_token
 from llm_kd.data.example import Example, padding_example, prompt_response_example
 from llm_kd.head import KDHead
-from llm_kd.models import Body, StudentSpec, TeacherSpec, build_student, shared_vocabulary
+from llm_kd.models import Backbone, StudentSpec, TeacherSpec, build_student, shared_vocabulary
 from llm_kd.models.generation import response_ends
 from llm_kd.models.save import save_student
 from llm_kd.objectives import Objective
@@ -62,7 +62,7 @@ class DistillationModule(TrainingModule):
         weight_decay: Weight decay of matrices, >= 0; vectors (norms, biases) have none.
         betas: AdamW's decay rates.
         gradient_checkpointing: Recompute the student's layers in the backward pass instead of keeping activations.
-        compile: Compile the student's body with ``torch.compile``.
+        compile: Compile the student's backbone with ``torch.compile``.
         chunk_size: Rows per chunk of the head; None fits it to the device.
         seed: Seed of every random draw during training; linked from ``seed_everything``.
 
@@ -139,13 +139,15 @@ class DistillationModule(TrainingModule):
             vocab_size=self.vocab_size,
             chunk_size=chunk_size,
         )
-        body = build_student(student, teacher.name)
+        backbone = build_student(student, teacher.name)
         if gradient_checkpointing:
-            body.causal_lm.activation_checkpointing_enable()
+            backbone.causal_lm.activation_checkpointing_enable()
         if compile:
-            body.compile(dynamic=True)
-        self.distiller = Distiller(body, head, self.vocab_size).train()
-        body.causal_lm.generation_config.eos_token_id = self.eos_ids  # the saved student stops where it was taught to
+            backbone.compile(dynamic=True)
+        self.distiller = Distiller(backbone, head, self.vocab_size).train()
+        backbone.causal_lm.generation_config.eos_token_id = (
+            self.eos_ids
+        )  # the saved student stops where it was taught to
         # Not a submodule: the teacher stays out of the checkpoint, the optimizer and DDP.
         self._teacher: list[Teacher] = []
         self.sharded = False
@@ -186,7 +188,7 @@ class DistillationModule(TrainingModule):
         mesh = self._device_mesh["data_parallel"]
         shard_student(self.distiller, mesh)
         if isinstance(self.teacher, OnlineTeacher):
-            shard_teacher(cast(Body, self.teacher.body), mesh)
+            shard_teacher(cast(Backbone, self.teacher.backbone), mesh)
         self.sharded = True
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:

@@ -9,12 +9,12 @@ from llm_kd.data.batch import TokenBatch
 from llm_kd.head import HeadOutput, KDHead
 from llm_kd.head.metrics import token_metrics
 from llm_kd.head.teacher_output import TeacherOutput
-from llm_kd.models import Body
+from llm_kd.models import Backbone
 from llm_kd.models.generation import Sampling, generate
 
 
 class Distiller(nn.Module):
-    """Student body and distillation head in one module, so that sharded head weights are whole while the head runs.
+    """Student backbone and distillation head in one module, so that sharded head weights are whole while the head runs.
 
     Args:
         student: The student.
@@ -22,7 +22,7 @@ class Distiller(nn.Module):
         vocab_size: Number of tokens of the shared tokenizer.
     """
 
-    def __init__(self, student: Body, head: KDHead, vocab_size: int) -> None:
+    def __init__(self, student: Backbone, head: KDHead, vocab_size: int) -> None:
         super().__init__()
         self.student = student
         self.head = head

@@ -14,14 +14,14 @@ from kd_common.run.rehearsal import check_monitors, rehearsing
 from llm_kd.data import TextDataModule
 from llm_kd.data.batch import collate
 from llm_kd.data.example import prompt_response_example
-from llm_kd.models import Body
+from llm_kd.models import Backbone
 from llm_kd.teacher import OnlineTeacher
 from llm_kd.training.distillation import DistillationModule
 from llm_kd.training.distiller import validation_means
 
 
 def rehearse(
-    model: DistillationModule, data: TextDataModule, trainer: pl.Trainer, run_dir: Path | None, body: Body
+    model: DistillationModule, data: TextDataModule, trainer: pl.Trainer, run_dir: Path | None, backbone: Backbone
 ) -> None:
     """Pass one short conversation through student, teacher and loss, forth and back, and write what surrounds weights.
 
@@ -33,7 +33,7 @@ def rehearse(
         data: The data.
         trainer: The trainer of the run.
         run_dir: Folder of the run; None for one that writes nothing.
-        body: The teacher.
+        backbone: The teacher.
 
     Raises:
         ValueError: From the settings, such as a validation interval that never comes.
@@ -48,10 +48,10 @@ def rehearse(
             return
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(trainer.precision_plugin.forward_context())
-        distiller.to(device), body.to(device)
+        distiller.to(device), backbone.to(device)
         prompt = data.first_prompt("train")
         batch: Any = collate([[prompt_response_example(prompt, [*model.eos_ids[:1]] * 2, "")]], data.pad_id).to(device)
-        teacher_output = OnlineTeacher(body).output(batch)
+        teacher_output = OnlineTeacher(backbone).output(batch)
         distiller(batch, teacher_output).loss_sum.backward()
         distiller.zero_grad(set_to_none=True)
         sums = {name: float(value) for name, value in distiller.measure(batch, teacher_output).items()}

@@ -7,7 +7,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from llm_kd.models import Body
+from llm_kd.models import Backbone
 from llm_kd.training.distiller import Distiller
 
 
@@ -38,7 +38,7 @@ def shard_student(distiller: Distiller, mesh: DeviceMesh) -> None:
         register_fsdp_forward_method(distiller, method)
 
 
-def shard_teacher(teacher: Body, mesh: DeviceMesh) -> None:
+def shard_teacher(teacher: Backbone, mesh: DeviceMesh) -> None:
     """Shard the teacher likewise; its embeddings and head stay whole, for the head runs after its forward pass."""
     for layer in teacher.layers:
         fully_shard(layer, mesh=mesh)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from kd_common.functional import forward_kl
 from llm_kd.data.example import Example
 from llm_kd.head.linear import Projection, rows_per_chunk
-from llm_kd.models import Body
+from llm_kd.models import Backbone
 from llm_kd.selection.acceptance import speck_accept_probability, topk_accept
 
 BYTES_PER_LOGIT = 4 * 8
@@ -17,7 +17,7 @@ BYTES_PER_LOGIT = 4 * 8
 
 @torch.no_grad()
 def token_table(
-    student: Body, teacher: Body, examples: Sequence[Example], *, vocab_size: int, k: int = 5
+    student: Backbone, teacher: Backbone, examples: Sequence[Example], *, vocab_size: int, k: int = 5
 ) -> dict[str, Tensor]:
     """Every token of some examples that carries a loss.
 
@@ -39,7 +39,9 @@ def token_table(
         ids = torch.tensor(example.input_ids, device=device)
         places = torch.tensor(example.loss_mask, device=device).nonzero().squeeze(1)
         positions = torch.arange(len(ids), device=device)
-        hidden, hidden_teacher = (body(ids[None], positions[None])[0, places - 1] for body in (student, teacher))
+        hidden, hidden_teacher = (
+            backbone(ids[None], positions[None])[0, places - 1] for backbone in (student, teacher)
+        )
         mine = Projection(hidden, student.lm_head(), vocab_size)
         theirs = Projection(hidden_teacher, teacher.lm_head(), vocab_size)
         # An answer starts behind a token without a loss; its tokens are counted from there.

@@ -1,4 +1,4 @@
-"""A causal language model in two parts: the body, which yields hidden states, and the head, which KDHead runs."""
+"""A causal language model in two parts: the backbone, which yields hidden states, and the head, which KDHead runs."""
 
 import copy
 from typing import Any, cast
@@ -27,7 +27,7 @@ PROBE = 12
 """Tokens of each conversation on which packing is tried: more than the convolutions of state-space models span."""
 
 
-class Body(nn.Module):
+class Backbone(nn.Module):
     """A causal language model that stops at its last hidden states.
 
     Args:
@@ -89,12 +89,12 @@ class Body(nn.Module):
 
 
 @torch.no_grad()
-def _check_head(body: Body) -> None:
+def _check_head(backbone: Backbone) -> None:
     """Compare the head with the model's own logits on a few tokens: some architectures scale or cap theirs.
 
     The second row enters the output layer so large that a cap shows, whatever its name.
     """
-    model = body.causal_lm
+    model = backbone.causal_lm
     layer = model.get_output_embeddings()
     if not isinstance(layer, nn.Linear):
         raise ValueError(
@@ -102,8 +102,8 @@ def _check_head(body: Body) -> None:
             "run; leave the output layer out of student.lora.targets"
         )
     tokens = torch.arange(4, device=layer.weight.device).expand(2, -1)
-    head = body.lm_head()
-    hidden = body(tokens, tokens).to(head.weight.dtype)
+    head = backbone.lm_head()
+    hidden = backbone(tokens, tokens).to(head.weight.dtype)
     plain = nn.functional.linear(hidden[1], head.weight, head.bias)
     factor = torch.ones_like(hidden[:, :1, :1])
     factor[1] = LARGE_LOGIT / plain.abs().max().clamp(min=torch.finfo(plain.dtype).tiny)
@@ -128,39 +128,39 @@ def _check_head(body: Body) -> None:
 
 
 @torch.no_grad()
-def check_packing(body: Body, role: str) -> None:
+def check_packing(backbone: Backbone, role: str) -> None:
     """Refuse to pack conversations for a model that lets them see each other, found out on a few tokens.
 
     Args:
-        body: The model.
+        backbone: The model.
         role: What it is called in the message.
 
     Raises:
         ValueError: If its hidden states in a packed row are not those of the conversations on their own.
     """
-    weight = body.lm_head().weight
+    weight = backbone.lm_head().weight
     first, second, other = (torch.arange(3 * PROBE, device=weight.device) % len(weight)).split(PROBE)
     places = torch.arange(PROBE, device=weight.device)
-    was_training = body.training
-    body.eval()
+    was_training = backbone.training
+    backbone.eval()
     rows = torch.stack([torch.cat([first, second]), torch.cat([other, second])])
-    one, another = body.forward(rows, places.repeat(2).expand(2, -1))[:, PROBE:].double()
-    alone = body.forward(second[None], places[None])[0].double()
-    body.train(was_training)
+    one, another = backbone.forward(rows, places.repeat(2).expand(2, -1))[:, PROBE:].double()
+    alone = backbone.forward(second[None], places[None])[0].double()
+    backbone.train(was_training)
     # Medians: rounding may send a token to other experts of a mixture.
     moved, shifted = (
         float(((one - states).norm(dim=1) / alone.norm(dim=1).clamp(min=1e-30)).median()) for states in (another, alone)
     )
-    eps = torch.finfo(body.causal_lm.dtype).eps
+    eps = torch.finfo(backbone.causal_lm.dtype).eps
     # Behind another conversation the same is computed in the same order; on its own, in another one.
     if moved > 8 * eps or shifted > eps**0.5:
         raise ValueError(
-            f"data.packing: in the {role}, {type(body.causal_lm).__name__}, the conversations of a packed row would "
+            f"data.packing: in the {role}, {type(backbone.causal_lm).__name__}, the conversations of a packed row would "
             "see each other; set data.packing to false"
         )
 
 
-def load_teacher(spec: TeacherSpec) -> Body:
+def load_teacher(spec: TeacherSpec) -> Backbone:
     """The teacher of a run, frozen and in evaluation mode.
 
     Raises:
@@ -168,10 +168,10 @@ def load_teacher(spec: TeacherSpec) -> Body:
         ValueError: If it cannot be used.
     """
     rank_zero_only(note_unapplied)(spec.name)
-    return Body(load_causal_lm(spec.name, spec.dtype, attention=spec.attention)).eval().requires_grad_(False)
+    return Backbone(load_causal_lm(spec.name, spec.dtype, attention=spec.attention)).eval().requires_grad_(False)
 
 
-def build_student(spec: StudentSpec, teacher_name: str) -> Body:
+def build_student(spec: StudentSpec, teacher_name: str) -> Backbone:
     """The student of a run before training.
 
     Args:
@@ -191,7 +191,7 @@ def build_student(spec: StudentSpec, teacher_name: str) -> Body:
         model = depth_prune(model, spec.layers)
     if spec.lora is not None:
         model = add_adapters(model, spec.lora)
-    return Body(model)
+    return Backbone(model)
 
 
 def make_savable(settings: GenerationConfig, name: str) -> None:
