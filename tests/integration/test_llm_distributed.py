@@ -99,7 +99,7 @@ def distributed_runs(teacher, root):
         trainer = fit(model, 2, 1, rank, 2, devices=2, strategy=strategy)
         found[f"{strategy} on-policy"] = {"history": model.history, "steps": trainer.global_step}
         model = make(teacher, {"objective": ReverseKL}, LoRASpec(rank=2))
-        model.distiller.student.causal_lm.generation_config.eos_token_id = [5, 63]  # what its template taught
+        model.student_with_head.student.causal_lm.generation_config.eos_token_id = [5, 63]  # what its template taught
         fit(model, 2, 1, rank, 2, devices=2, strategy=strategy)
         model.export(Path(root) / f"{strategy} LoRA")
         interrupted = {"ckpt_path": f"{root}/{strategy} epochs/epoch=1.ckpt"}
@@ -193,7 +193,7 @@ def test_the_exported_student_loads_in_transformers(ranks, strategy):
     saved = torch.load(folder / f"{strategy} FKL.ckpt", weights_only=True)["state_dict"]
     assert type(student).__name__ == "LlamaForCausalLM"
     for name, value in student.state_dict().items():
-        assert torch.equal(value, saved[f"distiller.student.model.{name}"]), name
+        assert torch.equal(value, saved[f"student_with_head.student.model.{name}"]), name
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -533,8 +533,8 @@ MUTATIONS = [
     Mutation(
         "answers do not end where the template ends them",
         "llm_kd/training/distillation.py",
-        "response_ends(self.distiller.student.causal_lm, self._teachers_ends)",
-        "response_ends(self.distiller.student.causal_lm, [])",
+        "response_ends(self.student_with_head.student.causal_lm, self._teachers_ends)",
+        "response_ends(self.student_with_head.student.causal_lm, [])",
         "llm_kd/test_module.py::test_an_end_that_only_the_template_knows_is_an_end",
     ),
     Mutation(

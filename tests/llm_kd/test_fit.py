@@ -108,7 +108,7 @@ def test_the_saved_student_is_the_trained_one(arguments, tmp_path):
     run(cli)
     student = load_causal_lm(str(tmp_path / "run/student_last"))
     assert len(load_tokenizer(str(tmp_path / "run/student_last"))) == 258
-    for name, value in cli.model.distiller.student.model.state_dict().items():
+    for name, value in cli.model.student_with_head.student.model.state_dict().items():
         assert torch.equal(student.state_dict()[name], value), name
 
 
@@ -442,9 +442,15 @@ def test_a_run_that_stops_inside_an_epoch_reports_its_last_step(arguments, steps
 
 def test_a_setting_of_the_default_class_needs_no_class(arguments):
     cli = build(arguments("--model.selector.k=3"))
-    assert (type(cli.model.distiller.head.selector).__name__, cli.model.distiller.head.selector.k) == ("TopK", 3)
+    assert (type(cli.model.student_with_head.head.selector).__name__, cli.model.student_with_head.head.selector.k) == (
+        "TopK",
+        3,
+    )
     cli = build(arguments("--config=selectors/speck", "--model.selector.k=3", "--model.lr_schedule.warmup_epochs=1"))
-    assert (type(cli.model.distiller.head.selector).__name__, cli.model.distiller.head.selector.k) == ("SpecK", 3)
+    assert (type(cli.model.student_with_head.head.selector).__name__, cli.model.student_with_head.head.selector.k) == (
+        "SpecK",
+        3,
+    )
     assert cli.model.lr_schedule.warmup_epochs == 1
 
 

@@ -75,7 +75,7 @@ def fit(model, batch_size=8, accumulate=1, examples=None, epochs=1, **settings):
 
 
 def parameters(model):
-    return {name: p.detach().clone() for name, p in model.distiller.named_parameters()}
+    return {name: p.detach().clone() for name, p in model.student_with_head.named_parameters()}
 
 
 def dense_log_probs(backbone, batch):
@@ -85,7 +85,7 @@ def dense_log_probs(backbone, batch):
 
 def plain_loop(model, steps=STEPS, batch_size=8, clip=None):
     """The same training written out: dense logits, one mean over all tokens of an update, AdamW, cosine."""
-    student, teacher = copy.deepcopy(model.distiller.student), model.teacher.backbone
+    student, teacher = copy.deepcopy(model.student_with_head.student), model.teacher.backbone
     groups = [[p for p in student.parameters() if p.ndim > 1], [p for p in student.parameters() if p.ndim <= 1]]
     optimizer = torch.optim.AdamW(
         [{"params": groups[0], "weight_decay": model.weight_decay}, {"params": groups[1], "weight_decay": 0.0}],
@@ -123,7 +123,9 @@ def test_training_equals_a_plain_loop(folder, clip):
     expected, losses = plain_loop(model, clip=clip)
     fit(model, gradient_clip_val=clip)
     assert model.history[-1]["train_loss"] > 0
-    for (name, found), wanted in zip(model.distiller.student.named_parameters(), expected.parameters(), strict=True):
+    for (name, found), wanted in zip(
+        model.student_with_head.student.named_parameters(), expected.parameters(), strict=True
+    ):
         # Updates are of the size 1e-2; the models' norms compute in float32 whatever the weights are.
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
     assert losses[0] != pytest.approx(losses[-1])
@@ -161,7 +163,7 @@ def test_validation_means_against_dense_logits(folder):
     with torch.no_grad():
         log_q, log_p = (
             backbone.model(batch.input_ids).logits[batch.predict].double().log_softmax(-1)
-            for backbone in (model.distiller.student, model.teacher.backbone)
+            for backbone in (model.student_with_head.student, model.teacher.backbone)
         )
     labels = batch.labels[batch.predict][:, None]
     found = model.history[-1]
@@ -176,22 +178,22 @@ def test_validation_means_against_dense_logits(folder):
 def test_taid_advances_once_per_update_and_never_in_validation(folder):
     model = module(folder, objective=TAID())
     calls = []
-    on_step = model.distiller.head.on_step
-    model.distiller.head.on_step = lambda *args: (calls.append(args[1:3]), on_step(*args))
+    on_step = model.student_with_head.head.on_step
+    model.student_with_head.head.on_step = lambda *args: (calls.append(args[1:3]), on_step(*args))
     fit(model, 4, 2)
     assert calls == [(1, STEPS), (2, STEPS), (3, STEPS)]
-    assert model.distiller.head.objective.t == 1.0
+    assert model.student_with_head.head.objective.t == 1.0
 
 
 @pytest.mark.parametrize("normalize", ["valid", "selected"])
 def test_adakd_follows_the_mean_loss_of_the_selected_tokens(folder, normalize):
     model = module(folder, selector=AdaKD(warmup=0.0, ema=0.5), normalize=normalize)
     losses = []
-    on_step = model.distiller.head.on_step
-    model.distiller.head.on_step = lambda *args: (losses.append(args[3]), on_step(*args))
+    on_step = model.student_with_head.head.on_step
+    model.student_with_head.head.on_step = lambda *args: (losses.append(args[3]), on_step(*args))
     fit(model, 4, 2)
     assert len(losses) == STEPS
-    assert model.distiller.head.selector.mean_loss == pytest.approx(
+    assert model.student_with_head.head.selector.mean_loss == pytest.approx(
         0.25 * losses[0] + 0.25 * losses[1] + 0.5 * losses[2]
     )
     if normalize == "selected":
@@ -281,8 +283,10 @@ def recorded(folder, seed=0):
     """A run of 2 epochs of 6 batches, an update for every batch."""
     model = module(folder, rollout=Recorder(), seed=seed)
     sampled = []
-    generate = model.distiller.generate
-    model.distiller.generate = lambda *args, **settings: sampled.append(settings["seed"]) or generate(*args, **settings)
+    generate = model.student_with_head.generate
+    model.student_with_head.generate = lambda *args, **settings: (
+        sampled.append(settings["seed"]) or generate(*args, **settings)
+    )
     fit(model, batch_size=4, epochs=2)
     return model, sampled
 
@@ -311,9 +315,9 @@ def test_what_follows_an_update_is_its_own_mean(folder, normalize):
     """Loss, acceptance and the selected tokens' loss against sums of the heads' outputs."""
     model = module(folder, selector=TopK(k=20, beta=0.1), normalize=normalize, objective=ReverseKL())
     outputs, told, shown = [], [], []
-    model.distiller.register_forward_hook(lambda _, inputs, output: outputs.append(output))
-    on_step = model.distiller.head.on_step
-    model.distiller.head.on_step = lambda *args: (told.append(args), on_step(*args))
+    model.student_with_head.register_forward_hook(lambda _, inputs, output: outputs.append(output))
+    on_step = model.student_with_head.head.on_step
+    model.student_with_head.head.on_step = lambda *args: (told.append(args), on_step(*args))
     log_dict = model.log_dict
     model.log_dict = lambda values, **more: (shown.append(values), log_dict(values, **more))
     fit(model, 4, 2, epochs=2)
@@ -346,8 +350,8 @@ def test_an_end_that_only_the_template_knows_is_an_end(save_model, tokenizer):
     other.save_pretrained(folder)
     model = module(folder, rollout=OnPolicy(sampling=Sampling(max_new_tokens=5)))
     assert model.eos_ids == [257, 258]
-    assert model.distiller.student.causal_lm.generation_config.eos_token_id == [257, 258]
-    backbone = model.distiller.student.causal_lm
+    assert model.student_with_head.student.causal_lm.generation_config.eos_token_id == [257, 258]
+    backbone = model.student_with_head.student.causal_lm
     with torch.no_grad():
         backbone.model.norm.weight.fill_(1.0)
         backbone.lm_head.weight.zero_()
@@ -372,7 +376,9 @@ def test_gradient_checkpointing_changes_nothing(folder):
     states = []
     for checkpointing in (False, True):
         model = module(folder, gradient_checkpointing=checkpointing)
-        layers = [layer for layer in model.distiller.student.layers if getattr(layer, "gradient_checkpointing", False)]
+        layers = [
+            layer for layer in model.student_with_head.student.layers if getattr(layer, "gradient_checkpointing", False)
+        ]
         assert len(layers) == (2 if checkpointing else 0)
         fit(model)
         states.append(parameters(model))
@@ -385,7 +391,7 @@ def test_bf16_trains(folder):
     fit(model, precision="bf16-mixed", epochs=3)
     losses = [epoch["kl"] for epoch in model.history]
     assert losses[-1] < losses[0]
-    assert next(model.distiller.parameters()).dtype == torch.float32
+    assert next(model.student_with_head.parameters()).dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -422,14 +428,14 @@ def test_states_are_restored_without_the_state_dict(folder):
     model.on_save_checkpoint(checkpoint)
     other = module(folder, objective=TAID(), selector=SpecK(), rollout=AdaptiveReplay())
     other.on_load_checkpoint(checkpoint)
-    assert other.distiller.head.objective.t == model.distiller.head.objective.t == 1.0
-    assert other.distiller.head.selector.batches == STEPS
+    assert other.student_with_head.head.objective.t == model.student_with_head.head.objective.t == 1.0
+    assert other.student_with_head.head.selector.batches == STEPS
     assert other.history == model.history
 
 
 def test_the_runs_seed_is_spec_ks(folder):
-    assert module(folder, selector=SpecK(), seed=7).distiller.head.selector.seed == 7
-    assert module(folder, selector=SpecK(seed=3), seed=7).distiller.head.selector.seed == 3
+    assert module(folder, selector=SpecK(), seed=7).student_with_head.head.selector.seed == 7
+    assert module(folder, selector=SpecK(seed=3), seed=7).student_with_head.head.selector.seed == 3
 
 
 @pytest.mark.parametrize("spec", [TeacherSpec, StudentSpec])

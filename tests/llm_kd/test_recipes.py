@@ -60,10 +60,10 @@ def stand_in(save_model, tmp_path):
 def step(cli):
     """Two updates, for a warm-up starts at 0, and a validation; the student must move and stay finite."""
     model = cli.model
-    before = [p.detach().clone() for p in model.distiller.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in model.student_with_head.parameters() if p.requires_grad]
     prepare_teacher(model, cli.datamodule, torch.device("cpu"), needed_teacher(model, cli.datamodule))
     cli.trainer.fit(model, datamodule=cli.datamodule)
-    after = [p for p in model.distiller.parameters() if p.requires_grad]
+    after = [p for p in model.student_with_head.parameters() if p.requires_grad]
     assert any(not torch.equal(a, b) for a, b in zip(after, before, strict=True))
     assert all(p.isfinite().all() for p in after)
     return model
@@ -75,8 +75,8 @@ def test_every_pair_takes_a_step_on_its_architecture(stand_in, name):
     settings = settings_of(f"pairs/{name}")
     assert (settings["teacher"]["name"], settings["student"]["name"]) == (teacher, student)
     model = step(build([f"--config=pairs/{name}", *stand_in(architecture)]))
-    assert model.distiller.student.causal_lm.config.model_type == architecture
-    assert any("lora_" in name for name, _ in model.distiller.named_parameters()) == (architecture != "gpt2")
+    assert model.student_with_head.student.causal_lm.config.model_type == architecture
+    assert any("lora_" in name for name, _ in model.student_with_head.named_parameters()) == (architecture != "gpt2")
 
 
 def test_the_start_for_own_models_takes_a_step(stand_in):

@@ -37,7 +37,7 @@ from llm_kd.head import TeacherHiddenStates
 from llm_kd.head.metrics import token_metrics
 from llm_kd.models import Backbone, TeacherSpec, load_teacher, shared_vocabulary
 from llm_kd.models.generation import Sampling
-from llm_kd.training.distiller import token_metric_means
+from llm_kd.training.student_with_head import token_metric_means
 
 SEEDS = [10, 20, 30, 40, 50]
 """Seeds of the MiniLLM protocol, one set of answers each."""

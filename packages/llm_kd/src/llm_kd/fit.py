@@ -110,13 +110,13 @@ def run(cli: LanguageCLI) -> Result:
             "the student answers each in a row of its own; set data.packing to false"
         )
     data.prompts_only = not model.rollout.reads_answers
-    parameters = {"student": count_parameters(model.distiller.student)}
+    parameters = {"student": count_parameters(model.student_with_head.student)}
     check_lengths(model, data, cli.config["answers"])
     batches = data.check_batch(trainer.world_size)
     validated = -(-len(data.rows("val")) // (data.val_batch_size * trainer.world_size))
     check_batches(trainer, batches, validated)
     if data.packing:
-        check_packing(model.distiller.student, "student")
+        check_packing(model.student_with_head.student, "student")
     loaded = needed_teacher(model, data)
     if loaded is not None and trainer.is_global_zero and alone():
         rehearse(model, data, trainer, cli.run_dir, loaded)
@@ -135,7 +135,7 @@ def run(cli: LanguageCLI) -> Result:
     before = validate(cli)
     ask("before", model.distiller.student)
     trainer.fit(model, datamodule=data, ckpt_path=cli.config["ckpt_path"], weights_only=True)
-    ask("after", model.distiller.student)
+    ask("after", model.student_with_head.student)
     if backbone is not None and (data.responses == "dataset" or any(row.answered for row in data.rows("val"))):
         ask("teacher", backbone)
     return Result(
@@ -163,7 +163,7 @@ def check_lengths(model: DistillationModule, data: TextDataModule, answers: int)
         ValueError: If a conversation is too long, or a prompt leaves too few positions for a response.
     """
     spec = model.teacher_spec
-    configs = {"student": model.distiller.student.causal_lm.config}
+    configs = {"student": model.student_with_head.student.causal_lm.config}
     if spec.cache is None or data.responses == "teacher":
         configs["teacher"] = load_config(spec.name)
     data.check_positions(configs, SPLITS)

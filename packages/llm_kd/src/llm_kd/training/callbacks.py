@@ -34,7 +34,7 @@ class TokenFigures(TensorBoardFigures):
             return {}
         data = module.trainer.datamodule.splits["val"]  # type: ignore[attr-defined]
         examples = [example for example in data.examples if example.num_supervised][: self.examples]
-        student = module.distiller.student
+        student = module.student_with_head.student
         table = token_table(student, cast(Backbone, teacher.backbone), examples, vocab_size=module.vocab_size, k=self.k)
         return {
             "tokens": plot_tokens(table, module.tokenizer, 0),

@@ -33,7 +33,6 @@ from llm_kd.selection import Selector
 from llm_kd.selection.speck import SpecK
 from llm_kd.selection.topk import TopK
 from llm_kd.teacher import CachedTeacher, OnlineTeacher, Teacher, vocabulary_fingerprint
-from llm_kd.training.distiller import Distiller, validation_means
 from llm_kd.training.rollout import OffPolicy, Rollout
 from llm_kd.training.strategies import shard_student, shard_teacher, unsharded
 
@@ -144,7 +143,7 @@ class DistillationModule(TrainingModule):
             backbone.causal_lm.activation_checkpointing_enable()
         if compile:
             backbone.compile(dynamic=True)
-        self.distiller = Distiller(backbone, head, self.vocab_size).train()
+        self.student_with_head = StudentWithHead(backbone, head, self.vocab_size).train()
         backbone.causal_lm.generation_config.eos_token_id = (
             self.eos_ids
         )  # the saved student stops where it was taught to
@@ -167,7 +166,7 @@ class DistillationModule(TrainingModule):
         if isinstance(teacher, CachedTeacher):
             cache = teacher.cache
             cache.check(tokenizer=vocabulary_fingerprint(self.tokenizer.get_vocab()), vocab_size=self.vocab_size)
-            self.distiller.head.check_truncated(cache.header.size, cache.header.vocab_size)
+            self.student_with_head.head.check_truncated(cache.header.size, cache.header.vocab_size)
         self._teacher = [teacher]
 
     @property
@@ -186,14 +185,14 @@ class DistillationModule(TrainingModule):
         if self._device_mesh is None or self.sharded:
             return
         mesh = self._device_mesh["data_parallel"]
-        shard_student(self.distiller, mesh)
+        shard_student(self.student_with_head, mesh)
         if isinstance(self.teacher, OnlineTeacher):
             shard_teacher(cast(Backbone, self.teacher.backbone), mesh)
         self.sharded = True
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with the learning-rate schedule, stepped every update."""
-        trained = [parameter for parameter in self.distiller.parameters() if parameter.requires_grad]
+        trained = [parameter for parameter in self.student_with_head.parameters() if parameter.requires_grad]
         groups = decay_groups(trained, self.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)
@@ -216,7 +215,7 @@ class DistillationModule(TrainingModule):
         torch.manual_seed(self._seed("model", batch_idx, self.global_rank))
         if self.rollout.generates:
             batch = self._respond(batch, batch_idx)
-        output = self.distiller(batch, self.teacher.output(batch))
+        output = self.student_with_head(batch, self.teacher.output(batch))
         tokens = torch.tensor(output.num_tokens)
         values = (output.loss_sum.detach(), output.denominator, output.accepted_sum, tokens, output.weights.sum())
         self._window += torch.stack([value.to(self._window) for value in values])
@@ -251,7 +250,7 @@ class DistillationModule(TrainingModule):
 
     def _write(self, prompts: list[list[int]], seed: int) -> list[Example]:
         """The student's responses to prompts."""
-        responses = self.distiller.generate(
+        responses = self.student_with_head.generate(
             prompts or [[self._pad_id]],  # sharded, every rank must take part
             self.rollout.sampling,
             eos_ids=self.eos_ids,
@@ -266,7 +265,7 @@ class DistillationModule(TrainingModule):
     @property
     def eos_ids(self) -> list[int]:
         """Tokens that end a response: the chat template's and tokenizer's, and those of the two models' settings."""
-        return response_ends(self.distiller.student.causal_lm, self._teachers_ends)
+        return response_ends(self.student_with_head.student.causal_lm, self._teachers_ends)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Normalise the gradient by the tokens of the whole update, and let objective and selector follow the loss.
@@ -294,12 +293,12 @@ class DistillationModule(TrainingModule):
         if sums["denominator"] == 0:  # no supervised token, or none with a weight: the gradient is zero as it is
             return
         factor = self.trainer.accumulate_grad_batches * world_size() / sums["denominator"]
-        for parameter in self.distiller.parameters():
+        for parameter in self.student_with_head.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(factor)
         loss, rate = sums["loss"] / sums["denominator"], sums["accepted"] / max(1.0, sums["tokens"])
         selected = sums["loss"] / (sums["weights"] or 1.0)
-        self.distiller.head.on_step(loss, self.global_step + 1, self.total_steps, selected)
+        self.student_with_head.head.on_step(loss, self.global_step + 1, self.total_steps, selected)
         self.log_dict({"loss": loss, "tar": rate}, prog_bar=True, logger=False)
         if self.is_logging_step():
             values = {"loss": loss, "tar": rate, "tokens": sums["tokens"], "lr": optimizer.param_groups[0]["lr"]}
@@ -316,7 +315,7 @@ class DistillationModule(TrainingModule):
 
     def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
         """Add the sums of one batch."""
-        for name, value in self.distiller.measure(batch, self.teacher.output(batch)).items():
+        for name, value in self.student_with_head.measure(batch, self.teacher.output(batch)).items():
             self._val[name] = self._val.get(name, 0.0) + value.to(self._sum_dtype)
 
     def on_validation_epoch_end(self) -> None:
@@ -392,7 +391,7 @@ class DistillationModule(TrainingModule):
 
     def _stateful_parts(self) -> list[tuple[str, torch.nn.Module]]:
         """Objective and selector, as far as they have a state that follows training."""
-        parts = [(name, getattr(self.distiller.head, name)) for name in ("objective", "selector")]
+        parts = [(name, getattr(self.student_with_head.head, name)) for name in ("objective", "selector")]
         return [(name, p) for name, p in parts if type(p).get_extra_state is not torch.nn.Module.get_extra_state]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from llm_kd.data.example import prompt_response_example
 from llm_kd.models import Backbone
 from llm_kd.teacher import OnlineTeacher
 from llm_kd.training.distillation import DistillationModule
-from llm_kd.training.distiller import validation_means
+from llm_kd.training.student_with_head import validation_means
 
 
 def rehearse(
@@ -38,25 +38,25 @@ def rehearse(
     Raises:
         ValueError: From the settings, such as a validation interval that never comes.
     """
-    distiller, device = model.distiller, trainer.strategy.root_device
+    student_with_head, device = model.student_with_head, trainer.strategy.root_device
     with rehearsing(run_dir) as folder, contextlib.ExitStack() as stack:
         with quiet():
             # Everything but the weights, of which an interrupted export may be many gigabytes.
-            distiller.student.merged().save_pretrained(folder, state_dict={"none": torch.zeros(1)})
+            student_with_head.student.merged().save_pretrained(folder, state_dict={"none": torch.zeros(1)})
         model.tokenizer.save_pretrained(folder)
         if isinstance(trainer.strategy, ModelParallelStrategy) and trainer.world_size > 1:
             return
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(trainer.precision_plugin.forward_context())
-        distiller.to(device), backbone.to(device)
+        student_with_head.to(device), backbone.to(device)
         prompt = data.first_prompt("train")
         batch: Any = collate([[prompt_response_example(prompt, [*model.eos_ids[:1]] * 2, "")]], data.pad_id).to(device)
         teacher_output = OnlineTeacher(backbone).output(batch)
-        distiller(batch, teacher_output).loss_sum.backward()
-        distiller.zero_grad(set_to_none=True)
-        sums = {name: float(value) for name, value in distiller.measure(batch, teacher_output).items()}
+        student_with_head(batch, teacher_output).loss_sum.backward()
+        student_with_head.zero_grad(set_to_none=True)
+        sums = {name: float(value) for name, value in student_with_head.measure(batch, teacher_output).items()}
         if model.rollout.generates:
             sampling = replace(model.rollout.sampling, max_new_tokens=1)
-            distiller.generate([prompt], sampling, eos_ids=model.eos_ids, pad_id=data.pad_id, seed=0)
+            student_with_head.generate([prompt], sampling, eos_ids=model.eos_ids, pad_id=data.pad_id, seed=0)
         logged = [f"val/{name}" for name in validation_means(sums)]
         check_monitors(trainer, [*logged, "loss", "tar"])

@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from llm_kd.models import Backbone
-from llm_kd.training.distiller import Distiller
+from llm_kd.training.student_with_head import StudentWithHead
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -26,16 +26,16 @@ class FSDP2Strategy(ModelParallelStrategy):
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2: student and teacher sharded over all processes")
 
 
-def shard_student(distiller: Distiller, mesh: DeviceMesh) -> None:
+def shard_student(student_with_head: StudentWithHead, mesh: DeviceMesh) -> None:
     """Shard the student: a group per decoder layer, and embeddings, last norm and head with the root.
 
     The root's group stays whole from forward to backward; the head needs its weight in both.
     """
-    for layer in distiller.student.layers:
+    for layer in student_with_head.student.layers:
         fully_shard(layer, mesh=mesh)
-    fully_shard(distiller, mesh=mesh)
+    fully_shard(student_with_head, mesh=mesh)
     for method in ("measure", "generate"):
-        register_fsdp_forward_method(distiller, method)
+        register_fsdp_forward_method(student_with_head, method)
 
 
 def shard_teacher(teacher: Backbone, mesh: DeviceMesh) -> None:

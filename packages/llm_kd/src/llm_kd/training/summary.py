@@ -26,7 +26,7 @@ def print_summary(
         data: Its data, for whose responses are measured.
         console: Where to print; standard output by default.
     """
-    head = model.distiller.head
+    head = model.student_with_head.head
     title = f"{type(head.objective).__name__} on {type(head.selector).__name__} tokens, {type(model.rollout).__name__}"
     whose = "teacher" if data.responses == "teacher" else "data set"
     best = result.best

@@ -13,7 +13,7 @@ from llm_kd.models import Backbone
 from llm_kd.models.generation import Sampling, generate
 
 
-class Distiller(nn.Module):
+class StudentWithHead(nn.Module):
     """Student backbone and distillation head in one module, so that sharded head weights are whole while the head runs.
 
     Args:
@@ -87,5 +87,5 @@ def token_metric_means(sums: Mapping[str, float]) -> dict[str, float]:
 
 
 def validation_means(sums: Mapping[str, float]) -> dict[str, float]:
-    """Means of the sums of :meth:`Distiller.measure`."""
+    """Means of the sums of :meth:`StudentWithHead.measure`."""
     return {**token_metric_means(sums), "loss": sums["loss"] / (sums["denominator"] or 1.0)}
