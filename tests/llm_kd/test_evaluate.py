@@ -90,7 +90,7 @@ def test_token_means_against_dense_logits(arguments, student, teacher, tokenizer
         "teacher_nll": -log_p.gather(-1, labels[:, None]).mean(),
     }
     assert found["tokens"] == pytest.approx({name: float(value) for name, value in expected.items()}, rel=1e-4)
-    assert found["data"] == {"rows": 3, "dropped": 0, "room": 512, "supervised_tokens": len(labels)}
+    assert found["data"] == {"rows": 3, "dropped": 0, "max_tokens": 512, "supervised_tokens": len(labels)}
     assert not {"rouge_l", "harness"} & set(found)
 
 

@@ -145,7 +145,7 @@ def main(args: ArgsType = None) -> TeacherCache:
     # The layout refuses a size or dtype that cannot be stored: before the teacher is loaded and answers the prompts.
     RecordLayout(data.vocab_size, settings["size"], settings["dtype"])
     spec = TeacherSpec(**settings["model"]["init_args"]["teacher"])
-    data.check_positions({"teacher": load_config(spec.name)}, SPLITS)
+    data.check_context_length({"teacher": load_config(spec.name)}, SPLITS)
     backbone = load_teacher(spec)
     backbone.to(settings["device"])
     data.write_responses(backbone.model)

@@ -153,7 +153,7 @@ def evaluate(settings: Namespace, sampling: Sampling) -> dict[str, Any]:
     configs = {role: load_config(name) for role, name in names.items()}
     vocab_size = shared_vocabulary(*map(load_tokenizer, names.values()), *configs.values())
     data: TextDataModule = parser().instantiate_classes(settings).data
-    data.check_positions(configs, ("val",))  # what is wrong with the data shows before models are loaded
+    data.check_context_length(configs, ("val",))  # what is wrong with the data shows before models are loaded
     student = load(settings.student, settings.dtype, settings)
     teacher_dtype = settings.teacher_dtype or settings.dtype
     teacher = None if settings.teacher is None else load(settings.teacher, teacher_dtype, settings)
@@ -168,7 +168,7 @@ def evaluate(settings: Namespace, sampling: Sampling) -> dict[str, Any]:
     if answers:
         result["rouge_l"] = over_seeds(answers)
     split = data.splits["val"]
-    counts = {"rows": split.rows, "dropped": split.dropped, "room": split.room}
+    counts = {"rows": split.rows, "dropped": split.dropped, "max_tokens": split.max_tokens}
     result["data"] = counts | {"supervised_tokens": split.supervised}
     result["answers"] = [
         {"seed": seed, "prompt": prompt, "response": response, "references": references, "rouge_l": score}
@@ -208,7 +208,7 @@ def print_result(result: Mapping[str, Any], console: Console) -> None:
     if "teacher_nll" in tokens:
         table.add_row("teacher", f"{tokens['teacher_nll']:.3f}", "0", "100%", "", "")
     console.print(table)
-    lines = {"rows left out": f"{data['dropped']:,} of more than {data['room']} tokens; not in the token metrics"}
+    lines = {"rows left out": f"{data['dropped']:,} of more than {data['max_tokens']} tokens; not in the token metrics"}
     if rouge:
         lines["prompts answered"] = f"{rouge['prompts']:,}, {rouge['left_out']:,} longer than max_prompt not asked"
     lines["settings"] = ", ".join(f"{name} {value}" for name, value in settings.items())

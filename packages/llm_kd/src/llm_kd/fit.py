@@ -31,7 +31,7 @@ from kd_common.run.trainer_settings import check_batches
 from llm_kd.data import SPLITS, TextDataModule
 from llm_kd.evaluation.answers import Answers, answer_prompts
 from llm_kd.models import Backbone, TeacherSpec, check_packing, load_teacher
-from llm_kd.models.positions import check_positions
+from llm_kd.models.context_length import check_context_length
 from llm_kd.teacher import CachedTeacher, CacheError, OnlineTeacher, TeacherCache, weights_fingerprint
 from llm_kd.training.distillation import DistillationModule
 from llm_kd.training.rehearsal import rehearse
@@ -166,16 +166,16 @@ def check_lengths(model: DistillationModule, data: TextDataModule, answers: int)
     configs = {"student": model.student_with_head.student.causal_lm.config}
     if spec.cache is None or data.responses == "teacher":
         configs["teacher"] = load_config(spec.name)
-    data.check_positions(configs, SPLITS)
+    data.check_context_length(configs, SPLITS)
     if model.rollout.generates:
         written = model.rollout.sampling.max_new_tokens
         what = f"training prompts with responses of model.rollout.sampling.max_new_tokens {written}"
-        check_positions(configs, data.longest_prompt("train") + written, what, "lower that, or data.max_length")
+        check_context_length(configs, data.longest_prompt("train") + written, what, "lower that, or data.max_length")
     if answers:
         written = data.sampling.max_new_tokens
         what = f"all validation prompts with answers of data.sampling.max_new_tokens {written}, sequences"
         hint = "lower that, or set answers to 0"
-        check_positions(configs, min(data.prompt_lengths("val")) + written, what, hint)
+        check_context_length(configs, min(data.prompt_lengths("val")) + written, what, hint)
 
 
 def needed_teacher(model: DistillationModule, data: TextDataModule) -> Backbone | None:

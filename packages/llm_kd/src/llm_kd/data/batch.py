@@ -99,11 +99,11 @@ def pack(lengths: Sequence[int], order: Sequence[int], capacity: int) -> list[li
         Numbers of the sequences of every row.
     """
     rows: list[list[int]] = []
-    room = np.full(len(order), capacity)
+    free = np.full(len(order), capacity)
     for number in order:
-        place = int((room[: len(rows) + 1] >= lengths[number]).argmax())  # a new row always has room
+        place = int((free[: len(rows) + 1] >= lengths[number]).argmax())  # a new row always has room
         if place == len(rows):
             rows.append([])
         rows[place].append(number)
-        room[place] -= lengths[number]
+        free[place] -= lengths[number]
     return rows

@@ -17,8 +17,8 @@ from llm_kd.data.example import Example, prompt_response_example
 from llm_kd.data.loader import TextLoader
 from llm_kd.data.responses import write_responses
 from llm_kd.models import vocabulary_size
+from llm_kd.models.context_length import check_context_length
 from llm_kd.models.generation import Sampling
-from llm_kd.models.positions import check_positions, positions
 
 SPLITS = ("train", "val")
 # Greedy: drawn at temperature 1, the answers of a small teacher are often nonsense.
@@ -33,13 +33,13 @@ class Split:
         examples: What is left to train or validate on.
         rows: Number of rows read.
         dropped: Number of rows left out because they are too long.
-        room: Most tokens that a row may have, or its prompt where the teacher writes the response.
+        max_tokens: Most tokens that a row may have, or its prompt where the teacher writes the response.
     """
 
     examples: list[Example]
     rows: int
     dropped: int
-    room: int
+    max_tokens: int
 
     @property
     def tokens(self) -> int:
@@ -54,7 +54,7 @@ class Split:
     def __str__(self) -> str:
         return (
             f"{self.rows:,} rows, {len(self.examples):,} examples, {self.supervised:,} of {self.tokens:,} tokens carry "
-            f"a loss; {self.dropped:,} rows of more than {self.room} tokens dropped"
+            f"a loss; {self.dropped:,} rows of more than {self.max_tokens} tokens dropped"
         )
 
 
@@ -185,7 +185,7 @@ class TextDataModule(LightningDataModule):
             if split == "train" and self.prompts_only:
                 continue
             rows = self.rows(split)
-            kept = self._prompts(rows, self._teachers_room)
+            kept = self._prompts(rows, self._prompt_budget)
             if own := sum(row.answered for row in rows):
                 rank_zero_info(
                     f"{split}: {own:,} rows have answers of their own, which stay references; the loss falls on the "
@@ -213,7 +213,7 @@ class TextDataModule(LightningDataModule):
                     f"{split}: {cut:,} of the teacher's {len(written):,} responses end at data.sampling.max_new_tokens "
                     f"{self.sampling.max_new_tokens}, without a closing token"
                 )
-            self._keep(split, rows, examples, self._teachers_room)
+            self._keep(split, rows, examples, self._prompt_budget)
 
     def setup(self, stage: str | None = None) -> None:
         """Read and encode the splits, once.
@@ -241,7 +241,7 @@ class TextDataModule(LightningDataModule):
         self._read(split)
         return max(len(example.input_ids) for example in self.splits[split].examples)
 
-    def check_positions(self, configs: Mapping[str, Any], splits: Sequence[str]) -> None:
+    def check_context_length(self, configs: Mapping[str, Any], splits: Sequence[str]) -> None:
         """Refuse conversations beyond the positions of the models that read them.
 
         Args:
@@ -255,7 +255,7 @@ class TextDataModule(LightningDataModule):
         fewest = min(map(positions, configs.values()))
         hint = f"set data.max_length to {fewest} or less, so that longer ones are left out and counted"
         for split in splits:
-            check_positions(configs, self.longest(split), f"{split}: conversations", hint)
+            check_context_length(configs, self.longest(split), f"{split}: conversations", hint)
 
     def longest_prompt(self, split: str) -> int:
         """Tokens of the longest prompt of ``train`` or ``val``; see :meth:`longest`."""
@@ -265,7 +265,7 @@ class TextDataModule(LightningDataModule):
         """Tokens of every prompt of ``train`` or ``val``; see :meth:`longest`."""
         if self._awaits_answers(split):
             rows = self.rows(split)
-            prompts = self._prompts(rows, self._teachers_room)
+            prompts = self._prompts(rows, self._prompt_budget)
             if not prompts:
                 raise self._none_fits(split, len(rows))
             return [len(prompt) for _, prompt in prompts]
@@ -277,7 +277,7 @@ class TextDataModule(LightningDataModule):
         if self._awaits_answers(split):
             rows = self.rows(split)
             prompts = (self.encoder.prompt(row) for row in rows)
-            return next(prompt for prompt in prompts if len(prompt) <= self._teachers_room)
+            return next(prompt for prompt in prompts if len(prompt) <= self._prompt_budget)
         self._read(split)
         example = self.splits[split].examples[0]
         return example.input_ids[: max(1, example.prompt_length)]
@@ -308,7 +308,7 @@ class TextDataModule(LightningDataModule):
             ValueError: If they do not.
         """
         if self._awaits_answers("train"):
-            prompts = self._prompts(self.rows("train"), self._teachers_room)
+            prompts = self._prompts(self.rows("train"), self._prompt_budget)
             check_batch_size(len(prompts), "training rows", self.batch_size, world_size)
             return len(prompts) // (self.batch_size * world_size)
         self._read("train")
@@ -328,7 +328,7 @@ class TextDataModule(LightningDataModule):
         )
 
     @property
-    def _teachers_room(self) -> int:
+    def _prompt_budget(self) -> int:
         """Most tokens of a prompt that the teacher answers."""
         return self.max_length - self.sampling.max_new_tokens
 
@@ -349,13 +349,13 @@ class TextDataModule(LightningDataModule):
             examples = encode_each(rows, lambda row: self.encoder.example(row, self.max_length, self.truncate))
             self._keep(split, rows, [example for example in examples if example is not None], self.max_length)
 
-    def _prompts(self, rows: Sequence[Row], room: int) -> list[tuple[Row, list[int]]]:
-        """Those rows whose prompt has at most ``room`` tokens, with these."""
+    def _prompts(self, rows: Sequence[Row], budget: int) -> list[tuple[Row, list[int]]]:
+        """Those rows whose prompt has at most ``budget`` tokens, with these."""
         prompts = encode_each(rows, self.encoder.prompt)
-        return [(row, prompt) for row, prompt in zip(rows, prompts, strict=True) if len(prompt) <= room]
+        return [(row, prompt) for row, prompt in zip(rows, prompts, strict=True) if len(prompt) <= budget]
 
-    def _keep(self, split: str, rows: Sequence[Row], examples: list[Example], room: int) -> None:
-        found = Split(examples, rows=len(rows), dropped=len(rows) - len(examples), room=room)
+    def _keep(self, split: str, rows: Sequence[Row], examples: list[Example], max_tokens: int) -> None:
+        found = Split(examples, rows=len(rows), dropped=len(rows) - len(examples), max_tokens=max_tokens)
         limit = self.limits[split]
         rank_zero_info(f"{split}{f', at most {limit:,} rows (limit_{split})' if limit else ''}: {found}")
         if not examples:

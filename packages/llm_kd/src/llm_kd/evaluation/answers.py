@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from llm_kd.data import Row, TextDataModule
 from llm_kd.evaluation.rouge import rouge_l
 from llm_kd.models import Backbone
-from llm_kd.models.generation import Sampling, generate, room_for_prompt
+from llm_kd.models.generation import Sampling, generate, prompt_budget
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def answer_prompts(
     """
     sampling = sampling or Sampling(data.sampling.max_new_tokens, temperature=0.0)
     everything = questions(data)
-    longest = min(max_prompt or data.max_length, room_for_prompt(backbone.model, sampling))
+    longest = min(max_prompt or data.max_length, prompt_budget(backbone.model, sampling))
     asked = [question for question in everything if len(question.tokens) <= longest]
     left_out = len(everything) - len(asked)
     if not asked:

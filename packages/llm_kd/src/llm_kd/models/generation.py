@@ -12,7 +12,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 from kd_common.hub.vocabulary import configured_ends
-from llm_kd.models.positions import positions
+from llm_kd.models.context_length import context_length
 
 
 @dataclass(frozen=True)
@@ -119,19 +119,19 @@ def response_ends(model: Any, eos_ids: Collection[int]) -> list[int]:
     return sorted({*eos_ids, *configured_ends(model.config, model.config.get_text_config(), model.generation_config)})
 
 
-def room_for_prompt(model: Any, sampling: Sampling) -> int:
+def prompt_budget(model: Any, sampling: Sampling) -> int:
     """Largest number of tokens of a prompt that leaves the model positions for its longest response."""
-    return positions(model.config) - sampling.max_new_tokens
+    return context_length(model.config) - sampling.max_new_tokens
 
 
 def _check_lengths(model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
     if not all(prompts):
         raise ValueError("a prompt holds no token; a model needs at least one to continue from")
-    longest, room = max(map(len, prompts), default=0), room_for_prompt(model, sampling)
-    if longest > room:
+    longest, budget = max(map(len, prompts), default=0), prompt_budget(model, sampling)
+    if longest > budget:
         raise ValueError(
             f"a prompt of {longest} tokens and max_new_tokens={sampling.max_new_tokens} exceed the model's "
-            f"{room + sampling.max_new_tokens} positions: lower max_new_tokens, or give shorter prompts"
+            f"{budget + sampling.max_new_tokens} positions: lower max_new_tokens, or give shorter prompts"
         )
 
 

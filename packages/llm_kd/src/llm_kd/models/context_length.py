@@ -1,17 +1,17 @@
-"""Whether models have positions for what they are to read, asked before anything is computed."""
+"""Checks, before anything is computed, that sequences fit the context length of the models that read them."""
 
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 
-def positions(config: Any) -> int:
-    """Largest number of tokens of a sequence that a model has positions for, by its configuration."""
+def context_length(config: Any) -> int:
+    """Return the largest number of tokens in a sequence of a model, by its configuration."""
     found = getattr(config.get_text_config(), "max_position_embeddings", None)
     return sys.maxsize if found is None else found
 
 
-def check_positions(configs: Mapping[str, Any], tokens: int, what: str, hint: str) -> None:
+def check_context_length(configs: Mapping[str, Any], tokens: int, what: str, hint: str) -> None:
     """Refuse sequences beyond a model's positions: learned ones end in an index error, others go on, silently worse.
 
     Args:
@@ -24,5 +24,5 @@ def check_positions(configs: Mapping[str, Any], tokens: int, what: str, hint: st
         ValueError: If a model has too few.
     """
     for name, config in configs.items():
-        if tokens > (room := positions(config)):
-            raise ValueError(f"{what} of up to {tokens} tokens exceed the {name}'s {room} positions; {hint}")
+        if tokens > (limit := context_length(config)):
+            raise ValueError(f"{what} of up to {tokens} tokens exceed the {name}'s {limit} positions; {hint}")
