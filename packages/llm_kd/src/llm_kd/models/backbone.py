@@ -119,8 +119,8 @@ def _check_head(backbone: Backbone) -> None:
         )
     # Of the same operations in another order, for one may compute in float32 what the other rounds to its precision.
     tolerance = 8 * torch.finfo(model.dtype).eps
-    for mine, theirs in zip(logits, expected, strict=True):
-        if not torch.allclose(mine, theirs, atol=tolerance * float(theirs.abs().max()), rtol=0):
+    for found, wanted in zip(logits, expected, strict=True):
+        if not torch.allclose(found, wanted, atol=tolerance * float(wanted.abs().max()), rtol=0):
             raise ValueError(
                 f"{type(model).__name__} turns hidden states into logits in a way the distillation head does not know; "
                 "supported are a linear layer with an optional bias and soft-cap"

@@ -78,12 +78,12 @@ def mark_tokens(table: Mapping[str, Tensor], tokenizer: Any, number: int) -> Mar
     """
     spans = []
     for row in (table["example"] == number).nonzero().squeeze(1).tolist():
-        text, mine, theirs = (
+        text, student, teacher = (
             tokenizer.decode([int(table[column][row])]) for column in ("token", "student_top", "teacher_top")
         )
         entropy = float(table["teacher_entropy"][row])
         details = (
-            f"student: {mine!r}, teacher: {theirs!r}, KL {float(table['kl'][row]):.2f}, teacher's entropy "
+            f"student: {student!r}, teacher: {teacher!r}, KL {float(table['kl'][row]):.2f}, teacher's entropy "
             f"{entropy:.2f}, Spec-k accepts with {float(table['speck'][row]):.0%}"
         )
         look = f"background:{ACCEPTED}" if table["accepted"][row] else f"background:{REJECTED};outline:1px dashed #a33"

@@ -42,13 +42,13 @@ def token_table(
         hidden, hidden_teacher = (
             backbone(ids[None], positions[None])[0, places - 1] for backbone in (student, teacher)
         )
-        mine = Projection(hidden, student.lm_head(), vocab_size)
-        theirs = Projection(hidden_teacher, teacher.lm_head(), vocab_size)
+        student_head = Projection(hidden, student.lm_head(), vocab_size)
+        teacher_head = Projection(hidden_teacher, teacher.lm_head(), vocab_size)
         # An answer starts behind a token without a loss; its tokens are counted from there.
         first = torch.cat([places.new_tensor([True]).bool(), places.diff() > 1])
         start = torch.where(first, places, 0).cummax(0).values
-        for rows in torch.arange(len(places), device=device).split(rows_per_chunk(mine, BYTES_PER_LOGIT)):
-            z, z_teacher, token = mine.logits(rows), theirs.logits(rows), ids[places[rows]]
+        for rows in torch.arange(len(places), device=device).split(rows_per_chunk(student_head, BYTES_PER_LOGIT)):
+            z, z_teacher, token = student_head.logits(rows), teacher_head.logits(rows), ids[places[rows]]
             log_p = z_teacher.log_softmax(-1)
             columns = {
                 "example": torch.full_like(token, number),
