@@ -252,7 +252,7 @@ class TextDataModule(LightningDataModule):
             FileNotFoundError, RowsError, EncodingError: From the data.
             ValueError: If a model has too few.
         """
-        fewest = min(map(positions, configs.values()))
+        fewest = min(map(context_length, configs.values()))
         hint = f"set data.max_length to {fewest} or less, so that longer ones are left out and counted"
         for split in splits:
             check_context_length(configs, self.longest(split), f"{split}: conversations", hint)

@@ -1,4 +1,4 @@
-"""What a teacher says about N tokens: its hidden states before the head, or a stored truncated distribution."""
+"""The output of a teacher for N tokens: hidden states before its head, or a stored truncated distribution."""
 
 from dataclasses import dataclass
 
@@ -46,7 +46,7 @@ def truncate(teacher_output: TeacherHiddenStates, size: int, vocab_size: int) ->
         vocab_size: Number V of tokens; rows of the head beyond it are padding and are left out.
 
     Returns:
-        N rows, on the teacher_output's device, log-probabilities in at least float32.
+        N rows, on the device of the teacher's output, log-probabilities in at least float32.
 
     Raises:
         ValueError: If a size is out of range or a logit is NaN or +inf.

@@ -155,8 +155,8 @@ def check_packing(backbone: Backbone, role: str) -> None:
     # Behind another conversation the same is computed in the same order; on its own, in another one.
     if moved > 8 * eps or shifted > eps**0.5:
         raise ValueError(
-            f"data.packing: in the {role}, {type(backbone.causal_lm).__name__}, the conversations of a packed row would "
-            "see each other; set data.packing to false"
+            f"data.packing: in the {role}, {type(backbone.causal_lm).__name__}, the conversations of a packed row "
+            "would see each other; set data.packing to false"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a teacher is: a signal for the supervised tokens of a batch."""
+"""The base class of teachers, which give an output for the supervised tokens of a batch."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
