@@ -17,7 +17,7 @@ from llm_kd.data.example import Example, prompt_response_example
 from llm_kd.data.loader import TextLoader
 from llm_kd.data.responses import write_responses
 from llm_kd.models import vocabulary_size
-from llm_kd.models.context_length import check_context_length
+from llm_kd.models.context_length import check_context_length, context_length
 from llm_kd.models.generation import Sampling
 
 SPLITS = ("train", "val")
