@@ -122,7 +122,7 @@ def run(cli: VisionCLI) -> Result:
             teacher |= measure_teacher(cli)
     cli.trainer.fit(model, datamodule=data, ckpt_path=cli.config["ckpt_path"], weights_only=True)
     if cli.run_dir is not None and cli.trainer.is_global_zero:
-        model.illustrate(cli.run_dir)
+        model.save_visualizations(cli.run_dir)
     return Result(
         metric=model.metric,
         mode=model.mode,

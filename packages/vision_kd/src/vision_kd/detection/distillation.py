@@ -185,7 +185,7 @@ class DetectionModule(ComponentTraining):
         self._split = record.split
         return average_precision(record.split, *self._detected)
 
-    def illustrate(self, folder: Path) -> None:
+    def save_visualizations(self, folder: Path) -> None:
         """Write ``detections.json``, COCO results, and ``detections.png``, some of them beside the ground truth."""
         if self._detected is None:  # a finished run that was resumed validates nothing
             return

@@ -68,8 +68,8 @@ class Task(TrainingModule):
     def validation_metrics(self) -> dict[str, float]:
         """The metrics of the epoch over all ranks, of which the next epoch starts anew."""
 
-    def illustrate(self, folder: Path) -> None:
-        """Write what shows the student's work in its last validated epoch, besides numbers."""
+    def save_visualizations(self, folder: Path) -> None:
+        """Save pictures of the student's work in its last validated epoch into a folder; a task may have none."""
 
     def data_settings(self) -> dict[str, Any]:
         """Settings of the data, for ``vision_kd.evaluate``."""
