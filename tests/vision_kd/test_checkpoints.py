@@ -319,7 +319,7 @@ AVERAGES = {
     "ours": lambda plain, average: {
         "state_dict": {f"student.network.{k}": t for k, t in plain.items()}
         | {f"ema.module.network.{k}": t for k, t in average.items()}
-        | {"ema.n_averaged": torch.tensor(3), "helpers.0.weight": torch.ones(2)}
+        | {"ema.n_averaged": torch.tensor(3), "auxiliary.0.weight": torch.ones(2)}
     },
 }
 

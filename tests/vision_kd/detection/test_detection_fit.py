@@ -84,7 +84,7 @@ def test_the_demo_in_small(scenes, tmp_path, tools, teacher, capsys):
     assert (folder / "detections.png").read_bytes().startswith(b"\x89PNG")
     assert isinstance(json.loads((folder / "detections.json").read_text()), list)
     state = torch.load(folder / "student_last.pt", weights_only=True)
-    assert not [key for key in state["model"] if "helpers" in key or "fusion" in key], "the student alone is exported"
+    assert not [key for key in state["model"] if "auxiliary" in key or "fusion" in key], "the student alone is exported"
     assert state["meta"]["class_names"] == list("0123456789")
 
     found = evaluate(

@@ -86,7 +86,7 @@ class DetectionModule(ComponentTraining):
                 raise ValueError(f"model.features needs a weight > 0 and channels >= 1, got {features}")
             assert self.teacher_spec is not None  # a component needs it
             widths = _fpn_channels(student), _fpn_channels(self.teacher_spec)
-            self.helpers.append(ReviewFusion(len(FPN_LEVELS) + 1, *widths, features.channels))
+            self.auxiliary.append(ReviewFusion(len(FPN_LEVELS) + 1, *widths, features.channels))
         self._columns: list[int] = []
         self._record: DetectionRecord | None = None
         self._detected: tuple[Tensor, list[int]] | None = None
@@ -143,7 +143,7 @@ class DetectionModule(ComponentTraining):
         """See :func:`vision_kd.detection.step.detection_step`."""
         images, targets = batch
         teacher: Any = self.teacher
-        fusion: Any = self.helpers[0] if self.helpers else None
+        fusion: Any = self.auxiliary[0] if self.auxiliary else None
         return detection_step(
             self.student,
             teacher,

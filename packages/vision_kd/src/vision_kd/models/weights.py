@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 INNER_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 """What torch.compile, FSDP and activation checkpointing put into names, at the front or in the middle."""
 
-BESIDE = ("student.", "teacher.", "ema.", "helpers.")
+BESIDE = ("student.", "teacher.", "ema.", "auxiliary.")
 """Modules of a training checkpoint that stand beside the network which is read."""
 
 AVERAGE = re.compile(r"(^|[._])(ema|swa|avg|averaged?)([._]|$)", re.IGNORECASE)

@@ -94,7 +94,7 @@ class ComponentTraining(Task):
         self.seed = seed
         self.student = self.build(student, **facts)
         self.num_classes = self.student.num_classes
-        self.helpers = nn.ModuleList()  # trained with the student, of no use afterwards
+        self.auxiliary = nn.ModuleList()  # trained with the student, of no use afterwards
         self._check_settings()
         self.ema = None
         if ema_decay is not None:
@@ -167,7 +167,7 @@ class ComponentTraining(Task):
 
     def _build_optimizer(self) -> ComponentOptimizer:
         return self.policy.optimizer(
-            nn.ModuleList([self.student, *self.helpers]),
+            nn.ModuleList([self.student, *self.auxiliary]),
             self.components,
             lr=self.learning_rate,
             momentum=self.momentum,
