@@ -72,10 +72,10 @@ class Setting:
         optimizer = policy.optimizer(trained, components, lr=1e-4, momentum=0.9, weight_decay=1e-4)
         params = [p for group in optimizer.param_groups for p in group["params"]]
         teacher = self.teacher if method.needs_teacher else None
-        columns = self.teacher.columns(CLASSES)
+        class_indices = self.teacher.class_indices(CLASSES)
 
         def step() -> None:
-            settings = {"columns": columns, "buckets": optimizer.buckets, "k": k}
+            settings = {"class_indices": class_indices, "buckets": optimizer.buckets, "k": k}
             settings |= {"fusion": fusion, "feature_weight": 1.0}
             made = detection_step(student, teacher, method, self.images, self.targets, params, **settings)
             optimizer.step(components=made.gradients)

@@ -205,8 +205,8 @@ MUTATIONS = [
     Mutation(
         "classes of the detection teacher in its own order",
         "vision_kd/detection/step.py",
-        "logits[:, list(columns)]",
-        "logits[:, : len(columns)]",
+        "logits[:, list(class_indices)]",
+        "logits[:, : len(class_indices)]",
         "vision_kd/detection/test_detection_step.py::test_outputs_of_unused_categories_take_no_part",
     ),
     Mutation(

@@ -106,7 +106,7 @@ def test_evaluation_finds_what_a_detector_knows(tools, path):
             super().__init__()
             self.rows = iter(range(3))
 
-        def columns(self, names):
+        def class_indices(self, names):
             return [0, *(self.class_names.index(name) + 1 for name in names)]
 
         def forward(self, images):

@@ -17,9 +17,9 @@ METHODS = {"KD": KD(1.0, 1.0, 1.0), "DKD": DKD(1.0, 1.0, 1.0, 0.25, 0.0), "KD, T
 
 
 def run(student, teacher, method, batch, params=None, **settings):
-    columns = [] if teacher is None else teacher.columns(student.class_names)
+    class_indices = [] if teacher is None else teacher.class_indices(student.class_names)
     params = list(student.parameters()) if params is None else params
-    return detection_step(student, teacher, method, *batch, params, columns=columns, **settings)
+    return detection_step(student, teacher, method, *batch, params, class_indices=class_indices, **settings)
 
 
 def torchvision_losses(student, images, targets):
@@ -184,7 +184,7 @@ def test_all_surviving_classes_are_no_mask(tools):
 
 def test_a_teacher_of_other_classes_is_refused(tools):
     with pytest.raises(ValueError, match=r"does not know 2 of the 3 categories.*: b, c \(it knows a, x\)"):
-        tools.teacher(("a", "N/A", "x")).columns("abc")
+        tools.teacher(("a", "N/A", "x")).class_indices("abc")
 
 
 def test_losses_are_computed_in_fp32_under_autocast(tools):

@@ -107,8 +107,8 @@ class Detector(NormalizedNetwork):
         frozen = (module.eps for module in self.network.modules() if isinstance(module, FrozenBatchNorm2d))
         return super().facts() | {"class_names": list(self.class_names), "batchnorm_eps": next(frozen, None)}
 
-    def columns(self, class_names: Sequence[str]) -> list[int]:
-        """Outputs of these classes, in their order, after that of the background.
+    def class_indices(self, class_names: Sequence[str]) -> list[int]:
+        """Return the indices of the outputs for these classes, in their order, after that of the background.
 
         Raises:
             ValueError: If this detector does not know one of them.

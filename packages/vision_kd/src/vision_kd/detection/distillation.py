@@ -87,7 +87,7 @@ class DetectionModule(ComponentTraining):
             assert self.teacher_spec is not None  # a component needs it
             widths = _fpn_channels(student), _fpn_channels(self.teacher_spec)
             self.auxiliary.append(ReviewFusion(len(FPN_LEVELS) + 1, *widths, features.channels))
-        self._columns: list[int] = []
+        self._class_indices: list[int] = []
         self._record: DetectionRecord | None = None
         self._detected: tuple[Tensor, list[int]] | None = None
 
@@ -128,7 +128,7 @@ class DetectionModule(ComponentTraining):
         """The teacher must know the student's categories and, to distil features, have the channels it announced."""
         if not isinstance(teacher, Detector):
             raise ValueError(f"the teacher of a detector must be one, got a {type(teacher).__name__}")
-        self._columns = teacher.columns(self.student.class_names)
+        self._class_indices = teacher.class_indices(self.student.class_names)
         assert self.teacher_spec is not None
         channels = teacher.network.backbone.out_channels
         if self.features is not None and channels != _fpn_channels(self.teacher_spec):
@@ -151,7 +151,7 @@ class DetectionModule(ComponentTraining):
             [self._floating(image) for image in images],
             targets,
             params,
-            columns=self._columns,
+            class_indices=self._class_indices,
             fusion=fusion,
             feature_weight=self.features.weight if self.features else 0.0,
             epoch=epoch,

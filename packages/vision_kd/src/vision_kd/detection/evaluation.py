@@ -123,7 +123,7 @@ def evaluate_detector(detector: Detector, data: COCO, device: torch.device | str
     Raises:
         ValueError: If the detector does not know a category of the data.
     """
-    detector.columns(data.class_names)
+    detector.class_indices(data.class_names)
     detector.eval().to(device)  # outside inference mode, which would leave weights that cannot be trained
     record = DetectionRecord(data.split("val"), detector.class_names)
     with torch.inference_mode():

@@ -29,7 +29,7 @@ def detection_step(
     targets: Sequence[Target],
     params: Sequence[nn.Parameter],
     *,
-    columns: Sequence[int] = (),
+    class_indices: Sequence[int] = (),
     fusion: ReviewFusion | None = None,
     feature_weight: float = 0.0,
     buckets: Mapping[str, tuple[str, ...]] | None = None,
@@ -48,7 +48,7 @@ def detection_step(
         images: Images in [0, 1], each (3, H, W).
         targets: Ground truth of each image.
         params: Parameters to differentiate, in the optimizer's order.
-        columns: The teacher's outputs in the order of the student's, see `Detector.columns`; outputs of unused
+        class_indices: The teacher's outputs in the order of the student's, see `Detector.class_indices`; outputs of unused
             categories are thereby left out of both softmaxes and of the mask.
         fusion: Makes maps of the student comparable with the teacher's; None distils no features.
         feature_weight: Weight of their distance.
@@ -66,7 +66,7 @@ def detection_step(
     if teacher is not None and method.needs_teacher:
         with torch.no_grad():
             logits = teacher.classify(theirs, own.proposals, own.image_sizes)
-            soft = {view: logits[:, list(columns)] for view in method.views}
+            soft = {view: logits[:, list(class_indices)] for view in method.views}
 
     # The other losses enter as one output whose gradient is 1: they have no part in the decomposition.
     outputs = {CLASSES: own.class_logits, REST: own.box_loss + sum(own.rpn_losses.values())}
