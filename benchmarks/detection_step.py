@@ -60,8 +60,8 @@ class Setting:
 
     def network(self, name: str) -> Detector:
         """A detector of 80 classes with random weights."""
-        facts = {"class_names": CLASSES, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-        return build_detector(ModelSpec(name), **facts).to(self.device)
+        data_spec = {"class_names": CLASSES, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+        return build_detector(ModelSpec(name), **data_spec).to(self.device)
 
     def ours(self, method: Method, policy: GradientPolicy, *, k: int | None = None, features: bool = False) -> Step:
         """The step of `vision_kd`, without the trainer around it."""

@@ -96,9 +96,9 @@ def root(tmp_path_factory):
         content["categories"] = [{"id": i, "name": f"c{i}"} for i in (1, 2, 5)]
         (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
     torch.manual_seed(3)
-    facts = {"class_names": ("c1", "c2", "c5"), "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    data_spec = {"class_names": ("c1", "c2", "c5"), "mean": (0.5,) * 3, "std": (0.25,) * 3}
     args = yaml.safe_load(ARGS)
-    save_student(folder / "teacher.pt", build_detector(ModelSpec(NAME, args), **facts), ModelSpec(NAME, args))
+    save_student(folder / "teacher.pt", build_detector(ModelSpec(NAME, args), **data_spec), ModelSpec(NAME, args))
     return folder
 
 

@@ -75,7 +75,7 @@ def test_the_files_of_these_tests_are_armed(arm, tmp_path, marker):
         marker.unlink()
 
 
-FACTS = {"num_classes": 10, "in_channels": 1, "mean": (0.4,), "std": (0.3,)}
+DATA_SPEC = {"num_classes": 10, "in_channels": 1, "mean": (0.4,), "std": (0.3,)}
 DETECTOR = {"class_names": ("cat",), "mean": (0.4,) * 3, "std": (0.3,) * 3}
 
 
@@ -91,7 +91,7 @@ def cached_teacher(path):
 
 
 VISION = {
-    "teacher": lambda path: build_classifier(ModelSpec("resnet8", checkpoint=str(path)), **FACTS),
+    "teacher": lambda path: build_classifier(ModelSpec("resnet8", checkpoint=str(path)), **DATA_SPEC),
     "student": load_classifier,
     "cached teacher": cached_teacher,
     "detector": lambda path: build_detector(ModelSpec("fasterrcnn_resnet18_fpn", checkpoint=str(path)), **DETECTOR),

@@ -41,7 +41,7 @@ from vision_kd.detection.coco import read_split
 from vision_kd.models import ModelSpec, build_classifier, load_classifier, save_student
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")]
-FACTS = {"num_classes": 4, "in_channels": 1, "mean": (0.4,), "std": (0.3,)}
+DATA_SPEC = {"num_classes": 4, "in_channels": 1, "mean": (0.4,), "std": (0.3,)}
 FLIPS = 30
 
 
@@ -54,7 +54,7 @@ class Case(NamedTuple):
 
 
 def student():
-    return build_classifier(ModelSpec("resnet8"), **FACTS)
+    return build_classifier(ModelSpec("resnet8"), **DATA_SPEC)
 
 
 def student_file(tmp_path, target):
@@ -66,13 +66,17 @@ def student_file(tmp_path, target):
 def teacher_safetensors(tmp_path, target):
     path = tmp_path / "teacher.safetensors"
     save_file({name: value.contiguous() for name, value in student().network.state_dict().items()}, path)
-    return Case(path, lambda: build_classifier(ModelSpec("resnet8", checkpoint=str(path)), **FACTS).state_dict(), True)
+    return Case(
+        path, lambda: build_classifier(ModelSpec("resnet8", checkpoint=str(path)), **DATA_SPEC).state_dict(), True
+    )
 
 
 def teacher_of_old_torch(tmp_path, target):
     path = tmp_path / "teacher.pth"
     torch.save(student().network.state_dict(), path, _use_new_zipfile_serialization=False)
-    return Case(path, lambda: build_classifier(ModelSpec("resnet8", checkpoint=str(path)), **FACTS).state_dict(), True)
+    return Case(
+        path, lambda: build_classifier(ModelSpec("resnet8", checkpoint=str(path)), **DATA_SPEC).state_dict(), True
+    )
 
 
 def checkpoint(tmp_path, target):

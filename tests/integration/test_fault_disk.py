@@ -32,10 +32,10 @@ def training_checkpoint(folder, target):
 
 
 def image_student(folder, target):
-    facts = {"num_classes": 4, "in_channels": 1, "mean": (0.4,), "std": (0.3,)}
+    data_spec = {"num_classes": 4, "in_channels": 1, "mean": (0.4,), "std": (0.3,)}
 
     def write():
-        save_student(folder / "student.pt", build_classifier(ModelSpec("resnet8"), **facts), ModelSpec("resnet8"))
+        save_student(folder / "student.pt", build_classifier(ModelSpec("resnet8"), **data_spec), ModelSpec("resnet8"))
 
     return write
 

@@ -37,11 +37,13 @@ def build(
     in_channels=3,
     mean_of_file=None,
     std_of_file=None,
-    facts=None,
+    data_spec=None,
     **spec,
 ):
     spec = ModelSpec(name, mean=mean_of_file, std=std_of_file, **spec)
-    return build_classifier(spec, num_classes=num_classes, in_channels=in_channels, mean=mean, std=std, **(facts or {}))
+    return build_classifier(
+        spec, num_classes=num_classes, in_channels=in_channels, mean=mean, std=std, **(data_spec or {})
+    )
 
 
 @pytest.fixture

@@ -100,9 +100,15 @@ def write_folder(root, names, splits=("val",)):
 
 @pytest.fixture
 def fruit_file(tmp_path):
-    facts = {"num_classes": 2, "mean": (0.5,) * 3, "std": (0.5,) * 3, "class_names": ("apple", "pear"), "image_size": 8}
+    data_spec = {
+        "num_classes": 2,
+        "mean": (0.5,) * 3,
+        "std": (0.5,) * 3,
+        "class_names": ("apple", "pear"),
+        "image_size": 8,
+    }
     path = tmp_path / "fruit.pt"
-    save_student(path, build_classifier(ModelSpec("resnet8"), **facts), ModelSpec("resnet8"))
+    save_student(path, build_classifier(ModelSpec("resnet8"), **data_spec), ModelSpec("resnet8"))
     return path
 
 

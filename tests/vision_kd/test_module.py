@@ -372,9 +372,9 @@ def test_schedules_stretch_over_a_run_that_max_steps_ends(toy):
     [("abcdef", None), ("bacdef", "another order"), ("abcdeg", "other classes"), ("", None)],
 )
 def test_teacher_and_student_must_mean_the_same_classes(names, message):
-    facts = {"num_classes": 6, "in_channels": 1, "mean": (0.4,), "std": (0.3,), "class_names": tuple("abcdef")}
-    module = DistillationModule(ModelSpec("test_tiny"), **facts, teacher=TeacherSpec("test_tiny"))
-    teacher = build_classifier(ModelSpec("test_tiny"), **facts | {"class_names": tuple(names)})
+    data_spec = {"num_classes": 6, "in_channels": 1, "mean": (0.4,), "std": (0.3,), "class_names": tuple("abcdef")}
+    module = DistillationModule(ModelSpec("test_tiny"), **data_spec, teacher=TeacherSpec("test_tiny"))
+    teacher = build_classifier(ModelSpec("test_tiny"), **data_spec | {"class_names": tuple(names)})
     if message is None:
         module.attach_teacher(teacher)
         assert module.teacher is teacher
@@ -398,8 +398,8 @@ def test_a_non_finite_loss_between_logging_steps_is_noticed_at_the_end_of_the_ep
 
 
 def test_the_average_takes_the_statistics_along():
-    facts = {"num_classes": 4, "in_channels": 1, "mean": (0.5,), "std": (0.2,)}
-    module = DistillationModule(ModelSpec("resnet8"), **facts, method=Vanilla(), policy=SGD(), ema_decay=0.75)
+    data_spec = {"num_classes": 4, "in_channels": 1, "mean": (0.5,), "std": (0.2,)}
+    module = DistillationModule(ModelSpec("resnet8"), **data_spec, method=Vanilla(), policy=SGD(), ema_decay=0.75)
     (name, *_) = [name for name, _ in module.student.named_buffers() if name.endswith("running_mean")]
     for value in (1.0, 3.0):
         module.student.get_buffer(name).fill_(value)

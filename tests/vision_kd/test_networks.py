@@ -17,8 +17,8 @@ NAMES = ("apple", "leaf", "pear")
 Pair = namedtuple("Pair", "logits aux")
 
 
-def build(name="resnet8", num_classes=3, mean=HALF, std=HALF, facts=None, **spec):
-    return build_classifier(ModelSpec(name, **spec), num_classes=num_classes, mean=mean, std=std, **(facts or {}))
+def build(name="resnet8", num_classes=3, mean=HALF, std=HALF, data_spec=None, **spec):
+    return build_classifier(ModelSpec(name, **spec), num_classes=num_classes, mean=mean, std=std, **(data_spec or {}))
 
 
 # ---- classes ----------------------------------------------------------------------------------------------------
@@ -27,7 +27,7 @@ def build(name="resnet8", num_classes=3, mean=HALF, std=HALF, facts=None, **spec
 @pytest.fixture
 def fruit_file(tmp_path):
     path = tmp_path / "student.pt"
-    save_student(path, build(facts={"class_names": NAMES, "image_size": 16}), ModelSpec("resnet8"))
+    save_student(path, build(data_spec={"class_names": NAMES, "image_size": 16}), ModelSpec("resnet8"))
     return path
 
 
@@ -40,12 +40,12 @@ OTHER_CLASSES = {
 @pytest.mark.parametrize("names", OTHER_CLASSES)
 def test_classes_of_another_name_or_order_are_refused(fruit_file, names):
     with pytest.raises(ValueError, match=rf"{fruit_file}.*{OTHER_CLASSES[names]}"):
-        build(checkpoint=str(fruit_file), facts={"class_names": names})
+        build(checkpoint=str(fruit_file), data_spec={"class_names": names})
 
 
 def test_the_same_classes_and_unknown_ones_pass(fruit_file):
     for names in (NAMES, ()):
-        assert build(checkpoint=str(fruit_file), facts={"class_names": names}).class_names == NAMES
+        assert build(checkpoint=str(fruit_file), data_spec={"class_names": names}).class_names == NAMES
     loaded = load_classifier(fruit_file)
     assert (loaded.class_names, loaded.image_size) == (NAMES, 16)
 
@@ -63,12 +63,12 @@ def test_classes_that_other_scripts_write_are_compared(tmp_path, said):
     torch.save({"state_dict": build().network.state_dict()} | said, tmp_path / "x.pth")
     assert build(checkpoint=str(tmp_path / "x.pth")).class_names == NAMES
     with pytest.raises(ValueError, match="another order"):
-        build(checkpoint=str(tmp_path / "x.pth"), facts={"class_names": NAMES[::-1]})
+        build(checkpoint=str(tmp_path / "x.pth"), data_spec={"class_names": NAMES[::-1]})
 
 
 def test_names_must_be_as_many_as_classes():
     with pytest.raises(ValueError, match="2 class names do not fit 3 classes"):
-        build(facts={"class_names": ("a", "b")})
+        build(data_spec={"class_names": ("a", "b")})
 
 
 def test_channels_are_compared():
@@ -89,12 +89,12 @@ def published(tmp_path, name=TINY):
 def test_published_outputs_are_compared_with_the_classes(tmp_path, caplog):
     spec = published(tmp_path)
     categories = torchvision.models.ShuffleNet_V2_X0_5_Weights.DEFAULT.meta["categories"]
-    build(TINY, **spec, facts={"class_names": categories})
-    build(TINY, **spec, facts={"class_names": [f"n{n:08}" for n in range(1000)]})  # ImageNet's folders
+    build(TINY, **spec, data_spec={"class_names": categories})
+    build(TINY, **spec, data_spec={"class_names": [f"n{n:08}" for n in range(1000)]})  # ImageNet's folders
     assert not caplog.text
     with pytest.raises(ValueError, match="another order: its output 0 stands for 'tench'"):
-        build(TINY, **spec, facts={"class_names": categories[::-1]})
-    build(TINY, **spec, facts={"class_names": [f"bird {n}" for n in range(1000)]})
+        build(TINY, **spec, data_spec={"class_names": categories[::-1]})
+    build(TINY, **spec, data_spec={"class_names": [f"bird {n}" for n in range(1000)]})
     assert "have other names than the published outputs" in caplog.text
 
 
@@ -106,12 +106,12 @@ def test_published_outputs_are_compared_with_the_classes(tmp_path, caplog):
 )
 def test_a_size_that_the_network_does_not_take_is_refused(name, args, size):
     with pytest.raises(ValueError, match=f"model '{name}' does not take images of {size} x {size} pixels"):
-        build(name, args=args, facts={"image_size": size})
+        build(name, args=args, data_spec={"image_size": size})
 
 
 def test_trying_a_size_changes_nothing():
     torch.manual_seed(1)
-    first = build(facts={"image_size": 8})
+    first = build(data_spec={"image_size": 8})
     draw = torch.rand(1)
     torch.manual_seed(1)
     second = build()
@@ -123,11 +123,11 @@ def test_trying_a_size_changes_nothing():
 
 
 def test_another_size_than_in_training_is_said(fruit_file, tmp_path, caplog):
-    build(checkpoint=str(fruit_file), facts={"image_size": 16})
+    build(checkpoint=str(fruit_file), data_spec={"image_size": 16})
     assert not caplog.text
-    build(checkpoint=str(fruit_file), facts={"image_size": 24})
+    build(checkpoint=str(fruit_file), data_spec={"image_size": 24})
     assert f"{fruit_file} was trained on images of 16 pixels, the data have 24" in caplog.text
-    build(TINY, **published(tmp_path), facts={"image_size": 64})
+    build(TINY, **published(tmp_path), data_spec={"image_size": 64})
     assert "was trained on images of 224 pixels, the data have 64" in caplog.text
 
 
@@ -190,7 +190,7 @@ def test_outputs_of_which_none_is_known_to_be_the_main_one_are_refused(several, 
     with pytest.raises(ValueError, match=rf"model 'test_several' returns {shown} while training, not logits \(N, 3\)"):
         build(several, args={"kind": kind})(torch.rand(2, 3, 4, 4))
     with pytest.raises(ValueError, match="model 'test_several' returns"):
-        build(several, args={"kind": kind}, facts={"image_size": 4})
+        build(several, args={"kind": kind}, data_spec={"image_size": 4})
 
 
 AUXILIARY = {"googlenet": 64, "inception_v3": 75}

@@ -161,9 +161,9 @@ def resolved(cli):
 def take_one_step(cli, size):
     """One update of the student from random images; returns the largest change of a parameter."""
     model, data = cli.model, cli.datamodule
-    facts = {"num_classes": model.num_classes, "in_channels": data.in_channels, "mean": data.mean, "std": data.std}
+    data_spec = {"num_classes": model.num_classes, "in_channels": data.in_channels, "mean": data.mean, "std": data.std}
     if model.method.needs_teacher:
-        model.attach_teacher(build_classifier(model.teacher_spec.model, **facts))
+        model.attach_teacher(build_classifier(model.teacher_spec.model, **data_spec))
     before = [p.detach().clone() for p in model.student.parameters()]
     views = {v: torch.rand(2, data.in_channels, size, size) for v in model.method.views}
     target = torch.randint(model.num_classes, (2,))

@@ -28,7 +28,7 @@ PAIRS = {
     "r101_r50": ("fasterrcnn_resnet101_fpn", "fasterrcnn_resnet50_fpn", 1.0),
     "r50_mv2": ("fasterrcnn_resnet50_fpn", "fasterrcnn_mobilenet_v2_fpn", 2.0),
 }
-FACTS = {"class_names": tuple("0123456789"), "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+DATA_SPEC = {"class_names": tuple("0123456789"), "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 @pytest.fixture
@@ -144,8 +144,8 @@ def test_every_recipe_builds_and_takes_a_step(tools, tmp_path):
         )
         model = cli.model
         assert model.num_classes == 4
-        facts = model.facts(cli.datamodule)
-        model.attach_teacher(model.build(model.teacher_spec.model, **facts))
+        data_spec = model.data_spec(cli.datamodule)
+        model.attach_teacher(model.build(model.teacher_spec.model, **data_spec))
         cli.datamodule.setup("fit")
         optimizer = model._build_optimizer()
         params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -198,7 +198,7 @@ def test_comparison_of_detectors(scenes, tmp_path, tools, teacher):
 
 def module(tools, **settings):
     spec = ModelSpec(tools.name, tools.args)
-    return DetectionModule(spec, **FACTS, teacher=TeacherSpec(tools.name, tools.args), **settings)
+    return DetectionModule(spec, **DATA_SPEC, teacher=TeacherSpec(tools.name, tools.args), **settings)
 
 
 def test_a_method_of_several_views_is_refused(tools):
@@ -215,7 +215,11 @@ def test_feature_settings_out_of_range(tools, features):
 def test_features_need_a_teacher(tools):
     with pytest.raises(ValueError, match=r"need model\.teacher; it is not set"):
         DetectionModule(
-            ModelSpec(tools.name, tools.args), **FACTS, method=Vanilla(), policy=SGD(), features=FeatureDistillation()
+            ModelSpec(tools.name, tools.args),
+            **DATA_SPEC,
+            method=Vanilla(),
+            policy=SGD(),
+            features=FeatureDistillation(),
         )
 
 
@@ -239,7 +243,7 @@ def test_weights_of_other_categories_do_not_train(tools, tmp_path):
     with pytest.raises(ValueError, match=r"know 10 categories, 9, 8, 7, \.\.\., and the data have 10, 0, 1, 2"):
         DetectionModule(
             ModelSpec(tools.name, tools.args, checkpoint=str(tmp_path / "d.pt")),
-            **FACTS,
+            **DATA_SPEC,
             method=Vanilla(),
             policy=SGD(),
         )
@@ -319,7 +323,7 @@ def test_overfitting_a_handful_of_scenes_reaches_ap_above_60(scenes, tools, tmp_
     args = tools.args | {"fpn_channels": 32, "representation_size": 64, "box_batch_size_per_image": 32}
     made = DetectionModule(
         ModelSpec(tools.name, args),
-        **FACTS,
+        **DATA_SPEC,
         teacher=TeacherSpec(tools.name, args),
         method=KD(temperature=1.0, ce_weight=1.0, kd_weight=0.01),
     )

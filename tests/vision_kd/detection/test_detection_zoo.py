@@ -21,7 +21,7 @@ from vision_kd.models import (
     save_student,
 )
 
-FACTS = {"class_names": [str(n) for n in range(90)], "mean": (0.5,) * 3, "std": (0.25,) * 3}
+DATA_SPEC = {"class_names": [str(n) for n in range(90)], "mean": (0.5,) * 3, "std": (0.25,) * 3}
 PARAMETERS = {
     "fasterrcnn_resnet18_fpn": 28_730_006,
     "fasterrcnn_resnet50_fpn": 41_755_286,  # torchvision states 41755286
@@ -32,7 +32,7 @@ PARAMETERS = {
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_published_sizes_frozen_norm_and_five_levels(name):
-    detector = build_detector(ModelSpec(name), **FACTS)
+    detector = build_detector(ModelSpec(name), **DATA_SPEC)
     assert count_parameters(detector) == PARAMETERS[name]
     assert not any(isinstance(module, nn.BatchNorm2d) for module in detector.modules())
     assert any(isinstance(module, FrozenBatchNorm2d) for module in detector.modules())
@@ -44,7 +44,7 @@ def test_published_sizes_frozen_norm_and_five_levels(name):
 
 @pytest.mark.parametrize("name", ["fasterrcnn_resnet18_fpn", "fasterrcnn_mobilenet_v2_fpn"])
 def test_trainable_layers_freeze_the_first_stages(name):
-    body = build_detector(ModelSpec(name, {"trainable_layers": 3}), **FACTS).network.backbone.body
+    body = build_detector(ModelSpec(name, {"trainable_layers": 3}), **DATA_SPEC).network.backbone.body
     frozen, trained = BACKBONES.get(name).stages[:2], BACKBONES.get(name).stages[2:]
     for stages, expected in ((frozen, False), (trained, True)):
         flags = {p.requires_grad for stage in stages for m in stage for p in body.get_submodule(m).parameters()}
@@ -73,18 +73,18 @@ def test_the_epsilon_of_published_weights_travels_with_a_saved_detector(tools, t
 
 def test_a_detector_behind_a_prefix_loads_whole_or_not_at_all(tools, tmp_path):
     detector = tools.detector("xyz", dtype=torch.float32)
-    facts = {"class_names": "xyz", "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    data_spec = {"class_names": "xyz", "mean": (0.5,) * 3, "std": (0.25,) * 3}
     state = {f"module.{key}": tensor for key, tensor in detector.network.state_dict().items()}
     torch.save({"model": state}, tmp_path / "d.pth")
     spec = ModelSpec(tools.name, tools.args, checkpoint=str(tmp_path / "d.pth"), mean=(0.1, 0.2, 0.3), std=(1, 2, 3))
-    loaded = build_detector(spec, **facts)
+    loaded = build_detector(spec, **data_spec)
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), detector.parameters(), strict=True))
     assert (loaded.mean, loaded.std) == ((0.1, 0.2, 0.3), (1.0, 2.0, 3.0))
     state["module.roi_heads.box_predictor.cls_score.bias"][1] = float("nan")
     del state["module.rpn.head.bbox_pred.bias"]
     torch.save({"model": state}, tmp_path / "d.pth")
     with pytest.raises(CheckpointError, match=r"missing in the file: rpn\.head\.bbox_pred\.bias"):
-        build_detector(spec, **facts)
+        build_detector(spec, **data_spec)
 
 
 def test_files_of_classifiers_and_detectors_are_not_confused(tools, tmp_path):
@@ -128,12 +128,12 @@ def test_a_file_with_torchvisions_91_outputs_brings_its_categories(tools, tmp_pa
     network = zoo.build_network(tools.name, 91, **tools.args)
     torch.save(network.state_dict(), tmp_path / "coco.pth")
     spec = ModelSpec(tools.name, tools.args, checkpoint=str(tmp_path / "coco.pth"))
-    facts = FACTS | {"class_names": ["person", "toothbrush"]}
-    detector = build_detector(spec, **facts)
+    data_spec = DATA_SPEC | {"class_names": ["person", "toothbrush"]}
+    detector = build_detector(spec, **data_spec)
     assert detector.columns(["person", "toothbrush"]) == [0, 1, 90]
     torch.save(zoo.build_network(tools.name, 12, **tools.args).state_dict(), tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match=r"has 12 classes and does not fit .* with 3 classes"):
-        build_detector(ModelSpec(tools.name, tools.args, checkpoint=str(tmp_path / "other.pth")), **facts)
+        build_detector(ModelSpec(tools.name, tools.args, checkpoint=str(tmp_path / "other.pth")), **data_spec)
 
 
 def test_anchors_of_low_precision_maps_are_exact():
@@ -149,7 +149,7 @@ def test_anchors_of_low_precision_maps_are_exact():
 
 
 def test_group_norm_of_channels_that_16_does_not_divide():
-    detector = build_detector(ModelSpec("fasterrcnn_mobilenet_v2_fpn", {"norm": "group"}), **FACTS)
+    detector = build_detector(ModelSpec("fasterrcnn_mobilenet_v2_fpn", {"norm": "group"}), **DATA_SPEC)
     groups = {module.num_groups for module in detector.modules() if isinstance(module, nn.GroupNorm)}
     assert groups == {8, 16}
 
@@ -158,13 +158,13 @@ def test_backbone_weights_from_a_file(tmp_path):
     for name, published in (("fasterrcnn_resnet18_fpn", "resnet18"), ("fasterrcnn_mobilenet_v2_fpn", "mobilenet_v2")):
         classifier = get_model(published)
         torch.save(classifier.state_dict(), tmp_path / "imagenet.pth")
-        detector = build_detector(ModelSpec(name, {"backbone_weights": str(tmp_path / "imagenet.pth")}), **FACTS)
+        detector = build_detector(ModelSpec(name, {"backbone_weights": str(tmp_path / "imagenet.pth")}), **DATA_SPEC)
         stem = "conv1" if "resnet" in name else "0.0"
         theirs = classifier if "resnet" in name else classifier.features
         assert torch.equal(detector.network.backbone.body.get_submodule(stem).weight, theirs.get_submodule(stem).weight)
     with pytest.raises(CheckpointError, match="does not fit the backbone of fasterrcnn_resnet18_fpn"):
         build_detector(
-            ModelSpec("fasterrcnn_resnet18_fpn", {"backbone_weights": str(tmp_path / "imagenet.pth")}), **FACTS
+            ModelSpec("fasterrcnn_resnet18_fpn", {"backbone_weights": str(tmp_path / "imagenet.pth")}), **DATA_SPEC
         )
 
 
@@ -174,7 +174,7 @@ def test_weights_that_cannot_be_downloaded(monkeypatch):
 
     monkeypatch.setattr(zoo.FasterRCNN_ResNet50_FPN_Weights.COCO_V1.__class__, "get_state_dict", offline)
     with pytest.raises(ConnectionError, match=r"fasterrcnn_resnet50_fpn_coco.*local path as checkpoint"):
-        build_detector(ModelSpec("fasterrcnn_resnet50_fpn", pretrained=True), **FACTS)
+        build_detector(ModelSpec("fasterrcnn_resnet50_fpn", pretrained=True), **DATA_SPEC)
 
 
 @pytest.mark.parametrize(
@@ -198,13 +198,13 @@ def test_weights_that_cannot_be_downloaded(monkeypatch):
 )
 def test_what_cannot_be_built_is_named(spec, error, message):
     with pytest.raises(error, match=message):
-        build_detector(spec, **FACTS)
+        build_detector(spec, **DATA_SPEC)
 
 
 def test_detectron2_weights_are_refused_whatever_the_file_is_called(tmp_path):
     torch.save({"model": {"backbone.bottom_up.stem.conv1.weight": torch.zeros(1)}}, tmp_path / "model.pth")
     with pytest.raises(CheckpointError, match="stride in the 1x1 convolutions"):
-        build_detector(ModelSpec("fasterrcnn_resnet50_fpn", checkpoint=str(tmp_path / "model.pth")), **FACTS)
+        build_detector(ModelSpec("fasterrcnn_resnet50_fpn", checkpoint=str(tmp_path / "model.pth")), **DATA_SPEC)
 
 
 def test_detecting_needs_evaluation_mode_and_images_floating_point(tools):

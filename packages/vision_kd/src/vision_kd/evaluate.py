@@ -35,7 +35,7 @@ from vision_kd.models import (
     load_classifier,
 )
 from vision_kd.models.checkpoints import read_checkpoint
-from vision_kd.models.classifier import DATA_FACTS
+from vision_kd.models.classifier import DATA_SPEC
 from vision_kd.models.student import check_program
 from vision_kd.training.metrics import accuracy
 
@@ -71,13 +71,13 @@ def load(settings: Namespace) -> tuple[Classifier | Detector, ImageDataModule]:
         settings.data = parser().parse_object({"ckpt": settings.ckpt, "data": meta["data"]}).data
     made = parser().instantiate_classes(settings)
     data, spec = made.data, made.model and replace(made.model, checkpoint=settings.ckpt)
-    facts: dict[str, Any] = {"mean": data.mean, "std": data.std}
+    data_spec: dict[str, Any] = {"mean": data.mean, "std": data.std}
     if isinstance(data, COCO):
         if spec is None:
             return load_detector(settings.ckpt), data
-        return build_detector(spec, class_names=data.class_names, **facts), data
-    shared = {name: getattr(data, name) for name in DATA_FACTS}
-    model = load_classifier(settings.ckpt) if spec is None else build_classifier(spec, **shared, **facts)
+        return build_detector(spec, class_names=data.class_names, **data_spec), data
+    shared = {name: getattr(data, name) for name in DATA_SPEC}
+    model = load_classifier(settings.ckpt) if spec is None else build_classifier(spec, **shared, **data_spec)
     model.check_data(settings.ckpt, **shared)
     return model, data
 

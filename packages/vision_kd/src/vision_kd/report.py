@@ -28,7 +28,7 @@ from kd_common.terminal import printable
 from vision_kd.data import ImageDataModule
 from vision_kd.fit import VisionCLI, build
 from vision_kd.models import Classifier, load_classifier
-from vision_kd.models.classifier import DATA_FACTS
+from vision_kd.models.classifier import DATA_SPEC
 from vision_kd.training.classification import DistillationModule
 from vision_kd.training.teacher import teacher_cache_path
 from vision_kd.viz.diagnosis import calibration_error, class_accuracy, class_correlation, collect_logits
@@ -89,7 +89,7 @@ class Run:
         if spec is None:
             return None
         if spec.checkpoint is not None or spec.pretrained:
-            return DistillationModule.build(spec.model, **DistillationModule.facts(self.cli.datamodule))
+            return DistillationModule.build(spec.model, **DistillationModule.data_spec(self.cli.datamodule))
         data = json.loads(json.dumps(self.cli.config["data"].as_dict(), default=str))
         try:
             path = teacher_cache_path(spec, self.cli.datamodule, data, ranks=self.cli.trainer.world_size)
@@ -161,7 +161,7 @@ def student_sections(runs: Sequence[Run], *, resolution: int, extent: float, sam
     taught = next((run for run in runs if run.cli.model.needs_teacher), None)
     teacher = None if taught is None else taught.teacher()
     everyone = networks if teacher is None else {"teacher": teacher, **networks}
-    shared = {name: getattr(data, name) for name in DATA_FACTS}
+    shared = {name: getattr(data, name) for name in DATA_SPEC}
     for name, network in everyone.items():
         network.check_data(name, **shared)
     logits = {name: collect_logits(net, data.val_dataloader(), "cpu") for name, net in everyone.items()}

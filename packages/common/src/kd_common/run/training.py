@@ -240,7 +240,7 @@ class TrainingModule(pl.LightningModule):
         makers = [vars(base)["__init__"] for base in type(self).__mro__ if "__init__" in vars(base)]
         known = {name for maker in makers for name in inspect.signature(maker).parameters}
         settings = {"_instantiator": "lightning.pytorch.cli.instantiate_module"}
-        for name, value in {**self.hparams, **self.facts_of_data()}.items():
+        for name, value in {**self.hparams, **self.saved_data_spec()}.items():
             if name in known:
                 try:
                     settings[name] = plain(value)
@@ -248,7 +248,7 @@ class TrainingModule(pl.LightningModule):
                     continue
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = settings
 
-    def facts_of_data(self) -> dict[str, Any]:
+    def saved_data_spec(self) -> dict[str, Any]:
         """Arguments of the constructor that come from the data, which a configuration does not hold."""
         return {}
 

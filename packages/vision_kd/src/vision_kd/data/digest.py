@@ -24,7 +24,7 @@ def tensors_digest(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
-def files_digest(root: Path, files: Sequence[Path], facts: Any = None) -> str:
+def files_digest(root: Path, files: Sequence[Path], values: Any = None) -> str:
     """SHA-256 of the names, sizes and bytes of files.
 
     All bytes count as long as they are no more than `BYTES_READ` in at most `FILES_READ` files. Of more, every n-th
@@ -33,10 +33,10 @@ def files_digest(root: Path, files: Sequence[Path], facts: Any = None) -> str:
     Args:
         root: folder that the names are relative to.
         files: the files, in the order in which they are used.
-        facts: plain values that count too, such as labels.
+        values: plain values that count too, such as labels.
     """
     sizes = [file.stat().st_size for file in files]
-    digest = hashlib.sha256(json.dumps(facts).encode())
+    digest = hashlib.sha256(json.dumps(values).encode())
     for file, size in zip(files, sizes, strict=True):
         digest.update(f"{str(file).removeprefix(f'{root}/')}\0{size}\0".encode(errors="surrogateescape"))
     every = max(1, -(-sum(sizes) // BYTES_READ), -(-len(files) // FILES_READ))

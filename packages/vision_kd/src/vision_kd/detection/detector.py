@@ -102,10 +102,10 @@ class Detector(NormalizedNetwork):
             sampler = part.fg_bg_sampler
             part.fg_bg_sampler = SeededSampler(sampler.batch_size_per_image, sampler.positive_fraction)
 
-    def facts(self) -> dict[str, Any]:
-        """See `NormalizedNetwork.facts`."""
+    def metadata(self) -> dict[str, Any]:
+        """Extend the metadata of `NormalizedNetwork` by those of the task."""
         frozen = (module.eps for module in self.network.modules() if isinstance(module, FrozenBatchNorm2d))
-        return super().facts() | {"class_names": list(self.class_names), "batchnorm_eps": next(frozen, None)}
+        return super().metadata() | {"class_names": list(self.class_names), "batchnorm_eps": next(frozen, None)}
 
     def class_indices(self, class_names: Sequence[str]) -> list[int]:
         """Return the indices of the outputs for these classes, in their order, after that of the background.

@@ -54,7 +54,7 @@ class DetectionModule(ComponentTraining):
     """
 
     metrics: ClassVar[dict[str, str]] = {name: name for name in ("AP", "AP50", "AP75", "APs", "APm", "APl")}
-    fact_names = ("class_names", "mean", "std")
+    data_spec_names = ("class_names", "mean", "std")
     distillation_settings = ("topk", "features")
     student: Detector
 
@@ -102,9 +102,9 @@ class DetectionModule(ComponentTraining):
             raise ValueError("trainer.precision bf16-true rounds box coordinates to steps of 8 pixels; use bf16-mixed")
 
     @staticmethod
-    def build(spec: ModelSpec, **facts: Any) -> Detector:
+    def build(spec: ModelSpec, **data_spec: Any) -> Detector:
         """See :func:`vision_kd.detection.build_detector`."""
-        return build_detector(spec, **facts)
+        return build_detector(spec, **data_spec)
 
     @staticmethod
     def load(path: Path) -> Detector:

@@ -19,7 +19,7 @@ STUDENT_FORMAT = "vision_kd.student/1"
 """Marks the description of a classifier in the files that `save_student` writes, and in training checkpoints."""
 
 
-DATA_FACTS = ("num_classes", "in_channels", "class_names", "image_size")
+DATA_SPEC = ("num_classes", "in_channels", "class_names", "image_size")
 """What data and classifiers have to agree on, as both call it."""
 
 
@@ -82,11 +82,11 @@ class Classifier(NormalizedNetwork):
         self.num_classes, self.class_names, self.image_size = num_classes, tuple(class_names), image_size
         self.name = name or type(network).__name__
 
-    def facts(self) -> dict[str, Any]:
-        """See `NormalizedNetwork.facts`."""
+    def metadata(self) -> dict[str, Any]:
+        """Extend the metadata of `NormalizedNetwork` by those of the task."""
         known = {"class_names": list(self.class_names), "image_size": self.image_size}
         return (
-            super().facts()
+            super().metadata()
             | {"num_classes": self.num_classes, "in_channels": self.in_channels}
             | {name: value for name, value in known.items() if value}
         )

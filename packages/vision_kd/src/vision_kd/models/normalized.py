@@ -86,6 +86,6 @@ class NormalizedNetwork(nn.Module):
         """Images (..., C, H, W), floating point in [0, 1], with zero mean and unit standard deviation."""
         return (images - self._mean) / self._std
 
-    def facts(self) -> dict[str, Any]:
-        """What rebuilds the network besides its name and arguments, in plain values."""
+    def metadata(self) -> dict[str, Any]:
+        """Return the plain values that rebuild the network, besides its name and arguments."""
         return {"mean": list(self.mean), "std": list(self.std)}

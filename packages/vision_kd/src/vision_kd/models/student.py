@@ -49,7 +49,7 @@ def save_student(
 
 def describe(network: NormalizedNetwork, spec: ModelSpec) -> dict[str, Any]:
     """What rebuilds a network around its weights, in plain values."""
-    return dict(format=network.format, name=spec.name, args=spec.args, **network.facts())
+    return dict(format=network.format, name=spec.name, args=spec.args, **network.metadata())
 
 
 def _is_plain(value: Any) -> bool:
@@ -79,8 +79,8 @@ def load_classifier(path: str | Path) -> Classifier:
     if missing := [key for key in ("name", "args", *names) if key not in meta]:
         raise CheckpointError(f"{path} does not describe its network: it lacks {', '.join(missing)}; write it again")
     spec = ModelSpec(meta["name"], meta["args"], checkpoint=str(path))
-    facts = {key: meta[key] for key in (*names, "class_names", "image_size") if key in meta}
-    return build_classifier(spec, **facts).eval()
+    data_spec = {key: meta[key] for key in (*names, "class_names", "image_size") if key in meta}
+    return build_classifier(spec, **data_spec).eval()
 
 
 def check_program(path: str | Path) -> None:

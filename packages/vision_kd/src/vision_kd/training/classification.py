@@ -14,7 +14,7 @@ from kd_common.functional.logits import at_least_fp32
 from vision_kd.data import ImageDataModule
 from vision_kd.methods.base import cross_entropy
 from vision_kd.models import Classifier, ModelSpec, NormalizedNetwork, build_classifier, load_classifier
-from vision_kd.models.classifier import DATA_FACTS
+from vision_kd.models.classifier import DATA_SPEC
 from vision_kd.training.component_training import ComponentTraining
 from vision_kd.training.metrics import accuracy
 from vision_kd.training.step import StepOutput, distillation_step
@@ -38,7 +38,7 @@ class DistillationModule(ComponentTraining):
     """
 
     metrics: ClassVar[dict[str, str]] = {"top1": "top-1", "top5": "top-5"}
-    fact_names = (*DATA_FACTS, "mean", "std")
+    data_spec_names = (*DATA_SPEC, "mean", "std")
 
     def __init__(
         self,
@@ -51,17 +51,17 @@ class DistillationModule(ComponentTraining):
         image_size: int | None = None,
         **settings: Any,
     ) -> None:
-        facts = {"num_classes": num_classes, "in_channels": in_channels, "mean": mean, "std": std}
-        facts |= {"class_names": class_names, "image_size": image_size}
-        super().__init__(student, facts, **settings)
+        data_spec = {"num_classes": num_classes, "in_channels": in_channels, "mean": mean, "std": std}
+        data_spec |= {"class_names": class_names, "image_size": image_size}
+        super().__init__(student, data_spec, **settings)
         self.top1 = MulticlassAccuracy(num_classes, top_k=1, average="micro")
         self.top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro")
         self.val_loss = MeanMetric(nan_strategy="disable")  # the default drops NaN
 
     @staticmethod
-    def build(spec: ModelSpec, **facts: Any) -> Classifier:
+    def build(spec: ModelSpec, **data_spec: Any) -> Classifier:
         """See :func:`vision_kd.models.build_classifier`."""
-        return build_classifier(spec, **facts)
+        return build_classifier(spec, **data_spec)
 
     @staticmethod
     def load(path: Path) -> Classifier:
@@ -78,7 +78,7 @@ class DistillationModule(ComponentTraining):
         if not isinstance(teacher, Classifier):
             raise ValueError(f"the teacher of a classifier must be one, got a {type(teacher).__name__}")
         own: Any = self.student
-        teacher.check_data("the teacher", **{name: getattr(own, name) for name in DATA_FACTS})
+        teacher.check_data("the teacher", **{name: getattr(own, name) for name in DATA_SPEC})
 
     def component_step(
         self,

@@ -34,7 +34,7 @@ class ComponentTraining(Task):
 
     Args:
         student: Network to train.
-        facts: What it has to know of the data, as in :meth:`Task.facts`.
+        data_spec: What it has to know of the data, as in :meth:`Task.data_spec`.
         teacher: Network to distil from and how to obtain it; None for methods without a teacher.
         method: Loss (:mod:`vision_kd.methods`); None means ``KD()``.
         policy: Gradient policy (:mod:`vision_kd.policies`); None means ``DeepKD()``.
@@ -59,7 +59,7 @@ class ComponentTraining(Task):
     def __init__(
         self,
         student: ModelSpec,
-        facts: Mapping[str, Any],
+        data_spec: Mapping[str, Any],
         *,
         teacher: TeacherSpec | None = None,
         method: Method | None = None,
@@ -76,8 +76,8 @@ class ComponentTraining(Task):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore="facts")
-        self._facts = dict(facts)
+        self.save_hyperparameters(ignore="data_spec")
+        self._data_spec = dict(data_spec)
         self.automatic_optimization = False
         self.method = method or KD()
         self.policy = policy or DeepKD()
@@ -92,7 +92,7 @@ class ComponentTraining(Task):
         self.clip_norm = clip_norm
         self.gsnr_every = gsnr_every
         self.seed = seed
-        self.student = self.build(student, **facts)
+        self.student = self.build(student, **data_spec)
         self.num_classes = self.student.num_classes
         self.auxiliary = nn.ModuleList()  # trained with the student, of no use afterwards
         self._check_settings()
@@ -361,7 +361,7 @@ class ComponentTraining(Task):
 
     def facts_of_data(self) -> dict[str, Any]:
         """See `TrainingModule`."""
-        return self._facts
+        return self._data_spec
 
     def rank_state(self) -> dict[str, Any]:
         """See `TrainingModule`: an unfinished update, what was measured in this epoch, and a rank's own statistics."""

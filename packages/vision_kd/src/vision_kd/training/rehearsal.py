@@ -34,9 +34,9 @@ def rehearse(cli: Any) -> None:
         twin = copy.deepcopy(model)
         if model.needs_teacher:
             spec = ModelSpec(model.teacher_spec.name, model.teacher_spec.args)
-            teacher = model.teacher or task.build(spec, **task.facts(data))
+            teacher = model.teacher or task.build(spec, **task.data_spec(data))
             twin.attach_teacher(copy.deepcopy(teacher))
-            learner = task(spec, **task.facts(data), method=Vanilla(), policy=SGD())
+            learner = task(spec, **task.data_spec(data), method=Vanilla(), policy=SGD())
             dry_fit(pl.Trainer(max_epochs=1, logger=False, enable_checkpointing=False), learner, data, accelerator)
         logged = dry_fit(trainer, twin, data, accelerator)
         check_monitors(trainer, logged, later=("gsnr",))

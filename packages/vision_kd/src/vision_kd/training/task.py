@@ -20,21 +20,21 @@ class Task(TrainingModule):
 
     Attributes:
         metrics: Validation metrics by name, each with its column header; epochs are compared by the first.
-        fact_names: Attributes of the DataModule that the constructor takes.
+        data_spec_names: Attributes of the DataModule that the constructor takes.
         distillation_settings: Settings that a student without a teacher has at null.
         method: Loss.
     """
 
     metrics: ClassVar[dict[str, str]]
-    fact_names: ClassVar[tuple[str, ...]]
+    data_spec_names: ClassVar[tuple[str, ...]]
     distillation_settings: ClassVar[tuple[str, ...]] = ("topk",)
     export_name = "student_{}.pt"
     method: Method
 
     @staticmethod
     @abstractmethod
-    def build(spec: ModelSpec, **facts: Any) -> NormalizedNetwork:
-        """The network of a specification, for data with these facts."""
+    def build(spec: ModelSpec, **data_spec: Any) -> NormalizedNetwork:
+        """Build the network of a specification for data with this data spec."""
 
     @staticmethod
     @abstractmethod
@@ -92,6 +92,6 @@ class Task(TrainingModule):
         return self.components != ("task",)
 
     @classmethod
-    def facts(cls, data: ImageDataModule) -> dict[str, Any]:
-        """What the networks have to know of the data."""
-        return {name: getattr(data, name) for name in cls.fact_names}
+    def data_spec(cls, data: ImageDataModule) -> dict[str, Any]:
+        """Return the data spec: what the networks have to know of the data."""
+        return {name: getattr(data, name) for name in cls.data_spec_names}

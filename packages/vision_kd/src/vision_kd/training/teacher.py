@@ -70,7 +70,7 @@ def teacher_cache_path(
         "data": {**data, "init_args": settings},
         "code of data": code_version(type(datamodule)),
         "content": datamodule.training_digest(),
-        "facts": task.facts(datamodule),
+        "data_spec": task.data_spec(datamodule),
         "format": CACHE_FORMAT,
     }
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -130,13 +130,13 @@ def obtain_teacher(
         RuntimeError: If it has to be trained inside a run that a launcher started on several processes.
     """
     if spec.checkpoint is not None or spec.pretrained:
-        teacher = task.build(spec.model, **task.facts(datamodule))
+        teacher = task.build(spec.model, **task.data_spec(datamodule))
         return teacher, f"loaded from {spec.checkpoint or spec.name.split('/')[0]}"
 
     path = teacher_cache_path(spec, datamodule, data, task=task, ranks=ranks)
     if dry and not path.is_file():
         torch.manual_seed(spec.seed)
-        return task.build(spec.model, **task.facts(datamodule)), "random: trainer.fast_dev_run trains no teacher"
+        return task.build(spec.model, **task.data_spec(datamodule)), "random: trainer.fast_dev_run trains no teacher"
     if not path.is_file():
         with locked(path, f"the teacher {spec.name}"):
             if not path.is_file():  # another process may have trained it meanwhile
@@ -190,7 +190,7 @@ def train_teacher(
     data.seed, data.views = spec.seed, Vanilla.views
     module = task(
         spec.model,
-        **task.facts(data),
+        **task.data_spec(data),
         method=Vanilla(),
         policy=SGD(),
         learning_rate=spec.learning_rate,
