@@ -48,8 +48,8 @@ def detection_step(
         images: Images in [0, 1], each (3, H, W).
         targets: Ground truth of each image.
         params: Parameters to differentiate, in the optimizer's order.
-        class_indices: The teacher's outputs in the order of the student's, see `Detector.class_indices`; outputs of unused
-            categories are thereby left out of both softmaxes and of the mask.
+        class_indices: The teacher's outputs in the order of the student's, see `Detector.class_indices`. They leave
+            outputs of unused categories out of both softmaxes and of the mask.
         fusion: Makes maps of the student comparable with the teacher's; None distils no features.
         feature_weight: Weight of their distance.
         buckets: As in :func:`vision_kd.training.step.component_step`.
@@ -57,21 +57,21 @@ def detection_step(
         k: Surviving classes of the dynamic top-k mask.
     """
     # As in classification the teacher's backbone goes first, so that the student's activations are still in the cache.
-    theirs: dict[str, Tensor] = {}
+    teacher_maps: dict[str, Tensor] = {}
     if teacher is not None:
         with torch.no_grad():
-            theirs = teacher.features(teacher.batch(images))
+            teacher_maps = teacher.features(teacher.batch(images))
     own = student.training_pass(images, targets)
     soft: dict[str, Tensor] = {}
     if teacher is not None and method.needs_teacher:
         with torch.no_grad():
-            logits = teacher.classify(theirs, own.proposals, own.image_sizes)
+            logits = teacher.classify(teacher_maps, own.proposals, own.image_sizes)
             soft = {view: logits[:, list(class_indices)] for view in method.views}
 
     # The other losses enter as one output whose gradient is 1: they have no part in the decomposition.
     outputs = {CLASSES: own.class_logits, REST: own.box_loss + sum(own.rpn_losses.values())}
     if fusion is not None:
-        names = list(theirs)
+        names = list(teacher_maps)
         fused = fusion([own.features[name] for name in names])
         outputs |= {f"{FEATURE} {name}": level for name, level in zip(names, fused, strict=True)}
 
@@ -79,8 +79,8 @@ def detection_step(
         parts = method(dict.fromkeys(method.views, leaves[CLASSES]), soft, own.labels, epoch=epoch, k=k)
         parts["task"] = parts["task"] + leaves[REST]
         if fusion is not None:
-            maps = {name: leaves[f"{FEATURE} {name}"] for name in theirs}
-            parts[FEATURE] = feature_weight * review_distance(maps, theirs)
+            maps = {name: leaves[f"{FEATURE} {name}"] for name in teacher_maps}
+            parts[FEATURE] = feature_weight * review_distance(maps, teacher_maps)
         return parts
 
     return component_step(outputs, losses, params, buckets=buckets)
