@@ -201,7 +201,7 @@ def test_cache_gives_what_the_teacher_gave(tmp_path, size, dtype):
 def test_batch_without_supervised_tokens(tmp_path):
     empty = replace(BATCHES[2], predict=BATCHES[2].predict & False, keys=[])
     cache = write(tmp_path, batches=[*BATCHES, empty])
-    teacher_output = CachedTeacher(cache).teacher_output(empty)
+    teacher_output = CachedTeacher(cache).output(empty)
     assert len(teacher_output) == 0
     assert teacher_output.size == 6
     assert len(cache) == 6
@@ -250,7 +250,7 @@ def test_other_supervised_tokens_are_noticed(tmp_path):
     fewer = replace(batch, predict=batch.predict & (batch.position_ids != 5))
     for changed in (other_token, fewer):
         with pytest.raises(CacheError, match=f"example ({'|'.join(batch.keys)}) was stored in .* other supervised"):
-            cached.teacher_output(changed)
+            cached.output(changed)
     cached.output(batch)
 
 
@@ -288,8 +288,8 @@ def test_caching_runs_what_is_missing_once(tmp_path, capsys):
     assert model.calls == 1 + 3
     assert cache.complete
     assert len(cache) == 7
-    at_once = CachedTeacher(write(tmp_path / "at_once", batches=repeated[::-1])).teacher_output(repeated[-1])
-    in_turns = CachedTeacher(cache).teacher_output(repeated[-1])
+    at_once = CachedTeacher(write(tmp_path / "at_once", batches=repeated[::-1])).output(repeated[-1])
+    in_turns = CachedTeacher(cache).output(repeated[-1])
     assert torch.equal(in_turns.indices, at_once.indices)
     torch.testing.assert_close(in_turns.log_probs, at_once.log_probs, rtol=2**-9, atol=1e-6)
     torch.testing.assert_close(in_turns.tail_mass, at_once.tail_mass, rtol=2e-5, atol=1e-9)

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from kd_common.text import EncodingError
 from llm_kd.data import TextDataModule, read_rows
-from llm_kd.data import module as module_file
+from llm_kd.data import datamodule as module_file
 from llm_kd.data.datamodule import find_data
 from llm_kd.models.generation import Sampling
 
