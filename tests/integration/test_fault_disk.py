@@ -41,12 +41,12 @@ def image_student(folder, target):
 
 
 def language_student(folder, target):
-    body, tokenizer = Body(load_causal_lm(str(target))), load_tokenizer(str(target))
+    backbone, tokenizer = Backbone(load_causal_lm(str(target))), load_tokenizer(str(target))
 
     def write():
         with torch.no_grad():
-            next(body.parameters()).add_(1)
-        save_language_student(body, tokenizer, folder / "student_best")
+            next(backbone.parameters()).add_(1)
+        save_language_student(backbone, tokenizer, folder / "student_best")
 
     return write
 

@@ -133,7 +133,7 @@ def run(cli: LanguageCLI) -> Result:
             answers[when] = answer_prompts(speaker, data, limit=cli.config["answers"])
 
     before = validate(cli)
-    ask("before", model.distiller.student)
+    ask("before", model.student_with_head.student)
     trainer.fit(model, datamodule=data, ckpt_path=cli.config["ckpt_path"], weights_only=True)
     ask("after", model.student_with_head.student)
     if backbone is not None and (data.responses == "dataset" or any(row.answered for row in data.rows("val"))):

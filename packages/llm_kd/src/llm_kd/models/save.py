@@ -8,10 +8,10 @@ from safetensors import SafetensorError
 
 from kd_common.files import finish_replacing, replace_folder, staging_paths
 from kd_common.hub.language_models import quiet
-from llm_kd.models.body import Body
+from llm_kd.models.backbone import Backbone
 
 
-def save_student(student: Body, tokenizer: Any, folder: Path) -> None:
+def save_student(student: Backbone, tokenizer: Any, folder: Path) -> None:
     """Save student and tokenizer with ``save_pretrained``; the folder is replaced only when all is written.
 
     Args:

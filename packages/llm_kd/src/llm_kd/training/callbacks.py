@@ -6,7 +6,7 @@ from typing import cast
 from matplotlib.figure import Figure
 
 from kd_common.run.tensorboard_figures import TensorBoardFigures
-from llm_kd.models import Body
+from llm_kd.models import Backbone
 from llm_kd.teacher import OnlineTeacher
 from llm_kd.training.distillation import DistillationModule
 from llm_kd.viz.figures import plot_entropy, plot_positions, plot_tokens

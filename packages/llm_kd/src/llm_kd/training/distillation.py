@@ -373,7 +373,7 @@ class DistillationModule(TrainingModule):
 
     def export(self, path: Path) -> None:
         """See `TrainingModule`: student and tokenizer, as transformers loads them."""
-        student = self.distiller.student
+        student = self.student_with_head.student
         if self.sharded:  # neither saving nor merging adapters works on shards
             student = unsharded(student, lambda: build_student(self.student_spec, self.teacher_spec.name))
         if self.trainer.is_global_zero:

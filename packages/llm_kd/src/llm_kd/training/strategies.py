@@ -45,7 +45,7 @@ def shard_teacher(teacher: Backbone, mesh: DeviceMesh) -> None:
     fully_shard(teacher, mesh=mesh, reshard_after_forward=False)
 
 
-def unsharded(student: Body, make: Callable[[], Body]) -> Body:
+def unsharded(student: Backbone, make: Callable[[], Backbone]) -> Backbone:
     """Put a sharded student together on rank 0; every rank must call this, and the others get the shards back.
 
     Args:

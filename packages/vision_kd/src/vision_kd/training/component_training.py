@@ -359,7 +359,7 @@ class ComponentTraining(Task):
         """See `TrainingModule`."""
         return read_checkpoint(path).meta
 
-    def facts_of_data(self) -> dict[str, Any]:
+    def saved_data_spec(self) -> dict[str, Any]:
         """See `TrainingModule`."""
         return self._data_spec
 
