@@ -35,6 +35,7 @@ from llm_kd.selection.topk import TopK
 from llm_kd.teacher import CachedTeacher, OnlineTeacher, Teacher, vocabulary_fingerprint
 from llm_kd.training.rollout import OffPolicy, Rollout
 from llm_kd.training.strategies import shard_student, shard_teacher, unsharded
+from llm_kd.training.student_with_head import StudentWithHead, validation_means
 
 WINDOW = ("loss", "denominator", "accepted", "tokens", "weights")
 """What is summed over the micro-batches and ranks of an update."""
