@@ -444,7 +444,7 @@ LATER = "{% if messages | length > 4 %}" + ENDLESS + "{% endif %}"
     ],
 )
 def test_templates_without_end_and_those_by_chance_are_refused(monkeypatch, extra, problem):
-    monkeypatch.setattr(template, "SECONDS", 1.0)
+    monkeypatch.setattr(template, "SECONDS", 1)
     with pytest.raises(EncodingError, match=rf"the chat template of tiny ({problem})"):
         ChatEncoder(tokenizer(CHATML + extra))
     with pytest.raises(EncodingError, match=rf"the chat template of tiny ({problem})"):

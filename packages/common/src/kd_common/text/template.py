@@ -4,6 +4,7 @@ import datetime
 import multiprocessing
 import os
 import resource
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -31,8 +32,11 @@ _FORMATTED = "".join(f".replace('{code}', '{DATE.strftime(code)}')" for code in 
 FIXED_DATE = f"{{% macro strftime_now(format) %}}{{{{ format{_FORMATTED} }}}}{{% endmacro %}}\n"
 """What stands before a template so that it prints :data:`DATE`."""
 
-SECONDS, BYTES, CHARACTERS = 5.0, 2**30, 1_000_000
-"""What a template may use, and write, about the short conversations it is tried on."""
+SECONDS, BYTES, CHARACTERS = 5, 2**30, 1_000_000
+"""What a template may use, and write, about the short conversations it is tried on; seconds are those of computing."""
+
+WAIT = 120.0
+"""Seconds by the clock after which a template is given up, on a machine that is busy with other work."""
 
 _TOO_MUCH_MEMORY, _TOO_MUCH_TEXT, _BY_CHANCE = 3, 4, 5
 _tried: set[str] = set()
@@ -57,9 +61,9 @@ def check_template(template: str, render: Callable[..., str], name: str) -> None
     with warnings.catch_warnings():  # the child computes nothing with what other threads may hold
         warnings.simplefilter("ignore", DeprecationWarning)
         child.start()
-    child.join(SECONDS)
+    child.join(WAIT)
     problem = None
-    if child.is_alive():
+    if child.is_alive() or child.exitcode == -signal.SIGXCPU:
         child.kill()
         child.join()
         problem = f"does not end within {SECONDS:g} s"
@@ -78,11 +82,12 @@ def check_template(template: str, render: Callable[..., str], name: str) -> None
 
 
 def _try(render: Callable[..., str]) -> None:
-    """Render some conversations under a limit on memory; the exit code says what was exceeded."""
+    """Render some conversations under limits on time and memory; the exit code says what was exceeded."""
     if sys.platform == "linux":
         with open("/proc/self/statm") as file:
             limit = int(file.read().split()[0]) * resource.getpagesize() + BYTES
         resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, resource.getrlimit(resource.RLIMIT_CPU)[1]))
     for turns in _conversations():
         for prompt in (True, False):
             try:
