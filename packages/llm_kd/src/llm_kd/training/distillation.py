@@ -145,9 +145,7 @@ class DistillationModule(TrainingModule):
         if compile:
             backbone.compile(dynamic=True)
         self.student_with_head = StudentWithHead(backbone, head, self.vocab_size).train()
-        backbone.causal_lm.generation_config.eos_token_id = (
-            self.eos_ids
-        )  # the saved student stops where it was taught to
+        backbone.causal_lm.generation_config.eos_token_id = self.eos_ids  # the saved student stops where taught
         # Not a submodule: the teacher stays out of the checkpoint, the optimizer and DDP.
         self._teacher: list[Teacher] = []
         self.sharded = False
