@@ -113,7 +113,7 @@ def test_a_local_copy_of_torchvisions_coco_weights_gives_torchvisions_detections
     ).eval()
     names = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
     assert detector.class_names == tuple(names[1:])
-    assert detector.columns(["person", "toothbrush"]) == [0, 1, 90]
+    assert detector.class_indices(["person", "toothbrush"]) == [0, 1, 90]
     reference.transform.min_size, reference.transform.max_size = (64,), 96
     image = torch.rand(3, 64, 96)
     with torch.no_grad():
@@ -130,7 +130,7 @@ def test_a_file_with_torchvisions_91_outputs_brings_its_categories(tools, tmp_pa
     spec = ModelSpec(tools.name, tools.args, checkpoint=str(tmp_path / "coco.pth"))
     data_spec = DATA_SPEC | {"class_names": ["person", "toothbrush"]}
     detector = build_detector(spec, **data_spec)
-    assert detector.columns(["person", "toothbrush"]) == [0, 1, 90]
+    assert detector.class_indices(["person", "toothbrush"]) == [0, 1, 90]
     torch.save(zoo.build_network(tools.name, 12, **tools.args).state_dict(), tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match=r"has 12 classes and does not fit .* with 3 classes"):
         build_detector(ModelSpec(tools.name, tools.args, checkpoint=str(tmp_path / "other.pth")), **data_spec)
