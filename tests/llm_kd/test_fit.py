@@ -143,14 +143,14 @@ def assert_same(found, expected):
 
 KILLED = """
 import os, signal, sys
-from llm_kd.training import module
+from llm_kd.training import distillation
 from llm_kd.fit import build, run
-step = module.DistillationModule.training_step
+step = distillation.DistillationModule.training_step
 def training_step(self, batch, batch_idx):
     if self.current_epoch == 1 and batch_idx == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, batch, batch_idx)
-module.DistillationModule.training_step = training_step
+distillation.DistillationModule.training_step = training_step
 run(build(sys.argv[1:]))
 """
 

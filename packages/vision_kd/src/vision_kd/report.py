@@ -10,7 +10,6 @@ from kd_common.run.early import answer_early
 if __name__ == "__main__":
     answer_early("vision_kd.report")  # before the imports below, which take seconds
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,9 +89,9 @@ class Run:
             return None
         if spec.checkpoint is not None or spec.pretrained:
             return DistillationModule.build(spec.model, **DistillationModule.data_spec(self.cli.datamodule))
-        data = json.loads(json.dumps(self.cli.config["data"].as_dict(), default=str))
+        data = self.cli.datamodule
         try:
-            path = teacher_cache_path(spec, self.cli.datamodule, data, ranks=self.cli.trainer.world_size)
+            path = teacher_cache_path(spec, data, data.settings, ranks=self.cli.trainer.world_size)
         except FileNotFoundError:  # the training data are elsewhere
             return None
         return load_classifier(path) if path.is_file() else None
