@@ -284,7 +284,7 @@ def test_a_command_that_lacks_nothing_is_built(command, monkeypatch, tmp_path, t
     assert len(built) == len(rows) > 1
 
 
-# --- README's quick starts, run one after the other on settings that last seconds ---
+# --- The commands of README and the tour, run one after the other on settings that last seconds ---
 
 ONE_EPOCH = [
     "--trainer.accelerator=cpu",
@@ -351,7 +351,8 @@ def filled_in(arguments):
 def test_quick_starts_run(package, tmp_path, monkeypatch, tiny_models):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n/exit\n"))
-    found = [program(words) for words in commands(ROOT / "README.md") if program(words)]
+    shown = [*commands(ROOT / "README.md"), *commands(ROOT / "docs/tour.md")]
+    found = [program(words) for words in shown if program(words)]
     assert {name for name, _ in found} <= SMALL.keys(), "a quick start without small settings"
     for name, arguments in found:
         if name.startswith(package) and not shlex.join(arguments).startswith(NOT_RUN):

@@ -287,26 +287,14 @@ def test_a_full_disk_is_refused_before_anything_is_written(tiny, texts, tmp_path
     assert not (tmp_path / "f").exists()
 
 
-def test_stores_and_texts_of_earlier_versions_are_read(tiny, texts, tmp_path):
-    """Neither carries checksums; complete texts may stand in another order."""
-    store = FeatureStore(tmp_path / "f", texts, 32)
-    store.write(tiny.target, progress=False)
-    expected = [store.read(n) for n in range(5)]
-    (tmp_path / "f/progress.jsonl").unlink()
-    (tmp_path / "f/progress.json").write_text('{"done": 5}')
-    old = FeatureStore(tmp_path / "f", texts, 32)
-    assert all(torch.equal(old.read(n), expected[n]) for n in range(5))
-    # An unfinished one holds other sequences than this version would take for written.
-    (tmp_path / "f/progress.json").write_text('{"done": 2}')
-    with pytest.raises(ValueError, match=r"progress.json is of an earlier version and not complete, .*; delete"):
-        FeatureStore(tmp_path / "f", texts, 32).write(tiny.target, progress=False)
-
+def test_text_that_answers_the_prompts_in_another_order_or_without_checksums_is_refused(tiny, tmp_path):
     path, samples = write(tiny, tmp_path)
-    lines = [json.dumps({"prompt": n, **vars(sample)}) + "\n" for n, sample in enumerate(samples)]
-    path.write_text("".join(lines))
-    assert write(tiny, tmp_path)[1] == samples
-    path.write_text("".join([*lines[:-1], lines[0]]))
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:-1], lines[0]]))
     with pytest.raises(ValueError, match=rf"{path} is damaged: it does not answer the prompts.*delete it"):
+        write(tiny, tmp_path)
+    path.write_text("".join(json.dumps({"prompt": n, **vars(sample)}) + "\n" for n, sample in enumerate(samples)))
+    with pytest.raises(ValueError, match=rf"{path}.*checksum"):
         write(tiny, tmp_path)
 
 

@@ -13,13 +13,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from kd_common.registry import UnknownNameError
+from kd_common.run.result import count_parameters
 from vision_kd.models import (
     MODELS,
     CheckpointError,
     Classifier,
     ModelSpec,
     build_classifier,
-    count_parameters,
     export,
     load_classifier,
     save_student,

@@ -11,7 +11,8 @@ import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from vision_kd.models import MODELS, count_parameters
+from kd_common.run.result import count_parameters
+from vision_kd.models import MODELS
 
 # name: (parameters, 10^6 multiply-adds at 32x32), 100 classes: the table of design/peers_vision.md, section (c)
 PUBLISHED = {

@@ -11,12 +11,12 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import FrozenBatchNorm2d
 
 from kd_common.registry import UnknownNameError
+from kd_common.run.result import count_parameters
 from vision_kd.detection import BACKBONES, build_detector, load_detector, zoo
 from vision_kd.models import (
     CheckpointError,
     ModelSpec,
     build_classifier,
-    count_parameters,
     load_classifier,
     save_student,
 )

@@ -190,7 +190,7 @@ def checksummed_line(record: dict[str, Any]) -> bytes:
 
 
 def read_checksummed_line(line: bytes) -> dict[str, Any]:
-    """The record of a line that :func:`checksummed_line` wrote; one without a checksum, of an older file, passes.
+    """Return the record of a line that :func:`checksummed_line` wrote.
 
     Raises:
         ValueError: it is no JSON object, or its checksum is wrong.
@@ -201,7 +201,7 @@ def read_checksummed_line(line: bytes) -> dict[str, Any]:
         raise ValueError(f"no JSON object ({error})") from error
     if not isinstance(record, dict):
         raise ValueError(f"no JSON object, but {type(record).__name__}")
-    if CHECKSUM in record and record.pop(CHECKSUM) != _checksum(record):
+    if record.pop(CHECKSUM, None) != _checksum(record):
         raise ValueError("its checksum is wrong")
     return record
 

@@ -11,7 +11,6 @@ if __name__ == "__main__":
 
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
@@ -26,6 +25,7 @@ from kd_common.run.cli import FitCLI, fixed_seed
 from kd_common.run.errors import run_command
 from kd_common.run.memory import peak_memory_gib
 from kd_common.run.rehearsal import alone
+from kd_common.run.result import count_parameters
 from kd_common.run.run_lock import holding_folder
 from kd_common.run.trainer_settings import check_batches
 from llm_kd.data import SPLITS, TextDataModule
@@ -233,11 +233,6 @@ def validate(cli: LanguageCLI) -> dict[str, float]:
     """Validation means of the student as it is."""
     found = cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)[0]
     return {name.removeprefix("val/"): value for name, value in found.items()}
-
-
-def count_parameters(backbone: Any) -> int:
-    """Number of parameters, tied ones counted once."""
-    return sum(parameter.numel() for parameter in backbone.parameters())
 
 
 def main(args: ArgsType = None) -> Result:

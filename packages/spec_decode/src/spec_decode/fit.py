@@ -19,6 +19,7 @@ from kd_common.hub.language_models import model_ends, note_unapplied
 from kd_common.run.cli import FitCLI, fixed_seed
 from kd_common.run.errors import run_command
 from kd_common.run.rehearsal import alone
+from kd_common.run.result import count_parameters
 from kd_common.run.run_lock import holding_folder
 from spec_decode.data.datamodule import TargetText
 from spec_decode.decoding.decoder import SpeculativeDecoder
@@ -92,8 +93,8 @@ def run(cli: DrafterCLI) -> Result:
     stops = model_ends(model.target_spec.name, tokenizer)
     data.attach(model.target, tokenizer, stops, trainer.world_size)
     parameters = {  # before the target is packed: packed weights are no parameters
-        "target": sum(p.numel() for p in model.target.parameters()),
-        "drafter": sum(p.numel() for p in model.drafter.parameters()),
+        "target": count_parameters(model.target),
+        "drafter": count_parameters(model.drafter),
     }
     if trainer.is_global_zero and alone():
         rehearse(model, data, trainer, cli.run_dir)

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from kd_common.run.errors import run_command
 from kd_common.run.messages import CommandParser, check_device, check_file, check_folder, default_device
+from kd_common.run.result import count_parameters
 from kd_common.terminal import printable
 from vision_kd.data import ImageDataModule
 from vision_kd.detection.data import COCO
@@ -30,7 +31,6 @@ from vision_kd.models import (
     Classifier,
     ModelSpec,
     build_classifier,
-    count_parameters,
     export,
     load_classifier,
 )

@@ -23,9 +23,9 @@ from kd_common.run.cli import FitCLI, fixed_seed
 from kd_common.run.errors import run_command
 from kd_common.run.imports import refuse_imports
 from kd_common.run.rehearsal import alone
+from kd_common.run.result import count_parameters
 from kd_common.run.run_lock import holding_folder
 from vision_kd.data import ImageDataModule
-from vision_kd.models import count_parameters
 from vision_kd.training.component_training import ComponentTraining
 from vision_kd.training.guards import check_trainer
 from vision_kd.training.rehearsal import limited_validation, rehearse

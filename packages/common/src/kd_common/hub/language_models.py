@@ -146,8 +146,8 @@ def model_ends(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]
 def note_unapplied(name: str) -> None:
     """Say on the standard error which settings of a model's ``generation_config.json`` are not applied.
 
-    They change the law of tokens in transformers' ``generate`` and not in these packages. Temperature, top-k and
-    top-p are not among them: every command has its own.
+    They change the distribution of tokens in transformers' ``generate`` and not in these packages. Temperature, top-k
+    and top-p are not among them: every command has its own.
 
     Args:
         name: The model; see :func:`load_causal_lm` for the names and errors.

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import nn
+
 Mode = Literal["max", "min"]
 
 
@@ -17,6 +19,11 @@ def best_epoch(history: Sequence[dict[str, Any]], metric: str, mode: Mode) -> di
         mode: ``max`` if a larger value is better, ``min`` if a smaller one is.
     """
     return {"max": max, "min": min}[mode](history, key=lambda epoch: epoch[metric])
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Return the number of scalar parameters, trainable or not; shared ones count once."""
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 @dataclass(kw_only=True)

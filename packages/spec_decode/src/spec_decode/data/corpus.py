@@ -122,14 +122,13 @@ def write_corpus(
     lines = complete_lines(path)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     done = _samples(lines, path)
-    # Complete files of an earlier version stand in another order.
-    whole = len(lines) == len(prompts)
-    fits = sorted(done) == sorted(order) if whole else list(done) == order[: len(lines)]
-    if not fits or any(s.tokens[: s.answer_start] != list(prompts[i]) for i, s in done.items()):
+    if list(done) != order[: len(lines)] or any(
+        s.tokens[: s.answer_start] != list(prompts[i]) for i, s in done.items()
+    ):
         raise ValueError(
             f"{path} is damaged: it does not answer the prompts in order; delete it to write the text again"
         )
-    if whole:
+    if len(lines) == len(prompts):
         return [done[i] for i in range(len(prompts))]
     # Only whole batches are kept: the draws of a batch are numbered from its start.
     lines = lines[: len(lines) // writing.batch_size * writing.batch_size]

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from kd_common.files import checksummed_line, complete_lines, naming, read_checksummed_line, read_json
+from kd_common.files import checksummed_line, complete_lines, naming, read_checksummed_line
 from spec_decode.models import CausalLM, States
 
 DATA, PROGRESS = "features.bin", "progress.jsonl"
-EARLIER_PROGRESS = "progress.json"
 _BYTES = 2
 
 
@@ -65,8 +64,6 @@ class FeatureStore:
                 checksums += read_checksummed_line(line)["checksums"]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path}, line {number}: damaged ({error}); {remedy}") from error
-        if not lines and (self.folder / EARLIER_PROGRESS).is_file():
-            checksums = self._earlier_checksums(remedy)
         if len(checksums) > len(self.sequences):
             raise ValueError(
                 f"{path} is damaged: {len(checksums)} checksums of {len(self.sequences)} sequences; {remedy}"
@@ -74,15 +71,6 @@ class FeatureStore:
         found = data.stat().st_size if data.is_file() else 0
         if checksums and found != self.size:
             raise ValueError(f"{data} is damaged: {found} bytes instead of {self.size}; {remedy}")
-        return checksums
-
-    def _earlier_checksums(self, remedy: str) -> list[int | None]:
-        """Checksums of a complete store of an earlier version, which replaced one file with all of them."""
-        path, count = self.folder / EARLIER_PROGRESS, len(self.sequences)
-        content = read_json(path, remedy)
-        checksums = content.get("checksums", [None] * count)
-        if content.get("done") != count or not isinstance(checksums, list) or len(checksums) != count:
-            raise ValueError(f"{path} is of an earlier version and not complete, or damaged; {remedy}")
         return checksums
 
     def check_disk(self) -> None:

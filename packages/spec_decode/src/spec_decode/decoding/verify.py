@@ -108,7 +108,7 @@ def recursive_rejection(p: Tensor, q: Tensor, draws: Tensor) -> tuple[Tensor, Te
 
     Args:
         p: Target distribution of shape (A, V).
-        q: Law of the first draw, shape (A, V), positive at every candidate.
+        q: Distribution of the first draw, shape (A, V), positive at every candidate.
         draws: Candidates in the order in which they were drawn, int64 of shape (A, K), -1 where there are fewer.
 
     Returns:

@@ -6,7 +6,6 @@ from vision_kd.models.classifier import (
     Classifier,
     ModelSpec,
     build_classifier,
-    count_parameters,
 )
 from vision_kd.models.normalized import NormalizedNetwork
 from vision_kd.models.registry import MODELS
@@ -19,7 +18,6 @@ __all__ = [
     "ModelSpec",
     "NormalizedNetwork",
     "build_classifier",
-    "count_parameters",
     "export",
     "load_classifier",
     "save_student",

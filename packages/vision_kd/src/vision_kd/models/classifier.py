@@ -315,8 +315,3 @@ def choose_normalization(
             *library,
         )
     return taken
-
-
-def count_parameters(module: nn.Module) -> int:
-    """Number of scalar parameters, trainable or not; shared ones count once."""
-    return sum(parameter.numel() for parameter in module.parameters())
