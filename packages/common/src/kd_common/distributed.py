@@ -24,7 +24,7 @@ def flat_all_reduce_mean(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Mean of every tensor over the ranks, with one all-reduce of their concatenation.
 
     Args:
-        tensors: plain tensors on one device; the same shapes in the same order on every rank.
+        tensors: Plain tensors on one device; the same shapes in the same order on every rank.
 
     Returns:
         New tensors of the same shapes and dtypes, views of one buffer; the given tensors themselves when there is
@@ -51,11 +51,11 @@ def average_batchnorm_buffers(module: nn.Module) -> None:
     """Replace the running means and variances of all BatchNorm layers by their mean over the ranks.
 
     Under Lightning's manual optimisation DDP broadcasts buffers on the first step only, so the running statistics
-    of the ranks drift apart; call this before validation and before a checkpoint. ``num_batches_tracked`` counts
+    of the ranks drift apart; call this before validation and before a checkpoint. `num_batches_tracked` counts
     the same steps on every rank and stays. Does nothing in a single process.
 
     Args:
-        module: network whose buffers are changed in place; every rank must call this.
+        module: Network whose buffers are changed in place; every rank must call this.
     """
     buffers = [
         buffer
@@ -72,10 +72,10 @@ def gather_rows(rows: Tensor) -> Tensor:
     """Rows of all ranks one after the other, in the order of the ranks; they may differ in number.
 
     Args:
-        rows: tensor of shape (n, ...), the same but for n on every rank; every rank must call this.
+        rows: Tensor of shape (n, ...), the same but for n on every rank; every rank must call this.
 
     Returns:
-        The concatenation along the first axis; ``rows`` itself in a single process.
+        The concatenation along the first axis; `rows` itself in a single process.
     """
     ranks = world_size()
     if ranks == 1:

@@ -17,11 +17,11 @@ from filelock import FileLock, Timeout
 logger = logging.getLogger(__name__)
 
 CHECKSUM = "crc32"
-"""Entry of a checksummed line; see :func:`checksummed_line`."""
+"""Entry of a checksummed line; see `checksummed_line`."""
 
 
 def cache_root() -> Path:
-    """Folder of what is made once and kept: ``$KD_CACHE``, else ``~/.cache/kd``."""
+    """Folder of what is made once and kept: `$KD_CACHE`, else `~/.cache/kd`."""
     return Path(os.environ.get("KD_CACHE") or "~/.cache/kd").expanduser()
 
 
@@ -65,11 +65,11 @@ def naming(path: Path, advice: str) -> Iterator[None]:
     """Let errors of the disk name the file: what the system says of a failed write does not.
 
     Args:
-        path: the file that is written inside.
-        advice: what its state is and what to do, for the message.
+        path: The file that is written inside.
+        advice: What its state is and what to do, for the message.
 
     Raises:
-        OSError: as raised inside, with the file's name and the advice.
+        OSError: As raised inside, with the file's name and the advice.
     """
     try:
         yield
@@ -83,12 +83,12 @@ def write_temporary(path: Path, content: str | bytes | memoryview, partial: Path
     """Write what is to become a file beside it, down to the disk.
 
     Args:
-        path: the file, for the message.
-        content: bytes, or text that is written as UTF-8.
-        partial: where to write.
+        path: The file, for the message.
+        content: Bytes, or text that is written as UTF-8.
+        partial: Where to write.
 
     Raises:
-        OSError: it cannot be written; nothing is left behind. The message names the file.
+        OSError: It cannot be written; nothing is left behind. The message names the file.
     """
     try:
         with naming(path, "not written, and what was there before is unchanged"), partial.open("wb") as file:
@@ -106,11 +106,11 @@ def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
     """Replace a file in one step, so that an interruption, a full disk or a power cut leaves the old one.
 
     Args:
-        path: the file.
-        content: bytes, or text that is written as UTF-8.
+        path: The file.
+        content: Bytes, or text that is written as UTF-8.
 
     Raises:
-        OSError: it cannot be written; nothing is left behind. The message names the file.
+        OSError: It cannot be written; nothing is left behind. The message names the file.
     """
     partial = path.with_name(f"{path.name}.tmp")
     write_temporary(path, content, partial)
@@ -122,7 +122,7 @@ def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
 
 
 def free_name(path: Path) -> Path:
-    """The first of ``name_1.ending``, ``name_2.ending``, ... that is not there, to keep an older file under."""
+    """The first of `name_1.ending`, `name_2.ending`, ... that is not there, to keep an older file under."""
     return next(p for n in itertools.count(1) if not (p := path.with_stem(f"{path.stem}_{n}")).exists())
 
 
@@ -135,8 +135,8 @@ def staging_paths(folder: Path) -> tuple[Path, Path]:
 def replace_folder(folder: Path) -> None:
     """Put the complete folder at `staging_paths` in the place of one, which need not exist.
 
-    Folders cannot be exchanged in one step: :func:`replacing_stopped` knows the moment in between,
-    :func:`finish_replacing` ends it.
+    Folders cannot be exchanged in one step: `replacing_stopped` knows the moment in between,
+    `finish_replacing` ends it.
     """
     partial, old = staging_paths(folder)
     shutil.rmtree(old, ignore_errors=True)
@@ -163,11 +163,11 @@ def read_json(path: Path, hint: str) -> dict[str, Any]:
     """The object in a JSON file.
 
     Args:
-        path: the file.
-        hint: what to do about a damaged one, for the message.
+        path: The file.
+        hint: What to do about a damaged one, for the message.
 
     Raises:
-        ValueError: it is not one JSON object in UTF-8; the message names the file and the hint.
+        ValueError: It is not one JSON object in UTF-8; the message names the file and the hint.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -190,10 +190,10 @@ def checksummed_line(record: dict[str, Any]) -> bytes:
 
 
 def read_checksummed_line(line: bytes) -> dict[str, Any]:
-    """Return the record of a line that :func:`checksummed_line` wrote.
+    """Return the record of a line that `checksummed_line` wrote.
 
     Raises:
-        ValueError: it is no JSON object, or its checksum is wrong.
+        ValueError: It is no JSON object, or its checksum is wrong.
     """
     try:
         record = json.loads(line)
@@ -211,12 +211,12 @@ def _checksum(record: dict[str, Any]) -> int:
 
 
 def damaged_entry(path: Path) -> str | None:
-    """Name of the first damaged entry of a zip archive, such as a file of ``torch.save``; None if all are whole.
+    """Name of the first damaged entry of a zip archive, such as a file of `torch.save`; None if all are whole.
 
-    ``torch.load`` does not compare the checksums that these archives carry.
+    `torch.load` does not compare the checksums that these archives carry.
 
     Raises:
-        OSError: the archive cannot be read.
+        OSError: The archive cannot be read.
     """
     try:
         with zipfile.ZipFile(path) as archive:

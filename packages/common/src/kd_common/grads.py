@@ -1,6 +1,6 @@
 """Gradients of several loss components: at the network's outputs, through the network, over the ranks.
 
-The usual order of one step, with an optimizer of ``kd_common.optim``::
+The usual order of one step, with an optimizer of `kd_common.optim`::
 
     leaves = [logits.detach().requires_grad_()]
     at_outputs = output_gradients(losses(leaves), leaves)            # cheap: no pass through the network
@@ -28,7 +28,7 @@ def sum_gradients(gradients: Sequence[Gradients]) -> list[Tensor | None]:
     """Sum of aligned gradient lists, in which None counts as zero.
 
     Args:
-        gradients: at least one list; all of the same length, with the same shapes at the same place.
+        gradients: At least one list; all of the same length, with the same shapes at the same place.
 
     Returns:
         The sums; None where every list has None. With a single list its own tensors, not copies.
@@ -52,8 +52,8 @@ def output_gradients(
     """Gradient of every component's mean over the rows with respect to the network's outputs.
 
     Args:
-        components: loss per component, per sample with shape (N,) or already reduced with shape ().
-        outputs: detached outputs of the network that require a gradient and from which the losses were computed,
+        components: Loss per component, per sample with shape (N,) or already reduced with shape ().
+        outputs: Detached outputs of the network that require a gradient and from which the losses were computed,
             so that no pass through the network is paid here.
 
     Returns:
@@ -84,8 +84,8 @@ def merge(
     Exact for components that share a momentum, because the momentum recursion is linear in the gradient.
 
     Args:
-        output_grads: gradients per component, aligned lists.
-        buckets: component names per bucket, as in ``optimizer.buckets``. Members without a gradient, such as a
+        output_grads: Gradients per component, aligned lists.
+        buckets: Component names per bucket, as in `optimizer.buckets`. Members without a gradient, such as a
             component made of the weight decay alone, add nothing; a bucket of such members only is left out.
 
     Returns:
@@ -106,25 +106,25 @@ def component_gradients(
     """Gradient of every component with respect to the parameters: vector-Jacobian products through the network.
 
     Costs one backward pass per entry that has a gradient; merge entries that share a momentum first. Frees the
-    graph. Plain parameters: ``.grad`` is neither read nor written, and the gradients are those of this rank, so
+    graph. Plain parameters: `.grad` is neither read nor written, and the gradients are those of this rank, so
     follow with `all_reduce_mean`. The forward pass must not have armed DDP's own reduction: it has not under
-    Lightning's manual optimisation; with a bare ``DistributedDataParallel`` run it inside ``no_sync()``.
+    Lightning's manual optimisation; with a bare `DistributedDataParallel` run it inside `no_sync()`.
     FSDP2 parameters: `torch.autograd.grad` cannot reach them, so every pass runs `torch.autograd.backward` and
-    takes ``.grad`` away; the gradients are DTensors, already averaged over the ranks.
+    takes `.grad` away; the gradients are DTensors, already averaged over the ranks.
 
     Args:
-        outputs: outputs of the network, attached to its graph.
-        output_grads: per component one gradient per output, in the shape of the output, or None.
-        params: parameters; under FSDP2 all those of the optimizer, as every pass fills them all and the module lists
+        outputs: Outputs of the network, attached to its graph.
+        output_grads: Per component one gradient per output, in the shape of the output, or None.
+        params: Parameters; under FSDP2 all those of the optimizer, as every pass fills them all and the module lists
             gathered parameters between forward and backward.
 
     Returns:
-        Gradients per component, aligned with ``params``; None for frozen parameters and for those the component
+        Gradients per component, aligned with `params`; None for frozen parameters and for those the component
         does not reach.
 
     Raises:
         ValueError: If some parameters are sharded by FSDP2 and others are not.
-        RuntimeError: If parameters are sharded by FSDP2 and some ``.grad`` is set already, which would be lost.
+        RuntimeError: If parameters are sharded by FSDP2 and some `.grad` is set already, which would be lost.
     """
     params = list(params)
     sharded = [is_dtensor(param) for param in params]
@@ -171,7 +171,7 @@ def all_reduce_mean(components: Mapping[str, Gradients]) -> dict[str, list[Tenso
     With losses averaged over equally many rows per rank this is the gradient of the mean over the whole batch.
 
     Args:
-        components: gradients per component. Names, order and the places of None must agree over the ranks; they
+        components: Gradients per component. Names, order and the places of None must agree over the ranks; they
             do when all ranks run the same graph.
 
     Returns:
@@ -189,12 +189,12 @@ def all_reduce_mean(components: Mapping[str, Gradients]) -> dict[str, list[Tenso
 def accumulate(
     into: MutableMapping[str, list[Tensor | None]], components: Mapping[str, Gradients], scale: float
 ) -> None:
-    """Add scaled gradients to running sums in place: ``into += scale * components``.
+    """Add scaled gradients to running sums in place: `into += scale * components`.
 
     Args:
-        into: running sums per component; an empty dictionary before the first micro-batch.
-        components: gradients of one micro-batch; they are not kept.
-        scale: factor, 1 / number of micro-batches for the mean.
+        into: Running sums per component; an empty dictionary before the first micro-batch.
+        components: Gradients of one micro-batch; they are not kept.
+        scale: Factor, 1 / number of micro-batches for the mean.
     """
     for name, grads in components.items():
         sums = into.setdefault(name, [None] * len(grads))
@@ -206,20 +206,20 @@ def accumulate(
 
 @torch.no_grad()
 def clip_components(components: Mapping[str, Gradients], max_norm: float) -> Tensor:
-    """L2 norm of the summed gradient; scales all components in place so that it is at most ``max_norm``.
+    """L2 norm of the summed gradient; scales all components in place so that it is at most `max_norm`.
 
     One common factor keeps the components' proportions, so the sum is clipped as
     `torch.nn.utils.clip_grad_norm_` clips the gradient of a plain loss (with the same 1e-6 in the denominator).
 
     Args:
-        components: gradients per component, changed in place.
+        components: Gradients per component, changed in place.
         max_norm: > 0.
 
     Returns:
         The norm before clipping, shape (); not read on the host.
 
     Raises:
-        ValueError: If ``max_norm`` is not positive.
+        ValueError: If `max_norm` is not positive.
     """
     if not max_norm > 0:
         raise ValueError(f"max_norm must be > 0, got {max_norm}")

@@ -193,8 +193,8 @@ class GradientSNR:
         """Summary of every component.
 
         Returns:
-            Per component: ``vector`` and ``mean`` as in the methods of that name, ``signal`` = ||E g||^2, ``noise`` =
-            E||g - E g||^2 and ``count``.
+            Per component: `vector` and `mean` as in the methods of that name, `signal` = ||E g||^2, `noise` =
+            E||g - E g||^2 and `count`.
 
         Raises:
             RuntimeError: If nothing was recorded or a component has fewer than two samples.
@@ -219,7 +219,7 @@ class GradientSNR:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace all statistics by a copy of those of ``state_dict``; going on is exact.
+        """Replace all statistics by a copy of those of `state_dict`; going on is exact.
 
         Raises:
             ValueError: If the state was recorded with other settings.

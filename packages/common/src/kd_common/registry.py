@@ -19,8 +19,8 @@ def suggest(name: str, names: Iterable[str]) -> str:
     """Close matches of a misspelt name, compared without regard to case.
 
     Args:
-        name: what the user wrote.
-        names: what exists.
+        name: What the user wrote.
+        names: What exists.
 
     Returns:
         "; did you mean a, b?" with at most three names, or the empty string when nothing is close.
@@ -49,7 +49,7 @@ class Registry(Generic[T]):
     """An exact-key table that decorated classes and functions enter themselves.
 
     Args:
-        kind: what the entries are ("model", "method"); used in messages.
+        kind: What the entries are ("model", "method"); used in messages.
     """
 
     def __init__(self, kind: str) -> None:
@@ -60,10 +60,10 @@ class Registry(Generic[T]):
         """Decorator that enters its argument under a name and returns it unchanged.
 
         Args:
-            name: the key, exactly as users will write it.
+            name: The key, exactly as users will write it.
 
         Raises:
-            ValueError: the name is taken.
+            ValueError: The name is taken.
         """
         if name in self._entries:
             raise ValueError(f"{self.kind} {name!r} is already registered")
@@ -78,10 +78,10 @@ class Registry(Generic[T]):
         """The entry under a name.
 
         Args:
-            name: the key, matched exactly.
+            name: The key, matched exactly.
 
         Raises:
-            UnknownNameError: no entry has this name; the message lists close matches and all names.
+            UnknownNameError: No entry has this name; the message lists close matches and all names.
         """
         if name not in self._entries:
             hint = suggest(name, self._entries)

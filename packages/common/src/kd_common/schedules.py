@@ -21,7 +21,7 @@ class TopKSchedule:
         num_classes: Number of classes C, at least 2.
         total_steps: Length of training in steps; steps beyond it (or below 0) count as its end (or start).
         k_start: First k: a float is a fraction of C in (0, 1], rounded and kept in [1, C - 1]; an int is a count.
-        k_opt: k of the transition phase, given like k_start and not below it.
+        k_opt: K of the transition phase, given like k_start and not below it.
         phase_ends: Shares of training in (0, 1], strictly increasing: the ends of the easy and the transition phase,
             and optionally the point where k reaches C - 1 (then held); without it that is the end of training.
 
@@ -162,7 +162,7 @@ class StepDecay(Schedule):
 
 
 class CosineDecay(Schedule):
-    """Multiplier that falls from 1 to ``final`` along half a cosine, after a linear warm-up.
+    """Multiplier that falls from 1 to `final` along half a cosine, after a linear warm-up.
 
     Args:
         warmup_epochs: Length of the linear warm-up in epochs; the cosine starts at its end.
@@ -185,7 +185,7 @@ class CosineDecay(Schedule):
         self.warmup_start = warmup_start
 
     def __call__(self, epoch: float, total_epochs: float) -> float:
-        """Multiplier at an epoch, ``final`` beyond the end; a run shorter than the warm-up ends within it."""
+        """Multiplier at an epoch, `final` beyond the end; a run shorter than the warm-up ends within it."""
         if epoch < self.warmup_epochs:
             return _warmup_from(self.warmup_start, epoch, self.warmup_epochs)
         falling = total_epochs - self.warmup_epochs

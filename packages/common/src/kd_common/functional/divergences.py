@@ -1,7 +1,7 @@
 """Divergences between the teacher's distribution p and the student's q, both given by logits of shape (..., V).
 
 Every function returns one value per row, shape (...), in at least float32 (float64 stays float64) and is
-differentiable. Values are true divergences, 0 at p = q, without a hidden T^2 factor: multiply by ``temperature ** 2``
+differentiable. Values are true divergences, 0 at p = q, without a hidden T^2 factor: multiply by `temperature ** 2`
 where gradients should keep their scale. Everything is computed from log-probabilities, so logit gaps of any size are
 safe. A class with a logit of -inf has probability exactly 0; it gives neither NaN nor a gradient, and a divergence
 that is infinite because of it is returned as inf.

@@ -1,6 +1,6 @@
 """Language models are loaded here from folders and the Hub, whole or not at all.
 
-The modules need the extra ``kd-common[hub]``.
+The modules need the extra `kd-common[hub]`.
 """
 
 from kd_common.hub.language_models import ModelNotFoundError, load_causal_lm, load_config, load_tokenizer, model_ends

@@ -79,7 +79,7 @@ CHANGES_THE_LAW: dict[str, Any] = {
     "stop_strings": None,
     "max_time": None,
 }
-"""Settings of generation that change tokens or ends and that only transformers' ``generate`` knows.
+"""Settings of generation that change tokens or ends and that only transformers' `generate` knows.
 
 The value is the one that changes nothing.
 """
@@ -94,10 +94,10 @@ class ModelNotFoundError(OSError):
 def load_causal_lm(name: str, dtype: str = "float32", *, attention: str = "sdpa") -> PreTrainedModel:
     """A causal language model in evaluation mode, on the CPU, made of exactly the tensors that are stored.
 
-    Names of tensors that a wrapper changed (``torch.compile``, DDP, FSDP, an averaged model) are understood.
+    Names of tensors that a wrapper changed (`torch.compile`, DDP, FSDP, an averaged model) are understood.
 
     Args:
-        name: Local folder in the Hugging Face layout, Hub name, or :data:`EMBEDDED`.
+        name: Local folder in the Hugging Face layout, Hub name, or `EMBEDDED`.
         dtype: Precision of the weights: float32, bfloat16, float16 or float64.
         attention: Implementation of attention that transformers is to use.
 
@@ -114,7 +114,7 @@ def load_causal_lm(name: str, dtype: str = "float32", *, attention: str = "sdpa"
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model; see :func:`load_causal_lm` for the names and errors.
+    """The tokenizer of a model; see `load_causal_lm` for the names and errors.
 
     One without a padding token (GPT-2) pads with its end-of-text token.
     """
@@ -125,7 +125,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def load_config(name: str) -> Any:
-    """The configuration of a model without its weights; see :func:`load_causal_lm` for the names and errors."""
+    """The configuration of a model without its weights; see `load_causal_lm` for the names and errors."""
     return _load(AutoConfig.from_pretrained, name)
 
 
@@ -133,24 +133,24 @@ def model_ends(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]
     """Tokens at which a model ends an answer, without loading its weights.
 
     Args:
-        name: The model; see :func:`load_causal_lm` for the names and errors.
+        name: The model; see `load_causal_lm` for the names and errors.
         tokenizer: Its tokenizer, with the chat template that is used.
 
     Returns:
-        Those of tokenizer and template, ``config.json`` and ``generation_config.json``.
+        Those of tokenizer and template, `config.json` and `generation_config.json`.
     """
     config = load_config(name)
     return end_tokens(tokenizer, config, config.get_text_config(), _load(_generation_config, name))
 
 
 def note_unapplied(name: str) -> None:
-    """Say on the standard error which settings of a model's ``generation_config.json`` are not applied.
+    """Say on the standard error which settings of a model's `generation_config.json` are not applied.
 
-    They change the distribution of tokens in transformers' ``generate`` and not in these packages. Temperature, top-k
+    They change the distribution of tokens in transformers' `generate` and not in these packages. Temperature, top-k
     and top-p are not among them: every command has its own.
 
     Args:
-        name: The model; see :func:`load_causal_lm` for the names and errors.
+        name: The model; see `load_causal_lm` for the names and errors.
     """
     config = _load(_generation_config, name)
     found = {setting: getattr(config, setting, None) for setting in CHANGES_THE_LAW}
@@ -174,7 +174,7 @@ def settings_with_effect(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def model_source(name: str) -> str:
-    """What tells a model from others without loading its weights; see :func:`load_causal_lm` for the names and errors.
+    """What tells a model from others without loading its weights; see `load_causal_lm` for the names and errors.
 
     A folder is known by its content, however its path is spelled: a SHA-256 over configuration and weight files, which
     takes about a second per gigabyte. The Hub's models are known by name and revision, the embedded one by its version.

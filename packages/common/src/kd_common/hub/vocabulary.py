@@ -10,7 +10,7 @@ from kd_common.text import ChatEncoder
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     """Number of rows of a model's head that its tokenizer needs: the largest token id + 1; rows beyond are padding.
 
-    Not the number of tokens, ``len(tokenizer)``: ids may have holes (tokens removed, or added behind a reserved block),
+    Not the number of tokens, `len(tokenizer)`: ids may have holes (tokens removed, or added behind a reserved block),
     and the last tokens, often those that end a turn, would then be taken for padding.
     """
     return max(tokenizer.get_vocab().values()) + 1
@@ -29,7 +29,7 @@ def shared_vocabulary(
     Args:
         teacher: The teacher's tokenizer.
         student: The student's tokenizer.
-        teacher_config: Configuration of the teacher, with ``vocab_size``.
+        teacher_config: Configuration of the teacher, with `vocab_size`.
         student_config: Configuration of the student.
         roles: What the two models are called in messages.
 
@@ -57,7 +57,7 @@ def end_tokens(tokenizer: Any, *settings: Any) -> tuple[int, ...]:
 
     Args:
         tokenizer: Its end of text counts, and the special token by which its chat template closes an answer.
-        settings: Configurations (``config.json``, ``generation_config.json``) whose ``eos_token_id`` counts, too: a
+        settings: Configurations (`config.json`, `generation_config.json`) whose `eos_token_id` counts, too: a
             number, a list of numbers or nothing.
 
     Raises:
@@ -68,7 +68,7 @@ def end_tokens(tokenizer: Any, *settings: Any) -> tuple[int, ...]:
 
 
 def configured_ends(*settings: Any) -> list[int]:
-    """The tokens that configurations name as ``eos_token_id``; see :func:`end_tokens`."""
+    """The tokens that configurations name as `eos_token_id`; see `end_tokens`."""
     found: list[int] = []
     for setting in settings:
         named = getattr(setting, "eos_token_id", None)

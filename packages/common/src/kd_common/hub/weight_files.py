@@ -121,7 +121,7 @@ def check_whole(name: str, model: Any, report: Mapping[str, Any], stored: Stored
     Args:
         name: The model's, for the message.
         model: What transformers made.
-        report: What it says of the loading (``output_loading_info``), with tensors of other shapes left out.
+        report: What it says of the loading (`output_loading_info`), with tensors of other shapes left out.
         stored: What the files hold; may be empty if that is not known.
 
     Raises:
@@ -233,7 +233,7 @@ def _kind(tensor: Tensor) -> str | None:
 
 
 def _unpickled(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file of ``torch.save``, in the memory map where its format has one."""
+    """The tensors of a file of `torch.save`, in the memory map where its format has one."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError:  # of a format before version 1.6

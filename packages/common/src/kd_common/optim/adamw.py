@@ -15,18 +15,18 @@ from kd_common.optim.base import ComponentOptimizer
 class DecoupledAdamW(ComponentOptimizer):
     """AdamW with a first moment and a beta1 per component, and one second moment of the summed gradient.
 
-    ``m_c <- b_c m_c + (1 - b_c) g_c``, ``v <- beta2 v + (1 - beta2) (sum_c g_c)^2``, then
-    ``theta <- (1 - lr wd) theta - lr sum_c mhat_c / (sqrt(vhat) + eps)``; every moment has its own bias correction,
+    `m_c <- b_c m_c + (1 - b_c) g_c`, `v <- beta2 v + (1 - beta2) (sum_c g_c)^2`, then
+    `theta <- (1 - lr wd) theta - lr sum_c mhat_c / (sqrt(vhat) + eps)`; every moment has its own bias correction,
     which counts the steps in which it had a gradient. Equals `torch.optim.AdamW` on the summed gradient when all beta1
     are equal. Cost of a step: one backward pass and one buffer per distinct beta1, plus one buffer.
 
     Args:
-        params: parameters or parameter groups with their own lr and weight_decay.
-        lr: learning rate, >= 0.
-        beta1s: decay of the first moment per component, in [0, 1); shared by all groups.
-        beta2: decay of the second moment, in [0, 1).
-        eps: added to the square root of the second moment, >= 0.
-        weight_decay: decoupled weight decay, >= 0.
+        params: Parameters or parameter groups with their own lr and weight_decay.
+        lr: Learning rate, >= 0.
+        beta1s: Decay of the first moment per component, in [0, 1); shared by all groups.
+        beta2: Decay of the second moment, in [0, 1).
+        eps: Added to the square root of the second moment, >= 0.
+        weight_decay: Decoupled weight decay, >= 0.
 
     Raises:
         ValueError: If a setting is out of range.

@@ -14,11 +14,11 @@ def bucket_components(coefficients: Mapping[str, float], apart: Collection[str] 
     """Components grouped by equal coefficient.
 
     Args:
-        coefficients: momentum or beta1 per component.
-        apart: components that keep a bucket of their own.
+        coefficients: Momentum or beta1 per component.
+        apart: Components that keep a bucket of their own.
 
     Returns:
-        Component names per bucket, in the order of ``coefficients``; the bucket is named by joining them with "+".
+        Component names per bucket, in the order of `coefficients`; the bucket is named by joining them with "+".
     """
     groups: dict[tuple[float, str | None], list[str]] = {}
     for name, value in coefficients.items():
@@ -29,16 +29,16 @@ def bucket_components(coefficients: Mapping[str, float], apart: Collection[str] 
 class ComponentOptimizer(Optimizer):
     """Optimizer whose first moment has one coefficient per named gradient component.
 
-    `step` takes the gradients as an argument instead of reading ``param.grad``. Components with the same coefficient
+    `step` takes the gradients as an argument instead of reading `param.grad`. Components with the same coefficient
     share one buffer, a bucket; this is exact, since the first moment is linear in the gradient. A caller that sums
     the gradients of a bucket at the network's outputs (`kd_common.grads.merge`) therefore pays one backward pass per
     distinct coefficient, not per component. Memory: one buffer per bucket.
 
-    Subclasses set ``coefficient`` and ``shared`` and implement `_update`.
+    Subclasses set `coefficient` and `shared` and implement `_update`.
 
     Args:
-        params: parameters or parameter groups; a group may bring its own lr and weight_decay.
-        defaults: settings of the groups, among them ``coefficient``.
+        params: Parameters or parameter groups; a group may bring its own lr and weight_decay.
+        defaults: Settings of the groups, among them `coefficient`.
 
     Raises:
         ValueError: If a coefficient is outside [0, 1), a component name contains "+", lr or weight_decay is
@@ -87,8 +87,8 @@ class ComponentOptimizer(Optimizer):
         """Update the parameters from one gradient list per component.
 
         Args:
-            closure: called once, with gradients enabled, before the update, as in `torch.optim.SGD`.
-            components: gradients per component or per bucket, aligned with the parameters of all groups in order.
+            closure: Called once, with gradients enabled, before the update, as in `torch.optim.SGD`.
+            components: Gradients per component or per bucket, aligned with the parameters of all groups in order.
                 Together they must cover every component once; several members of a bucket are summed. None means
                 that the component does not touch the parameter: it adds nothing to the update and its buffer
                 stays. A parameter with None throughout is skipped, weight decay included.
@@ -161,7 +161,7 @@ class ComponentOptimizer(Optimizer):
         }
 
     def _buffers(self, params: Sequence[Tensor], key: str) -> list[Tensor]:
-        """Moment buffers of the parameters, zero at the first use; the key of a bucket's is ``"<kind>.<bucket>"``."""
+        """Moment buffers of the parameters, zero at the first use; the key of a bucket's is `"<kind>.<bucket>"`."""
         for param in params:
             if key not in self.state[param]:
                 self.state[param][key] = torch.zeros_like(param)

@@ -18,8 +18,8 @@ def deepkd_momenta(
     """Momentum of the task, the target-class and the non-target-class gradient.
 
     Args:
-        base_momentum: momentum mu of the baseline, in [0, 1).
-        delta: distance d from it; one number, or one for each of "task", "target" and "nontarget".
+        base_momentum: Momentum mu of the baseline, in [0, 1).
+        delta: Distance d from it; one number, or one for each of "task", "target" and "nontarget".
         preset: "paper": mu + d, mu - d, mu + d. "released": mu - d_target, mu - d_target, mu + d_nontarget, as in the
             published optimizer, whose task buffer decays with the target's momentum.
 
@@ -27,7 +27,7 @@ def deepkd_momenta(
         Momentum per component; extend it for further components.
 
     Raises:
-        ValueError: If the preset is unknown, ``delta`` names other components, or a momentum leaves [0, 1).
+        ValueError: If the preset is unknown, `delta` names other components, or a momentum leaves [0, 1).
     """
     if preset not in ("paper", "released"):
         raise ValueError(f"preset must be 'paper' or 'released', got '{preset}'")
@@ -70,20 +70,20 @@ def deepkd_sgd(
     reads the parameters after the task and the non-target gradients have moved them. Three buffers, three passes.
 
     Args:
-        params: parameters or parameter groups.
+        params: Parameters or parameter groups.
         preset: "paper" or "released".
-        lr: learning rate, >= 0.
-        base_momentum: momentum mu of the baseline.
-        delta: see `deepkd_momenta`.
+        lr: Learning rate, >= 0.
+        base_momentum: Momentum mu of the baseline.
+        delta: See `deepkd_momenta`.
         weight_decay: L2 coefficient, >= 0.
-        decay_component: component that carries the weight decay; None for the preset's own: "weight_decay" in the
+        decay_component: Component that carries the weight decay; None for the preset's own: "weight_decay" in the
             paper's, "target" in the released one.
-        components: those of "task", "target" and "nontarget" that the loss has.
-        aliases: further components, each with the name of the one whose momentum it takes, as
-            ``{"relation": "nontarget"}``.
+        components: Those of "task", "target" and "nontarget" that the loss has.
+        aliases: Further components, each with the name of the one whose momentum it takes, as
+            `{"relation": "nontarget"}`.
 
     Returns:
-        The optimizer; `DecoupledSGD.step` takes the gradients of ``components`` and ``aliases``.
+        The optimizer; `DecoupledSGD.step` takes the gradients of `components` and `aliases`.
 
     Raises:
         ValueError: If a momentum leaves [0, 1), a component is unknown, or the released preset is asked for another
@@ -116,18 +116,18 @@ def deepkd_adamw(
     """AdamW with the paper's rule applied to beta1: mu + d, mu - d, mu + d; two backward passes.
 
     Args:
-        params: parameters or parameter groups.
-        lr: learning rate, >= 0.
+        params: Parameters or parameter groups.
+        lr: Learning rate, >= 0.
         base_beta1: beta1 of the baseline.
-        delta: see `deepkd_momenta`.
-        beta2: decay of the second moment, in [0, 1).
-        eps: added to the square root of the second moment, >= 0.
-        weight_decay: decoupled weight decay, >= 0.
-        components: see `deepkd_sgd`.
-        aliases: see `deepkd_sgd`.
+        delta: See `deepkd_momenta`.
+        beta2: Decay of the second moment, in [0, 1).
+        eps: Added to the square root of the second moment, >= 0.
+        weight_decay: Decoupled weight decay, >= 0.
+        components: See `deepkd_sgd`.
+        aliases: See `deepkd_sgd`.
 
     Returns:
-        The optimizer; `DecoupledAdamW.step` takes the gradients of ``components`` and ``aliases``.
+        The optimizer; `DecoupledAdamW.step` takes the gradients of `components` and `aliases`.
 
     Raises:
         ValueError: If a beta1 leaves [0, 1) or a component is unknown.

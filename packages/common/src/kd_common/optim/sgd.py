@@ -14,28 +14,28 @@ WEIGHT_DECAY = "weight_decay"
 
 
 class DecoupledSGD(ComponentOptimizer):
-    """SGD with decoupled momentum: ``v_c <- m_c v_c + g_c``, then ``theta <- theta - lr sum_c v_c``.
+    """SGD with decoupled momentum: `v_c <- m_c v_c + g_c`, then `theta <- theta - lr sum_c v_c`.
 
-    No dampening and no Nesterov term; at the first step ``v_c = g_c``. Equals `torch.optim.SGD` on the summed gradient
+    No dampening and no Nesterov term; at the first step `v_c = g_c`. Equals `torch.optim.SGD` on the summed gradient
     when all momenta are equal. Components that share a momentum share a buffer, see `ComponentOptimizer`. Cost of a
     step: one backward pass and one buffer per distinct momentum.
 
-    Weight decay adds ``weight_decay * theta`` to the gradient of one component, at every parameter that is touched
+    Weight decay adds `weight_decay * theta` to the gradient of one component, at every parameter that is touched
     by any component. A component named "weight_decay" consists of it alone: `step` takes no gradient for it, and it
     rests in groups whose weight_decay is 0.
 
     Args:
-        params: parameters or parameter groups with their own lr and weight_decay.
-        lr: learning rate, >= 0.
-        momenta: momentum per component, in [0, 1); shared by all groups.
+        params: Parameters or parameter groups with their own lr and weight_decay.
+        lr: Learning rate, >= 0.
+        momenta: Momentum per component, in [0, 1); shared by all groups.
         weight_decay: L2 coefficient, >= 0.
-        decay_component: component that carries the weight decay; None for the first of ``momenta``.
+        decay_component: Component that carries the weight decay; None for the first of `momenta`.
         decay_last: False: the decay reads the parameters as they were before the step. True: all other components
             move the parameters first and the decay reads the moved ones; its component then keeps a buffer of its own.
 
     Raises:
-        ValueError: If a setting is out of range, ``decay_component`` has no momentum, or "weight_decay" has a
-            momentum but is not the ``decay_component``.
+        ValueError: If a setting is out of range, `decay_component` has no momentum, or "weight_decay" has a
+            momentum but is not the `decay_component`.
 
     Source: DeepKD, arXiv 2505.15133.
     """

@@ -1,4 +1,4 @@
-"""Conversations: read from files, written as tokens by a model's chat template. Needs the extra ``kd-common[text]``."""
+"""Conversations: read from files, written as tokens by a model's chat template. Needs the extra `kd-common[text]`."""
 
 from kd_common.text.encode import ChatEncoder
 from kd_common.text.records import EncodingError, RowsError, encode_each

@@ -304,7 +304,7 @@ class ChatEncoder:
         return {"role": message.role, **each_text({**texts, **message.more}, change)}
 
     def _safe(self, row: Row) -> Row:
-        """The row with what it holds beside its turns as :meth:`_safe_text`."""
+        """The row with what it holds beside its turns as `_safe_text`."""
         return replace(row, more=each_text(row.more, partial(self._safe_text, place=f"{row.source}: the row")))
 
     def _safe_answer(self, text: str, place: str) -> str:

@@ -39,7 +39,7 @@ def read_records(path: Path, parse: Callable[[Any, str], Sequence[T]]) -> list[T
 
     Args:
         path: File ending in .jsonl or .parquet.
-        parse: Takes a record and its source, ``file, line 3``; raises :class:`MalformedError`.
+        parse: Takes a record and its source, `file, line 3`; raises `MalformedError`.
 
     Returns:
         All that it makes, in the order of the file; at least one.

@@ -57,11 +57,11 @@ class Message:
     """One turn of a conversation.
 
     Attributes:
-        role: ``system``, ``user``, ``assistant`` or ``tool``.
+        role: `system`, `user`, `assistant` or `tool`.
         content: The text.
         input: Material that a user's instruction refers to, kept apart because some layouts head it separately.
         learnt: Whether the loss may fall on it; an assistant's turn of weight 0 is only read.
-        more: What else the chat template is given: ``tool_calls``, ``reasoning_content``, ``name`` and so on.
+        more: What else the chat template is given: `tool_calls`, `reasoning_content`, `name` and so on.
     """
 
     role: str
@@ -73,14 +73,14 @@ class Message:
 
 @dataclass(frozen=True)
 class Row:
-    """A conversation and where it was read: ``file, line 3``.
+    """A conversation and where it was read: `file, line 3`.
 
     Attributes:
         messages: Its turns.
         source: File and line.
         alternatives: Further answers to its last question. The loss never falls on them; they are references that
             generations are compared with.
-        more: What else the chat template is given: ``tools`` and ``documents``.
+        more: What else the chat template is given: `tools` and `documents`.
     """
 
     messages: tuple[Message, ...]
@@ -99,19 +99,19 @@ def read_rows(path: Path, fields: Mapping[str, str] | None = None) -> list[Row]:
 
     A record is one of these, the first that fits:
 
-    * ``messages`` or ``conversations``: a list of ``{role, content}``, or ShareGPT's ``{from, value}``; it may end
+    * `messages` or `conversations`: a list of `{role, content}`, or ShareGPT's `{from, value}`; it may end
       with a user's turn, and is then a prompt.
-    * ``instruction``, and optionally ``input`` and ``output``; without an output it is a prompt. An output may be a
+    * `instruction`, and optionally `input` and `output`; without an output it is a prompt. An output may be a
       list of answers: the first is the one to learn from, all are references.
-    * ``instruction`` and ``instances``, a list of ``{input, output}``: one row per instance.
+    * `instruction` and `instances`, a list of `{input, output}`: one row per instance.
 
-    Beside these, ``system`` (or ``system_prompt``, ``system_message``) is a system turn, and ``tools`` and
-    ``documents`` are for the chat template. An ``output`` beside messages that end with a user's turn answers it.
+    Beside these, `system` (or `system_prompt`, `system_message`) is a system turn, and `tools` and
+    `documents` are for the chat template. An `output` beside messages that end with a user's turn answers it.
     Fields that ask for what cannot be done are refused by name, all others ignored.
 
     Args:
         path: File ending in .jsonl or .parquet.
-        fields: The file's own names of these fields, such as ``{"instruction": "question", "output": "answer"}``;
+        fields: The file's own names of these fields, such as `{"instruction": "question", "output": "answer"}`;
             every record must have a field named here.
 
     Returns:
@@ -120,7 +120,7 @@ def read_rows(path: Path, fields: Mapping[str, str] | None = None) -> list[Row]:
     Raises:
         FileNotFoundError: If there is no such file.
         RowsError: If the file is not of that format, is empty, or holds malformed rows.
-        ValueError: If ``fields`` names something unknown.
+        ValueError: If `fields` names something unknown.
     """
     names = dict(fields or {})
     if unknown := set(names) - set(FIELDS):
@@ -129,7 +129,7 @@ def read_rows(path: Path, fields: Mapping[str, str] | None = None) -> list[Row]:
 
 
 def conversations(record: Mapping[str, Any], source: str, fields: Mapping[str, str]) -> list[Row]:
-    """The conversations of a record, one but for several instances; see :func:`read_rows`.
+    """The conversations of a record, one but for several instances; see `read_rows`.
 
     Raises:
         MalformedError: If it holds none, or asks for what cannot be done.

@@ -30,7 +30,7 @@ _CODES = [f"%{flag}{letter}" for flag in ("", "-") for letter in "AaBbCcDdeFGgHh
 _FORMATTED = "".join(f".replace('{code}', '{DATE.strftime(code)}')" for code in _CODES)
 # The line end keeps what a template begins with as it is: jinja cuts one behind a block, and blanks before one.
 FIXED_DATE = f"{{% macro strftime_now(format) %}}{{{{ format{_FORMATTED} }}}}{{% endmacro %}}\n"
-"""What stands before a template so that it prints :data:`DATE`."""
+"""What stands before a template so that it prints `DATE`."""
 
 SECONDS, BYTES, CHARACTERS = 5, 2**30, 1_000_000
 """What a template may use, and write, about the short conversations it is tried on; seconds are those of computing."""
@@ -49,7 +49,7 @@ def check_template(template: str, render: Callable[..., str], name: str) -> None
 
     Args:
         template: The template, by which it is remembered.
-        render: Renders a conversation with it, as ``render(turns, prompt=True)``.
+        render: Renders a conversation with it, as `render(turns, prompt=True)`.
         name: Whose template it is, for the message.
 
     Raises:

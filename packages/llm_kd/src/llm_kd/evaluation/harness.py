@@ -1,4 +1,4 @@
-"""The tasks of EleutherAI's ``lm-eval`` on a saved model; needs ``pip install lm-eval``."""
+"""The tasks of EleutherAI's `lm-eval` on a saved model; needs `pip install lm-eval`."""
 
 from collections.abc import Sequence
 from types import ModuleType
@@ -7,7 +7,7 @@ from kd_common.hub.language_models import EMBEDDED, embedded_folder
 
 
 def load_harness() -> ModuleType:
-    """The installed ``lm_eval``.
+    """The installed `lm_eval`.
 
     Raises:
         ModuleNotFoundError: If it is not installed.
@@ -27,14 +27,14 @@ def run_harness(
     """Evaluate a saved model on tasks of the harness, with the harness's own settings of each.
 
     Args:
-        model: Folder or Hub name; see :func:`kd_common.hub.language_models.load_causal_lm`.
+        model: Folder or Hub name; see `kd_common.hub.language_models.load_causal_lm`.
         tasks: Names of tasks or groups that the installed harness knows.
         dtype: Precision of the weights.
         device: Where to run.
         batch_size: Requests at once.
 
     Returns:
-        Numbers of every task under the harness's names, such as ``acc,none`` and ``acc_stderr,none``.
+        Numbers of every task under the harness's names, such as `acc,none` and `acc_stderr,none`.
 
     Raises:
         ModuleNotFoundError: If the harness is not installed.

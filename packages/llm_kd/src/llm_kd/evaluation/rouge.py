@@ -21,7 +21,7 @@ def rouge_l(responses: Sequence[str], references: Sequence[Sequence[str]]) -> li
         ValueError: If there are not as many lists of references as responses, or one is empty.
 
     References:
-        Lin, ROUGE: A Package for Automatic Evaluation of Summaries, 2004, eq. 2-4; computed by ``rouge-score``.
+        Lin, ROUGE: A Package for Automatic Evaluation of Summaries, 2004, eq. 2-4; computed by `rouge-score`.
     """
     if len(responses) != len(references):
         raise ValueError(f"{len(responses)} responses, but references for {len(references)}")

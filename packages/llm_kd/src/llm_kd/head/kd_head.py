@@ -56,7 +56,7 @@ class HeadOutput(NamedTuple):
 
     @property
     def accepted_sum(self) -> Tensor:
-        """Sum of ``accepted``, the numerator of the token acceptance rate."""
+        """Sum of `accepted`, the numerator of the token acceptance rate."""
         return self.accepted.sum()
 
 
@@ -68,11 +68,11 @@ class KDHead(nn.Module):
     Args:
         objective: Divergence per token.
         selector: Weights per token.
-        normalize: ``valid``: divide by the number of valid tokens, as SelecTKD does; ``selected``: by the sum of the
+        normalize: `valid`: divide by the number of valid tokens, as SelecTKD does; `selected`: by the sum of the
             weights, which is the number of selected tokens where the weights are 0 and 1.
         loss_temperature: T of the divergence.
         verify_temperature: Temperature of the logits that the selector sees.
-        temperature_scale: ``squared`` multiplies a token's divergence by the square of its temperature; ``none`` does
+        temperature_scale: `squared` multiplies a token's divergence by the square of its temperature; `none` does
             not.
         vocab_size: Size of the tokenizer's vocabulary; rows of either head beyond it are padding and are left out.
             None if both heads have exactly that size.
@@ -126,7 +126,7 @@ class KDHead(nn.Module):
             student_hidden: Hidden states before the student's head of the tokens that carry a loss, shape (N, H).
             student_head: The student's output layer.
             teacher: The teacher's N rows of the same tokens; no gradient is taken. A stored distribution that lacks
-                tokens (K < V) is compared on K + 1 categories, see :func:`llm_kd.head.rows.truncated_loss`.
+                tokens (K < V) is compared on K + 1 categories, see `llm_kd.head.rows.truncated_loss`.
 
         Returns:
             Sums and per-token values, in the order of the rows.
@@ -193,7 +193,7 @@ class KDHead(nn.Module):
             loss: Mean loss of the step, reduced over accumulation and ranks.
             step: Number of optimizer steps done.
             total_steps: Length of training in optimizer steps.
-            selected_loss: The same, divided by the sum of the weights whatever ``normalize`` is: a mean over all tokens
+            selected_loss: The same, divided by the sum of the weights whatever `normalize` is: a mean over all tokens
                 falls when the selector selects fewer, which it must not take for progress. None if equal.
         """
         self.objective.on_step(loss, step, total_steps)
@@ -228,7 +228,7 @@ class KDHead(nn.Module):
     def _walk(
         self, student: Projection, teacher: TeacherRows, ranked: TeacherRows, gradients: Gradients | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Losses, weights and acceptance of all N rows, scored by ``ranked``; adds to the gradients."""
+        """Losses, weights and acceptance of all N rows, scored by `ranked`; adds to the gradients."""
         rows = torch.arange(len(student.hidden), device=student.hidden.device)
         row_loss, weights, accepted, temperature = rows.new_zeros((4, len(rows)), dtype=student.dtype)
         size = self.chunk_size or rows_per_chunk(student, BYTES_PER_LOGIT)

@@ -23,7 +23,7 @@ class LMHead(NamedTuple):
 
 
 class Projection:
-    """Logits of chosen rows over the first ``vocab_size`` tokens, in the precision the model itself would use.
+    """Logits of chosen rows over the first `vocab_size` tokens, in the precision the model itself would use.
 
     Args:
         hidden: Hidden states of shape (N, H).
@@ -94,7 +94,7 @@ class Gradients:
 
 
 class ValueWithGradients(torch.autograd.Function):
-    """A value whose gradients are known already: ``apply(value, gradients, hidden, weight, bias)``."""
+    """A value whose gradients are known already: `apply(value, gradients, hidden, weight, bias)`."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: Gradients, *inputs: Tensor | None) -> Tensor:
@@ -106,7 +106,7 @@ class ValueWithGradients(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        """The known gradients times ``grad_output``, in place: a copy would cost a second head."""
+        """The known gradients times `grad_output`, in place: a copy would cost a second head."""
         if ctx.gradients is None:
             raise RuntimeError("the head's gradients were used up by an earlier backward; run the head again")
         gradients, ctx.gradients = ctx.gradients, None

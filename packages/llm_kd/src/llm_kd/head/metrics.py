@@ -30,9 +30,9 @@ def token_metrics(
             stored, if they are fewer), whatever the selector of the run: so that runs can be compared.
 
     Returns:
-        Scalars in at least float32: ``nll``, the student's negative log-likelihood in nats; ``kl``, KL(teacher ||
-        student), a lower bound of it with a stored teacher that lacks tokens; ``agreement``, tokens both models hold
-        most likely; ``accepted`` tokens; ``teacher_nll``, unless the teacher is stored and lacks tokens.
+        Scalars in at least float32: `nll`, the student's negative log-likelihood in nats; `kl`, KL(teacher ||
+        student), a lower bound of it with a stored teacher that lacks tokens; `agreement`, tokens both models hold
+        most likely; `accepted` tokens; `teacher_nll`, unless the teacher is stored and lacks tokens.
     """
     student = Projection(student_hidden, student_head, vocab_size)
     chunks = torch.arange(len(labels), device=labels.device).split(rows_per_chunk(student, BYTES_PER_LOGIT))

@@ -40,12 +40,12 @@ def truncated_loss(
 
     The student's logit of the last category is the logsumexp over the other tokens, so that no 1 - sum has to be taken;
     by the chain rule its gradient is shared among them in proportion to their probabilities. The stored probabilities,
-    rounded as they may be, are normalised; a tail mass below ``TAIL_FLOOR`` is raised to it.
+    rounded as they may be, are normalised; a tail mass below `TAIL_FLOOR` is raised to it.
 
     Args:
         objective: The divergence.
         z: Student logits of shape (n, V).
-        teacher: n stored rows with K < V.
+        teacher: N stored rows with K < V.
         with_gradient: Whether the gradient is wanted.
 
     Returns:

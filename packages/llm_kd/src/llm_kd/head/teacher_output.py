@@ -38,7 +38,7 @@ TeacherOutput = TeacherHiddenStates | TruncatedDistribution
 
 @torch.no_grad()
 def truncate(teacher_output: TeacherHiddenStates, size: int, vocab_size: int) -> TruncatedDistribution:
-    """The ``size`` most likely tokens of every row, chunk by chunk.
+    """The `size` most likely tokens of every row, chunk by chunk.
 
     Args:
         teacher_output: N rows of a teacher.

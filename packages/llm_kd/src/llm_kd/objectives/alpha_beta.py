@@ -27,7 +27,7 @@ class AlphaBeta(Objective):
         self._check_settings()
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float | None = 1.0) -> Tensor:
-        """Divergence per row; see :meth:`Objective.forward`."""
+        """Divergence per row; see `Objective.forward`."""
         return alpha_beta(student_logits, teacher_logits, self.alpha, self.beta, temperature=temperature)
 
     def grad_log_q(self, log_q: Tensor, log_p: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ class Objective(nn.Module, ABC):
 
     The value is differentiable; the gradient h = df/dlog q lets the head form the gradient with respect to the logits,
     (h - q * sum_v h) / T, without autograd. An objective with a state that follows training keeps it in the module's
-    extra state and changes it in :meth:`on_step` only.
+    extra state and changes it in `on_step` only.
 
     Attributes:
         data_processing: Whether merging tokens can only lower the divergence (the data-processing inequality, which
@@ -49,7 +49,7 @@ class Objective(nn.Module, ABC):
         """
 
     def value_and_grad(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-        """What :meth:`forward` and :meth:`grad_log_q` give; an objective whose two share terms computes them once.
+        """What `forward` and `grad_log_q` give; an objective whose two share terms computes them once.
 
         Args:
             log_q: Student log-probabilities of shape (..., V).

@@ -13,7 +13,7 @@ class ForwardKL(Objective):
     data_processing = True
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float | None = 1.0) -> Tensor:
-        """Divergence per row; see :meth:`Objective.forward`."""
+        """Divergence per row; see `Objective.forward`."""
         return forward_kl(student_logits, teacher_logits, temperature=temperature)
 
     def grad_log_q(self, log_q: Tensor, log_p: Tensor) -> Tensor:
@@ -21,6 +21,6 @@ class ForwardKL(Objective):
         return -log_p.exp()
 
     def value_and_grad(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-        """Both at once; see :meth:`Objective.value_and_grad`."""
+        """Both at once; see `Objective.value_and_grad`."""
         p = log_p.exp()
         return torch.linalg.vecdot(p, log_ratio(log_p, log_q)), p.neg_()

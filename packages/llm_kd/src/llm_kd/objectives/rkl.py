@@ -13,7 +13,7 @@ class ReverseKL(Objective):
     data_processing = True
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float | None = 1.0) -> Tensor:
-        """Divergence per row; see :meth:`Objective.forward`."""
+        """Divergence per row; see `Objective.forward`."""
         return reverse_kl(student_logits, teacher_logits, temperature=temperature)
 
     def grad_log_q(self, log_q: Tensor, log_p: Tensor) -> Tensor:
@@ -21,6 +21,6 @@ class ReverseKL(Objective):
         return self.value_and_grad(log_q, log_p)[1]
 
     def value_and_grad(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-        """Both at once; see :meth:`Objective.value_and_grad`."""
+        """Both at once; see `Objective.value_and_grad`."""
         q, ratio = log_q.exp(), log_ratio(log_q, log_p)
         return torch.linalg.vecdot(q, ratio), ratio.add_(1).mul_(q)

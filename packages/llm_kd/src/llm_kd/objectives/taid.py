@@ -49,7 +49,7 @@ class TAID(Objective):
         return log_p if self.t == 1 else (self.t * log_p + (1 - self.t) * log_q).log_softmax(dim=-1)
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float | None = 1.0) -> Tensor:
-        """Cross-entropy per row; see :meth:`Objective.forward`."""
+        """Cross-entropy per row; see `Objective.forward`."""
         log_p, log_q = log_probs(student_logits, teacher_logits, temperature)
         target = self._log_target(log_q.detach(), log_p).exp()
         return -(target * log_q.masked_fill(target == 0, 0.0)).sum(dim=-1)
@@ -59,7 +59,7 @@ class TAID(Objective):
         return -self._log_target(log_q, log_p).exp()
 
     def on_step(self, loss: float, step: int, total_steps: int) -> None:
-        """Advance t after an optimizer step; see :meth:`Objective.on_step`.
+        """Advance t after an optimizer step; see `Objective.on_step`.
 
         Raises:
             ValueError: If the loss is not finite.
@@ -81,5 +81,5 @@ class TAID(Objective):
         return {"t": self.t, "trend": self.trend, "previous_loss": self.previous_loss}
 
     def set_extra_state(self, state: Any) -> None:
-        """Restore :meth:`get_extra_state`."""
+        """Restore `get_extra_state`."""
         self.t, self.trend, self.previous_loss = state["t"], state["trend"], state["previous_loss"]

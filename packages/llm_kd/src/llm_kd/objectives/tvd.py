@@ -12,7 +12,7 @@ class TotalVariation(Objective):
     data_processing = True
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float | None = 1.0) -> Tensor:
-        """Distance per row; see :meth:`Objective.forward`."""
+        """Distance per row; see `Objective.forward`."""
         return total_variation(student_logits, teacher_logits, temperature=temperature)
 
     def grad_log_q(self, log_q: Tensor, log_p: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Propose and verify: which of the student's next-token proposals the teacher accepts (SelecTKD, arXiv 2510.24021).
 
 PyTorch only, and nothing here carries a gradient. Logits have shape (..., V); p is the teacher's distribution, q the
-student's. The teacher may also be a stored :class:`TruncatedDistribution`, wherever that determines the answer.
+student's. The teacher may also be a stored `TruncatedDistribution`, wherever that determines the answer.
 """
 
 import math
@@ -54,7 +54,7 @@ class TruncatedDistribution:
 
     @classmethod
     def from_logits(cls, logits: Tensor, size: int) -> "TruncatedDistribution":
-        """Truncate softmax(logits) to its ``size`` most likely tokens; of equal logits the lower id ranks first.
+        """Truncate softmax(logits) to its `size` most likely tokens; of equal logits the lower id ranks first.
 
         Args:
             logits: Logits of shape (..., V).
@@ -95,7 +95,7 @@ class TruncatedDistribution:
         return self._map(lambda tensor: tensor[rows])
 
     def split(self, rows: int) -> "list[TruncatedDistribution]":
-        """Parts of at most ``rows`` rows; one empty part when there are none."""
+        """Parts of at most `rows` rows; one empty part when there are none."""
         return [self[start : start + rows] for start in range(0, max(len(self), 1), rows)]
 
     def to(self, device: torch.device | str) -> "TruncatedDistribution":

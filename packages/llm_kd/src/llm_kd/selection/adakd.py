@@ -15,7 +15,7 @@ class AdaKD(Selector):
 
     The median is that of the kept tokens (the lower one of two), so hard tokens get a low temperature. The scores carry
     no gradient. The share starts at 1 and is fixed during the warm-up, at whose end the loss's running mean becomes the
-    reference. From then on, when the mean has fallen more than ``tolerance`` below the reference, r is multiplied by
+    reference. From then on, when the mean has fallen more than `tolerance` below the reference, r is multiplied by
     1 - rate; when it has risen as much above it, by 1 + rate; in both cases the mean is the new reference. Tokens
     compete within one call of the head: one micro-batch on one rank.
 
@@ -77,7 +77,7 @@ class AdaKD(Selector):
         return Selection(kept, kept, torch.exp(-self.c * torch.tanh(log_score - median)))
 
     def on_step(self, loss: float, step: int, total_steps: int) -> None:
-        """Follow the loss after an optimizer step; see :meth:`Selector.on_step`.
+        """Follow the loss after an optimizer step; see `Selector.on_step`.
 
         Raises:
             ValueError: If the loss is not finite.
@@ -100,5 +100,5 @@ class AdaKD(Selector):
         return {"share": self.share, "mean_loss": self.mean_loss, "reference": self.reference}
 
     def set_extra_state(self, state: Any) -> None:
-        """Restore :meth:`get_extra_state`."""
+        """Restore `get_extra_state`."""
         self.share, self.mean_loss, self.reference = state["share"], state["mean_loss"], state["reference"]

@@ -27,14 +27,14 @@ class Selection(NamedTuple):
 class Selector(nn.Module, ABC):
     """A rule that weights tokens, in two steps so that it never needs the logits of all tokens at once.
 
-    :meth:`score` reduces the logits of some rows to one number per row. :meth:`select` turns scores into weights. A
-    selector that compares tokens with each other sets ``per_row`` to False and is given the scores of the whole batch;
+    `score` reduces the logits of some rows to one number per row. `select` turns scores into weights. A
+    selector that compares tokens with each other sets `per_row` to False and is given the scores of the whole batch;
     else it may be given any part of them. A state that follows training lives in the module's extra state.
 
     Attributes:
         per_row: Whether a token's weight depends on its own score (and noise) only.
         whole_teacher: Whether the score needs all of the teacher's probabilities, or the selection sets temperatures,
-            which does. If not, the teacher's logits may be a :class:`TruncatedDistribution` with K < V.
+            which does. If not, the teacher's logits may be a `TruncatedDistribution` with K < V.
     """
 
     per_row: ClassVar[bool] = True
@@ -47,7 +47,7 @@ class Selector(nn.Module, ABC):
         Args:
             student_logits: Student logits at the verification temperature, shape (n, V), in at least float32.
             teacher_logits: Teacher logits of the same shape and dtype; a stored distribution, at temperature 1, only if
-                :meth:`check_truncated` lets it pass.
+                `check_truncated` lets it pass.
 
         Returns:
             Scores of shape (n,), in the logits' dtype.
@@ -58,8 +58,8 @@ class Selector(nn.Module, ABC):
         """Weights of tokens.
 
         Args:
-            score: Scores of shape (n,): all of the batch, or any part of it if ``per_row``.
-            noise: What :meth:`draw` gave for these tokens.
+            score: Scores of shape (n,): all of the batch, or any part of it if `per_row`.
+            noise: What `draw` gave for these tokens.
 
         Returns:
             Selection of the n tokens.

@@ -28,7 +28,7 @@ class SpecK(SpecKExpected):
         ValueError: If a setting is out of its range.
 
     References:
-        SelecTKD, arXiv 2510.24021; see :func:`llm_kd.selection.acceptance.speck_accept_probability`.
+        SelecTKD, arXiv 2510.24021; see `llm_kd.selection.acceptance.speck_accept_probability`.
     """
 
     def __init__(self, k: int = 5, beta: float = 0.01, seed: int | None = None) -> None:
@@ -60,5 +60,5 @@ class SpecK(SpecKExpected):
         return {"batches": self.batches}
 
     def set_extra_state(self, state: Any) -> None:
-        """Restore :meth:`get_extra_state`."""
+        """Restore `get_extra_state`."""
         self.batches = state["batches"]

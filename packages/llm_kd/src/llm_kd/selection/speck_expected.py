@@ -32,5 +32,5 @@ class SpecKExpected(Selector):
         return speck_accept_probability(student_logits, teacher_logits, self.k)
 
     def select(self, score: Tensor, noise: Tensor | None = None) -> Selection:
-        """Expected weights; ``accepted`` holds the probabilities."""
+        """Expected weights; `accepted` holds the probabilities."""
         return Selection(token_weights(score, self.beta), score)

@@ -34,7 +34,7 @@ class TopK(Selector):
             raise ValueError(f"selector.k must be at most {vocab_size}, the tokens of the vocabulary, got {self.k}")
 
     def check_truncated(self, size: int, vocab_size: int) -> None:
-        """Refuse fewer than k stored tokens; see :meth:`Selector.check_truncated`."""
+        """Refuse fewer than k stored tokens; see `Selector.check_truncated`."""
         if self.k > size:
             raise ValueError(
                 f"k={self.k} needs the teacher's first {self.k} tokens but only {size} are stored; lower k, or store "

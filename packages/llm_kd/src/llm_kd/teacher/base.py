@@ -39,7 +39,7 @@ class TeacherBackbone(Protocol):
 class Teacher(ABC):
     """Gives the teacher's side of the loss.
 
-    Deliberately no ``nn.Module``: a teacher belongs in no checkpoint, optimizer or DDP bucket of the student.
+    Deliberately no `nn.Module`: a teacher belongs in no checkpoint, optimizer or DDP bucket of the student.
     """
 
     @abstractmethod
@@ -50,7 +50,7 @@ class Teacher(ABC):
             batch: B sequences, or rows of packed sequences.
 
         Returns:
-            One row for each true entry of ``batch.predict``, in row-major order, on the batch's device.
+            One row for each true entry of `batch.predict`, in row-major order, on the batch's device.
         """
 
     def to(self, device: torch.device | str) -> "Teacher":
@@ -59,7 +59,7 @@ class Teacher(ABC):
 
 
 def supervised_counts(batch: TokenBatch) -> list[int]:
-    """Number of supervised tokens of each example of a batch, in the order of ``batch.keys``.
+    """Number of supervised tokens of each example of a batch, in the order of `batch.keys`.
 
     Raises:
         ValueError: If the batch does not hold as many supervised sequences as keys.

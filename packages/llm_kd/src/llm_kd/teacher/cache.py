@@ -1,6 +1,6 @@
 """A teacher's truncated distributions on disk, and reading them.
 
-A cache is a folder: ``manifest.json`` says what it holds and lists the shards; a shard is a safetensors file of packed
+A cache is a folder: `manifest.json` says what it holds and lists the shards; a shard is a safetensors file of packed
 records with the index of its examples, read through a memory map. Every example carries a checksum that each read
 verifies, and the index of a shard carries one that opening verifies. Nothing is ever unpickled.
 """
@@ -34,8 +34,8 @@ class CacheHeader:
 
     Attributes:
         teacher: Name of the teacher, for people.
-        weights: Fingerprint of its weights, :func:`llm_kd.teacher.weights_fingerprint`.
-        tokenizer: Fingerprint of the vocabulary, :func:`llm_kd.teacher.vocabulary_fingerprint`.
+        weights: Fingerprint of its weights, `llm_kd.teacher.weights_fingerprint`.
+        tokenizer: Fingerprint of the vocabulary, `llm_kd.teacher.vocabulary_fingerprint`.
         vocab_size: Number V of tokens.
         size: Number K of stored tokens.
         dtype: Precision of the stored log-probabilities.
@@ -74,13 +74,13 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class Manifest:
-    """Content of ``manifest.json``.
+    """Content of `manifest.json`.
 
     Attributes:
         header: What the cache holds.
         shards: Its files.
         complete: False while examples are still to be written.
-        source: What the teacher was loaded from, :meth:`llm_kd.models.TeacherSpec.source`, by which it is known without
+        source: What the teacher was loaded from, `llm_kd.models.TeacherSpec.source`, by which it is known without
             being loaded; None if the writer was not told.
     """
 
@@ -126,7 +126,7 @@ class Manifest:
 
 
 class Stored(NamedTuple):
-    """What :meth:`TeacherCache.read` gives for some examples, one after the other.
+    """What `TeacherCache.read` gives for some examples, one after the other.
 
     Attributes:
         counts: Number of supervised tokens of each example.
@@ -206,7 +206,7 @@ class TeacherCache:
         """Compare the teacher with the one that is to be distilled, without loading it.
 
         Args:
-            source: What that one would be loaded from, :meth:`llm_kd.models.TeacherSpec.source`.
+            source: What that one would be loaded from, `llm_kd.models.TeacherSpec.source`.
 
         Raises:
             CacheError: If it is another one.

@@ -9,7 +9,7 @@ from llm_kd.teacher.cache import CacheError, TeacherCache
 
 
 class CachedTeacher(Teacher):
-    """Reads the teacher's truncated distributions; before training, ask :meth:`KDHead.check_truncated` whether they do.
+    """Reads the teacher's truncated distributions; before training, ask `KDHead.check_truncated` whether they do.
 
     Args:
         cache: An open cache.
@@ -19,7 +19,7 @@ class CachedTeacher(Teacher):
         self.cache = cache
 
     def output(self, batch: TokenBatch) -> TruncatedDistribution:
-        """Stored rows of the supervised tokens; see :meth:`Teacher.output`.
+        """Stored rows of the supervised tokens; see `Teacher.output`.
 
         Raises:
             CacheError: If an example is missing or damaged, or was stored with other supervised tokens.

@@ -23,7 +23,7 @@ def weights_fingerprint(backbone: TeacherBackbone) -> str:
 
 
 def vocabulary_fingerprint(vocabulary: Mapping[str, int]) -> str:
-    """SHA-256 over the tokens and their ids, as ``tokenizer.get_vocab()`` gives them.
+    """SHA-256 over the tokens and their ids, as `tokenizer.get_vocab()` gives them.
 
     Returns:
         64 hexadecimal digits.

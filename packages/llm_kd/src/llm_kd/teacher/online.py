@@ -11,7 +11,7 @@ class OnlineTeacher(Teacher):
     """Runs the teacher on every batch, without gradients.
 
     Args:
-        backbone: The teacher, such as :class:`llm_kd.models.Backbone`; it is frozen and put into evaluation mode.
+        backbone: The teacher, such as `llm_kd.models.Backbone`; it is frozen and put into evaluation mode.
     """
 
     def __init__(self, backbone: TeacherBackbone) -> None:
@@ -21,7 +21,7 @@ class OnlineTeacher(Teacher):
 
     @torch.no_grad()
     def output(self, batch: TokenBatch) -> TeacherHiddenStates:
-        """Hidden states of the supervised tokens, and the head; see :meth:`Teacher.output`."""
+        """Hidden states of the supervised tokens, and the head; see `Teacher.output`."""
         hidden = self.backbone(batch.input_ids, batch.position_ids)
         return TeacherHiddenStates(hidden[batch.predict], self.backbone.lm_head())
 

@@ -38,7 +38,7 @@ class CacheWriter:
     Args:
         folder: The cache's folder; made if need be.
         header: What the cache holds.
-        source: What the teacher was loaded from; see :class:`llm_kd.teacher.cache.Manifest`.
+        source: What the teacher was loaded from; see `llm_kd.teacher.cache.Manifest`.
         shard_bytes: Size at which a shard is written; about three times as much memory is used.
 
     Raises:

@@ -29,9 +29,9 @@ def token_table(
         k: The teacher accepts the student's most likely token if it is among its own k most likely ones.
 
     Returns:
-        Columns of shape (N,), on the CPU. int64: ``example``, ``position`` (from 0 at an answer's first token),
-        ``token``, ``student_top``, ``teacher_top``. bool: ``accepted`` (Top-k). float32: ``speck``, the probability
-        that Spec-k accepts; in nats ``kl`` (teacher || student), ``nll``, ``teacher_nll`` and ``teacher_entropy``.
+        Columns of shape (N,), on the CPU. int64: `example`, `position` (from 0 at an answer's first token),
+        `token`, `student_top`, `teacher_top`. bool: `accepted` (Top-k). float32: `speck`, the probability
+        that Spec-k accepts; in nats `kl` (teacher || student), `nll`, `teacher_nll` and `teacher_entropy`.
     """
     device = next(student.parameters()).device
     parts: list[dict[str, Tensor]] = []

@@ -24,7 +24,7 @@ from spec_decode.models.target import TargetSpec
 
 
 def parse_tree(text: str) -> tuple[int, ...] | DynamicTree | str | None:
-    """Tree from the command line: ``auto``, ``chain``, candidates per level, or ``dynamic:DEPTH,TOP_K,NODES``.
+    """Tree from the command line: `auto`, `chain`, candidates per level, or `dynamic:DEPTH,TOP_K,NODES`.
 
     Raises:
         ValueError: For anything else.
@@ -46,7 +46,7 @@ def parse_tree(text: str) -> tuple[int, ...] | DynamicTree | str | None:
 def build_decoder(
     target: CausalLM, drafter: Drafter | None, tree: tuple[int, ...] | DynamicTree | str | None, **settings: Any
 ) -> SpeculativeDecoder:
-    """Decoder with a tree that `parse_tree` returned; ``auto`` measures this machine.
+    """Decoder with a tree that `parse_tree` returned; `auto` measures this machine.
 
     Args:
         target: Target.
@@ -63,7 +63,7 @@ LOOKUP = "+lookup"
 
 
 def drafter_folder(name: str) -> Path:
-    """Where the files of a drafter would be, whose name may end in ``+lookup``."""
+    """Where the files of a drafter would be, whose name may end in `+lookup`."""
     return Path(name.removesuffix(LOOKUP))
 
 
@@ -106,9 +106,9 @@ def check_settings(
 
 
 def find_drafter(name: str, target: CausalLM, tokenizer: Any = None) -> Drafter | None:
-    """Drafter from a folder that `fit` wrote, by a name that needs no weights, or None for ``none``.
+    """Drafter from a folder that `fit` wrote, by a name that needs no weights, or None for `none`.
 
-    The folder of a language model, such as a student that `llm_kd.fit` wrote, drafts as it is. ``NAME+lookup`` adds the
+    The folder of a language model, such as a student that `llm_kd.fit` wrote, drafts as it is. `NAME+lookup` adds the
     branch of prompt lookup to the tree of any of them.
 
     Args:
@@ -170,7 +170,7 @@ class Session:
 
     Args:
         target: Step runner.
-        tokenizer: transformers tokenizer.
+        tokenizer: Transformers tokenizer.
         decoder: Decoder of the target.
         stops: Tokens that end an answer.
     """
@@ -250,7 +250,7 @@ class TextStream:
     """Turns tokens into pieces of text as they come; a character is held back until all its bytes are there.
 
     Args:
-        tokenizer: transformers tokenizer.
+        tokenizer: Transformers tokenizer.
     """
 
     tokenizer: Any

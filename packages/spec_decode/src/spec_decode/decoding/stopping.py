@@ -21,7 +21,7 @@ class StopStrings:
 
     Args:
         strings: Texts that end a row.
-        tokenizer: transformers tokenizer that decodes tokens.
+        tokenizer: Transformers tokenizer that decodes tokens.
         batch: Number of rows.
 
     Raises:

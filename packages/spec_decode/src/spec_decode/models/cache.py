@@ -24,7 +24,7 @@ class KVCache:
         batch: B.
         capacity: S, the largest length of a row plus the largest number of nodes of a pass.
         kv_heads: K.
-        head_dim: d.
+        head_dim: D.
         dtype: Type of keys and values.
         device: Where they live.
 

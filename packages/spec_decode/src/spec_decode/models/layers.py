@@ -25,11 +25,11 @@ class LayerShape:
     """Sizes and switches of a decoder layer.
 
     Args:
-        hidden_size: h.
+        hidden_size: H.
         intermediate_size: Width of the gated MLP.
         heads: H, a multiple of `kv_heads`.
         kv_heads: K.
-        head_dim: d.
+        head_dim: D.
         norm_eps: Epsilon of every RMSNorm.
         activation: Name of the MLP's activation in transformers.
         qkv_bias: Whether the query, key and value projections have a bias.

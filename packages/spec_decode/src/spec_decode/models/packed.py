@@ -2,8 +2,8 @@
 
 For a handful of rows, bringing a plain bfloat16 weight into oneDNN's blocked layout is a large part of the product, on
 every call; for a single row it is not, and plain weights are read faster than blocked ones. So both are kept, and what
-drafts need does not slow plain decoding down; ``benchmarks/target_pass.py`` measures it. Laying weights out once is
-what ``torch.compile`` does when it freezes them, without a compiler; the operators are those its generated code calls.
+drafts need does not slow plain decoding down; `benchmarks/target_pass.py` measures it. Laying weights out once is
+what `torch.compile` does when it freezes them, without a compiler; the operators are those its generated code calls.
 """
 
 from typing import Any

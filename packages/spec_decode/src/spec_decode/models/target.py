@@ -13,7 +13,7 @@ def fast_dtype() -> str:
     """Precision in which this machine checks drafts fastest: bfloat16 on a GPU or a CPU with AVX-512, else float32.
 
     Without AVX-512 the cost of a bfloat16 matrix product grows with its rows, so that checking a draft costs about as
-    much as decoding plainly; `spec_decode.benchmark` writes the times of passes by size as ``pass_seconds``.
+    much as decoding plainly; `spec_decode.benchmark` writes the times of passes by size as `pass_seconds`.
     """
     native = torch.cuda.is_available() or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     return "bfloat16" if native else "float32"
@@ -24,8 +24,8 @@ class TargetSpec:
     """The model whose decoding is sped up; it is never trained.
 
     Args:
-        name: Local folder, Hub name, or ``smollm2-135m-instruct``, which comes with the package index.
-        dtype: Precision of its weights; ``auto`` is `fast_dtype`.
+        name: Local folder, Hub name, or `smollm2-135m-instruct`, which comes with the package index.
+        dtype: Precision of its weights; `auto` is `fast_dtype`.
         feature_layers: Three layers whose inputs the drafter reads; None means EAGLE-3's 2, L // 2 and L - 3.
     """
 

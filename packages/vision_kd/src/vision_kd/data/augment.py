@@ -25,7 +25,7 @@ class ImageDraws:
     (product of the bases) / 2^62, which is below 1e-9 for every view here.
 
     Args:
-        seeds: shape (N,), int64, uniform in [0, 2^62).
+        seeds: Shape (N,), int64, uniform in [0, 2^62).
     """
 
     def __init__(self, seeds: Tensor) -> None:
@@ -57,10 +57,10 @@ def random_crop_flip(images: Tensor, draws: ImageDraws, *, padding: int = 4, fli
     The distribution is that of torchvision's `RandomCrop(size, padding=padding)` followed by `RandomHorizontalFlip()`.
 
     Args:
-        images: shape (N, C, H, W), uint8.
-        draws: the random integers of these N images.
-        padding: rows and columns of zeros added on every side; offsets are uniform in [0, 2 * padding].
-        flip: whether to mirror.
+        images: Shape (N, C, H, W), uint8.
+        draws: The random integers of these N images.
+        padding: Rows and columns of zeros added on every side; offsets are uniform in [0, 2 * padding].
+        flip: Whether to mirror.
 
     Returns:
         Views of shape (N, C, H, W), uint8.
@@ -120,10 +120,10 @@ def rand_augment(images: Tensor, draws: ImageDraws, *, num_ops: int = 2, magnitu
     and away from torch's global random state.
 
     Args:
-        images: shape (N, C, H, W), uint8, C in {1, 3}.
-        draws: the random integers of these N images.
-        num_ops: operations applied one after another.
-        magnitude: strength in [0, 30].
+        images: Shape (N, C, H, W), uint8, C in {1, 3}.
+        draws: The random integers of these N images.
+        num_ops: Operations applied one after another.
+        magnitude: Strength in [0, 30].
 
     Returns:
         Views of shape (N, C, H, W), uint8.
@@ -144,9 +144,9 @@ def cutout(images: Tensor, draws: ImageDraws, *, size: int) -> Tensor:
     """Images with a grey square whose centre is uniform over the image; the part outside is lost.
 
     Args:
-        images: shape (N, C, H, W), uint8.
-        draws: the random integers of these N images.
-        size: side of the square in pixels.
+        images: Shape (N, C, H, W), uint8.
+        draws: The random integers of these N images.
+        size: Side of the square in pixels.
 
     Returns:
         Views of shape (N, C, H, W), uint8.

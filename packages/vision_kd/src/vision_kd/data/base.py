@@ -62,8 +62,8 @@ def stratified_order(labels: Tensor, seed: int = 0) -> Tensor:
     """A random order of the samples whose every prefix has the classes in proportion, up to one sample.
 
     Args:
-        labels: shape (N,), int64.
-        seed: seed of the order.
+        labels: Shape (N,), int64.
+        seed: Seed of the order.
 
     Returns:
         Sample numbers, shape (N,), int64.
@@ -85,20 +85,20 @@ class ImageDataModule(LightningDataModule):
     teacher and student each apply their own mean and standard deviation.
 
     Args:
-        batch_size: training images a batch on one rank; an incomplete last batch is left out.
-        val_batch_size: validation images a batch on one rank.
-        seed: seed of the order and the augmentation.
+        batch_size: Training images a batch on one rank; an incomplete last batch is left out.
+        val_batch_size: Validation images a batch on one rank.
+        seed: Seed of the order and the augmentation.
 
     Attributes:
-        num_classes: number of classes.
-        class_names: their names, in the order of the labels.
-        in_channels: channels of an image.
-        image_size: height and width of an image in pixels; None where images differ in size.
-        mean: mean of every channel in [0, 1].
-        std: standard deviation of every channel.
+        num_classes: Number of classes.
+        class_names: Their names, in the order of the labels.
+        in_channels: Channels of an image.
+        image_size: Height and width of an image in pixels; None where images differ in size.
+        mean: Mean of every channel in [0, 1].
+        std: Standard deviation of every channel.
 
     Raises:
-        ValueError: when a batch size is not positive.
+        ValueError: When a batch size is not positive.
     """
 
     class_names: tuple[str, ...]
@@ -153,11 +153,11 @@ class ImageDataModule(LightningDataModule):
         """Refuse a batch that the training set does not fill; in Lightning's loop a teacher would be trained already.
 
         Args:
-            world_size: number of processes.
+            world_size: Number of processes.
 
         Raises:
-            ValueError: if it does not fill one on each process, or from reading it.
-            FileNotFoundError: if there is none.
+            ValueError: If it does not fill one on each process, or from reading it.
+            FileNotFoundError: If there is none.
         """
         self.prepare_data()
         self.setup("fit")
@@ -179,13 +179,13 @@ class TensorDataModule(ImageDataModule):
     A subclass names its recipe in class attributes and implements `load`.
 
     Args:
-        batch_size: training images a batch on one rank; an incomplete last batch is left out.
-        val_batch_size: validation images a batch on one rank.
-        seed: seed of the order and the augmentation.
-        train_subset: train on this many images only, the first of a fixed order with balanced classes.
+        batch_size: Training images a batch on one rank; an incomplete last batch is left out.
+        val_batch_size: Validation images a batch on one rank.
+        seed: Seed of the order and the augmentation.
+        train_subset: Train on this many images only, the first of a fixed order with balanced classes.
 
     Attributes:
-        weak: the weak augmentation.
+        weak: The weak augmentation.
     """
 
     weak: Augment

@@ -29,13 +29,13 @@ class CIFAR10(TensorDataModule):
     The weak view crops with padding 4 and mirrors.
 
     Args:
-        root: folder that holds torchvision's archive, or a tree `train/<class>/*` and `test/<class>/*` of 32 x 32
+        root: Folder that holds torchvision's archive, or a tree `train/<class>/*` and `test/<class>/*` of 32 x 32
             images; by default KD_DATA or ~/.cache/kd_data.
-        download: fetch the archive into `root` with torchvision when neither is there.
-        batch_size: training images a batch on one rank; an incomplete last batch is left out.
-        val_batch_size: validation images a batch on one rank.
-        seed: seed of the order and the augmentation.
-        train_subset: train on this many images only, the first of a fixed order with balanced classes.
+        download: Fetch the archive into `root` with torchvision when neither is there.
+        batch_size: Training images a batch on one rank; an incomplete last batch is left out.
+        val_batch_size: Validation images a batch on one rank.
+        seed: Seed of the order and the augmentation.
+        train_subset: Train on this many images only, the first of a fixed order with balanced classes.
     """
 
     title = "CIFAR-10"

@@ -31,9 +31,9 @@ def files_digest(root: Path, files: Sequence[Path], values: Any = None) -> str:
     file is read, and of the others the name and the size count.
 
     Args:
-        root: folder that the names are relative to.
-        files: the files, in the order in which they are used.
-        values: plain values that count too, such as labels.
+        root: Folder that the names are relative to.
+        files: The files, in the order in which they are used.
+        values: Plain values that count too, such as labels.
     """
     sizes = [file.stat().st_size for file in files]
     digest = hashlib.sha256(json.dumps(values).encode())

@@ -25,13 +25,13 @@ def read_idx(path: Path) -> Tensor:
     """The array of unsigned bytes in an idx file, gzip-packed when its name ends in .gz.
 
     Args:
-        path: the file.
+        path: The file.
 
     Returns:
         A uint8 tensor of the shape that the file's header states.
 
     Raises:
-        ValueError: when the file is damaged, truncated, too large or holds something else.
+        ValueError: When the file is damaged, truncated, too large or holds something else.
     """
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
@@ -57,13 +57,13 @@ class FashionMNIST(TensorDataModule):
     The weak view crops with padding 2 and mirrors.
 
     Args:
-        root: folder that holds the idx files or torchvision's `FashionMNIST/raw`; by default KD_DATA or
+        root: Folder that holds the idx files or torchvision's `FashionMNIST/raw`; by default KD_DATA or
             ~/.cache/kd_data and then Debian's /usr/share/datasets/fashion-mnist.
-        download: fetch the files into `root` with torchvision when they are in none of these places.
-        batch_size: training images a batch on one rank; an incomplete last batch is left out.
-        val_batch_size: validation images a batch on one rank.
-        seed: seed of the order and the augmentation.
-        train_subset: train on this many images only, the first of a fixed order with balanced classes.
+        download: Fetch the files into `root` with torchvision when they are in none of these places.
+        batch_size: Training images a batch on one rank; an incomplete last batch is left out.
+        val_batch_size: Validation images a batch on one rank.
+        seed: Seed of the order and the augmentation.
+        train_subset: Train on this many images only, the first of a fixed order with balanced classes.
     """
 
     class_names = tuple(torchvision.datasets.FashionMNIST.classes)

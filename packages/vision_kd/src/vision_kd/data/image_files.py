@@ -20,7 +20,7 @@ CHECKED = 500
 """Images of a split whose headers are read before a run; this takes less than a tenth of a second."""
 
 CLUTTER = {".DS_Store", "Thumbs.db", "desktop.ini"}
-"""Files that file managers write into folders; those of macOS that start with ``._`` are others."""
+"""Files that file managers write into folders; those of macOS that start with `._` are others."""
 
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -146,7 +146,7 @@ def header_size(path: Path) -> tuple[int, int]:
 
 
 def spread(count: int) -> range:
-    """At most `CHECKED` evenly spaced numbers below ``count``, or all of them."""
+    """At most `CHECKED` evenly spaced numbers below `count`, or all of them."""
     return range(0, count, max(1, -(-count // CHECKED)))
 
 

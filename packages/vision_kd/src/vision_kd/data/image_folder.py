@@ -30,8 +30,8 @@ def class_folders(split: Path) -> tuple[str, ...]:
     """The sorted names of the folders in a split, one per class; hidden folders are no classes.
 
     Raises:
-        FileNotFoundError: when there is none.
-        ValueError: when a name cannot be shown and stored.
+        FileNotFoundError: When there is none.
+        ValueError: When a name cannot be shown and stored.
     """
     entries = split.iterdir() if split.is_dir() else ()
     names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
@@ -50,8 +50,8 @@ def list_images(split: Path, class_names: Sequence[str]) -> tuple[list[Path], li
     """The image files of a split in a fixed order, with their labels; what is left out is named in a warning.
 
     Raises:
-        ValueError: when the class folders are not the expected ones, or the header of an image is damaged.
-        FileNotFoundError: when a class folder holds no image.
+        ValueError: When the class folders are not the expected ones, or the header of an image is damaged.
+        FileNotFoundError: When a class folder holds no image.
     """
     found, expected = set(class_folders(split)), set(class_names)
     if found != expected:
@@ -84,9 +84,9 @@ class ImageFiles(Dataset[tuple[dict[str, Tensor], int]]):
     """Views and label of the image files, indexed by the pairs (row, seed) of an `EpochSampler`.
 
     Args:
-        paths: the image files.
-        labels: their labels.
-        transform: makes the views, uint8, of an image and its seed.
+        paths: The image files.
+        labels: Their labels.
+        transform: Makes the views, uint8, of an image and its seed.
     """
 
     def __init__(self, paths: Sequence[Path], labels: Sequence[int], transform: Transform) -> None:
@@ -105,10 +105,10 @@ def training_views(image: Tensor, seed: int, *, size: int, views: Sequence[str])
     """The standard ImageNet crop and mirror as the weak view; the strong view distorts another such crop.
 
     Args:
-        image: shape (3, H, W), uint8.
-        seed: the randomness of all views.
-        size: side of a view in pixels.
-        views: names of the views to make.
+        image: Shape (3, H, W), uint8.
+        seed: The randomness of all views.
+        size: Side of a view in pixels.
+        views: Names of the views to make.
 
     Returns:
         Views of shape (3, size, size), uint8.
@@ -140,12 +140,12 @@ class ImageFolder(ImageDataModule):
     Order and views are a pure function of (seed, epoch), whatever the number of workers.
 
     Args:
-        root: the folder that holds `train` and `val`.
-        image_size: side of a view in pixels.
-        num_workers: worker processes of each loader.
-        batch_size: training images a batch on one rank; an incomplete last batch is left out.
-        val_batch_size: validation images a batch on one rank.
-        seed: seed of the order and the augmentation.
+        root: The folder that holds `train` and `val`.
+        image_size: Side of a view in pixels.
+        num_workers: Worker processes of each loader.
+        batch_size: Training images a batch on one rank; an incomplete last batch is left out.
+        val_batch_size: Validation images a batch on one rank.
+        seed: Seed of the order and the augmentation.
     """
 
     in_channels = 3

@@ -25,17 +25,17 @@ class EpochSampler(DistributedSampler):
     Lightning and is not replaced by Lightning's own.
 
     Args:
-        count: number of images.
-        batch_size: images a batch on one rank.
-        shuffle: permute the rows and give every rank equally many (training); otherwise every image appears
+        count: Number of images.
+        batch_size: Images a batch on one rank.
+        shuffle: Permute the rows and give every rank equally many (training); otherwise every image appears
             exactly once, in order, on one of the ranks (validation).
-        drop_last: leave out the last global batch when it is incomplete.
-        seed: seed of the whole run.
-        rank: this process.
-        world_size: number of processes.
+        drop_last: Leave out the last global batch when it is incomplete.
+        seed: Seed of the whole run.
+        rank: This process.
+        world_size: Number of processes.
 
     Raises:
-        ValueError: when dropping the incomplete batch leaves none.
+        ValueError: When dropping the incomplete batch leaves none.
     """
 
     def __init__(
@@ -87,15 +87,15 @@ class DeviceLoader(ResumableLoader):
     without worker processes or work per image.
 
     Args:
-        images: shape (N, C, H, W), uint8.
-        labels: shape (N,), int64, on the same device.
-        batch_size: images a batch on one rank.
-        augment: the views to make, by name.
-        shuffle: see `EpochSampler`.
-        drop_last: see `EpochSampler`.
-        seed: seed of the whole run.
-        rank: this process.
-        world_size: number of processes.
+        images: Shape (N, C, H, W), uint8.
+        labels: Shape (N,), int64, on the same device.
+        batch_size: Images a batch on one rank.
+        augment: The views to make, by name.
+        shuffle: See `EpochSampler`.
+        drop_last: See `EpochSampler`.
+        seed: Seed of the whole run.
+        rank: This process.
+        world_size: Number of processes.
 
     Yields:
         `(views, target)`: every view float32 in [0, 1] of shape (batch, C, H, W), not normalised; target (batch,).

@@ -38,7 +38,7 @@ class Split:
         sizes: Their width and height, (N, 2).
         boxes: All boxes as x1, y1, x2, y2 in pixels, without crowd regions, (B, 4).
         labels: Label of each box, 1 for the category with the lowest id, (B,).
-        starts: Boxes of image n are those from ``starts[n]`` to ``starts[n + 1]``, (N + 1,).
+        starts: Boxes of image n are those from `starts[n]` to `starts[n + 1]`, (N + 1,).
         category_ids: Id of the category of labels 1, 2, ...
         class_names: Their names.
     """

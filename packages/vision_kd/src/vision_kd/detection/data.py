@@ -56,7 +56,7 @@ class ShapeSampler(EpochSampler):
 
 
 def scaled_size(width: int, height: int, short: int, longest: int) -> tuple[int, int]:
-    """Width and height with the short side at ``short``, or the long one at ``longest`` where that is smaller."""
+    """Width and height with the short side at `short`, or the long one at `longest` where that is smaller."""
     scale = min(short / min(width, height), longest / max(width, height))
     return max(1, round(width * scale)), max(1, round(height * scale))
 
@@ -106,15 +106,15 @@ def collate(samples: Sequence[Sample]) -> tuple[list[Tensor], list[dict[str, Any
 
 
 class COCO(ImageDataModule):
-    """COCO, or any data in its format: ``root/{train,val}2017`` and ``root/annotations/instances_*.json``.
+    """COCO, or any data in its format: `root/{train,val}2017` and `root/annotations/instances_*.json`.
 
-    Batches are ``(images, targets)``, two lists. Images are uint8 (3, H, W), scaled but not normalised. A target has
-    ``boxes`` (G, 4) as x1, y1, x2, y2 in pixels of the scaled image, ``labels`` (G,) from 1, ``seed``, ``image_id``,
-    and ``ratio`` (4,), scaled over original size in x, y, x, y. Crowd regions are not trained on; validation treats
+    Batches are `(images, targets)`, two lists. Images are uint8 (3, H, W), scaled but not normalised. A target has
+    `boxes` (G, 4) as x1, y1, x2, y2 in pixels of the scaled image, `labels` (G,) from 1, `seed`, `image_id`,
+    and `ratio` (4,), scaled over original size in x, y, x, y. Crowd regions are not trained on; validation treats
     them as pycocotools does. Order, scale, mirroring and the detector's sampling are a pure function of (seed, epoch).
 
     Args:
-        root: Folder that the other paths are relative to; ``$KD_DATA/coco`` by default.
+        root: Folder that the other paths are relative to; `$KD_DATA/coco` by default.
         train_annotations: Annotation file of the training images.
         train_images: Their folder.
         val_annotations: Annotation file of the validation images; it must have the same categories.
@@ -171,7 +171,7 @@ class COCO(ImageDataModule):
         return self.split("val").class_names
 
     def split(self, name: str) -> Split:
-        """The images of ``train`` or ``val``, read once."""
+        """The images of `train` or `val`, read once."""
         if name not in self._splits:
             annotations, images = (self.root / part for part in self.files[name])
             self._splits[name] = read_split(annotations, images, train=name == "train")
@@ -230,7 +230,7 @@ class DigitScenes(COCO):
     """320 training and 100 validation scenes: scikit-learn's digits on its photographs, 1 to 5 on most of them.
 
     240 x 320 pixels, landscape or portrait; digits from 32 to 200 pixels, so that COCO's small, medium and large all
-    occur. Built on first use into ``$KD_DATA`` (default ``~/.cache/kd_data``), 10 MB, without a download. Digits are
+    occur. Built on first use into `$KD_DATA` (default `~/.cache/kd_data`), 10 MB, without a download. Digits are
     not mirrored.
 
     Args:

@@ -19,7 +19,7 @@ from vision_kd.detection.sampling import SeededSampler
 from vision_kd.models.normalized import NormalizedNetwork
 
 Target = Mapping[str, Any]
-"""Ground truth of an image: ``boxes`` (G, 4) as x1, y1, x2, y2 in pixels, ``labels`` (G,) in [1, C - 1], ``seed``."""
+"""Ground truth of an image: `boxes` (G, 4) as x1, y1, x2, y2 in pixels, `labels` (G,) in [1, C - 1], `seed`."""
 
 UNUSED = "N/A"
 """Name of an output that no category uses; torchvision's 91 COCO outputs have ten of them."""
@@ -80,11 +80,11 @@ class Detector(NormalizedNetwork):
     """torchvision's Faster R-CNN with its normalisation and the names of its classes.
 
     Images are taken at the size they have: the DataModule scales them, so that a teacher and a student see the same
-    pixels and can share proposals. In evaluation mode ``forward`` returns the detections of every image.
+    pixels and can share proposals. In evaluation mode `forward` returns the detections of every image.
 
     Args:
         network: The network; its samplers and the precision of its outputs are replaced.
-        class_names: Names of outputs 1 to C - 1 (output 0 is the background); ``N/A`` for unused ones.
+        class_names: Names of outputs 1 to C - 1 (output 0 is the background); `N/A` for unused ones.
         mean: Mean of each channel, for intensities in [0, 1].
         std: Standard deviation of each channel, positive.
     """
@@ -149,7 +149,7 @@ class Detector(NormalizedNetwork):
             images: Images in [0, 1], each (3, H, W).
 
         Returns:
-            Per image ``boxes`` (D, 4) as x1, y1, x2, y2 in its pixels, ``labels`` (D,) in [1, C - 1] and ``scores``
+            Per image `boxes` (D, 4) as x1, y1, x2, y2 in its pixels, `labels` (D,) in [1, C - 1] and `scores`
             (D,), the highest first.
 
         Raises:

@@ -27,7 +27,7 @@ Batch = tuple[list[Tensor], list[dict[str, Any]]]
 
 @dataclass(frozen=True)
 class FeatureDistillation:
-    """Distillation of the FPN maps with ReviewKD, as a component ``feature`` that moves with ``nontarget``.
+    """Distillation of the FPN maps with ReviewKD, as a component `feature` that moves with `nontarget`.
 
     Attributes:
         weight: Its weight; 1.2 for ResNet-18, 1.0 for ResNet-50 and 2.0 for MobileNetV2 students as published.
@@ -39,7 +39,7 @@ class FeatureDistillation:
 
 
 class DetectionModule(ComponentTraining):
-    """Distil a detector; batches are those of :class:`vision_kd.detection.COCO`.
+    """Distil a detector; batches are those of `vision_kd.detection.COCO`.
 
     Args:
         student: Network to train.
@@ -47,7 +47,7 @@ class DetectionModule(ComponentTraining):
         mean: Per-channel mean of the images in [0, 1], the student's normalisation; linked from the data.
         std: Per-channel standard deviation; linked from the data.
         features: Distillation of the FPN maps besides the method's; None for none.
-        settings: The rest, as in :class:`vision_kd.training.component_training.ComponentTraining`.
+        settings: The rest, as in `vision_kd.training.component_training.ComponentTraining`.
 
     Raises:
         ValueError: If a setting is out of range, or the method needs several views; the message names it.
@@ -103,17 +103,17 @@ class DetectionModule(ComponentTraining):
 
     @staticmethod
     def build(spec: ModelSpec, **data_spec: Any) -> Detector:
-        """See :func:`vision_kd.detection.build_detector`."""
+        """See `vision_kd.detection.build_detector`."""
         return build_detector(spec, **data_spec)
 
     @staticmethod
     def load(path: Path) -> Detector:
-        """See :func:`vision_kd.detection.load_detector`."""
+        """See `vision_kd.detection.load_detector`."""
         return load_detector(path)
 
     @staticmethod
     def measure(network: NormalizedNetwork, data: ImageDataModule, device: torch.device | str) -> dict[str, float]:
-        """COCO's average precisions; see :func:`vision_kd.detection.evaluate_detector`."""
+        """COCO's average precisions; see `vision_kd.detection.evaluate_detector`."""
         assert isinstance(network, Detector)
         assert isinstance(data, COCO)
         record = evaluate_detector(network, data, device)
@@ -140,7 +140,7 @@ class DetectionModule(ComponentTraining):
     def component_step(
         self, batch: Batch, params: Sequence[nn.Parameter], *, epoch: float, k: int | None, **settings: Any
     ) -> StepOutput:
-        """See :func:`vision_kd.detection.step.detection_step`."""
+        """See `vision_kd.detection.step.detection_step`."""
         images, targets = batch
         teacher: Any = self.teacher
         fusion: Any = self.auxiliary[0] if self.auxiliary else None
@@ -186,7 +186,7 @@ class DetectionModule(ComponentTraining):
         return average_precision(record.split, *self._detected)
 
     def save_visualizations(self, folder: Path) -> None:
-        """Write ``detections.json``, COCO results, and ``detections.png``, some of them beside the ground truth."""
+        """Write `detections.json`, COCO results, and `detections.png`, some of them beside the ground truth."""
         if self._detected is None:  # a finished run that was resumed validates nothing
             return
         rows, image_ids = self._detected

@@ -45,7 +45,7 @@ class DetectionRecord:
 
         Args:
             detections: Per image boxes, labels and scores as `Detector` returns them.
-            targets: Per image ``image_id`` and ``ratio``.
+            targets: Per image `image_id` and `ratio`.
         """
         for found, target in zip(detections, targets, strict=True):
             boxes = found["boxes"].detach().cpu().double() / target["ratio"].cpu()
@@ -97,7 +97,7 @@ def average_precision(split: Split, rows: Tensor, image_ids: Sequence[int]) -> d
 
 
 def _annotations(rows: Tensor) -> list[dict[str, Any]]:
-    """Detections as pycocotools' ``loadRes`` enters them, which takes no empty list."""
+    """Detections as pycocotools' `loadRes` enters them, which takes no empty list."""
     return [
         {
             "id": number,

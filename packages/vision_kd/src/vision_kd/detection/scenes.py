@@ -30,7 +30,7 @@ QUALITY = 90
 def build_scenes(folder: Path) -> None:
     """Write the training and the validation images and their annotations, unless they are there already.
 
-    The layout is COCO's: ``annotations/instances_{train,val}.json``, ``train/`` and ``val/``. The same files are
+    The layout is COCO's: `annotations/instances_{train,val}.json`, `train/` and `val/`. The same files are
     written every time; training and validation share neither digits nor parts of a photograph. One process builds, the
     others wait.
 

@@ -4,7 +4,7 @@
                       -> box and RPN losses, which join the task component
                       -> FPN maps -> fusion -> distance to the teacher's, a component of its own
 
-The method is one of :mod:`vision_kd.methods`, applied to proposals instead of images; the class assigned to a proposal
+The method is one of `vision_kd.methods`, applied to proposals instead of images; the class assigned to a proposal
 is its target.
 """
 
@@ -52,7 +52,7 @@ def detection_step(
             outputs of unused categories out of both softmaxes and of the mask.
         fusion: Makes maps of the student comparable with the teacher's; None distils no features.
         feature_weight: Weight of their distance.
-        buckets: As in :func:`vision_kd.training.step.component_step`.
+        buckets: As in `vision_kd.training.step.component_step`.
         epoch: Progress in epochs, for losses that warm up.
         k: Surviving classes of the dynamic top-k mask.
     """

@@ -47,7 +47,7 @@ class Backbone:
     """A classifier whose stages feed a pyramid.
 
     Attributes:
-        build: Makes the network, given ``norm_layer``.
+        build: Makes the network, given `norm_layer`.
         stages: Names of the modules of the stem and the four stages; the last of each of the four feeds the FPN.
         channels: Channels of the four stages, at strides 4, 8, 16 and 32.
         published: torchvision's name of the classifier that has ImageNet weights, if any.
@@ -125,14 +125,14 @@ def build_network(
     Args:
         name: Key of `BACKBONES`.
         num_classes: Number of outputs, the background among them.
-        norm: ``frozen`` BatchNorm, for weights trained before, or ``group`` normalisation, to train from scratch.
+        norm: `frozen` BatchNorm, for weights trained before, or `group` normalisation, to train from scratch.
         backbone_weights: ImageNet weights of the backbone: torchvision's name of a set, such as IMAGENET1K_V1, or a
             file in its layout.
         trainable_layers: Stages of the backbone that are trained, counted from the last; 5 trains the stem too.
         fpn_channels: Channels of every FPN level.
         representation_size: Width of the ROI head.
         anchor_sizes: Side of the anchors of the five levels, in pixels.
-        settings: Further arguments of torchvision's FasterRCNN, such as ``box_batch_size_per_image``.
+        settings: Further arguments of torchvision's FasterRCNN, such as `box_batch_size_per_image`.
 
     Raises:
         UnknownNameError: No detector has this name.
@@ -184,7 +184,7 @@ def build_detector(
     one; else the given ones.
 
     Args:
-        spec: Network and weights; ``args`` as in `build_network`.
+        spec: Network and weights; `args` as in `build_network`.
         class_names: Categories of the data, in the order of their labels.
         mean: Mean of each channel of the data, for intensities in [0, 1].
         std: Standard deviation of each channel of the data.

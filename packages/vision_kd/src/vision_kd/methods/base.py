@@ -1,7 +1,7 @@
 """What a distillation method is: a pure map from logits to named per-sample loss components.
 
 A method knows nothing about optimizers, momenta or trainers. It returns one value per sample for every component it
-declares, and the gradient policy (:mod:`vision_kd.policies`) decides how the gradients of the components become an
+declares, and the gradient policy (`vision_kd.policies`) decides how the gradients of the components become an
 update. So every method runs with every policy, and adding a method is adding one file to this package.
 """
 
@@ -25,8 +25,8 @@ class Method(ABC):
     Attributes:
         views: Names of the augmented views the method reads; the DataModule provides them, the student and the teacher
             are run on each.
-        components: Names of the components it returns: ``task`` (gradient of the label loss), ``target`` (TCKD),
-            ``nontarget`` (NCKD) and, for methods with relations between samples or classes, ``relation``.
+        components: Names of the components it returns: `task` (gradient of the label loss), `target` (TCKD),
+            `nontarget` (NCKD) and, for methods with relations between samples or classes, `relation`.
     """
 
     views: ClassVar[tuple[str, ...]] = ("weak",)
@@ -39,14 +39,14 @@ class Method(ABC):
         """Loss components of one batch.
 
         Args:
-            student: Logits of shape (N, C) for every view in :attr:`views`.
+            student: Logits of shape (N, C) for every view in `views`.
             teacher: Teacher logits of the same shapes; no gradient is taken through them.
             target: Class indices, shape (N,).
             epoch: Progress in epochs, fractional, for losses that warm up.
             k: Number of non-target classes the dynamic top-k mask lets through, in [1, C - 1]; None means all.
 
         Returns:
-            One tensor of shape (N,) for every name in :attr:`components`; the total loss is the mean over samples of
+            One tensor of shape (N,) for every name in `components`; the total loss is the mean over samples of
             their sum.
         """
 
@@ -62,7 +62,7 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def standardized(logits: Views, enabled: bool) -> Views:
-    """The logits of every view, z-scored over the classes when ``enabled`` (LSKD, arXiv 2403.01427)."""
+    """The logits of every view, z-scored over the classes when `enabled` (LSKD, arXiv 2403.01427)."""
     return {view: standardize_logits(z) for view, z in logits.items()} if enabled else logits
 
 
@@ -93,7 +93,7 @@ def dkd_components(
 def kd_components(
     student: Tensor, teacher: Tensor, target: Tensor, temperature: float, class_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The two summands of the classical distillation loss, times T^2; arguments as in :func:`dkd_components`.
+    """The two summands of the classical distillation loss, times T^2; arguments as in `dkd_components`.
 
     KL(teacher || student) = TCKD + (1 - p_target) * NCKD holds for every sample (arXiv 2203.08679, eq. 5), so without
     a mask the gradients of the two add up to the gradient of KD.

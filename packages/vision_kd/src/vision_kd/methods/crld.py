@@ -20,8 +20,8 @@ class CRLD(Method):
     """KD within and across a weak and a strong view, each on the samples the teacher is sure of.
 
     Within-view terms (weak to weak, strong to strong) count where the teacher's confidence on the weak view reaches
-    ``weak_threshold``; cross-view terms (teacher weak to student strong and the reverse) where its confidence on the
-    strong view reaches ``strong_threshold``. Both masks are per sample; released DeepKD code applies them to batch
+    `weak_threshold`; cross-view terms (teacher weak to student strong and the reverse) where its confidence on the
+    strong view reaches `strong_threshold`. Both masks are per sample; released DeepKD code applies them to batch
     scalars, which turns them into constants.
 
     Args:
@@ -66,7 +66,7 @@ class CRLD(Method):
     def __call__(
         self, student: Views, teacher: Views, target: Tensor, *, epoch: float = 0.0, k: int | None = None
     ) -> dict[str, Tensor]:
-        """Return task, target and nontarget components; see :meth:`Method.__call__`."""
+        """Return task, target and nontarget components; see `Method.__call__`."""
         within = self.within_weight * confident(teacher["weak"], self.weak_threshold)
         cross = self.cross_weight * confident(teacher["strong"], self.strong_threshold)
 

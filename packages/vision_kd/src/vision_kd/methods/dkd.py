@@ -15,7 +15,7 @@ from vision_kd.methods.base import (
 
 
 class DKD(Method):
-    """``ce_weight * CE + warm-up * T^2 * (alpha * TCKD + beta * NCKD)``.
+    """`ce_weight * CE + warm-up * T^2 * (alpha * TCKD + beta * NCKD)`.
 
     Args:
         temperature: T > 0.
@@ -49,7 +49,7 @@ class DKD(Method):
     def __call__(
         self, student: Views, teacher: Views, target: Tensor, *, epoch: float = 0.0, k: int | None = None
     ) -> dict[str, Tensor]:
-        """Return task, target and nontarget components; see :meth:`Method.__call__`."""
+        """Return task, target and nontarget components; see `Method.__call__`."""
         z, z_teacher = (standardized(logits, self.standardize)["weak"] for logits in (student, teacher))
         mask = surviving_classes(z_teacher, target, k)
         tckd, nckd = dkd_components(z, z_teacher, target, self.temperature, mask)

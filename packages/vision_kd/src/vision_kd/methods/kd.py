@@ -14,16 +14,16 @@ from vision_kd.methods.base import (
 
 
 class KD(Method):
-    """``ce_weight * CE + kd_weight * T^2 * KL(teacher || student)``.
+    """`ce_weight * CE + kd_weight * T^2 * KL(teacher || student)`.
 
     The KL term is returned as its exact summands TCKD and (1 - p_target) * NCKD, per sample. The released DeepKD code
-    multiplies batch means instead and ignores ``kd_weight``; this does neither.
+    multiplies batch means instead and ignores `kd_weight`; this does neither.
 
     Args:
         temperature: T > 0.
         ce_weight: Weight of the cross-entropy, >= 0.
         kd_weight: Weight of the distillation term, >= 0.
-        standardize: Z-score the logits first (LSKD); the published setting is T = 2 and ``kd_weight`` 9.
+        standardize: Z-score the logits first (LSKD); the published setting is T = 2 and `kd_weight` 9.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class KD(Method):
     def __call__(
         self, student: Views, teacher: Views, target: Tensor, *, epoch: float = 0.0, k: int | None = None
     ) -> dict[str, Tensor]:
-        """Return task, target and nontarget components; see :meth:`Method.__call__`."""
+        """Return task, target and nontarget components; see `Method.__call__`."""
         z, z_teacher = (standardized(logits, self.standardize)["weak"] for logits in (student, teacher))
         mask = surviving_classes(z_teacher, target, k)
         tckd, nckd = kd_components(z, z_teacher, target, self.temperature, mask)

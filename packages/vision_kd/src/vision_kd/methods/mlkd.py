@@ -57,7 +57,7 @@ class MLKD(Method):
     def __call__(
         self, student: Views, teacher: Views, target: Tensor, *, epoch: float = 0.0, k: int | None = None
     ) -> dict[str, Tensor]:
-        """Return task, target, nontarget and relation components; see :meth:`Method.__call__`."""
+        """Return task, target, nontarget and relation components; see `Method.__call__`."""
         weak_probabilities = torch.softmax(teacher["weak"], dim=-1)
         unsure = at_most_median(weak_probabilities.amax(-1))
         rare = at_most_median(weak_probabilities.sum(0))

@@ -15,5 +15,5 @@ class Vanilla(Method):
     def __call__(
         self, student: Views, teacher: Views, target: Tensor, *, epoch: float = 0.0, k: int | None = None
     ) -> dict[str, Tensor]:
-        """Return the cross-entropy as the only component; see :meth:`Method.__call__`."""
+        """Return the cross-entropy as the only component; see `Method.__call__`."""
         return {"task": cross_entropy(student["weak"], target)}

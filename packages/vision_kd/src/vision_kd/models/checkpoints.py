@@ -48,14 +48,14 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     ending in ".safetensors" are read as such, all others as `torch.save` files.
 
     Args:
-        path: the file.
+        path: The file.
 
     Returns:
         All of its state dicts, on the CPU.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        CheckpointError: the file is damaged, holds more than tensors and plain values, or holds no state dict.
+        FileNotFoundError: There is no such file.
+        CheckpointError: The file is damaged, holds more than tensors and plain values, or holds no state dict.
     """
     path = Path(path)
     if not path.is_file():

@@ -28,14 +28,14 @@ class ModelSpec:
     """Which network to build and where its weights come from.
 
     Args:
-        name: a built-in network, "timm/<name>" or "torchvision/<name>".
-        args: extra arguments of the network's constructor.
-        checkpoint: weight file; with `pretrained`, a local copy of the published weights.
-        pretrained: use the library's published weights and their normalisation; a string names one of torchvision's
+        name: A built-in network, "timm/<name>" or "torchvision/<name>".
+        args: Extra arguments of the network's constructor.
+        checkpoint: Weight file; with `pretrained`, a local copy of the published weights.
+        pretrained: Use the library's published weights and their normalisation; a string names one of torchvision's
             sets, such as IMAGENET1K_V1, instead of its default.
-        entry: which network of a weight file that holds several, by the name of its entry or prefix.
-        mean: mean of each channel with which the weights of a file were trained; files written here know their own.
-        std: standard deviation of each channel to go with it.
+        entry: Which network of a weight file that holds several, by the name of its entry or prefix.
+        mean: Mean of each channel with which the weights of a file were trained; files written here know their own.
+        std: Standard deviation of each channel to go with it.
     """
 
     name: str
@@ -51,16 +51,16 @@ class Classifier(NormalizedNetwork):
     """A network behind its own input normalisation that maps images to logits.
 
     Args:
-        network: maps normalised images (N, C, H, W) to logits (N, num_classes).
-        mean: mean of each channel, for intensities in [0, 1].
-        std: standard deviation of each channel, positive.
-        num_classes: number of logits.
-        class_names: names of the classes in the order of the logits; empty if they are not known.
-        image_size: side in pixels of the images it is trained on; None if it is not known.
-        name: what messages call it; the network's class by default.
+        network: Maps normalised images (N, C, H, W) to logits (N, num_classes).
+        mean: Mean of each channel, for intensities in [0, 1].
+        std: Standard deviation of each channel, positive.
+        num_classes: Number of logits.
+        class_names: Names of the classes in the order of the logits; empty if they are not known.
+        image_size: Side in pixels of the images it is trained on; None if it is not known.
+        name: What messages call it; the network's class by default.
 
     Raises:
-        ValueError: mean and std do not fit, or there are more or fewer names than logits.
+        ValueError: Mean and std do not fit, or there are more or fewer names than logits.
     """
 
     format = STUDENT_FORMAT
@@ -99,14 +99,14 @@ class Classifier(NormalizedNetwork):
         Another image size is said, not refused: convolutional networks take it, with another accuracy.
 
         Args:
-            what: what to call this classifier, such as a file or "the teacher".
-            num_classes: classes of the data.
-            in_channels: channels of their images.
-            class_names: names of the classes; empty if they are not known.
-            image_size: side of the images in pixels; None if it is not known.
+            what: What to call this classifier, such as a file or "the teacher".
+            num_classes: Classes of the data.
+            in_channels: Channels of their images.
+            class_names: Names of the classes; empty if they are not known.
+            image_size: Side of the images in pixels; None if it is not known.
 
         Raises:
-            ValueError: classes, their names or their order, channels or size do not fit.
+            ValueError: Classes, their names or their order, channels or size do not fit.
         """
         if self.num_classes != num_classes:
             raise ValueError(f"{what} has {self.num_classes} classes, the data {num_classes}")
@@ -123,7 +123,7 @@ class Classifier(NormalizedNetwork):
         """Run the network, in evaluation mode, on one empty image of this size.
 
         Raises:
-            ValueError: it does not take such images; the message names network and size.
+            ValueError: It does not take such images; the message names network and size.
         """
         training, where = self.training, self._mean
         images = where.new_zeros(1, self.in_channels, image_size, image_size)
@@ -151,7 +151,7 @@ class Classifier(NormalizedNetwork):
             Logits (N, num_classes).
 
         Raises:
-            ValueError: the images are not floating point, or have another number of channels; or the network returns
+            ValueError: The images are not floating point, or have another number of channels; or the network returns
                 several outputs of which none is known to be the logits.
         """
         if not images.is_floating_point() or images.ndim != 4 or images.shape[1] != self.in_channels:
@@ -202,20 +202,20 @@ def build_classifier(
     torchvision networks). Networks without weights, and other files of built-in ones, take `mean` and `std`.
 
     Args:
-        spec: network and weights.
-        num_classes: classes of the data.
-        in_channels: channels of the images.
-        mean: mean of each channel of the data, for intensities in [0, 1].
-        std: standard deviation of each channel of the data.
-        class_names: names of the classes of the data, with which those of the file are compared.
-        image_size: side of the data's images in pixels, which the network is then tried on.
+        spec: Network and weights.
+        num_classes: Classes of the data.
+        in_channels: Channels of the images.
+        mean: Mean of each channel of the data, for intensities in [0, 1].
+        std: Standard deviation of each channel of the data.
+        class_names: Names of the classes of the data, with which those of the file are compared.
+        image_size: Side of the data's images in pixels, which the network is then tried on.
 
     Raises:
-        UnknownNameError: no network has this name.
-        ValueError: the network rejects its arguments, channels, classes or images, or has no published weights; or the
+        UnknownNameError: No network has this name.
+        ValueError: The network rejects its arguments, channels, classes or images, or has no published weights; or the
             weights were trained on other classes.
-        CheckpointError: the weight file is damaged or does not fit.
-        ConnectionError: the published weights could not be downloaded.
+        CheckpointError: The weight file is damaged or does not fit.
+        ConnectionError: The published weights could not be downloaded.
     """
     built = build_network(
         spec.name,
@@ -278,15 +278,15 @@ def choose_normalization(
     """Mean and standard deviation with which the weights were trained.
 
     Args:
-        spec: network and weights.
-        file: the weight file, if there is one.
-        own_format: what marks a file whose description holds them.
-        library: those of the weights that the network's library publishes; None for a built-in one.
-        data: those of the data, for networks without weights and files that do not say.
-        usual: whether files that do not say were trained with the library's.
+        spec: Network and weights.
+        file: The weight file, if there is one.
+        own_format: What marks a file whose description holds them.
+        library: Those of the weights that the network's library publishes; None for a built-in one.
+        data: Those of the data, for networks without weights and files that do not say.
+        usual: Whether files that do not say were trained with the library's.
 
     Raises:
-        ValueError: the settings state only one of the two, or others than the file.
+        ValueError: The settings state only one of the two, or others than the file.
     """
     stated = None
     if spec.mean is not None or spec.std is not None:

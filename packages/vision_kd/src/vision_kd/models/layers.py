@@ -25,8 +25,8 @@ def pooled(name: str, classifier: nn.Module) -> dict[str, nn.Module]:
     """Global average pool in front of a classifier, ready to end an `nn.Sequential`.
 
     Args:
-        name: name of the classifier, which becomes its state-dict key.
-        classifier: maps features (N, C) to logits (N, num_classes).
+        name: Name of the classifier, which becomes its state-dict key.
+        classifier: Maps features (N, C) to logits (N, num_classes).
 
     Returns:
         Named layers that map (N, C, H, W) to logits (N, num_classes).

@@ -42,7 +42,7 @@ class Published(NamedTuple):
         """Refuse data that have the published classes in another order; say so where names cannot be compared.
 
         Raises:
-            ValueError: the data's classes are in another order.
+            ValueError: The data's classes are in another order.
         """
         synsets = len(asked) == IMAGENET and all(map(SYNSET.fullmatch, asked)) and list(asked) == sorted(asked)
         if not asked or synsets:
@@ -95,17 +95,17 @@ def build_network(
     """A network by name, with its published weights if asked for, and what the library publishes for it.
 
     Args:
-        full_name: a built-in network, "timm/<name>" or "torchvision/<name>".
-        num_classes: classes of the data.
-        in_channels: channels of the images.
-        args: extra arguments of the network's constructor.
-        pretrained: whether the weights are the published ones; a string names one of torchvision's sets.
-        download: whether to fetch them; otherwise the network is made for a local copy of them.
+        full_name: A built-in network, "timm/<name>" or "torchvision/<name>".
+        num_classes: Classes of the data.
+        in_channels: Channels of the images.
+        args: Extra arguments of the network's constructor.
+        pretrained: Whether the weights are the published ones; a string names one of torchvision's sets.
+        download: Whether to fetch them; otherwise the network is made for a local copy of them.
 
     Raises:
-        UnknownNameError: no network has this name.
-        ValueError: the network rejects its arguments, channels or classes, or has no published weights.
-        ConnectionError: the published weights could not be downloaded.
+        UnknownNameError: No network has this name.
+        ValueError: The network rejects its arguments, channels or classes, or has no published weights.
+        ConnectionError: The published weights could not be downloaded.
     """
     library, _, name = full_name.rpartition("/")
     builders: dict[str, Callable[..., Built]]

@@ -16,10 +16,10 @@ class InvertedResidual(nn.Module):
     """1x1 expansion, 3x3 depthwise and linear 1x1 projection, with a shortcut where the shapes agree.
 
     Args:
-        in_channels: channels of the input map.
-        out_channels: channels of the output map.
-        stride: stride of the depthwise convolution.
-        expansion: factor of the 1x1 expansion.
+        in_channels: Channels of the input map.
+        out_channels: Channels of the output map.
+        stride: Stride of the depthwise convolution.
+        expansion: Factor of the 1x1 expansion.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int) -> None:
@@ -55,8 +55,8 @@ def mobilenet_v2(num_classes: int, in_channels: int = 3) -> nn.Sequential:
     """MobileNetV2 at half width, total stride 16, plain ReLU (after Sandler et al., arXiv 1801.04381).
 
     Args:
-        num_classes: number of logits.
-        in_channels: channels of the images.
+        num_classes: Number of logits.
+        in_channels: Channels of the images.
 
     Returns:
         Named layers that map images (N, in_channels, H, W) of any size to logits (N, num_classes).
@@ -86,8 +86,8 @@ def mobilenet_v1(num_classes: int, in_channels: int = 3) -> nn.Sequential:
     """MobileNetV1 at full width, total stride 32 (Howard et al., arXiv 1704.04861).
 
     Args:
-        num_classes: number of logits.
-        in_channels: channels of the images.
+        num_classes: Number of logits.
+        in_channels: Channels of the images.
 
     Returns:
         Named layers that map images (N, in_channels, H, W) of any size to logits (N, num_classes).

@@ -19,12 +19,12 @@ def check_class_names(what: str, known: Sequence[str], asked: Sequence[str]) -> 
     """Refuse a network whose outputs stand for other classes than the data's; unknown names pass.
 
     Args:
-        what: what to call the network, such as its file.
-        known: names of its classes in the order of its outputs; empty if they are not known.
-        asked: names of the data's classes in the order of their labels; empty if they are not known.
+        what: What to call the network, such as its file.
+        known: Names of its classes in the order of its outputs; empty if they are not known.
+        asked: Names of the data's classes in the order of their labels; empty if they are not known.
 
     Raises:
-        ValueError: the names or their order differ.
+        ValueError: The names or their order differ.
     """
     if not known or not asked or tuple(known) == tuple(asked):
         return
@@ -51,16 +51,16 @@ class NormalizedNetwork(nn.Module):
     The state dict holds the network alone: normalisation is a fact about the weights, not one of them.
 
     Args:
-        network: takes normalised images.
-        mean: mean of each channel, for intensities in [0, 1].
-        std: standard deviation of each channel, positive.
+        network: Takes normalised images.
+        mean: Mean of each channel, for intensities in [0, 1].
+        std: Standard deviation of each channel, positive.
 
     Attributes:
-        format: marks the "meta" entry of the files that `save_student` writes.
-        num_classes: number of class logits.
+        format: Marks the "meta" entry of the files that `save_student` writes.
+        num_classes: Number of class logits.
 
     Raises:
-        ValueError: mean and std differ in length, a mean is not finite, or a std is not positive.
+        ValueError: Mean and std differ in length, a mean is not finite, or a std is not positive.
     """
 
     format: ClassVar[str]

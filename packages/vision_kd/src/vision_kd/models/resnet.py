@@ -14,10 +14,10 @@ class BasicBlock(nn.Module):
     """Two 3x3 convolutions around a shortcut.
 
     Args:
-        in_channels: channels of the input map.
-        channels: channels of both convolutions.
-        stride: stride of the first convolution and of the shortcut.
-        shortcut: attribute name of the shortcut; published weight files disagree on it.
+        in_channels: Channels of the input map.
+        channels: Channels of both convolutions.
+        stride: Stride of the first convolution and of the shortcut.
+        shortcut: Attribute name of the shortcut; published weight files disagree on it.
     """
 
     expansion = 1
@@ -41,10 +41,10 @@ class Bottleneck(nn.Module):
     """1x1, 3x3 and widening 1x1 convolutions around a shortcut.
 
     Args:
-        in_channels: channels of the input map.
-        channels: channels of the first two convolutions; the last has four times as many.
-        stride: stride of the 3x3 convolution and of the shortcut.
-        shortcut: attribute name of the shortcut.
+        in_channels: Channels of the input map.
+        channels: Channels of the first two convolutions; the last has four times as many.
+        stride: Stride of the 3x3 convolution and of the shortcut.
+        shortcut: Attribute name of the shortcut.
     """
 
     expansion = 4
@@ -88,12 +88,12 @@ def resnet(
 
     Args:
         block: `BasicBlock` or `Bottleneck`.
-        depths: blocks of each stage.
-        stem: channels of the first convolution.
-        widths: base channels of each stage.
+        depths: Blocks of each stage.
+        stem: Channels of the first convolution.
+        widths: Base channels of each stage.
         names: state-dict names of the shortcuts and of the classifier.
-        num_classes: number of logits.
-        in_channels: channels of the images.
+        num_classes: Number of logits.
+        in_channels: Channels of the images.
 
     Returns:
         Named layers that map images (N, in_channels, H, W) of any size to logits (N, num_classes).

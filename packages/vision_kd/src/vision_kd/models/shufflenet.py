@@ -20,8 +20,8 @@ class GroupedBlock(nn.Module):
     add their input.
 
     Args:
-        in_channels: channels of the input map; the first block, on the thin stem, is not grouped at its entry.
-        out_channels: channels of the output map.
+        in_channels: Channels of the input map; the first block, on the thin stem, is not grouped at its entry.
+        out_channels: Channels of the output map.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -50,7 +50,7 @@ class SplitBlock(nn.Module):
     """ShuffleNetV2 unit: one half of the channels passes, the other is convolved (arXiv 1807.11164, figure 3c).
 
     Args:
-        channels: channels of the input and output maps.
+        channels: Channels of the input and output maps.
     """
 
     def __init__(self, channels: int) -> None:
@@ -76,8 +76,8 @@ class DownBlock(nn.Module):
     """ShuffleNetV2 unit that halves the map in two branches (arXiv 1807.11164, figure 3d).
 
     Args:
-        in_channels: channels of the input map.
-        out_channels: channels of the output map, half of them from each branch.
+        in_channels: Channels of the input map.
+        out_channels: Channels of the output map, half of them from each branch.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -113,8 +113,8 @@ def shufflenet_v1(num_classes: int, in_channels: int = 3) -> nn.Sequential:
     """ShuffleNet with three groups, total stride 8 (Zhang et al., arXiv 1707.01083).
 
     Args:
-        num_classes: number of logits.
-        in_channels: channels of the images.
+        num_classes: Number of logits.
+        in_channels: Channels of the images.
 
     Returns:
         Named layers that map images (N, in_channels, H, W) of any size to logits (N, num_classes).
@@ -133,8 +133,8 @@ def shufflenet_v2(num_classes: int, in_channels: int = 3) -> nn.Sequential:
     """ShuffleNetV2 at width 1, total stride 8 (Ma et al., arXiv 1807.11164).
 
     Args:
-        num_classes: number of logits.
-        in_channels: channels of the images.
+        num_classes: Number of logits.
+        in_channels: Channels of the images.
 
     Returns:
         Named layers that map images (N, in_channels, H, W) of any size to logits (N, num_classes).

@@ -22,14 +22,14 @@ def save_student(
     Plain PyTorch reads it: `network.load_state_dict(torch.load(path, weights_only=True)["model"])`.
 
     Args:
-        path: the file; missing folders are made.
-        student: classifier or detector whose network to write.
-        spec: how that network was built.
-        extra: further plain values (text, numbers, lists, dicts) for the "meta" entry, such as the accuracy.
+        path: The file; missing folders are made.
+        student: Classifier or detector whose network to write.
+        spec: How that network was built.
+        extra: Further plain values (text, numbers, lists, dicts) for the "meta" entry, such as the accuracy.
 
     Raises:
-        TypeError: a value could not be read back without running code, or takes the name of one of our entries.
-        OSError: it cannot be written; the message names the file.
+        TypeError: A value could not be read back without running code, or takes the name of one of our entries.
+        OSError: It cannot be written; the message names the file.
     """
     meta = dict(**describe(student, spec), **(extra or {}))
     for key, value in meta.items():
@@ -64,10 +64,10 @@ def load_classifier(path: str | Path) -> Classifier:
     """Rebuild a classifier, in evaluation mode, from a file that `save_student` wrote.
 
     Args:
-        path: the file.
+        path: The file.
 
     Raises:
-        CheckpointError: the file was not written by `save_student`.
+        CheckpointError: The file was not written by `save_student`.
     """
     meta = read_checkpoint(path).meta
     if meta.get("format") != STUDENT_FORMAT:
@@ -87,7 +87,7 @@ def check_program(path: str | Path) -> None:
     """Refuse a name under which no exported program can be written.
 
     Raises:
-        ValueError: the file does not end in ".pt2".
+        ValueError: The file does not end in ".pt2".
     """
     if Path(path).suffix != ".pt2":
         raise ValueError(f"exported programs end in .pt2, got {str(path)!r}")
@@ -99,12 +99,12 @@ def export(classifier: Classifier, path: str | Path, example: Tensor) -> None:
     It needs no code of this project: `torch.export.load(path).module()(images)`.
 
     Args:
-        classifier: the classifier, left unchanged.
-        path: the file, ending in ".pt2".
-        example: images (N, C, H, W) whose C, H and W the program will take.
+        classifier: The classifier, left unchanged.
+        path: The file, ending in ".pt2".
+        example: Images (N, C, H, W) whose C, H and W the program will take.
 
     Raises:
-        ValueError: the file does not end in ".pt2".
+        ValueError: The file does not end in ".pt2".
     """
     check_program(path)
     # A batch of one would be taken for a constant.

@@ -32,8 +32,8 @@ def vgg(depths: tuple[int, ...], num_classes: int, in_channels: int = 3) -> nn.S
 
     Args:
         depths: 3x3 convolutions in each of the five blocks, whose widths are 64, 128, 256, 512, 512.
-        num_classes: number of logits.
-        in_channels: channels of the images.
+        num_classes: Number of logits.
+        in_channels: Channels of the images.
 
     Returns:
         Named layers that map images (N, in_channels, H, W) from 8x8 pixels to logits (N, num_classes).

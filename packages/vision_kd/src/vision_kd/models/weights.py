@@ -67,15 +67,15 @@ def load_weights(
     Files from before batch norm counted its batches lack `num_batches_tracked`; they load with zero counts.
 
     Args:
-        network: the network, changed in place.
-        checkpoint: what `read_checkpoint` returned.
-        model: the network's name, for the message.
-        num_classes: classes of the data, for the message; None for a network without classes.
-        entry: name of the entry or prefix to read, for a file that holds several networks.
-        surplus: whether a tensor of this name may be left over.
+        network: The network, changed in place.
+        checkpoint: What `read_checkpoint` returned.
+        model: The network's name, for the message.
+        num_classes: Classes of the data, for the message; None for a network without classes.
+        entry: Name of the entry or prefix to read, for a file that holds several networks.
+        surplus: Whether a tensor of this name may be left over.
 
     Raises:
-        CheckpointError: nothing in the file fits, or more than one thing does, or tensors are left over or cannot be
+        CheckpointError: Nothing in the file fits, or more than one thing does, or tensors are left over or cannot be
             used; the message gives the file and lists them.
     """
     expected = network.state_dict()

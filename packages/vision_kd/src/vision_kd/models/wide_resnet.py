@@ -16,9 +16,9 @@ class PreActivationBlock(nn.Module):
     Where the channel count changes, the shortcut is a strided 1x1 convolution of the activated input.
 
     Args:
-        in_channels: channels of the input map.
-        out_channels: channels of the output map.
-        stride: stride of the first convolution and of the shortcut.
+        in_channels: Channels of the input map.
+        out_channels: Channels of the output map.
+        stride: Stride of the first convolution and of the shortcut.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
@@ -40,16 +40,16 @@ def wide_resnet(depth: int, widen: int, num_classes: int, in_channels: int = 3) 
     """Wide residual network of three stages (Zagoruyko and Komodakis, arXiv 1605.07146).
 
     Args:
-        depth: number of convolutions counted as in the paper, 6 n + 4 for n blocks a stage.
-        widen: factor on the stage widths 16, 32, 64.
-        num_classes: number of logits.
-        in_channels: channels of the images.
+        depth: Number of convolutions counted as in the paper, 6 n + 4 for n blocks a stage.
+        widen: Factor on the stage widths 16, 32, 64.
+        num_classes: Number of logits.
+        in_channels: Channels of the images.
 
     Returns:
         Named layers that map images (N, in_channels, H, W) of any size to logits (N, num_classes).
 
     Raises:
-        ValueError: the depth is not 6 n + 4.
+        ValueError: The depth is not 6 n + 4.
     """
     blocks, remainder = divmod(depth - 4, 6)
     if remainder or blocks < 1:

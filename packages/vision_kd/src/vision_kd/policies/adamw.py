@@ -11,7 +11,7 @@ from vision_kd.policies.base import GradientPolicy, decay_matrices_only
 class AdamW(GradientPolicy):
     """AdamW on the summed loss, in one backward pass, for transformer students.
 
-    Biases, normalisation weights and what timm lists in ``no_weight_decay()`` are not decayed.
+    Biases, normalisation weights and what timm lists in `no_weight_decay()` are not decayed.
 
     Args:
         beta2: Decay of the second moment, in [0, 1).
@@ -23,6 +23,6 @@ class AdamW(GradientPolicy):
     def optimizer(
         self, student: nn.Module, components: Sequence[str], *, lr: float, momentum: float, weight_decay: float
     ) -> ComponentOptimizer:
-        """Return a :class:`DecoupledAdamW` with one first moment; see :meth:`GradientPolicy.optimizer`."""
+        """Return a `DecoupledAdamW` with one first moment; see `GradientPolicy.optimizer`."""
         groups = decay_matrices_only(student, weight_decay)
         return DecoupledAdamW(groups, lr, dict.fromkeys(components, momentum), self.beta2)

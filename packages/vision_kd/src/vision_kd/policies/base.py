@@ -61,7 +61,7 @@ def decay_matrices_only(student: nn.Module, weight_decay: float) -> list[dict[st
     """Parameter groups that decay weight matrices and spare what transformers leave alone.
 
     Spared are parameters with fewer than two axes (biases, normalisation weights) and those a timm network lists in
-    ``no_weight_decay()`` (class token, position embedding).
+    `no_weight_decay()` (class token, position embedding).
     """
     spared = {
         id(parameter)

@@ -13,11 +13,11 @@ class DeepKD(GradientPolicy):
     """Decoupled momentum of DeepKD (arXiv 2505.15133): task and non-target at mu + delta, target at mu - delta.
 
     Args:
-        delta: Distance from mu, one number or ``{"task": .., "target": .., "nontarget": ..}``; 0.05 to 0.075 in the
+        delta: Distance from mu, one number or `{"task": .., "target": .., "nontarget": ..}`; 0.05 to 0.075 in the
             paper.
-        preset: ``paper`` follows the text. ``released`` reproduces the published optimizer: the task buffer decays
+        preset: `paper` follows the text. `released` reproduces the published optimizer: the task buffer decays
             with the target's momentum and the weight decay is part of the target gradient.
-        decay_component: Component that carries the weight decay; None for the preset's own, which under ``paper`` is
+        decay_component: Component that carries the weight decay; None for the preset's own, which under `paper` is
             one of its own at mu that acts exactly as in the SGD baseline (the text is silent).
     """
 
@@ -34,7 +34,7 @@ class DeepKD(GradientPolicy):
     def optimizer(
         self, student: nn.Module, components: Sequence[str], *, lr: float, momentum: float, weight_decay: float
     ) -> ComponentOptimizer:
-        """Return the preset's :class:`DecoupledSGD`; see :meth:`GradientPolicy.optimizer`."""
+        """Return the preset's `DecoupledSGD`; see `GradientPolicy.optimizer`."""
         return deepkd_sgd(
             student.parameters(),
             preset=self.preset,

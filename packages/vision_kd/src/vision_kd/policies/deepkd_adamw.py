@@ -11,10 +11,10 @@ from vision_kd.policies.base import Delta, GradientPolicy, decay_matrices_only, 
 class DeepKDAdamW(GradientPolicy):
     """DeepKD's rule applied to beta1 of AdamW: mu + delta, mu - delta, mu + delta; two backward passes.
 
-    Biases, normalisation weights and what timm lists in ``no_weight_decay()`` are not decayed.
+    Biases, normalisation weights and what timm lists in `no_weight_decay()` are not decayed.
 
     Args:
-        delta: As in :class:`DeepKD`.
+        delta: As in `DeepKD`.
         beta2: Decay of the second moment, in [0, 1).
     """
 
@@ -25,7 +25,7 @@ class DeepKDAdamW(GradientPolicy):
     def optimizer(
         self, student: nn.Module, components: Sequence[str], *, lr: float, momentum: float, weight_decay: float
     ) -> ComponentOptimizer:
-        """Return a :class:`DecoupledAdamW` with two first moments; see :meth:`GradientPolicy.optimizer`."""
+        """Return a `DecoupledAdamW` with two first moments; see `GradientPolicy.optimizer`."""
         return deepkd_adamw(
             decay_matrices_only(student, weight_decay),
             lr=lr,

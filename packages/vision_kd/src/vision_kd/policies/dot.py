@@ -24,7 +24,7 @@ class DOT(GradientPolicy):
     def optimizer(
         self, student: nn.Module, components: Sequence[str], *, lr: float, momentum: float, weight_decay: float
     ) -> ComponentOptimizer:
-        """Return a :class:`DecoupledSGD` with two buffers and the decay's; see :meth:`GradientPolicy.optimizer`."""
+        """Return a `DecoupledSGD` with two buffers and the decay's; see `GradientPolicy.optimizer`."""
         require_parts(self, components)
         momenta = dict.fromkeys(components, momentum + self.delta)
         momenta |= {"task": momentum - self.delta, WEIGHT_DECAY: momentum}

@@ -14,5 +14,5 @@ class SGD(GradientPolicy):
     def optimizer(
         self, student: nn.Module, components: Sequence[str], *, lr: float, momentum: float, weight_decay: float
     ) -> ComponentOptimizer:
-        """Return a :class:`DecoupledSGD` with one buffer; see :meth:`GradientPolicy.optimizer`."""
+        """Return a `DecoupledSGD` with one buffer; see `GradientPolicy.optimizer`."""
         return DecoupledSGD(student.parameters(), lr, dict.fromkeys(components, momentum), weight_decay)

@@ -20,7 +20,7 @@ def collect_logits(
 
     Args:
         network: Images to logits; put in evaluation mode.
-        loader: Batches ``({"clean": images}, target)``.
+        loader: Batches `({"clean": images}, target)`.
         device: Where to run.
         limit: Stop after so many samples.
     """
