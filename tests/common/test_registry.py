@@ -41,7 +41,7 @@ def test_keys_match_exactly(models, name):
 
 
 def test_unknown_key_names_kind_key_close_matches_and_all(models):
-    with pytest.raises(KeyError) as caught:
+    with pytest.raises(UnknownNameError) as caught:
         models.get("shufflev2")
     assert str(caught.value) == (
         "unknown model 'shufflev2'; did you mean ShuffleV1? (known: resnet20, resnet32, ShuffleV1)"
@@ -49,7 +49,7 @@ def test_unknown_key_names_kind_key_close_matches_and_all(models):
 
 
 def test_no_suggestion_when_nothing_is_close(models):
-    with pytest.raises(KeyError, match=r"^unknown model 'zzz' \(known: "):
+    with pytest.raises(ValueError, match=r"^unknown model 'zzz' \(known: "):
         models.get("zzz")
 
 

@@ -32,9 +32,9 @@ def test_metrics_of_a_resumed_run(tmp_path):
 
 
 def test_a_folder_without_a_run(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"is no run: it holds no config\.yaml"):
+    with pytest.raises(ValueError, match=r"is no run: it holds no config\.yaml"):
         read_config(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"holds no metrics\.csv"):
+    with pytest.raises(ValueError, match=r"holds no metrics\.csv"):
         read_metrics(tmp_path)
     (tmp_path / "config.yaml").write_text("a: 1")
     with pytest.raises(ValueError, match="no configuration of a run"):

@@ -4,6 +4,7 @@ import unicodedata
 
 import pytest
 
+from kd_common.errors import UserError
 from kd_common.run.errors import run_command
 from kd_common.run.messages import CommandParser
 from kd_common.terminal import printable
@@ -35,7 +36,7 @@ def test_every_control_character_but_tab_and_line_end():
 
 def test_errors_show_what_a_user_gave_without_obeying_it(capsys):
     def refused():
-        raise ValueError("no such file: \x1b[2J\x1b[31mgone")
+        raise UserError("no such file: \x1b[2J\x1b[31mgone")
 
     with pytest.raises(SystemExit):
         run_command(refused)

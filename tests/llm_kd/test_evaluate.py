@@ -321,7 +321,7 @@ def test_rows_without_a_reference(arguments, tmp_path, monkeypatch):
     val = write(tmp_path / "prompts.jsonl", {"instruction": "Say", "output": "Hi"}, {"instruction": "Prompt alone"})
     with pytest.raises(EncodingError, match=r"prompts\.jsonl, line 2: no assistant turn to learn from\. Give answers"):
         main(arguments("--data.val", val))
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl: no such data file"):
+    with pytest.raises(ValueError, match=r"nowhere\.jsonl: no such data file"):
         main(arguments("--data.val", "nowhere.jsonl"))
 
 

@@ -78,7 +78,7 @@ def test_the_embedded_model_goes_by_its_folder(lm_eval, monkeypatch, tmp_path):
 def test_not_installed(arguments, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setattr(evaluate, "load", lambda *_: pytest.fail("a model was loaded"))
-    with pytest.raises(ModuleNotFoundError, match="--harness needs the evaluation harness: `pip install lm-eval`"):
+    with pytest.raises(ValueError, match="--harness needs the evaluation harness: `pip install lm-eval`"):
         main([*arguments, "--harness", "piqa"])
 
 

@@ -96,7 +96,7 @@ def test_report_of_two_runs(tmp_path, save_model, assert_live, monkeypatch):
         called = f"ForwardKL, {method}, OffPolicy on rows.jsonl ({name})"
         assert f"The data set&#39;s answer, coloured by the student of {called}</b>" in html.replace("'s", "&#39;s")
     assert html.count('<span style="background:') > 20
-    with pytest.raises(FileNotFoundError, match="is no run"):
+    with pytest.raises(ValueError, match="is no run"):
         main([str(tmp_path)])
     config = Path(runs[1]) / "config.yaml"
     before = config.read_text()
@@ -118,7 +118,7 @@ def test_report_of_two_runs(tmp_path, save_model, assert_live, monkeypatch):
     with pytest.raises(ValueError, match="different teachers"):
         main(runs)
     shutil.rmtree(Path(runs[0]) / "student_last")
-    with pytest.raises(FileNotFoundError, match="student_last is missing"):
+    with pytest.raises(ValueError, match="student_last is missing"):
         main(runs[:1])
     (Path(runs[0]) / "metrics.csv").write_text("epoch,step,val/top1\n0,1,0.5\n")
     with pytest.raises(ValueError, match=r"no run of llm_kd\.fit"):

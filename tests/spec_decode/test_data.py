@@ -282,7 +282,7 @@ def test_a_killed_feature_writer_goes_on(tiny, texts, tmp_path, monkeypatch):
 def test_a_full_disk_is_refused_before_anything_is_written(tiny, texts, tmp_path, monkeypatch):
     monkeypatch.setattr(features_module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 4000))
     store = FeatureStore(tmp_path / "f", texts, 32)
-    with pytest.raises(OSError, match=r"needs 0\.00 GB more .* set data.features to online"):
+    with pytest.raises(ValueError, match=r"needs 0\.00 GB more .* set data.features to online"):
         store.write(tiny.target, progress=False)
     assert not (tmp_path / "f").exists()
 

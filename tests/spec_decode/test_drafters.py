@@ -604,7 +604,7 @@ def test_saved_and_loaded(tiny, tmp_path, name):
         with pytest.raises(ValueError, match="does not fit"):
             load_drafter(tmp_path, tiny.target)
     (tmp_path / "drafter.json").unlink()
-    with pytest.raises(FileNotFoundError, match="holds no drafter"):
+    with pytest.raises(ValueError, match="holds no drafter"):
         load_drafter(tmp_path, tiny.target)
 
 

@@ -137,5 +137,5 @@ def test_other_drafters_are_refused(standin, tmp_path):
     save_drafter(spec.build(target), spec, tmp_path / "medusa", {"target": str(standin)})
     with pytest.raises(ValueError, match="is a medusa drafter"):
         export(str(tmp_path / "medusa"), str(tmp_path / "out"))
-    with pytest.raises(FileNotFoundError, match="holds no drafter"):
+    with pytest.raises(ValueError, match="holds no drafter"):
         export(str(tmp_path), str(tmp_path / "out"))

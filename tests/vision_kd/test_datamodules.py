@@ -133,13 +133,13 @@ def test_fashion_mnist_equals_torchvisions_reader(tmp_path):
 
 def test_a_given_root_is_the_only_place(tmp_path):
     write_fashion(tmp_path / "debian")
-    with pytest.raises(FileNotFoundError, match="mine") as caught:
+    with pytest.raises(ValueError, match="mine") as caught:
         FashionMNIST(str(tmp_path / "mine")).setup()
     assert "debian" not in str(caught.value)
 
 
 def test_missing_fashion_mnist_names_all_places_and_the_remedy(tmp_path):
-    with pytest.raises(FileNotFoundError, match="download=true") as caught:
+    with pytest.raises(ValueError, match="download=true") as caught:
         FashionMNIST().setup()
     for part in (tmp_path / "kd_data", tmp_path / "debian", "apt-get install dataset-fashion-mnist", "KD_DATA"):
         assert str(part) in str(caught.value)
@@ -147,7 +147,7 @@ def test_missing_fashion_mnist_names_all_places_and_the_remedy(tmp_path):
 
 @pytest.mark.parametrize(("cls", "name"), [(CIFAR10, "cifar-10-batches-py"), (CIFAR100, "cifar-100-python")])
 def test_missing_cifar_names_all_places_and_the_remedy(tmp_path, cls, name):
-    with pytest.raises(FileNotFoundError, match="download=true") as caught:
+    with pytest.raises(ValueError, match="download=true") as caught:
         cls().setup()
     assert str(tmp_path / "kd_data" / name) in str(caught.value)
     assert str(tmp_path / "kd_data" / "train") in str(caught.value)
@@ -173,7 +173,7 @@ def test_a_download_without_network_names_setting_and_folder(tmp_path, monkeypat
 
     monkeypatch.setattr(urllib.request, "urlopen", refused)
     message = rf"(?s)data\.download: .* could not be fetched .*copy what lies in {tmp_path / 'kd_data'} there"
-    with pytest.raises(OSError, match=message):
+    with pytest.raises(ValueError, match=message):
         data(download=True).prepare_data()
 
 
@@ -380,7 +380,7 @@ def test_image_folder_views_depend_on_seed_and_epoch_alone(tmp_path):
 
 def test_image_folder_needs_both_splits(tmp_path):
     write_tree(tmp_path, splits=("train",))
-    with pytest.raises(FileNotFoundError, match="The val split not found") as caught:
+    with pytest.raises(ValueError, match="The val split not found") as caught:
         ImageFolder(str(tmp_path)).setup()
     assert str(tmp_path / "val") in str(caught.value)
 
@@ -396,10 +396,10 @@ def test_empty_folders_are_named(tmp_path):
     write_tree(tmp_path)
     (tmp_path / "train" / "eel").mkdir()
     (tmp_path / "val" / "eel").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"train.eel holds no image"):
+    with pytest.raises(ValueError, match=r"train.eel holds no image"):
         ImageFolder(str(tmp_path)).setup()
     (tmp_path / "empty" / "train").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match=r"folder per class not found"):
+    with pytest.raises(ValueError, match=r"folder per class not found"):
         _ = ImageFolder(str(tmp_path / "empty")).num_classes
 
 

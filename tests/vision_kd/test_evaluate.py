@@ -66,7 +66,7 @@ def test_classes_must_agree(tmp_path):
 
 
 def test_missing_file():
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.pt"):
+    with pytest.raises(ValueError, match=r"nowhere\.pt"):
         main(["--ckpt", "nowhere.pt"])
 
 

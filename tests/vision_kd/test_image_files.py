@@ -331,7 +331,7 @@ def test_what_file_managers_write_is_neither_used_nor_named(tmp_path):
 def test_a_class_without_images_names_what_is_there(tmp_path):
     tree(tmp_path)
     (tmp_path / "val/dog/1.png").rename(tmp_path / "val/dog/1.heic")
-    with pytest.raises(FileNotFoundError, match=r"val.dog holds no image .*1\.heic"):
+    with pytest.raises(ValueError, match=r"val.dog holds no image .*1\.heic"):
         files(tmp_path)
 
 

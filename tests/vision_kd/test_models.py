@@ -355,5 +355,5 @@ def test_wide_resnet_depth_must_fit():
 
 
 def test_unknown_model_is_not_guessed():
-    with pytest.raises(KeyError, match="did you mean resnet8x4"):
+    with pytest.raises(ValueError, match="did you mean resnet8x4"):
         MODELS.get("resnet8x")

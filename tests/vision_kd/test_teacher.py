@@ -346,7 +346,7 @@ def test_checkpoint_goes_before_cache_and_training(trainings, tmp_path):
 
 
 def test_missing_checkpoint_is_an_error_not_a_training(trainings):
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.pt"):
+    with pytest.raises(ValueError, match=r"nowhere\.pt"):
         obtain_teacher(replace(SPEC, checkpoint="nowhere.pt"), *digits())
     assert not trainings
 

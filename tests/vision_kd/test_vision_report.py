@@ -50,7 +50,7 @@ def test_report_of_two_runs(tmp_path, capsys, assert_live):
 
 
 def test_a_folder_without_a_run(tmp_path):
-    with pytest.raises(FileNotFoundError, match="is no run"):
+    with pytest.raises(ValueError, match="is no run"):
         main([str(tmp_path)])
     (tmp_path / "config.yaml").write_text(
         "model: {class_path: llm_kd.training.distillation.DistillationModule, init_args: {}}"

@@ -207,7 +207,7 @@ def test_unknown_field_names(write):
 
 
 def test_files_that_hold_nothing_readable(tmp_path, write):
-    with pytest.raises(FileNotFoundError, match=r"none\.jsonl: no such data file"):
+    with pytest.raises(ValueError, match=r"none\.jsonl: no such data file"):
         read_rows(tmp_path / "none.jsonl")
     with pytest.raises(RowsError, match=r"data\.csv: data files end in"):
         read_rows(write(CHAT, name="data.csv"))

@@ -285,5 +285,5 @@ def test_the_packaged_prompts():
 
 
 def test_a_file_that_is_nowhere_lists_the_packaged_ones():
-    with pytest.raises(FileNotFoundError, match=r"prompts/dev: no such .*\(prompts/train, prompts/val\)"):
+    with pytest.raises(ValueError, match=r"prompts/dev: no such .*\(prompts/train, prompts/val\)"):
         find_data("prompts/dev")

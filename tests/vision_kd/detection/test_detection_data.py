@@ -59,7 +59,7 @@ def test_crowd_regions_and_images_without_boxes_are_validated_but_not_trained_on
 
 
 def test_missing_annotation_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"instances_val2017\.json(?s:.*)annotations_trainval2017\.zip"):
+    with pytest.raises(ValueError, match=r"instances_val2017\.json(?s:.*)annotations_trainval2017\.zip"):
         COCO(root=str(tmp_path)).setup("fit")
 
 
@@ -85,9 +85,9 @@ def test_files_that_are_no_annotations(root, content, message):
 
 def test_images_listed_but_absent(root):
     (root / "train2017/2.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"1 of 2 images .* are not in .*: 2\.png"):
+    with pytest.raises(ValueError, match=r"1 of 2 images .* are not in .*: 2\.png"):
         read(root)
-    with pytest.raises(FileNotFoundError, match="folder of the images"):
+    with pytest.raises(ValueError, match="folder of the images"):
         read_split(root / "annotations/instances_train2017.json", root / "nowhere", train=True)
 
 

@@ -9,6 +9,7 @@ from PIL import Image
 from pycocotools.coco import COCO as CocoApi  # noqa: N811
 from pycocotools.cocoeval import COCOeval
 
+from kd_common.errors import UserError
 from vision_kd.detection import COCO, DetectionRecord, average_precision, write_results
 from vision_kd.detection.coco import read_split
 
@@ -284,7 +285,7 @@ def test_files_that_are_not_there_are_named(tmp_path, name):
     Image.new("RGB", (100, 80)).save(tmp_path / "sub/a.png")
     Image.new("RGB", (100, 80)).save(tmp_path / "a.png")
     (tmp_path / "link.png").symlink_to("gone.png")
-    with pytest.raises(FileNotFoundError) as caught:
+    with pytest.raises(UserError) as caught:
         read(write(tmp_path, [IMAGE | {"file_name": name}]))
     assert f": {name}" in str(caught.value)
     assert ("write /" in str(caught.value)) == ("\\" in name)

@@ -173,7 +173,7 @@ def test_weights_that_cannot_be_downloaded(monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr(zoo.FasterRCNN_ResNet50_FPN_Weights.COCO_V1.__class__, "get_state_dict", offline)
-    with pytest.raises(ConnectionError, match=r"fasterrcnn_resnet50_fpn_coco.*local path as checkpoint"):
+    with pytest.raises(ValueError, match=r"fasterrcnn_resnet50_fpn_coco.*local path as checkpoint"):
         build_detector(ModelSpec("fasterrcnn_resnet50_fpn", pretrained=True), **DATA_SPEC)
 
 

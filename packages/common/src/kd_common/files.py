@@ -14,6 +14,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from kd_common.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 CHECKSUM = "crc32"
@@ -167,14 +169,14 @@ def read_json(path: Path, hint: str) -> dict[str, Any]:
         hint: What to do about a damaged one, for the message.
 
     Raises:
-        ValueError: It is not one JSON object in UTF-8; the message names the file and the hint.
+        UserError: It is not one JSON object in UTF-8; the message names the file and the hint.
     """
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # broken JSON or UTF-8
-        raise ValueError(f"{path} is damaged, no JSON ({error}); {hint}") from error
+        raise UserError(f"{path} is damaged, no JSON ({error}); {hint}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it holds {type(content).__name__}, no JSON object; {hint}")
+        raise UserError(f"{path} is damaged: it holds {type(content).__name__}, no JSON object; {hint}")
     return content
 
 

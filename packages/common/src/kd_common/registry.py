@@ -5,14 +5,13 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
+from kd_common.errors import UserError
+
 T = TypeVar("T")
 
 
-class UnknownNameError(KeyError):
-    """A name that no entry carries; unlike a plain KeyError it prints its message without quotes."""
-
-    def __str__(self) -> str:
-        return str(self.args[0])
+class UnknownNameError(UserError):
+    """A name that no entry carries."""
 
 
 def suggest(name: str, names: Iterable[str]) -> str:

@@ -7,6 +7,8 @@ from dataclasses import KW_ONLY, dataclass
 from itertools import pairwise
 from typing import Literal
 
+from kd_common.errors import UserError
+
 Phase = Literal["easy", "transition", "hard"]
 
 
@@ -26,7 +28,7 @@ class TopKSchedule:
             and optionally the point where k reaches C - 1 (then held); without it that is the end of training.
 
     Raises:
-        ValueError: If a setting is out of its range.
+        UserError: If a setting is out of its range.
 
     References:
         Dynamic top-k mask of DeepKD, arXiv 2505.15133; the shape of the phases is this project's.
@@ -41,14 +43,14 @@ class TopKSchedule:
 
     def __post_init__(self) -> None:
         if self.num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2, got {self.num_classes}")
+            raise UserError(f"num_classes must be at least 2, got {self.num_classes}")
         if self.total_steps < 1:
-            raise ValueError(f"total_steps must be at least 1, got {self.total_steps}")
+            raise UserError(f"total_steps must be at least 1, got {self.total_steps}")
         if self._count("k_start", self.k_start) > self._count("k_opt", self.k_opt):
-            raise ValueError(f"k_start must not exceed k_opt, got k_start={self.k_start} and k_opt={self.k_opt}")
+            raise UserError(f"k_start must not exceed k_opt, got k_start={self.k_start} and k_opt={self.k_opt}")
         increasing = all(a < b <= 1 for a, b in pairwise((0.0, *self.phase_ends)))
         if len(self.phase_ends) not in (2, 3) or not increasing:
-            raise ValueError(
+            raise UserError(
                 f"phase_ends must be two or three strictly increasing shares of training in (0, 1], "
                 f"got {tuple(self.phase_ends)}"
             )
@@ -57,12 +59,12 @@ class TopKSchedule:
         most = self.num_classes - 1
         if isinstance(value, int):
             if not 1 <= value <= most:
-                raise ValueError(
+                raise UserError(
                     f"{name}={value} is a count of classes and must lie in [1, {most}]; write a float for a fraction"
                 )
             return value
         if not 0 < value <= 1:
-            raise ValueError(
+            raise UserError(
                 f"{name}={value} is a fraction of the classes and must lie in (0, 1]; write an int to count"
             )
         return min(max(round(value * self.num_classes), 1), most)
@@ -124,9 +126,9 @@ def _warmup_from(start: float, epoch: float, warmup_epochs: float) -> float:
 
 def _check_warmup(warmup_epochs: float, warmup_start: float) -> None:
     if warmup_epochs < 0:
-        raise ValueError(f"warmup_epochs must not be negative, got {warmup_epochs}")
+        raise UserError(f"warmup_epochs must not be negative, got {warmup_epochs}")
     if not 0 <= warmup_start <= 1:
-        raise ValueError(f"warmup_start must lie in [0, 1], a share of the full value, got {warmup_start}")
+        raise UserError(f"warmup_start must lie in [0, 1], a share of the full value, got {warmup_start}")
 
 
 class StepDecay(Schedule):
@@ -139,7 +141,7 @@ class StepDecay(Schedule):
         warmup_start: Multiplier at epoch 0 of a warm-up, in [0, 1].
 
     Raises:
-        ValueError: If a setting is out of its range.
+        UserError: If a setting is out of its range.
     """
 
     def __init__(
@@ -147,9 +149,9 @@ class StepDecay(Schedule):
     ) -> None:
         _check_warmup(warmup_epochs, warmup_start)
         if any(a >= b for a, b in pairwise(milestones)):
-            raise ValueError(f"milestones must be strictly increasing, got {tuple(milestones)}")
+            raise UserError(f"milestones must be strictly increasing, got {tuple(milestones)}")
         if not 0 < gamma <= 1:
-            raise ValueError(f"gamma must lie in (0, 1], got {gamma}")
+            raise UserError(f"gamma must lie in (0, 1], got {gamma}")
         self.milestones = tuple(milestones)
         self.gamma = gamma
         self.warmup_epochs = warmup_epochs
@@ -170,7 +172,7 @@ class CosineDecay(Schedule):
         warmup_start: Multiplier at epoch 0 of a warm-up, in [0, 1].
 
     Raises:
-        ValueError: If a setting is out of its range.
+        UserError: If a setting is out of its range.
 
     References:
         SGDR, arXiv 1608.03983, equation 5 without restarts.
@@ -179,7 +181,7 @@ class CosineDecay(Schedule):
     def __init__(self, warmup_epochs: float = 0.0, final: float = 0.0, warmup_start: float = 0.0) -> None:
         _check_warmup(warmup_epochs, warmup_start)
         if not 0 <= final <= 1:
-            raise ValueError(f"final must lie in [0, 1], a share of the full value, got {final}")
+            raise UserError(f"final must lie in [0, 1], a share of the full value, got {final}")
         self.warmup_epochs = warmup_epochs
         self.final = final
         self.warmup_start = warmup_start

@@ -24,6 +24,7 @@ from rich.markup import escape
 from rich.table import Table
 from tqdm.auto import tqdm
 
+from kd_common.errors import UserError
 from kd_common.files import write_atomically
 from kd_common.hub.language_models import load_config, load_tokenizer
 from kd_common.run.compare import mean_and_spread
@@ -61,7 +62,7 @@ def token_means(
         hold the same token most likely) and ``tar``, the share of accepted tokens.
 
     Raises:
-        ValueError: If the likelihood is not finite.
+        UserError: If the likelihood is not finite.
     """
     data.setup("validate")
     device = next(student.parameters()).device
@@ -78,9 +79,7 @@ def token_means(
     means = token_metric_means(sums)
     names = ("nll",) if teacher is None else ("nll", "kl", "agreement", "tar", "teacher_nll")
     if broken := [name for name in names if not math.isfinite(means[name])]:
-        raise ValueError(
-            f"{', '.join(broken)} not finite: the weights hold NaN, or overflow in this dtype; try float32"
-        )
+        raise UserError(f"{', '.join(broken)} not finite: the weights hold NaN, or overflow in this dtype; try float32")
     return {name: means[name] for name in names}
 
 
@@ -119,23 +118,23 @@ def check(settings: Namespace) -> Sampling:
     """How answers are drawn, after refusing what would only fail once models are loaded.
 
     Raises:
-        ModuleNotFoundError: If the harness is asked for and not installed.
-        ValueError: For settings that are out of range or do not fit each other.
+        UserError: If the harness is asked for and not installed.
+        UserError: For settings that are out of range or do not fit each other.
     """
     if settings.harness is not None:
         load_harness()
     if settings.data.responses == "teacher" and settings.teacher is None:
-        raise ValueError("data.responses teacher compares with a teacher's answers: name it with --teacher")
+        raise UserError("data.responses teacher compares with a teacher's answers: name it with --teacher")
     for name in ("limit", "max_prompt", "k"):
         if settings[name] is not None and settings[name] < 1:
-            raise ValueError(f"--{name} must be at least 1, got {settings[name]}")
+            raise UserError(f"--{name} must be at least 1, got {settings[name]}")
     if settings.data.max_length <= settings.max_prompt:
-        raise ValueError(
+        raise UserError(
             f"--data.max_length {settings.data.max_length} leaves no room for an answer behind a prompt of "
             f"--max_prompt {settings.max_prompt} tokens; raise the one or lower the other"
         )
     if settings.temperature == 0 and len(settings.seeds) > 1:
-        raise ValueError(
+        raise UserError(
             "--temperature 0 draws nothing, so every seed gives the same answers: give one, as in --seeds [0]"
         )
     drawing = {f.name: settings[f.name] for f in dataclasses.fields(Sampling) if f.name != "max_new_tokens"}
@@ -225,10 +224,10 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         for is left out.
 
     Raises:
-        CacheError, EncodingError, FileNotFoundError, ResponsesError, RowsError: From the data.
+        CacheError, EncodingError, UserError, ResponsesError, RowsError: From the data.
         ModelNotFoundError: If there is no such model.
-        ModuleNotFoundError: If the harness is asked for and not installed.
-        ValueError: For settings that cannot be used.
+        UserError: If the harness is asked for and not installed.
+        UserError: For settings that cannot be used.
     """
     settings = parser().parse_args(args)
     settings.device = settings.device or default_device()

@@ -20,6 +20,7 @@ import llm_kd.selection
 import llm_kd.training.callbacks
 import llm_kd.training.rollout
 import llm_kd.training.strategies  # noqa: F401  (makes class names and the strategy known to the command line)
+from kd_common.errors import UserError
 from kd_common.hub.language_models import load_config
 from kd_common.run.cli import FitCLI, fixed_seed
 from kd_common.run.errors import run_command
@@ -61,22 +62,22 @@ class LanguageCLI(FitCLI):
         """Refuse what would only fail, or silently do something else, once models are loaded.
 
         Raises:
-            ValueError: For a precision that the loss or the weights do not bear, or a number of answers below 0.
+            UserError: For a precision that the loss or the weights do not bear, or a number of answers below 0.
         """
         trainer = self.config["trainer"]
         if str(trainer["precision"]).startswith("16"):
-            raise ValueError(
+            raise UserError(
                 f"trainer.precision {trainer['precision']}: the loss is summed over tokens before it is normalised, "
                 "which overflows in fp16; use bf16-mixed or 32-true"
             )
         dtype = self.config["model"]["init_args"]["student"]["dtype"]
         if trainer["precision"] == "bf16-true" and dtype != "bfloat16":
-            raise ValueError(
+            raise UserError(
                 f"trainer.precision bf16-true would train in bfloat16 what model.student.dtype asks for in {dtype}; "
                 "small updates vanish there. Use bf16-mixed, or set model.student.dtype to bfloat16"
             )
         if self.config["answers"] < 0:
-            raise ValueError(f"--answers must be at least 0, got {self.config['answers']}")
+            raise UserError(f"--answers must be at least 0, got {self.config['answers']}")
 
 
 def build(args: ArgsType = None, cli_class: type[LanguageCLI] = LanguageCLI) -> LanguageCLI:
@@ -105,7 +106,7 @@ def run(cli: LanguageCLI) -> Result:
     """Obtain the teacher and its responses, distil, and collect the result."""
     model, data, trainer = cli.model, cli.datamodule, cli.trainer
     if data.packing and model.rollout.generates:
-        raise ValueError(
+        raise UserError(
             f"data.packing puts many conversations into a row, but under model.rollout {type(model.rollout).__name__} "
             "the student answers each in a row of its own; set data.packing to false"
         )
@@ -159,8 +160,8 @@ def check_lengths(model: DistillationModule, data: TextDataModule, answers: int)
         answers: Number of validation prompts that the student is to answer.
 
     Raises:
-        FileNotFoundError, RowsError, EncodingError: From the data.
-        ValueError: If a conversation is too long, or a prompt leaves too few positions for a response.
+        UserError, RowsError, EncodingError: From the data.
+        UserError: If a conversation is too long, or a prompt leaves too few positions for a response.
     """
     spec = model.teacher_spec
     configs = {"student": model.student_with_head.student.causal_lm.config}

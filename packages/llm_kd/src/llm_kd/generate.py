@@ -14,6 +14,7 @@ import sys
 
 from transformers import TextStreamer
 
+from kd_common.errors import UserError
 from kd_common.hub.language_models import load_causal_lm, load_config, load_tokenizer, note_unapplied
 from kd_common.run.errors import run_command
 from kd_common.run.messages import CommandParser, check_device, default_device
@@ -55,14 +56,14 @@ def main(args: list[str] | None = None) -> str:
 
     Raises:
         ModelNotFoundError: If there is no such model.
-        ValueError: If the prompt is empty or too long, or a setting is out of its range.
+        UserError: If the prompt is empty or too long, or a setting is out of its range.
     """
     settings = parser().parse_args(args)
     settings.device = settings.device or default_device()
     check_device(settings.device)
     prompt = (sys.stdin.read() if settings.prompt == "-" else settings.prompt).strip()
     if not prompt:
-        raise ValueError("the prompt is empty; give --prompt TEXT, or --prompt - and the text on standard input")
+        raise UserError("the prompt is empty; give --prompt TEXT, or --prompt - and the text on standard input")
     tokenizer = load_tokenizer(settings.model)
     encoder = Encoder(tokenizer, settings.system)
     note_unapplied(settings.model)

@@ -16,6 +16,7 @@ from typing import Any
 from markupsafe import Markup, escape
 from rich.console import Console
 
+from kd_common.errors import UserError
 from kd_common.hub.language_models import load_causal_lm, load_config, load_tokenizer
 from kd_common.run.errors import run_command
 from kd_common.run.messages import CommandParser, check_folder
@@ -75,28 +76,28 @@ def student_sections(
     """What the students make of the held-out text of the first run.
 
     Raises:
-        FileNotFoundError: If a run has left no student.
-        ValueError: If the runs have different teachers or held-out texts.
+        UserError: If a run has left no student.
+        UserError: If the runs have different teachers or held-out texts.
     """
     first = next(iter(configs.values()))
     model, settings = first["model"]["init_args"], first["data"]["init_args"]
     teachers = {config["model"]["init_args"]["teacher"]["name"] for config in configs.values()}
     if len(teachers) > 1:
-        raise ValueError(f"these runs have different teachers ({', '.join(sorted(teachers))}); report on them apart")
+        raise UserError(f"these runs have different teachers ({', '.join(sorted(teachers))}); report on them apart")
     differing = [
         key
         for key in ("val", "limit_val", "responses", "fields", "max_length", "truncate", "system")
         if len({repr(config["data"]["init_args"].get(key)) for config in configs.values()}) > 1
     ]
     if differing:
-        raise ValueError(
+        raise UserError(
             f"these runs have other held-out texts (data.{', data.'.join(differing)} differ); report on them apart, or "
             "with --limit 0 on their logs alone"
         )
     folders = {name: run / "student_last" for name, run in runs.items()}
     for folder in folders.values():
         if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} is missing: the run was stopped before its end (--limit 0: logs alone)")
+            raise UserError(f"{folder} is missing: the run was stopped before its end (--limit 0: logs alone)")
     teacher_name = model["teacher"]["name"]
     tokenizer = load_tokenizer(teacher_name)
     student_folder = str(next(iter(folders.values())))
@@ -155,8 +156,8 @@ def report(runs: Sequence[Path], output: Path, *, limit: int = 16, k: int = 5, t
         texts: Answers shown token by token.
 
     Raises:
-        FileNotFoundError: If a folder holds no finished run.
-        ValueError: If the runs have different teachers or held-out texts, or one is of another command.
+        UserError: If a folder holds no finished run.
+        UserError: If the runs have different teachers or held-out texts, or one is of another command.
     """
     names = {name: run for run, name in run_names(runs).items()}
     configs = {name: read_config(run) for name, run in names.items()}

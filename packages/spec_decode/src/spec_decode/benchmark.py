@@ -24,6 +24,7 @@ from jsonargparse import auto_cli
 from rich.console import Console
 from tqdm import tqdm
 
+from kd_common.errors import UserError
 from kd_common.files import read_json, write_atomically
 from kd_common.hub.language_models import model_ends, model_source, note_unapplied
 from kd_common.run.errors import run_command
@@ -148,14 +149,14 @@ def read_results(path: Path) -> dict[str, Any]:
     """What an earlier benchmark wrote.
 
     Raises:
-        ValueError: If it is damaged.
+        UserError: If it is damaged.
     """
     remedy = "choose another output folder, or delete that file to measure again"
     content = read_json(path, remedy)
     if not isinstance(content.get("key"), str) or not isinstance(content.get("rows"), list):
-        raise ValueError(f"{path} is damaged: it holds no key and rows; {remedy}")
+        raise UserError(f"{path} is damaged: it holds no key and rows; {remedy}")
     if content.get("crc32") != checksum(content["rows"]):
-        raise ValueError(f"{path} is damaged or was changed: the checksum of its rows is wrong; {remedy}")
+        raise UserError(f"{path} is damaged or was changed: the checksum of its rows is wrong; {remedy}")
     return content
 
 
@@ -270,7 +271,7 @@ def finished_rows(path: Path, key: str) -> list[dict[str, Any]]:
     """Rows that a benchmark of the same key has finished; a file of another one is renamed to hold its key.
 
     Raises:
-        ValueError: If the file is damaged.
+        UserError: If the file is damaged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.is_file():
@@ -335,7 +336,7 @@ def benchmark(
     """
     check_device(device)
     if count < 1:
-        raise ValueError(f"count must be >= 1, got {count}")
+        raise UserError(f"count must be >= 1, got {count}")
     samplings = [Sampling(temperature) for temperature in temperatures or (0.0, 1.0)]
     check_settings(max_new_tokens=max_new_tokens, temperature=samplings[0].temperature, seed=seed)
     entries = {entry: (name, parse_tree(own or tree)) for entry in drafters for name, _, own in [entry.partition("@")]}

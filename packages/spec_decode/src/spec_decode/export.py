@@ -19,6 +19,7 @@ from jsonargparse import auto_cli
 from safetensors.torch import save
 from torch import Tensor
 
+from kd_common.errors import UserError
 from kd_common.files import write_atomically
 from kd_common.hub.language_models import DTYPES, load_config
 from kd_common.hub.weight_files import shown
@@ -67,7 +68,7 @@ def eagle3_layout(state: dict[str, Tensor], vocab_size: int, dtype: torch.dtype)
         dtype: Precision to store.
 
     Raises:
-        ValueError: If the weights are not exactly those of `LAYOUT`, or not finite in this precision.
+        UserError: If the weights are not exactly those of `LAYOUT`, or not finite in this precision.
     """
     vocabulary = state.get("vocabulary", torch.arange(vocab_size))
     can_draft = torch.zeros(vocab_size, dtype=torch.bool)
@@ -79,7 +80,7 @@ def eagle3_layout(state: dict[str, Tensor], vocab_size: int, dtype: torch.dtype)
             weights[f"{_NAMES[part]}.{rest}"] = value.to(dtype).contiguous()
     wrong = sorted(weights.keys() ^ LAYOUT) + sorted(n for n, w in weights.items() if not w.isfinite().all())
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"these weights are missing, unknown to the EAGLE-3 layout, or not finite in {dtype}: {shown(wrong)}; "
             "train the drafter again"
         )
@@ -95,22 +96,22 @@ def check_servable(drafter: str, layers: Sequence[int], config: Any) -> None:
         config: transformers' configuration of the target.
 
     Raises:
-        ValueError: For other layers than the layout implies, layers that are not three different ones, or an activation
+        UserError: For other layers than the layout implies, layers that are not three different ones, or an activation
             other than SiLU.
     """
     implied = default_feature_layers(config.num_hidden_layers)
     if tuple(layers) != implied:
-        raise ValueError(
+        raise UserError(
             f"{drafter} reads the layers {list(layers)}; the EAGLE-3 layout implies {implied}, and engines count the "
             "layers of a setting for others differently. Train with model.target.feature_layers null"
         )
     if len(set(implied)) < 3:
-        raise ValueError(
+        raise UserError(
             f"{drafter} reads the layers {implied} of a target of {config.num_hidden_layers} layers, and engines "
             "collect each layer once; only drafters for targets of at least 7 layers can be exported"
         )
     if config.hidden_act != "silu":
-        raise ValueError(f"{drafter} has the target's activation {config.hidden_act}; engines' drafters have silu only")
+        raise UserError(f"{drafter} has the target's activation {config.hidden_act}; engines' drafters have silu only")
 
 
 def export(drafter: str, output: str, dtype: str = "bfloat16") -> None:
@@ -122,21 +123,21 @@ def export(drafter: str, output: str, dtype: str = "bfloat16") -> None:
         dtype: Precision of the weights.
 
     Raises:
-        FileNotFoundError: If the folder holds no drafter.
-        ValueError: For another kind of drafter, one that reads other layers than EAGLE-3 does, or a target whose layers
+        UserError: If the folder holds no drafter.
+        UserError: For another kind of drafter, one that reads other layers than EAGLE-3 does, or a target whose layers
             or activation engines do not draft for.
     """
     check_folder("--output", output)
     found = read_config(Path(drafter))
     if (kind := found["drafter"].get("name")) != "eagle3":
-        raise ValueError(
+        raise UserError(
             f"{drafter} is a {kind} drafter; only eagle3 has a layout that other programs read. "
             "Load this one with spec_decode.drafters.load_drafter"
         )
     if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if (name := found.get("target")) is None:
-        raise ValueError(f"{drafter} does not say which target it was trained for; train it with spec_decode.fit")
+        raise UserError(f"{drafter} does not say which target it was trained for; train it with spec_decode.fit")
     config = load_config(name)
     check_target_sizes(Path(drafter), found, config, name)
     check_servable(drafter, found["feature_layers"], config)

@@ -15,6 +15,7 @@ from pathlib import Path
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 
 import spec_decode.training.callbacks  # noqa: F401  (makes its class names known to the command line)
+from kd_common.errors import UserError
 from kd_common.hub.language_models import model_ends, note_unapplied
 from kd_common.run.cli import FitCLI, fixed_seed
 from kd_common.run.errors import run_command
@@ -52,18 +53,18 @@ class DrafterCLI(FitCLI):
         """Refuse what would fail, or silently do something else, once the target is loaded.
 
         Raises:
-            ValueError: For fp16, a run of unknown length, or a sharded target with stored features.
+            UserError: For fp16, a run of unknown length, or a sharded target with stored features.
         """
         if (
             self.config["model"]["init_args"]["shard_target"]
             and self.config["data"]["init_args"].get("features") != "online"
         ):
-            raise ValueError("model.shard_target spreads the target for passes in the loop; set data.features online")
+            raise UserError("model.shard_target spreads the target for passes in the loop; set data.features online")
         trainer = self.config["trainer"]
         if str(trainer["precision"]).startswith("16"):
-            raise ValueError(f"trainer.precision {trainer['precision']}: use bf16-mixed or 32-true")
+            raise UserError(f"trainer.precision {trainer['precision']}: use bf16-mixed or 32-true")
         if (trainer["max_epochs"] or 0) < 1:
-            raise ValueError("set trainer.max_epochs: the learning-rate schedule runs over it")
+            raise UserError("set trainer.max_epochs: the learning-rate schedule runs over it")
 
 
 def build(args: ArgsType = None) -> DrafterCLI:

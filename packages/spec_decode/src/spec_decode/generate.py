@@ -14,6 +14,7 @@ from typing import TextIO
 
 from jsonargparse import auto_cli
 
+from kd_common.errors import UserError
 from kd_common.run.errors import run_command
 from kd_common.run.messages import CommandParser
 from kd_common.terminal import printable
@@ -128,9 +129,7 @@ def generate(
         device: Where to run.
     """
     if not prompt.strip():
-        raise ValueError(
-            "--prompt is empty: say what to answer, or talk to the model with `python -m spec_decode.chat`"
-        )
+        raise UserError("--prompt is empty: say what to answer, or talk to the model with `python -m spec_decode.chat`")
     check_settings(
         max_new_tokens=max_new_tokens,
         temperature=temperature,

@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
+from kd_common.errors import UserError
 from kd_common.run.errors import run_command
 from kd_common.run.messages import CommandParser, check_folder
 from kd_common.run.report import Section, check_validated, read_config, read_metrics, run_names, write_report
@@ -80,19 +81,19 @@ def report(
         max_new_tokens: Tokens per prompt.
 
     Raises:
-        FileNotFoundError: If a folder holds no finished run.
-        ValueError: If the runs have different targets, or one is of another command.
+        UserError: If a folder holds no finished run.
+        UserError: If the runs have different targets, or one is of another command.
     """
     check_length(max_new_tokens)
     if count < 0:
-        raise ValueError(f"count must be >= 0, got {count}")
+        raise UserError(f"count must be >= 0, got {count}")
     names = {name: run for run, name in run_names(runs).items()}
     models = {name: read_config(run)["model"]["init_args"] for name, run in names.items()}
     metrics = {name: read_metrics(run) for name, run in names.items()}
     for name, run in names.items():
         check_validated(run, metrics[name], "spec_decode.fit", "val/tau")
     if len(targets := {model["target"]["name"] for model in models.values()}) > 1:
-        raise ValueError(f"these runs are for different targets ({', '.join(sorted(targets))}); report on them apart")
+        raise UserError(f"these runs are for different targets ({', '.join(sorted(targets))}); report on them apart")
     table = [
         {
             "run": name,

@@ -17,6 +17,7 @@ from typing import Any
 from jsonargparse import Namespace
 from rich.console import Console
 
+from kd_common.errors import UserError
 from kd_common.run.errors import run_command
 from kd_common.run.messages import CommandParser, check_device, check_file, check_folder, default_device
 from kd_common.run.result import count_parameters
@@ -60,12 +61,12 @@ def load(settings: Namespace) -> tuple[Classifier | Detector, ImageDataModule]:
     """Network and data of a parsed command line.
 
     Raises:
-        ValueError: If neither the file nor the command line says which data, or the classes of the two differ.
+        UserError: If neither the file nor the command line says which data, or the classes of the two differ.
     """
     meta = read_checkpoint(settings.ckpt).meta
     if settings.data is None:
         if "data" not in meta:
-            raise ValueError(
+            raise UserError(
                 f"{settings.ckpt} does not say which data it was trained on; give --data, as in --data Digits"
             )
         settings.data = parser().parse_object({"ckpt": settings.ckpt, "data": meta["data"]}).data
@@ -109,7 +110,7 @@ def main(args: list[str] | None = None) -> dict[str, float]:
         check_program(settings.export)
     model, data = load(settings)
     if settings.export is not None and not isinstance(model, Classifier):
-        raise ValueError("--export writes classifiers only: torch.export does not trace a detector's proposals")
+        raise UserError("--export writes classifiers only: torch.export does not trace a detector's proposals")
     data.prepare_data()
     data.setup("validate")
     if isinstance(model, Detector):

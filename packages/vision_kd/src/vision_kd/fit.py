@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
 import vision_kd.training.callbacks  # noqa: F401  (makes its class names known to the command line)
+from kd_common.errors import UserError
 from kd_common.run.cli import FitCLI, fixed_seed
 from kd_common.run.errors import run_command
 from kd_common.run.imports import refuse_imports
@@ -58,16 +59,16 @@ class VisionCLI(FitCLI):
         """Refuse what Lightning would replace silently, or refuse with advice that does not fit manual optimisation.
 
         Raises:
-            ValueError: For fp16 scaling, an unknown length, and accumulation or clipping by the trainer.
+            UserError: For fp16 scaling, an unknown length, and accumulation or clipping by the trainer.
         """
         trainer = self.config["trainer"]
         check_trainer(trainer["precision"], trainer["max_epochs"])
         if trainer["accumulate_grad_batches"] not in (None, 1):
-            raise ValueError("trainer.accumulate_grad_batches does not see component gradients; set model.accumulate")
+            raise UserError("trainer.accumulate_grad_batches does not see component gradients; set model.accumulate")
         if trainer["gradient_clip_val"] is not None:
-            raise ValueError("trainer.gradient_clip_val does not see component gradients; set model.clip_norm")
+            raise UserError("trainer.gradient_clip_val does not see component gradients; set model.clip_norm")
         if self.config["baseline"] is not None and trainer["fast_dev_run"]:
-            raise ValueError("baseline repeats the run from its folder, and trainer.fast_dev_run writes none")
+            raise UserError("baseline repeats the run from its folder, and trainer.fast_dev_run writes none")
         refuse_imports("baseline", self.config["baseline"] or ())
 
 
@@ -95,7 +96,7 @@ def run(cli: VisionCLI) -> Result:
     """Obtain the teacher, distil, and collect the result."""
     model, data = cli.model, cli.datamodule
     if cli.config["baseline"] is not None and cli.trainer.world_size > 1:
-        raise ValueError("baseline trains a second time in one process; with several set it to null and run it apart")
+        raise UserError("baseline trains a second time in one process; with several set it to null and run it apart")
     data.views = model.method.views
     if cli.trainer.is_global_zero:  # one process fetches what may have to be fetched
         data.check_batch(cli.trainer.world_size)

@@ -20,11 +20,13 @@ from rich.console import Console
 from torch import Tensor
 from tqdm import tqdm
 
+from kd_common.errors import UserError
 from kd_common.run.errors import run_command
 from kd_common.run.messages import CommandParser, check_folder
 from kd_common.run.report import Section, Series, check_validated, read_config, read_metrics, run_names, write_report
 from kd_common.terminal import printable
 from vision_kd.data import ImageDataModule
+from vision_kd.data.base import MissingDataError
 from vision_kd.fit import VisionCLI, build
 from vision_kd.models import Classifier, load_classifier
 from vision_kd.models.classifier import DATA_SPEC
@@ -64,8 +66,8 @@ class Run:
         """Read a run and rebuild its model and data; nothing is trained or written.
 
         Raises:
-            FileNotFoundError: If the folder holds no run, or one that logged nothing.
-            ValueError: If it is a run of another command, or was stopped before its first validation.
+            UserError: If the folder holds no run, or one that logged nothing.
+            UserError: If it is a run of another command, or was stopped before its first validation.
         """
         read_config(folder)
         metrics = read_metrics(folder)
@@ -92,7 +94,7 @@ class Run:
         data = self.cli.datamodule
         try:
             path = teacher_cache_path(spec, data, data.settings, ranks=self.cli.trainer.world_size)
-        except FileNotFoundError:  # the training data are elsewhere
+        except MissingDataError:  # the training data are elsewhere
             return None
         return load_classifier(path) if path.is_file() else None
 
@@ -248,8 +250,8 @@ def report(
         samples: Validation images they are computed on.
 
     Raises:
-        FileNotFoundError: If a folder holds no finished run.
-        ValueError: If classifiers and detectors, or runs on different data, are to be compared.
+        UserError: If a folder holds no finished run.
+        UserError: If classifiers and detectors, or runs on different data, are to be compared.
     """
     names = run_names(runs)
     opened = [Run.open(run, names[run]) for run in runs]
@@ -257,7 +259,7 @@ def report(
         (type(run.cli.model).__name__, tuple(run.cli.datamodule.class_names)): run.name for run in opened
     }
     if len(kinds) > 1:
-        raise ValueError(f"{' and '.join(kinds.values())} have other tasks or classes; report on them one by one")
+        raise UserError(f"{' and '.join(kinds.values())} have other tasks or classes; report on them one by one")
     sections = log_sections(opened)
     if opened[0].classifies:
         sections += student_sections(opened, resolution=resolution, extent=extent, samples=samples)

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from kd_common.errors import UserError
 from kd_common.functional.logits import scaled_pair
 
 
@@ -41,7 +42,7 @@ def _log_mixture(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
 
 def _check_skew(alpha: float) -> None:
     if not 0 <= alpha < 1:
-        raise ValueError(f"alpha must lie in [0, 1), got {alpha}; alpha = 0 is the plain KL divergence")
+        raise UserError(f"alpha must lie in [0, 1), got {alpha}; alpha = 0 is the plain KL divergence")
 
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float | None = 1.0) -> Tensor:
@@ -56,7 +57,7 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: f
         Divergence per row in nats, shape (...).
 
     Raises:
-        ValueError: If the shapes differ or the temperature is not a positive finite number.
+        UserError: If the shapes differ or the temperature is not a positive finite number.
 
     References:
         Hinton et al., Distilling the knowledge in a neural network, arXiv 1503.02531.
@@ -77,7 +78,7 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: f
         Divergence per row in nats, shape (...).
 
     Raises:
-        ValueError: If the shapes differ or the temperature is not a positive finite number.
+        UserError: If the shapes differ or the temperature is not a positive finite number.
 
     References:
         MiniLLM, arXiv 2306.08543.
@@ -103,13 +104,13 @@ def jensen_shannon(
         Divergence per row in nats, shape (...), at most log 2.
 
     Raises:
-        ValueError: If beta is outside (0, 1), the shapes differ or the temperature is not a positive finite number.
+        UserError: If beta is outside (0, 1), the shapes differ or the temperature is not a positive finite number.
 
     References:
         Generalised knowledge distillation (GKD), arXiv 2306.13649.
     """
     if not 0 < beta < 1:
-        raise ValueError(
+        raise UserError(
             f"beta must lie strictly between 0 and 1, got {beta}; the divergence vanishes at the ends: "
             "use forward_kl in place of beta = 0 and reverse_kl in place of beta = 1"
         )
@@ -133,7 +134,7 @@ def skew_forward_kl(
         Divergence per row in nats, shape (...), at most -log(alpha).
 
     Raises:
-        ValueError: If alpha is outside [0, 1), the shapes differ or the temperature is not a positive finite number.
+        UserError: If alpha is outside [0, 1), the shapes differ or the temperature is not a positive finite number.
 
     References:
         DistiLLM, arXiv 2402.03898.
@@ -158,7 +159,7 @@ def skew_reverse_kl(
         Divergence per row in nats, shape (...), at most -log(alpha).
 
     Raises:
-        ValueError: If alpha is outside [0, 1), the shapes differ or the temperature is not a positive finite number.
+        UserError: If alpha is outside [0, 1), the shapes differ or the temperature is not a positive finite number.
 
     References:
         DistiLLM, arXiv 2402.03898.
@@ -180,7 +181,7 @@ def total_variation(student_logits: Tensor, teacher_logits: Tensor, *, temperatu
         Distance per row, shape (...), in [0, 1].
 
     Raises:
-        ValueError: If the shapes differ or the temperature is not a positive finite number.
+        UserError: If the shapes differ or the temperature is not a positive finite number.
 
     References:
         f-DISTILL, arXiv 2307.15190.
@@ -208,14 +209,14 @@ def alpha_beta(
         Divergence per row, shape (...).
 
     Raises:
-        ValueError: If alpha or beta is negative or not finite, both are 0, the shapes differ or the temperature is not
+        UserError: If alpha or beta is negative or not finite, both are 0, the shapes differ or the temperature is not
             a positive finite number.
 
     References:
         ABKD, arXiv 2505.04560; Cichocki et al., Entropy 13(1), 2011.
     """
     if not (0 <= alpha < math.inf and 0 <= beta < math.inf and alpha + beta > 0):
-        raise ValueError(f"alpha and beta must be finite, >= 0 and not both 0, got alpha={alpha} and beta={beta}")
+        raise UserError(f"alpha and beta must be finite, >= 0 and not both 0, got alpha={alpha} and beta={beta}")
     log_p, log_q = log_probs(student_logits, teacher_logits, temperature)
     if beta == 0:
         return _power_kl(alpha * log_p, alpha * log_q) / alpha**2

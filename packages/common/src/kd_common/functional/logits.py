@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from kd_common.errors import UserError
+
 
 def at_least_fp32(tensor: Tensor) -> Tensor:
     """Tensor in float32 or wider; float64 stays float64."""
@@ -23,7 +25,7 @@ def scaled_pair(student_logits: Tensor, teacher_logits: Tensor, temperature: flo
             f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}; align their classes (vocabulary) first"
         )
     if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be a positive finite number, got {temperature}")
+        raise UserError(f"temperature must be a positive finite number, got {temperature}")
     return scaled(student_logits, temperature), scaled(teacher_logits, temperature)
 
 

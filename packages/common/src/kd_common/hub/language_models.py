@@ -30,6 +30,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from kd_common.errors import UserError
 from kd_common.files import cache_root, locked, read_json, replacing_stopped, staging_paths
 from kd_common.hub.vocabulary import end_tokens
 from kd_common.hub.weight_files import HINT, WRAPPER, ModelFilesError, check_no_adapter, check_whole, stored_weights
@@ -87,7 +88,7 @@ The value is the one that changes nothing.
 T = TypeVar("T")
 
 
-class ModelNotFoundError(OSError):
+class ModelNotFoundError(UserError):
     """A name that is no local folder and cannot be had from the Hub; the message says what to do."""
 
 
@@ -105,10 +106,10 @@ def load_causal_lm(name: str, dtype: str = "float32", *, attention: str = "sdpa"
         ModelNotFoundError: If there is no such folder and the Hub does not have it or cannot be reached.
         ModelFilesError: If tensors are missing, left over, of another shape or type, or not finite, or if the folder is
             an adapter's.
-        ValueError: If the precision is unknown.
+        UserError: If the precision is unknown.
     """
     if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     model: PreTrainedModel = _load(_whole_model, name, dtype=DTYPES[dtype], attn_implementation=attention)
     return model.eval()
 
@@ -253,7 +254,7 @@ def _snapshot(name: str) -> Path:
 def _loaded(load: Callable[..., T], name: str, **settings: Any) -> T:
     try:
         return load(name, trust_remote_code=False, **settings)
-    except (OSError, ModelFilesError):
+    except (OSError, UserError):
         raise
     # On damaged files transformers, tokenizers and safetensors raise almost any kind of error, without a file's name.
     except Exception as error:

@@ -4,6 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from kd_common.errors import UserError
 from kd_common.text import ChatEncoder
 
 
@@ -34,13 +35,13 @@ def shared_vocabulary(
         roles: What the two models are called in messages.
 
     Raises:
-        ValueError: If a token has different ids in the two tokenizers, or a model has fewer rows than tokens.
+        UserError: If a token has different ids in the two tokenizers, or a model has fewer rows than tokens.
     """
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     if ours != theirs:
         differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
         shown = ", ".join(f"{t!r} ({theirs.get(t)} against {ours.get(t)})" for t in differing[:3])
-        raise ValueError(
+        raise UserError(
             f"{roles[0]} and {roles[1]} must share a tokenizer, but {len(differing)} tokens differ: {shown}. Choose a "
             f"{roles[0]} and a {roles[1]} of one family"
         )
@@ -48,7 +49,7 @@ def shared_vocabulary(
     for role, config in zip(roles, (teacher_config, student_config), strict=True):
         rows = config.vocab_size if hasattr(config, "vocab_size") else config.get_text_config().vocab_size
         if rows < size:
-            raise ValueError(f"the {role} has {rows} rows, but its tokenizer has ids up to {size - 1}")
+            raise UserError(f"the {role} has {rows} rows, but its tokenizer has ids up to {size - 1}")
     return size
 
 
@@ -61,7 +62,7 @@ def end_tokens(tokenizer: Any, *settings: Any) -> tuple[int, ...]:
             number, a list of numbers or nothing.
 
     Raises:
-        ValueError: If a configuration names something else, or the template does not end.
+        UserError: If a configuration names something else, or the template does not end.
     """
     found = [tokenizer.eos_token_id, _closing(tokenizer), *configured_ends(*settings)]
     return tuple(dict.fromkeys(token for token in found if token is not None))
@@ -74,7 +75,7 @@ def configured_ends(*settings: Any) -> list[int]:
         named = getattr(setting, "eos_token_id", None)
         listed = named if isinstance(named, list | tuple) else [] if named is None else [named]
         if any(isinstance(token, bool) or not isinstance(token, int) for token in listed):
-            raise ValueError(f"eos_token_id {named!r} of a {type(setting).__name__} must be a token's number or a list")
+            raise UserError(f"eos_token_id {named!r} of a {type(setting).__name__} must be a token's number or a list")
         found += [token for token in listed if token not in found and token >= 0]
     return found
 

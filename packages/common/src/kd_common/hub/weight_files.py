@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from kd_common.errors import UserError
 from kd_common.files import read_json
 
 HINT = "fetch or save the model again"
@@ -41,7 +42,7 @@ UNUSABLE = ("C", "torch.complex", "meta")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-class ModelFilesError(ValueError):
+class ModelFilesError(UserError):
     """A model's folder whose files are damaged, would run code, or do not fit; the message names it."""
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from kd_common.errors import UserError
 from kd_common.grads import sum_gradients
 from kd_common.optim.base import ComponentOptimizer
 
@@ -29,7 +30,7 @@ class DecoupledAdamW(ComponentOptimizer):
         weight_decay: Decoupled weight decay, >= 0.
 
     Raises:
-        ValueError: If a setting is out of range.
+        UserError: If a setting is out of range.
 
     Source: DeepKD's decoupled momentum (arXiv 2505.15133) applied to AdamW (arXiv 1711.05101).
     """
@@ -47,9 +48,9 @@ class DecoupledAdamW(ComponentOptimizer):
         weight_decay: float = 0.01,
     ) -> None:
         if not 0 <= beta2 < 1:
-            raise ValueError(f"beta2 must be in [0, 1), got {beta2}")
+            raise UserError(f"beta2 must be in [0, 1), got {beta2}")
         if not eps >= 0:
-            raise ValueError(f"eps must be >= 0, got {eps}")
+            raise UserError(f"eps must be >= 0, got {eps}")
         super().__init__(
             params, {"lr": lr, "beta1s": dict(beta1s), "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
         )

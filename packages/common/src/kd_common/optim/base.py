@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from kd_common.errors import UserError
 from kd_common.grads import Gradients, sum_gradients
 
 
@@ -53,22 +54,22 @@ class ComponentOptimizer(Optimizer):
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         coefficients = defaults[self.coefficient]
         if not coefficients:
-            raise ValueError(f"{self.coefficient} is empty: name at least one component")
+            raise UserError(f"{self.coefficient} is empty: name at least one component")
         for name, value in coefficients.items():
             if not 0 <= value < 1:
-                raise ValueError(f"{self.coefficient}['{name}'] must be in [0, 1), got {value}")
+                raise UserError(f"{self.coefficient}['{name}'] must be in [0, 1), got {value}")
             if "+" in name:
-                raise ValueError(f"component name '{name}' must not contain '+', which joins the names of a bucket")
+                raise UserError(f"component name '{name}' must not contain '+', which joins the names of a bucket")
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with their own lr or weight_decay; see `torch.optim.Optimizer.add_param_group`."""
         if own := [key for key in self.shared if key in param_group]:
-            raise ValueError(f"a parameter group brings {own}, which all groups share: pass it to the optimizer")
+            raise UserError(f"a parameter group brings {own}, which all groups share: pass it to the optimizer")
         super().add_param_group(param_group)
         for key in ("lr", "weight_decay"):
             if not self.param_groups[-1][key] >= 0:
-                raise ValueError(f"{key} must be >= 0, got {self.param_groups[-1][key]}")
+                raise UserError(f"{key} must be >= 0, got {self.param_groups[-1][key]}")
 
     @property
     def buckets(self) -> dict[str, tuple[str, ...]]:

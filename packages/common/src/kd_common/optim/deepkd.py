@@ -5,6 +5,7 @@ from typing import Literal
 
 from torch.optim.optimizer import ParamsT
 
+from kd_common.errors import UserError
 from kd_common.optim.adamw import DecoupledAdamW
 from kd_common.optim.sgd import WEIGHT_DECAY, DecoupledSGD
 
@@ -27,13 +28,13 @@ def deepkd_momenta(
         Momentum per component; extend it for further components.
 
     Raises:
-        ValueError: If the preset is unknown, `delta` names other components, or a momentum leaves [0, 1).
+        UserError: If the preset is unknown, `delta` names other components, or a momentum leaves [0, 1).
     """
     if preset not in ("paper", "released"):
-        raise ValueError(f"preset must be 'paper' or 'released', got '{preset}'")
+        raise UserError(f"preset must be 'paper' or 'released', got '{preset}'")
     deltas = dict(delta) if isinstance(delta, Mapping) else dict.fromkeys(COMPONENTS, delta)
     if deltas.keys() != set(COMPONENTS):
-        raise ValueError(f"delta must name exactly {list(COMPONENTS)}, got {list(deltas)}")
+        raise UserError(f"delta must name exactly {list(COMPONENTS)}, got {list(deltas)}")
     momenta = {
         "task": base_momentum + deltas["task"],
         "target": base_momentum - deltas["target"],
@@ -43,7 +44,7 @@ def deepkd_momenta(
         momenta["task"] = momenta["target"]
     for name, momentum in momenta.items():
         if not 0 <= momentum < 1:
-            raise ValueError(
+            raise UserError(
                 f"the momentum of '{name}' is {momentum:g}, outside [0, 1): lower delta ({delta}) or change the base "
                 f"({base_momentum})"
             )
@@ -86,13 +87,13 @@ def deepkd_sgd(
         The optimizer; `DecoupledSGD.step` takes the gradients of `components` and `aliases`.
 
     Raises:
-        ValueError: If a momentum leaves [0, 1), a component is unknown, or the released preset is asked for another
+        UserError: If a momentum leaves [0, 1), a component is unknown, or the released preset is asked for another
             decay component.
     """
     own = WEIGHT_DECAY if preset == "paper" else "target"
     decay_component = own if decay_component is None else decay_component
     if preset == "released" and decay_component != own:
-        raise ValueError(f"preset 'released' decays within '{own}', got decay_component='{decay_component}'")
+        raise UserError(f"preset 'released' decays within '{own}', got decay_component='{decay_component}'")
     momenta = _select(deepkd_momenta(base_momentum, delta, preset), components, aliases or {})
     if decay_component == WEIGHT_DECAY:
         momenta[WEIGHT_DECAY] = base_momentum
@@ -130,7 +131,7 @@ def deepkd_adamw(
         The optimizer; `DecoupledAdamW.step` takes the gradients of `components` and `aliases`.
 
     Raises:
-        ValueError: If a beta1 leaves [0, 1) or a component is unknown.
+        UserError: If a beta1 leaves [0, 1) or a component is unknown.
     """
     beta1s = _select(deepkd_momenta(base_beta1, delta), components, aliases or {})
     return DecoupledAdamW(params, lr, beta1s, beta2, eps, weight_decay)
@@ -141,9 +142,9 @@ def _select(
 ) -> dict[str, float]:
     """Coefficients of the components in use and of the aliases."""
     if unknown := sorted({*components, *aliases.values()} - coefficients.keys()):
-        raise ValueError(f"unknown components {unknown}: known are {list(coefficients)}; name others in aliases")
+        raise UserError(f"unknown components {unknown}: known are {list(coefficients)}; name others in aliases")
     if clashes := sorted(aliases.keys() & {*coefficients, WEIGHT_DECAY}):
-        raise ValueError(f"aliases {clashes} are names with a momentum of their own")
+        raise UserError(f"aliases {clashes} are names with a momentum of their own")
     return {name: coefficients[name] for name in components} | {
         name: coefficients[like] for name, like in aliases.items()
     }

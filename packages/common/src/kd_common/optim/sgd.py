@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from kd_common.errors import UserError
 from kd_common.optim.base import ComponentOptimizer, bucket_components
 
 WEIGHT_DECAY = "weight_decay"
@@ -34,7 +35,7 @@ class DecoupledSGD(ComponentOptimizer):
             move the parameters first and the decay reads the moved ones; its component then keeps a buffer of its own.
 
     Raises:
-        ValueError: If a setting is out of range, `decay_component` has no momentum, or "weight_decay" has a
+        UserError: If a setting is out of range, `decay_component` has no momentum, or "weight_decay" has a
             momentum but is not the `decay_component`.
 
     Source: DeepKD, arXiv 2505.15133.
@@ -55,9 +56,9 @@ class DecoupledSGD(ComponentOptimizer):
     ) -> None:
         decay_component = next(iter(momenta), None) if decay_component is None else decay_component
         if momenta and decay_component not in momenta:
-            raise ValueError(f"decay_component '{decay_component}' has no momentum: momenta names {list(momenta)}")
+            raise UserError(f"decay_component '{decay_component}' has no momentum: momenta names {list(momenta)}")
         if WEIGHT_DECAY in momenta and decay_component != WEIGHT_DECAY:
-            raise ValueError(
+            raise UserError(
                 f"momenta names '{WEIGHT_DECAY}', the component made of the decay alone, but decay_component is "
                 f"'{decay_component}': drop the one or set the other to '{WEIGHT_DECAY}'"
             )

@@ -14,6 +14,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
+from kd_common.errors import UserError
 from kd_common.files import damaged_entry, write_atomically
 from kd_common.run.result import Mode
 
@@ -99,7 +100,7 @@ def resumed_config(args: Sequence[str]) -> list[str]:
     A resumed run thus continues with its own settings; what else is on the command line still wins.
 
     Raises:
-        ValueError: If the flag is given twice, or empty.
+        UserError: If the flag is given twice, or empty.
     """
     given = [
         following if arg == "--ckpt_path" else arg.removeprefix("--ckpt_path=")
@@ -107,9 +108,9 @@ def resumed_config(args: Sequence[str]) -> list[str]:
         if arg == "--ckpt_path" or arg.startswith("--ckpt_path=")
     ]
     if len(given) > 1:
-        raise ValueError(f"--ckpt_path is given {len(given)} times ({', '.join(given)}); a run resumes from one file")
+        raise UserError(f"--ckpt_path is given {len(given)} times ({', '.join(given)}); a run resumes from one file")
     if "" in given:
-        raise ValueError("--ckpt_path is empty; give a file, or null to start anew")
+        raise UserError("--ckpt_path is empty; give a file, or null to start anew")
     config = Path(given[0]).parent.parent / CONFIG if given else None
     if config is None or not config.is_file():
         return []
@@ -121,7 +122,7 @@ def check_same_settings(path: Path, saved: Mapping[str, Any], asked: Mapping[str
     """Refuse to resume with other model settings: the optimizer's state would go on with the old ones.
 
     Raises:
-        ValueError: Naming the settings that differ.
+        UserError: Naming the settings that differ.
     """
 
     def plain(value: Any) -> Any:
@@ -132,7 +133,7 @@ def check_same_settings(path: Path, saved: Mapping[str, Any], asked: Mapping[str
     ]
     if differing:
         changes = "; ".join(f"model.{key} was {plain(saved[key])}, now {plain(asked[key])}" for key in differing)
-        raise ValueError(
+        raise UserError(
             f"--ckpt_path {path} was trained with other settings: {changes}. Resume with its own configuration "
             "(leave those flags out), or start a new run"
         )
@@ -142,26 +143,26 @@ def check_resumable(path: Path) -> dict[str, Any]:
     """Refuse a missing, damaged or foreign checkpoint before anything is built; return its content.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is not a complete Lightning checkpoint of plain tensors (it is read with
+        UserError: If there is no such file.
+        UserError: If it is not a complete Lightning checkpoint of plain tensors (it is read with
             ``weights_only=True``, so a pickle with code in it is refused, not run).
     """
     if not path.is_file():
-        raise FileNotFoundError(f"--ckpt_path {path}: no such file")
+        raise UserError(f"--ckpt_path {path}: no such file")
     # Every checkpoint of Lightning is a zip archive; its directory, at the end, is what a killed writer leaves out.
     if not zipfile.is_zipfile(path):
-        raise ValueError(f"--ckpt_path {path}: not a readable checkpoint (truncated, or not written by torch.save)")
+        raise UserError(f"--ckpt_path {path}: not a readable checkpoint (truncated, or not written by torch.save)")
     if damaged := damaged_entry(path):
-        raise ValueError(
+        raise UserError(
             f"--ckpt_path {path}: not a readable checkpoint (damaged: {damaged}). Resume from another one in its folder"
         )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     # What torch's unpickler raises: besides its own error whatever the opcodes run into.
     except Exception as error:
-        raise ValueError(f"--ckpt_path {path}: not a readable checkpoint ({error})") from error
+        raise UserError(f"--ckpt_path {path}: not a readable checkpoint ({error})") from error
     if not isinstance(checkpoint, dict) or not {"state_dict", "optimizer_states", "loops"} <= checkpoint.keys():
-        raise ValueError(
+        raise UserError(
             f"--ckpt_path {path}: holds no training state; give a file written during training "
             f"(<run_dir>/{CHECKPOINT_DIR}/last.ckpt), not exported weights"
         )

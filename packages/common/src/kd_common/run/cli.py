@@ -29,7 +29,9 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from kd_common.errors import UserError
 from kd_common.files import free_name
 from kd_common.registry import suggest
 from kd_common.run.checkpoints import (
@@ -126,7 +128,7 @@ class FitCLI(LightningCLI):
             try:
                 command_line = resumed_config(command_line) + command_line
                 command_line = resolve_config_names(command_line, self.config_dir)
-            except (FileNotFoundError, ValueError) as error:
+            except UserError as error:
                 parser.error(str(error))
             configs = [place for place, arg in enumerate(command_line) if arg.startswith("--config")]
             if any(arg.startswith(("--data.", "--model.")) for arg in command_line[: max(configs, default=0)]):
@@ -148,14 +150,14 @@ class FitCLI(LightningCLI):
             check_groups(self.config)
             if not isinstance(args, dict):
                 check_effect(self.config, command_line)
-        except ValueError as error:
+        except UserError as error:
             parser.error(str(error))
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer.
 
         Raises:
-            ValueError: What a constructor objects to, without jsonargparse's wrapping.
+            UserError: What a constructor objects to, without jsonargparse's wrapping.
         """
         path = Path(self.config["ckpt_path"]) if self.config["ckpt_path"] else None
         saved = check_resumable(path) if path else {}
@@ -164,11 +166,11 @@ class FitCLI(LightningCLI):
         check_folder("--run_dir", self.config["run_dir"] or "runs")
         try:
             super().instantiate_classes()
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, MisconfigurationException) as error:
             message = constructor_message(str(error))
             if "NoneType" in message and (nulls := null_settings(self.config)):
                 message = f"{', '.join(nulls)} must not be null; give a value, or leave it out for the default"
-            raise ValueError(message) from error.__cause__
+            raise UserError(message) from error.__cause__
         check_trainer(self.trainer, self.model)
         if path:
             check_same_settings(path, saved.get("hyper_parameters", {}), self.model.hparams)
@@ -207,12 +209,12 @@ def check_environment() -> None:
     """Refuse Lightning's variables for trainer settings: the configuration gives every setting, so they do nothing.
 
     Raises:
-        ValueError: Naming a variable and the flag to use.
+        UserError: Naming a variable and the flag to use.
     """
     prefix = "PL_TRAINER_"
     if found := next((name for name in os.environ if name.startswith(prefix)), None):
         flag = f"--trainer.{found.removeprefix(prefix).lower()}"
-        raise ValueError(f"the environment variable {found} has no effect here; unset it, and give {flag}")
+        raise UserError(f"the environment variable {found} has no effect here; unset it, and give {flag}")
 
 
 def check_effect(config: Namespace, command_line: Sequence[str]) -> None:
@@ -223,15 +225,13 @@ def check_effect(config: Namespace, command_line: Sequence[str]) -> None:
         command_line: What it was parsed from.
 
     Raises:
-        ValueError: Naming the flag.
+        UserError: Naming the flag.
     """
     for word in command_line:
         flag = word.partition("=")[0]
         parts = flag.removeprefix("--").removesuffix("+").split(".")
         if flag.startswith("--") and len(parts) > 2 and parts[0] in config and not _is_set(config, parts):
-            raise ValueError(
-                f"{flag} has no effect: what stands behind it replaces the class that it sets; put it last"
-            )
+            raise UserError(f"{flag} has no effect: what stands behind it replaces the class that it sets; put it last")
 
 
 def _is_set(settings: Any, parts: Sequence[str]) -> bool:
@@ -251,10 +251,10 @@ def check_strategy(name: Any) -> None:
     """Refuse a strategy that Lightning does not know; its own error lists a few of them and an address.
 
     Raises:
-        ValueError: Naming what there is.
+        UserError: Naming what there is.
     """
     if isinstance(name, str) and name not in (known := ["auto", *StrategyRegistry.available_strategies()]):
-        raise ValueError(
+        raise UserError(
             f"--trainer.strategy {name}: no such strategy{suggest(name, known)} (known: {', '.join(known)}; others as "
             "a class_path)"
         )
@@ -270,10 +270,10 @@ def fixed_seed(seed: bool | int) -> int:
     """The seed as a number.
 
     Raises:
-        ValueError: For ``true``, which would draw a new seed on resuming.
+        UserError: For ``true``, which would draw a new seed on resuming.
     """
     if seed is True:
-        raise ValueError("seed_everything must be a number (or false for 0): a run is resumed from its seed")
+        raise UserError("seed_everything must be a number (or false for 0): a run is resumed from its seed")
     return int(seed)
 
 
@@ -316,7 +316,7 @@ def resolve_config_names(args: Sequence[str], config_dir: Path) -> list[str]:
         config_dir: Folder of the packaged YAML files.
 
     Raises:
-        FileNotFoundError: If NAME is neither a path nor a packaged configuration; the message lists its folder's.
+        UserError: If NAME is neither a path nor a packaged configuration; the message lists its folder's.
     """
     resolved = list(args)
     for i, arg in enumerate(args):
@@ -341,8 +341,8 @@ def find_config(name: str, config_dir: Path) -> str:
     elsewhere = [other for other in packaged if other.endswith(f"/{last}")]
     hint = f"; did you mean {', '.join(elsewhere)}?" if elsewhere else suggest(stem, listed)
     if Path(name).is_dir():
-        raise FileNotFoundError(f"--config {name}: is a folder; give a file of settings in it")
-    raise FileNotFoundError(
+        raise UserError(f"--config {name}: is a folder; give a file of settings in it")
+    raise UserError(
         f"--config {name}: no such file, and no packaged configuration{hint} (packaged: {', '.join(listed)})"
     )
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from kd_common.errors import UserError
 from kd_common.files import read_json, write_atomically
 from kd_common.run.cli import resolve_config_names
 from kd_common.run.imports import asked_for, import_asked_for, refuse_imports
@@ -56,16 +57,16 @@ def run_matrix(
         One row per run, in the order of the variants and seeds.
 
     Raises:
-        ValueError: If ``results.json`` is damaged, or holds a run with other settings, or if there is nothing to run.
+        UserError: If ``results.json`` is damaged, or holds a run with other settings, or if there is nothing to run.
         ExceptionGroup: Of the runs that failed, after the others are saved; with one job at a time the first failure
             ends the comparison.
     """
     if jobs < 1:
-        raise ValueError(f"--jobs {jobs}: give the number of runs at a time, 1 or more")
+        raise UserError(f"--jobs {jobs}: give the number of runs at a time, 1 or more")
     if not seeds:
-        raise ValueError("--seeds []: give at least one, as in '[0]': every variant runs once per seed")
+        raise UserError("--seeds []: give at least one, as in '[0]': every variant runs once per seed")
     if not variants:
-        raise ValueError("--variants {}: give at least one, as in '{KD: [methods/kd]}'")
+        raise UserError("--variants {}: give at least one, as in '{KD: [methods/kd]}'")
     for setting, given in {"--base": base, "--overrides": overrides, **variants}.items():
         refuse_imports(setting, given)
     check_folder("--output", output)
@@ -84,7 +85,7 @@ def run_matrix(
             if earlier is None:
                 pending.append((variant, seed, args, threads))
             elif earlier != args:
-                raise ValueError(
+                raise UserError(
                     f"{results} holds {variant}, seed {seed}, run with other settings ({' '.join(earlier)}); "
                     "choose another output folder or delete that file"
                 )
@@ -106,7 +107,7 @@ def _finished(results: Path) -> list[Row]:
     if not isinstance(rows, list) or not all(
         isinstance(r, dict) and {"variant", "seed", "args"} <= r.keys() for r in rows
     ):
-        raise ValueError(f"{results} is damaged: it holds no list of runs; {hint}")
+        raise UserError(f"{results} is damaged: it holds no list of runs; {hint}")
     return rows
 
 

@@ -3,33 +3,26 @@
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from typing import Any
 
-from kd_common.registry import UnknownNameError
+from kd_common.errors import UserError
 from kd_common.terminal import printable
-
-USER_ERRORS = (ValueError, OSError, ModuleNotFoundError, UnknownNameError)
-"""What settings, data and files of a user are refused with: the message says what is wrong and what to do."""
 
 TRACEBACK = "KD_TRACEBACK"
 """Environment variable: set, a command shows where an error was raised, whatever it is."""
 
-TRAINING_LOOP = "lightning.pytorch.loops.fit_loop"
-
 
 def run_command(command: Callable[[], Any]) -> None:
-    """Run what a command line asks for; a refusal ends it as a mistyped option does, with one message and code 2.
+    """Run what a command line asks for; a user's error ends it as a mistyped option does, with one message and code 2.
 
-    Everything else keeps its traceback, and so does any error raised while a model trains, where what it says is no
-    longer about what the user gave.
+    So does an error of the system about a file that it names. Everything else keeps its traceback.
 
     Args:
         command: Parses ``sys.argv`` and does the work.
 
     Raises:
-        SystemExit: With code 2, after the message of a refusal on the standard error; with 130 after Ctrl-C, which
+        SystemExit: With code 2, after the message of a user's error on the standard error; with 130 after Ctrl-C, which
             Lightning itself answers while a model trains; with 143 after SIGTERM, for which Lightning has 0.
     """
     try:
@@ -46,8 +39,9 @@ def run_command(command: Callable[[], Any]) -> None:
         if type(error).__name__ == "SIGTERMException":  # Lightning's, which would end as a finished run does
             raise SystemExit(128 + signal.SIGTERM) from None
         raise
-    except _user_errors() as error:
-        if os.environ.get(TRACEBACK) or in_training(error):
+    except (UserError, OSError) as error:
+        nameless = isinstance(error, OSError) and error.filename is None
+        if nameless or os.environ.get(TRACEBACK):
             raise
         print(f"error: {printable(str(error))}\n({TRACEBACK}=1 in the environment shows where)", file=sys.stderr)
         raise SystemExit(2) from None
@@ -57,23 +51,11 @@ def run_command(command: Callable[[], Any]) -> None:
         raise
 
 
-def _user_errors() -> tuple[type[Exception], ...]:
-    """`USER_ERRORS`, and what Lightning refuses the settings of its trainer with, if it was loaded at all."""
-    lightning = sys.modules.get("lightning.fabric.utilities.exceptions")
-    return (*USER_ERRORS, lightning.MisconfigurationException) if lightning else USER_ERRORS
-
-
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a processor or a GPU has no memory left."""
     # torch's allocator of the processor raises a bare RuntimeError, that of a GPU one of its own.
     of_gpu = type(error).__name__ == "OutOfMemoryError"
     return of_gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
-
-
-def in_training(error: BaseException) -> bool:
-    """Whether an error was raised inside Lightning's training loop, validation between its epochs included."""
-    frames = traceback.walk_tb(error.__traceback__)
-    return any(frame.f_globals.get("__name__") == TRAINING_LOOP for frame, _ in frames)
 
 
 class NonFiniteLossError(RuntimeError):

@@ -9,6 +9,8 @@ from typing import Any
 from jsonargparse import _actions, _typehints, _util
 from jsonargparse._common import NonParsingAction, parent_parser
 
+from kd_common.errors import UserError
+
 FLAG = "--import"
 OWN = ("kd_common", "vision_kd", "llm_kd", "spec_decode")
 KNOWN = (*OWN, "lightning", "torch", "torchvision", "torchmetrics", "timm", "transformers")
@@ -26,7 +28,7 @@ def import_asked_for(args: Sequence[str]) -> list[str]:
     """Import the modules that a command line names with ``--import``; return the rest of it.
 
     Raises:
-        ValueError: If there is no such module, or one that it imports is not installed.
+        UserError: If there is no such module, or one that it imports is not installed.
     """
     rest, words = [], iter(args)
     for word in words:
@@ -50,21 +52,21 @@ def refuse_imports(setting: str, args: Sequence[str]) -> None:
         args: The arguments.
 
     Raises:
-        ValueError: Naming the argument.
+        UserError: Naming the argument.
     """
     if found := [arg for arg in args if arg.partition("=")[0] == FLAG]:
-        raise ValueError(f"{setting}: {found[0]} is for the command line itself; add it there if you trust that module")
+        raise UserError(f"{setting}: {found[0]} is for the command line itself; add it there if you trust that module")
 
 
 def _import(name: str) -> None:
     if name.endswith(".py") or not all(part.isidentifier() for part in name.split(".")):
-        raise ValueError(f"{FLAG} {name!r}: give the name of a module, as in {FLAG} my_models, without .py or folders")
+        raise UserError(f"{FLAG} {name!r}: give the name of a module, as in {FLAG} my_models, without .py or folders")
     try:
         import_module(name)
     except ModuleNotFoundError as error:
         absent = error.name in [*_prefixes(name)]
         what = "no such module" if absent else f"it needs {error.name}, which is not installed"
-        raise ValueError(
+        raise UserError(
             f"{FLAG} {name}: {what}; modules are looked for in the working directory and among installed packages"
         ) from error
     _asked_for.add(name)
@@ -77,7 +79,7 @@ def import_named(path: str) -> Any:
         path: Module and name, with dots.
 
     Raises:
-        ValueError: For a module that is not loaded, of no known package, and not asked for; for a class of the
+        UserError: For a module that is not loaded, of no known package, and not asked for; for a class of the
             standard library; for anything but a class, unless its module is of this project or asked for.
     """
     module, root = path.rpartition(".")[0], path.partition(".")[0]
@@ -85,14 +87,14 @@ def import_named(path: str) -> Any:
     allowed = _is_asked_for(path) or (root in KNOWN and not hidden) or (root not in _STANDARD and _is_loaded(module))
     if "." in path and not allowed:
         hint = "" if root in _STANDARD else f"; if you trust {module}, add {FLAG} {module} to the command line"
-        raise ValueError(f"{path} is not of a package that a configuration may name ({', '.join(KNOWN)}){hint}")
+        raise UserError(f"{path} is not of a package that a configuration may name ({', '.join(KNOWN)}){hint}")
     found = _util.import_object(path)
     origin = str(getattr(found, "__module__", None) or "")
     if inspect.isclass(found) and (origin.partition(".")[0] not in _STANDARD or _is_asked_for(origin)):
         return found
     if origin.partition(".")[0] in OWN or _is_asked_for(origin):
         return found
-    raise ValueError(f"{path} is no class that a configuration may name")
+    raise UserError(f"{path} is no class that a configuration may name")
 
 
 def _is_asked_for(path: str) -> bool:

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from kd_common.errors import UserError
+
 
 class ResumableLoader(ABC):
     """Batches of an epoch that is a function of its number, from any of them on.
@@ -42,10 +44,10 @@ class ResumableLoader(ABC):
         An epoch that was ``finished``, all of it or as much as the trainer asks for, has no batches left.
 
         Raises:
-            ValueError: If the state lies inside an epoch of other data, batch size, seed or number of processes.
+            UserError: If the state lies inside an epoch of other data, batch size, seed or number of processes.
         """
         if state["batch"] and not state.get("finished") and state["data"] != self.fingerprint():
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint was written {state['batch']} batches into epoch {state['epoch']} with other data, "
                 "batch size, packing, seed or number of processes: resume with the same ones, or from a checkpoint "
                 "written at the end of an epoch"

@@ -16,6 +16,7 @@ from typing import Any, NoReturn, get_args
 
 from jsonargparse import ArgumentParser, Namespace
 
+from kd_common.errors import UserError
 from kd_common.registry import subclasses, suggest
 from kd_common.run.imports import FLAG, ImportOption, guard, import_asked_for, import_named
 from kd_common.run.settings_text import check_config_files, keep_text
@@ -203,7 +204,7 @@ def check_groups(config: Namespace) -> None:
         config: A parsed configuration.
 
     Raises:
-        ValueError: Naming the group and what it may hold.
+        UserError: Naming the group and what it may hold.
     """
     for path, parameters, settings in _chosen(config):
         for name, value in vars(settings).items():
@@ -211,19 +212,19 @@ def check_groups(config: Namespace) -> None:
             group = parameters[name].annotation if name in parameters else None
             if is_dataclass(group) and not isinstance(value, Namespace | None):
                 names = ", ".join(field.name for field in fields(group))
-                raise ValueError(f"--{path}.{name} {value!r}: expected settings by name ({names})")
+                raise UserError(f"--{path}.{name} {value!r}: expected settings by name ({names})")
 
 
 def check_accelerator(name: Any) -> None:
     """Refuse a GPU where there is none; Lightning's error names neither the setting nor the hint.
 
     Raises:
-        ValueError: If PyTorch finds no GPU.
+        UserError: If PyTorch finds no GPU.
     """
     import torch  # seconds, which a mistyped option need not wait for
 
     if name in ("gpu", "cuda") and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
-        raise ValueError(
+        raise UserError(
             f"--trainer.accelerator {name}: PyTorch {torch.__version__} finds no GPU here; set it to auto or cpu, or "
             "check the driver and that this build of PyTorch is for it"
         )
@@ -233,20 +234,20 @@ def check_folder(flag: str, path: str | Path) -> None:
     """Refuse the name of a file where a folder is to be written.
 
     Raises:
-        ValueError: Naming the flag.
+        UserError: Naming the flag.
     """
     if (file := next((p for p in (Path(path), *Path(path).parents) if p.exists()), None)) and not file.is_dir():
-        raise ValueError(f"{flag} {path}: {file} is a file; name a folder")
+        raise UserError(f"{flag} {path}: {file} is a file; name a folder")
 
 
 def check_file(flag: str, path: str | Path) -> None:
     """Refuse the name of a folder where a file is to be written, or one inside a file.
 
     Raises:
-        ValueError: Naming the flag.
+        UserError: Naming the flag.
     """
     if Path(path).is_dir():
-        raise ValueError(f"{flag} {path} is a folder; name a file")
+        raise UserError(f"{flag} {path} is a folder; name a file")
     check_folder(flag, Path(path).parent)
 
 
@@ -260,11 +261,11 @@ def check_batch_size(rows: int, what: str, batch_size: int, world_size: int) -> 
         world_size: Number of processes.
 
     Raises:
-        ValueError: If they do not; the message says how large a batch may be.
+        UserError: If they do not; the message says how large a batch may be.
     """
     if rows < batch_size * world_size:
         each = f" on each of {world_size} processes" if world_size > 1 else ""
-        raise ValueError(
+        raise UserError(
             f"data.batch_size {batch_size}: the {rows:,} {what} do not fill one batch{each}; lower it to at most "
             f"{rows // world_size}"
         )
@@ -281,7 +282,7 @@ def check_device(name: str) -> None:
     """Refuse a ``--device`` that this machine does not have.
 
     Raises:
-        ValueError: If PyTorch cannot use it.
+        UserError: If PyTorch cannot use it.
     """
     import torch
 
@@ -289,7 +290,7 @@ def check_device(name: str) -> None:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:  # the latter from builds for other hardware
         reason = str(error).splitlines()[0]
-        raise ValueError(
+        raise UserError(
             f"--device {name} cannot be used here; set it to cpu, or check the driver ({reason})"
         ) from error
 
@@ -301,11 +302,11 @@ def check_world_size(size: int) -> None:
         size: Devices of the run, on all nodes.
 
     Raises:
-        ValueError: If torchrun started another number of processes.
+        UserError: If torchrun started another number of processes.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if "TORCHELASTIC_RUN_ID" in os.environ and launched != size:
-        raise ValueError(
+        raise UserError(
             f"torchrun started {launched} processes, and trainer.devices times trainer.num_nodes is {size}: set "
             "--trainer.devices to --nproc_per_node and --trainer.num_nodes to --nnodes"
         )

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from kd_common.distributed import world_size
+from kd_common.errors import UserError
 
 
 def alone() -> bool:
@@ -102,7 +103,7 @@ def check_monitors(trainer: pl.Trainer, logged: Collection[str], later: tuple[st
         later: Beginnings of names that are logged in some epochs only.
 
     Raises:
-        ValueError: Naming the callback and the metrics that there are.
+        UserError: Naming the callback and the metrics that there are.
     """
     all_callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
     if any(not type(callback).__module__.startswith(("lightning.", "kd_common.")) for callback in all_callbacks):
@@ -110,7 +111,7 @@ def check_monitors(trainer: pl.Trainer, logged: Collection[str], later: tuple[st
     for callback in all_callbacks:
         watches = isinstance(callback, EarlyStopping | ModelCheckpoint) and callback.monitor is not None
         if watches and callback.monitor not in logged and not callback.monitor.startswith(("lr-", *later)):
-            raise ValueError(
+            raise UserError(
                 f"trainer.callbacks: {type(callback).__name__} watches {callback.monitor}, which is not logged; there "
                 f"are {', '.join(sorted(logged))}"
             )

@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from kd_common.errors import UserError
 from kd_common.files import write_atomically
 
 Series = tuple[np.ndarray, np.ndarray]
@@ -113,21 +114,21 @@ def read_config(run: Path) -> dict[str, Any]:
     """The resolved configuration of a run.
 
     Raises:
-        FileNotFoundError: If the folder holds no run.
+        UserError: If the folder holds no run.
         ValueError: If its configuration is damaged.
     """
     file = run / "config.yaml"
     if not file.is_file():
-        raise FileNotFoundError(f"{run} is no run: it holds no config.yaml. Give the folder that `fit` printed")
+        raise UserError(f"{run} is no run: it holds no config.yaml. Give the folder that `fit` printed")
     try:
         config = yaml.safe_load(file.read_bytes())
     except (yaml.YAMLError, ValueError) as error:  # yaml reads dates and numbers, too
-        raise ValueError(f"{file} is damaged, no YAML ({error}); leave this run out") from error
+        raise UserError(f"{file} is damaged, no YAML ({error}); leave this run out") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{file} is damaged: it holds {type(config).__name__}, no settings; leave this run out")
+        raise UserError(f"{file} is damaged: it holds {type(config).__name__}, no settings; leave this run out")
     model = config.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("init_args"), dict):
-        raise ValueError(f"{file} holds no settings of a model, so it is no configuration of a run; leave this run out")
+        raise UserError(f"{file} holds no settings of a model, so it is no configuration of a run; leave this run out")
     return config
 
 
@@ -135,13 +136,13 @@ def read_metrics(run: Path) -> dict[str, Series]:
     """Everything a run logged, by name; of a run that was resumed what the last attempt logged of every update.
 
     Raises:
-        FileNotFoundError: If it has logged nothing.
+        UserError: If it has logged nothing.
         ValueError: If a file is damaged.
     """
     earlier = sorted(run.glob("metrics_*.csv"), key=lambda file: int(file.stem.partition("_")[2]))
     files = [*earlier, *run.glob("metrics.csv")]
     if not files:
-        raise FileNotFoundError(f"{run} holds no metrics.csv; was the run made with another trainer.logger?")
+        raise UserError(f"{run} holds no metrics.csv; was the run made with another trainer.logger?")
     found: dict[str, dict[int, float]] = {}
     for file in files:
         try:
@@ -155,7 +156,7 @@ def read_metrics(run: Path) -> dict[str, Series]:
                             found.setdefault(name, {})[int(row["step"])] = float(value)
         except (ValueError, KeyError, TypeError, csv.Error) as error:
             cause = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{file} is damaged ({cause}); remove what is broken, or leave this run out") from error
+            raise UserError(f"{file} is damaged ({cause}); remove what is broken, or leave this run out") from error
     return {
         name: (np.array(sorted(values)), np.array([values[step] for step in sorted(values)]))
         for name, values in found.items()
@@ -175,7 +176,7 @@ def check_validated(run: Path, metrics: Mapping[str, Series], command: str, *any
         ValueError: If it logged none of them.
     """
     if not metrics.keys() & {*any_of}:
-        raise ValueError(
+        raise UserError(
             f"{run} is no run of {command} that can be reported on: it logged no {' or '.join(any_of)}. Another "
             "command made it, or it was stopped before its first validation"
         )

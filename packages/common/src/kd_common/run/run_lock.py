@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
+from kd_common.errors import UserError
+
 Run = TypeVar("Run", bound=Callable[..., Any])
 NAME = ".lock"
 """File in the folder of a run that its process locks; only a killed one leaves it behind, unlocked."""
@@ -23,7 +25,7 @@ def hold(folder: Path) -> None:
         folder: The folder, which exists.
 
     Raises:
-        ValueError: If another process that is still alive holds it.
+        UserError: If another process that is still alive holds it.
     """
     path = (folder / NAME).resolve()
     if path in _held:  # by an earlier run of this process, which has ended or never began
@@ -32,7 +34,7 @@ def hold(folder: Path) -> None:
     try:
         lock.acquire()
     except Timeout:
-        raise ValueError(
+        raise UserError(
             f"--run_dir {folder}: a run that is still going on writes there; wait for it or stop it, or name another "
             "folder"
         ) from None

@@ -14,6 +14,8 @@ from jsonargparse._common import parent_parser
 from jsonargparse._loaders_dumpers import dump_yaml_kwargs, get_yaml_default_loader
 from jsonargparse._typehints import ActionTypeHint
 
+from kd_common.errors import UserError
+
 NULL = "null"
 MAX_BYTES, MAX_NODES, MAX_DEPTH = 2**24, 10**6, 100
 """What a file of settings may hold; the nodes are counted as its aliases repeat them."""
@@ -89,17 +91,17 @@ def read_settings(path: Path) -> dict[str, Any]:
         ValueError: If it is no file, too large, no text in UTF-8, no YAML or holds no settings; without its name.
     """
     if not path.is_file():
-        raise ValueError("not a file")
+        raise UserError("not a file")
     if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"not read: it has more than {MAX_BYTES:,} bytes, which no file of settings has")
+        raise UserError(f"not read: it has more than {MAX_BYTES:,} bytes, which no file of settings has")
     try:
         content = load_yaml(path.read_text(encoding="utf-8-sig"))
     except (yaml.YAMLError, ValueError) as error:  # broken UTF-8, too
         hint = "; text that holds ': ' or ' #' stands in quotes" if isinstance(error, yaml.MarkedYAMLError) else ""
-        raise ValueError(f"not a readable YAML file ({error}{hint})") from error
+        raise UserError(f"not a readable YAML file ({error}{hint})") from error
     if not isinstance(content, dict):
         found = "nothing" if content is None else type(content).__name__
-        raise ValueError(f"must hold settings by name, such as `trainer: {{...}}`, holds {found}")
+        raise UserError(f"must hold settings by name, such as `trainer: {{...}}`, holds {found}")
     return content
 
 
@@ -118,7 +120,7 @@ def check_config_files(args: Sequence[str]) -> None:
             try:
                 read_settings(Path(path))
             except ValueError as error:
-                raise ValueError(f"--config {path}: {error}") from error
+                raise UserError(f"--config {path}: {error}") from error
 
 
 class Typed(str):

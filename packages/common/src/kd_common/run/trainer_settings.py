@@ -9,6 +9,8 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
+from kd_common.errors import UserError
+
 _CALLBACKS: Mapping[type[pl.Callback], str] = {
     callbacks.GradientAccumulationScheduler: "changes the length of an epoch in updates, over which schedules run",
     callbacks.StochasticWeightAveraging: "averages weights after the last student was saved",
@@ -30,18 +32,18 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
         module: What it is to train.
 
     Raises:
-        ValueError: Naming the setting.
+        UserError: Naming the setting.
     """
     if trainer.barebones:
-        raise ValueError("trainer.barebones logs no metrics, from which the result is made; leave it out")
+        raise UserError("trainer.barebones logs no metrics, from which the result is made; leave it out")
     for split, use in (("train", "learn from"), ("val", "report")):
         limit = getattr(trainer, f"limit_{split}_batches")
         if limit == 0:
-            raise ValueError(
+            raise UserError(
                 f"trainer.limit_{split}_batches {limit} leaves nothing to {use}; set it to 1 or more, or leave it out"
             )
     if trainer.overfit_batches:  # type: ignore[attr-defined]  # set by a connector
-        raise ValueError(
+        raise UserError(
             "trainer.overfit_batches would take the order of the batches from the data; set "
             "trainer.limit_train_batches, or a small training set"
         )
@@ -49,9 +51,9 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     for name in ("check_val_every_n_epoch", "val_check_interval"):
         # A time of validation is kept elsewhere, in seconds.
         if (value := getattr(trainer, name, None)) is not None and value <= 0:
-            raise ValueError(f"trainer.{name} must be > 0, got {value}")
+            raise UserError(f"trainer.{name} must be > 0, got {value}")
     if str(trainer.precision).startswith("16"):
-        raise ValueError(
+        raise UserError(
             f"trainer.precision {trainer.precision}: fp16 needs a scaled loss, which this training does not make; use "
             "bf16-mixed or 32-true"
         )
@@ -63,42 +65,40 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
 def _check_length(trainer: pl.Trainer) -> None:
     epochs, steps = trainer.max_epochs, trainer.max_steps
     if epochs == 0 or steps == 0 or (epochs or -1, steps) == (-1, -1):
-        raise ValueError("set trainer.max_epochs or trainer.max_steps to 1 or more: the schedules run over them")
+        raise UserError("set trainer.max_epochs or trainer.max_steps to 1 or more: the schedules run over them")
     for unit, most in (("epochs", epochs or -1), ("steps", steps)):
         least = getattr(trainer, f"min_{unit}")
         if least and 0 < most < least:
-            raise ValueError(f"trainer.min_{unit} {least} is more than trainer.max_{unit} {most}")
+            raise UserError(f"trainer.min_{unit} {least} is more than trainer.max_{unit} {most}")
 
 
 def _check_strategy(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     strategy = trainer.strategy
     if isinstance(strategy.launcher, _MultiProcessingLauncher):
-        raise ValueError("trainer.strategy: processes that Lightning spawns or forks keep the result; use ddp")
+        raise UserError("trainer.strategy: processes that Lightning spawns or forks keep the result; use ddp")
     if not isinstance(strategy, known := (SingleDeviceStrategy, DDPStrategy, *getattr(module, "strategies", ()))):
-        raise ValueError(
+        raise UserError(
             f"trainer.strategy {type(strategy).__name__} is not one that {type(module).__name__} trains under: "
             + ", ".join(kind.__name__ for kind in known)
         )
     if getattr(strategy, "_layer_sync", None) is not None and strategy.root_device.type == "cpu":
-        raise ValueError("trainer.sync_batchnorm works on GPUs only; leave it out: the statistics are averaged")
+        raise UserError("trainer.sync_batchnorm works on GPUs only; leave it out: the statistics are averaged")
     if getattr(strategy, "_ddp_comm_hook", None) is not None and not module.automatic_optimization:
-        raise ValueError("trainer.strategy: ddp_comm_hook does not see component gradients; leave it out")
+        raise UserError("trainer.strategy: ddp_comm_hook does not see component gradients; leave it out")
 
 
 def _check_callback(callback: pl.Callback, trainer: pl.Trainer, module: pl.LightningModule) -> None:
     name = f"trainer.callbacks: {type(callback).__name__}"
     for kind, reason in _CALLBACKS.items():
         if isinstance(callback, kind):
-            raise ValueError(f"{name} {reason}" + ("" if reason.endswith("set it") else "; leave it out"))
+            raise UserError(f"{name} {reason}" + ("" if reason.endswith("set it") else "; leave it out"))
     silent = not trainer.loggers or isinstance(trainer.loggers[0], DummyLogger)
     writes = isinstance(callback, callbacks.LearningRateMonitor | callbacks.DeviceStatsMonitor)
     if writes and silent and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
-        raise ValueError(f"{name} writes to a logger, and trainer.logger is false")
+        raise UserError(f"{name} writes to a logger, and trainer.logger is false")
     timed = isinstance(callback, callbacks.ModelCheckpoint) and callback._train_time_interval is not None
     if timed and not module.automatic_optimization:
-        raise ValueError(
-            f"{name}: train_time_interval saves nothing under component gradients; set every_n_train_steps"
-        )
+        raise UserError(f"{name}: train_time_interval saves nothing under component gradients; set every_n_train_steps")
 
 
 def check_batches(trainer: pl.Trainer, train: int, val: int) -> None:
@@ -110,17 +110,17 @@ def check_batches(trainer: pl.Trainer, train: int, val: int) -> None:
         val: The same of a validation.
 
     Raises:
-        ValueError: Naming the setting.
+        UserError: Naming the setting.
     """
     for split, count in (("train", train), ("val", val)):
         limit = getattr(trainer, f"limit_{split}_batches")
         if isinstance(limit, float) and int(count * limit) < 1:
-            raise ValueError(
+            raise UserError(
                 f"trainer.limit_{split}_batches {limit} of {count} batches is none; set it to at least {1 / count:.3g}"
             )
     interval, used = getattr(trainer, "val_check_interval", None), limited(train, trainer.limit_train_batches)
     if isinstance(interval, int) and trainer.check_val_every_n_epoch is not None and interval > used:
-        raise ValueError(
+        raise UserError(
             f"trainer.val_check_interval {interval} is more than the {used} batches of an epoch; lower it, or set "
             "trainer.check_val_every_n_epoch to null to count across epochs"
         )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kd_common.distributed import gather_objects
+from kd_common.errors import UserError
 from kd_common.run.result import Mode
 from kd_common.schedules import Schedule
 
@@ -264,14 +265,14 @@ class TrainingModule(pl.LightningModule):
         """Restore them; a run on more ranks than before starts those with rank 0's state.
 
         Raises:
-            ValueError: If an error ended the run while it changed the student, so that no state is whole.
+            UserError: If an error ended the run while it changed the student, so that no state is whole.
         """
         self.history = list(checkpoint["history"])
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
         run = checkpoint["run"]
         if not run["whole"]:
-            raise ValueError(
+            raise UserError(
                 "the checkpoint was written by an error in the middle of an update, from where no run resumes "
                 "exactly; resume from the one before it, such as checkpoints/last.ckpt"
             )

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from kd_common.errors import UserError
+
 S = TypeVar("S")
 T = TypeVar("T")
 
@@ -20,7 +22,7 @@ MARKS = {
 """What a file is by its first bytes, where it is no text in UTF-8."""
 
 
-class RowsError(ValueError):
+class RowsError(UserError):
     """A data file that cannot be read, or holds malformed rows; the message names file and lines."""
 
 
@@ -28,7 +30,7 @@ class MalformedError(ValueError):
     """What is wrong with one record."""
 
 
-class EncodingError(ValueError):
+class EncodingError(UserError):
     """A row or a template that cannot be turned into tokens with a loss; the message names the row."""
 
 
@@ -45,13 +47,13 @@ def read_records(path: Path, parse: Callable[[Any, str], Sequence[T]]) -> list[T
         All that it makes, in the order of the file; at least one.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        UserError: If there is no such file.
         RowsError: If the file is not of that format, holds no records, or holds malformed ones.
     """
     if path.is_dir():
         raise RowsError(f"{path} is a folder; name a file in it ({FORMATS})")
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such data file")
+        raise UserError(f"{path}: no such data file")
     found: list[T] = []
     problems, count = [], 0
     for place, record in _records(path):

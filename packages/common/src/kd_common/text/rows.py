@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kd_common.errors import UserError
 from kd_common.text.records import MalformedError, check_text, kind, read_records, unique_keys
 
 ROLES = ("system", "user", "assistant")
@@ -118,13 +119,13 @@ def read_rows(path: Path, fields: Mapping[str, str] | None = None) -> list[Row]:
         Rows in the order of the file, at least one.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        UserError: If there is no such file.
         RowsError: If the file is not of that format, is empty, or holds malformed rows.
-        ValueError: If `fields` names something unknown.
+        UserError: If `fields` names something unknown.
     """
     names = dict(fields or {})
     if unknown := set(names) - set(FIELDS):
-        raise ValueError(f"fields may name {', '.join(FIELDS)}; got {', '.join(sorted(unknown))}")
+        raise UserError(f"fields may name {', '.join(FIELDS)}; got {', '.join(sorted(unknown))}")
     return read_records(path, lambda record, source: conversations(record, source, names))
 
 

@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from kd_common.errors import UserError
+
 INSTRUCTION_TEMPLATE = (
     "{% if add_bos %}{{ bos_token }}{% endif %}"
     "{% for message in messages %}"
@@ -53,7 +55,7 @@ def check_template(template: str, render: Callable[..., str], name: str) -> None
         name: Whose template it is, for the message.
 
     Raises:
-        ValueError: If it exceeds a bound, or writes the same conversation in several ways; the model is named.
+        UserError: If it exceeds a bound, or writes the same conversation in several ways; the model is named.
     """
     if template in _tried or "fork" not in multiprocessing.get_all_start_methods():
         return
@@ -74,7 +76,7 @@ def check_template(template: str, render: Callable[..., str], name: str) -> None
     elif child.exitcode == _BY_CHANCE:
         problem = "writes something else each time"
     if problem:
-        raise ValueError(
+        raise UserError(
             f"the chat template of {name} {problem} about a short conversation. It is broken or hostile: set the "
             "tokenizer's chat_template to another one"
         )

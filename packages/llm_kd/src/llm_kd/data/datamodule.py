@@ -9,6 +9,7 @@ from typing import Any, Literal
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 
+from kd_common.errors import UserError
 from kd_common.hub.language_models import load_tokenizer
 from kd_common.run.messages import check_batch_size
 from kd_common.text import Row, encode_each, read_rows
@@ -90,7 +91,7 @@ class TextDataModule(LightningDataModule):
             rows need none, and the teacher writes none for them. ``llm_kd.fit`` sets it; validation is unaffected.
 
     Raises:
-        ValueError: If a setting is out of its range, or without effect.
+        UserError: If a setting is out of its range, or without effect.
     """
 
     def __init__(
@@ -118,13 +119,13 @@ class TextDataModule(LightningDataModule):
         limits = {"limit_train": limit_train, "limit_val": limit_val, "generation_batch_size": generation_batch_size}
         for name, value in (sizes | limits).items():
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise UserError(f"{name} must be at least 1, got {value}")
         if responses not in ("dataset", "teacher"):
-            raise ValueError(f"responses must be 'dataset' or 'teacher', got {responses!r}")
+            raise UserError(f"responses must be 'dataset' or 'teacher', got {responses!r}")
         if truncate and responses == "teacher":
-            raise ValueError("truncate cuts a data set's answers; a teacher's are limited by sampling.max_new_tokens")
+            raise UserError("truncate cuts a data set's answers; a teacher's are limited by sampling.max_new_tokens")
         if responses == "teacher" and max_length <= sampling.max_new_tokens:
-            raise ValueError(
+            raise UserError(
                 f"data.max_length {max_length} leaves no room for a prompt before the teacher's answer of up to "
                 f"data.sampling.max_new_tokens {sampling.max_new_tokens}; raise the one or lower the other"
             )
@@ -161,7 +162,7 @@ class TextDataModule(LightningDataModule):
         """The conversations of ``train`` or ``val`` as they stand in the files, too long ones included.
 
         Raises:
-            FileNotFoundError, RowsError: From the data.
+            UserError, RowsError: From the data.
         """
         rows = [row for name in self.files[split] for row in read_rows(find_data(name), self.fields)]
         return rows[: self.limits[split]]
@@ -177,7 +178,7 @@ class TextDataModule(LightningDataModule):
             progress_bar: Show one while writing.
 
         Raises:
-            FileNotFoundError, RowsError, EncodingError, ResponsesError, ValueError: From data or cache.
+            UserError, RowsError, EncodingError, ResponsesError: From data or cache.
         """
         if self.responses == "dataset":
             return
@@ -219,12 +220,12 @@ class TextDataModule(LightningDataModule):
         """Read and encode the splits, once.
 
         Raises:
-            FileNotFoundError, RowsError, EncodingError: From the data.
-            ValueError: If the teacher is to write the responses and has not done so, or if no example is left.
+            UserError, RowsError, EncodingError: From the data.
+            UserError: If the teacher is to write the responses and has not done so, or if no example is left.
         """
         for split in SPLITS if stage in (None, "fit") else ("val",):
             if self._awaits_answers(split):
-                raise ValueError(
+                raise UserError(
                     "the teacher has not answered the prompts yet: call write_responses(teacher) before training, "
                     "or set responses to dataset if the files hold answers"
                 )
@@ -234,7 +235,7 @@ class TextDataModule(LightningDataModule):
         """Tokens of the longest conversation of ``train`` or ``val``; with the longest answer that a teacher may write.
 
         Raises:
-            FileNotFoundError, RowsError, EncodingError, ValueError: From the data.
+            UserError, RowsError, EncodingError: From the data.
         """
         if self._awaits_answers(split):
             return self.longest_prompt(split) + self.sampling.max_new_tokens
@@ -249,8 +250,8 @@ class TextDataModule(LightningDataModule):
             splits: Which of ``train`` and ``val`` are read; the teacher need not have answered yet.
 
         Raises:
-            FileNotFoundError, RowsError, EncodingError: From the data.
-            ValueError: If a model has too few.
+            UserError, RowsError, EncodingError: From the data.
+            UserError: If a model has too few.
         """
         fewest = min(map(context_length, configs.values()))
         hint = f"set data.max_length to {fewest} or less, so that longer ones are left out and counted"
@@ -304,8 +305,8 @@ class TextDataModule(LightningDataModule):
             Batches of an epoch on each process.
 
         Raises:
-            FileNotFoundError, RowsError, EncodingError: From the data.
-            ValueError: If they do not.
+            UserError, RowsError, EncodingError: From the data.
+            UserError: If they do not.
         """
         if self._awaits_answers("train"):
             prompts = self._prompts(self.rows("train"), self._prompt_budget)
@@ -373,14 +374,14 @@ def find_data(name: str) -> Path:
     """A data file by its path, or a packaged one by its name.
 
     Raises:
-        FileNotFoundError: If there is neither; the message lists the packaged ones.
+        UserError: If there is neither; the message lists the packaged ones.
     """
     packaged = Path(__file__).parent
     for path in (Path(name).expanduser(), packaged / f"{name}.jsonl"):
         if path.is_file():
             return path
     names = ", ".join(sorted(f"prompts/{path.stem}" for path in (packaged / "prompts").glob("*.jsonl")))
-    raise FileNotFoundError(f"{name}: no such data file, and no packaged set of that name ({names})")
+    raise UserError(f"{name}: no such data file, and no packaged set of that name ({names})")
 
 
 def _listed(names: str | Sequence[str]) -> list[str]:

@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from kd_common.errors import UserError
 from kd_common.files import cache_root, checksummed_line, locked, naming, read_checksummed_line
 from kd_common.hub.language_models import settings_with_effect
 from llm_kd.models import vocabulary_size
@@ -21,7 +22,7 @@ from llm_kd.models.generation import Sampling, generate, response_ends
 CACHE_FORMAT = 2
 
 
-class ResponsesError(ValueError):
+class ResponsesError(UserError):
     """A file of responses that is not what was written; the message names it and says what to do."""
 
 

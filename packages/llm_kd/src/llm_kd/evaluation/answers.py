@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from lightning.pytorch.utilities import rank_zero_info
 
+from kd_common.errors import UserError
 from llm_kd.data import Row, TextDataModule
 from llm_kd.evaluation.rouge import rouge_l
 from llm_kd.models import Backbone
@@ -115,8 +116,8 @@ def answer_prompts(
         batch_size: Prompts per batch.
 
     Raises:
-        FileNotFoundError, RowsError, EncodingError: From the data.
-        ValueError: If no prompt is short enough, or the teacher has not written the responses that the data need.
+        UserError, RowsError, EncodingError: From the data.
+        UserError: If no prompt is short enough, or the teacher has not written the responses that the data need.
     """
     sampling = sampling or Sampling(data.sampling.max_new_tokens, temperature=0.0)
     everything = questions(data)
@@ -124,7 +125,7 @@ def answer_prompts(
     asked = [question for question in everything if len(question.tokens) <= longest]
     left_out = len(everything) - len(asked)
     if not asked:
-        raise ValueError(
+        raise UserError(
             f"none of the {len(everything)} validation prompts has at most {longest} tokens: raise max_prompt and "
             "data.max_length, or lower max_new_tokens if the model has no more positions"
         )

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from types import ModuleType
 
+from kd_common.errors import UserError
 from kd_common.hub.language_models import EMBEDDED, embedded_folder
 
 
@@ -10,14 +11,14 @@ def load_harness() -> ModuleType:
     """The installed `lm_eval`.
 
     Raises:
-        ModuleNotFoundError: If it is not installed.
+        UserError: If it is not installed.
     """
     try:
         import lm_eval
     except ModuleNotFoundError as error:
         if error.name != "lm_eval":  # it is there, but something that it needs is not
             raise
-        raise ModuleNotFoundError("--harness needs the evaluation harness: `pip install lm-eval`") from error
+        raise UserError("--harness needs the evaluation harness: `pip install lm-eval`") from error
     return lm_eval
 
 
@@ -37,7 +38,7 @@ def run_harness(
         Numbers of every task under the harness's names, such as `acc,none` and `acc_stderr,none`.
 
     Raises:
-        ModuleNotFoundError: If the harness is not installed.
+        UserError: If the harness is not installed.
     """
     pretrained = str(embedded_folder()) if model == EMBEDDED else model
     found = load_harness().simple_evaluate(

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kd_common.errors import UserError
 from llm_kd.head.linear import Gradients, LMHead, Projection, ValueWithGradients, rows_per_chunk
 from llm_kd.head.rows import dense_loss, truncated_loss
 from llm_kd.head.teacher_output import TeacherHiddenStates, TeacherOutput
@@ -99,15 +100,15 @@ class KDHead(nn.Module):
     ) -> None:
         super().__init__()
         if normalize not in ("valid", "selected"):
-            raise ValueError(f"normalize must be 'valid' or 'selected', got {normalize!r}")
+            raise UserError(f"normalize must be 'valid' or 'selected', got {normalize!r}")
         if temperature_scale not in ("squared", "none"):
-            raise ValueError(f"temperature_scale must be 'squared' or 'none', got {temperature_scale!r}")
+            raise UserError(f"temperature_scale must be 'squared' or 'none', got {temperature_scale!r}")
         for name, value in {"loss_temperature": loss_temperature, "verify_temperature": verify_temperature}.items():
             if not 0 < value < math.inf:
-                raise ValueError(f"{name} must be a positive finite number, got {value}")
+                raise UserError(f"{name} must be a positive finite number, got {value}")
         for name, size in {"vocab_size": vocab_size, "chunk_size": chunk_size}.items():
             if size is not None and size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+                raise UserError(f"{name} must be at least 1, got {size}")
         if vocab_size is not None:
             selector.check_vocabulary(vocab_size)
         self.objective = objective
@@ -167,7 +168,7 @@ class KDHead(nn.Module):
                 objective does not obey the data-processing inequality or the loss has a temperature.
         """
         if self.vocab_size not in (None, vocab_size):
-            raise ValueError(
+            raise UserError(
                 f"the stored teacher has a vocabulary of {vocab_size} tokens, the head vocab_size={self.vocab_size}; "
                 "store the teacher again with the tokenizer's size"
             )
@@ -176,12 +177,12 @@ class KDHead(nn.Module):
             return
         hint = f"but only {size} of {vocab_size} tokens are stored; store all, or run the teacher online"
         if not self.objective.data_processing:
-            raise ValueError(
+            raise UserError(
                 f"the objective {type(self.objective).__name__} needs the teacher's whole distribution, {hint} "
                 "(ForwardKL, ReverseKL, JensenShannon, their skewed forms and TotalVariation do without)"
             )
         if self.loss_temperature != 1:
-            raise ValueError(
+            raise UserError(
                 f"loss_temperature={self.loss_temperature} needs the teacher's whole distribution, {hint}, or set "
                 "loss_temperature to 1"
             )
@@ -203,12 +204,12 @@ class KDHead(nn.Module):
         """V, from the number of rows of the student's head and the tokens the teacher knows."""
         teacher_rows = teacher.vocab_size if isinstance(teacher, TruncatedDistribution) else len(teacher.head.weight)
         if self.vocab_size is None and rows != teacher_rows:
-            raise ValueError(
+            raise UserError(
                 f"the student's head has {rows} rows, the teacher's {teacher_rows}; if both models share a tokenizer "
                 "and the rest is padding, set vocab_size to the tokenizer's largest id + 1"
             )
         if self.vocab_size is not None and self.vocab_size > min(rows, teacher_rows):
-            raise ValueError(
+            raise UserError(
                 f"vocab_size={self.vocab_size} exceeds the {rows} rows of the student's head or the {teacher_rows} of "
                 "the teacher's"
             )

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kd_common.errors import UserError
 from llm_kd.head.linear import LMHead, Projection, rows_per_chunk
 from llm_kd.selection.acceptance import TruncatedDistribution
 
@@ -49,10 +50,10 @@ def truncate(teacher_output: TeacherHiddenStates, size: int, vocab_size: int) ->
         N rows, on the device of the teacher's output, log-probabilities in at least float32.
 
     Raises:
-        ValueError: If a size is out of range or a logit is NaN or +inf.
+        UserError: If a size is out of range or a logit is NaN or +inf.
     """
     if vocab_size > len(teacher_output.head.weight):
-        raise ValueError(
+        raise UserError(
             f"vocab_size={vocab_size} exceeds the {len(teacher_output.head.weight)} rows of the teacher's head"
         )
     teacher = Projection(teacher_output.hidden, teacher_output.head, vocab_size)

@@ -8,6 +8,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from kd_common.errors import UserError
 from kd_common.hub.language_models import load_causal_lm, note_unapplied, settings_with_effect
 from llm_kd.head import LMHead
 from llm_kd.models.prune import decoder_layers, depth_prune
@@ -34,7 +35,7 @@ class Backbone(nn.Module):
         model: Causal language model of transformers, or a PEFT model around one.
 
     Raises:
-        ValueError: If its logits are not finite or not what :class:`LMHead` computes from these hidden states, or its
+        UserError: If its logits are not finite or not what :class:`LMHead` computes from these hidden states, or its
             head has adapters.
     """
 
@@ -97,7 +98,7 @@ def _check_head(backbone: Backbone) -> None:
     model = backbone.causal_lm
     layer = model.get_output_embeddings()
     if not isinstance(layer, nn.Linear):
-        raise ValueError(
+        raise UserError(
             f"{type(model).__name__}: the output layer is a {type(layer).__name__}, which the distillation head cannot "
             "run; leave the output layer out of student.lora.targets"
         )
@@ -113,7 +114,7 @@ def _check_head(backbone: Backbone) -> None:
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
     if not expected.isfinite().all():
-        raise ValueError(
+        raise UserError(
             f"{model.config.name_or_path}: the logits are not finite: the weights hold NaN or infinity, or overflow in "
             f"{model.dtype}; try float32"
         )
@@ -121,7 +122,7 @@ def _check_head(backbone: Backbone) -> None:
     tolerance = 8 * torch.finfo(model.dtype).eps
     for found, wanted in zip(logits, expected, strict=True):
         if not torch.allclose(found, wanted, atol=tolerance * float(wanted.abs().max()), rtol=0):
-            raise ValueError(
+            raise UserError(
                 f"{type(model).__name__} turns hidden states into logits in a way the distillation head does not know; "
                 "supported are a linear layer with an optional bias and soft-cap"
             )
@@ -136,7 +137,7 @@ def check_packing(backbone: Backbone, role: str) -> None:
         role: What it is called in the message.
 
     Raises:
-        ValueError: If its hidden states in a packed row are not those of the conversations on their own.
+        UserError: If its hidden states in a packed row are not those of the conversations on their own.
     """
     weight = backbone.lm_head().weight
     first, second, other = (torch.arange(3 * PROBE, device=weight.device) % len(weight)).split(PROBE)
@@ -154,7 +155,7 @@ def check_packing(backbone: Backbone, role: str) -> None:
     eps = torch.finfo(backbone.causal_lm.dtype).eps
     # Behind another conversation the same is computed in the same order; on its own, in another one.
     if moved > 8 * eps or shifted > eps**0.5:
-        raise ValueError(
+        raise UserError(
             f"data.packing: in the {role}, {type(backbone.causal_lm).__name__}, the conversations of a packed row "
             "would see each other; set data.packing to false"
         )
@@ -165,7 +166,7 @@ def load_teacher(spec: TeacherSpec) -> Backbone:
 
     Raises:
         ModelNotFoundError: If the model cannot be found.
-        ValueError: If it cannot be used.
+        UserError: If it cannot be used.
     """
     rank_zero_only(note_unapplied)(spec.name)
     return Backbone(load_causal_lm(spec.name, spec.dtype, attention=spec.attention)).eval().requires_grad_(False)
@@ -180,12 +181,12 @@ def build_student(spec: StudentSpec, teacher_name: str) -> Backbone:
 
     Raises:
         ModelNotFoundError: If the model cannot be found.
-        ValueError: If it cannot be used or has too few layers.
+        UserError: If it cannot be used or has too few layers.
     """
     name = spec.name or teacher_name
     model = load_causal_lm(name, spec.dtype, attention=spec.attention)
     if getattr(model.config, "quantization_config", None) is not None:
-        raise ValueError(f"student {name}: its weights are quantised and cannot be trained; give an unquantised model")
+        raise UserError(f"student {name}: its weights are quantised and cannot be trained; give an unquantised model")
     make_savable(model.generation_config, name)
     if spec.layers != "all":
         model = depth_prune(model, spec.layers)
@@ -202,7 +203,7 @@ def make_savable(settings: GenerationConfig, name: str) -> None:
         name: The model's, for messages.
 
     Raises:
-        ValueError: If they contradict themselves in another way.
+        UserError: If they contradict themselves in another way.
     """
     unused = {} if settings.do_sample is True else dict.fromkeys(SAMPLING_ONLY)
     if settings.num_beams in (None, 1):
@@ -213,7 +214,7 @@ def make_savable(settings: GenerationConfig, name: str) -> None:
     for key in dropped:
         setattr(settings, key, None)
     if (fault := _fault(settings)) is not None:
-        raise ValueError(f"{name}: generation_config.json cannot be saved again: {fault}. Mend it first")
+        raise UserError(f"{name}: generation_config.json cannot be saved again: {fault}. Mend it first")
     listed = ", ".join(f"{key} {value}" for key, value in dropped.items())
     rank_zero_info(f"{name}: generation_config.json sets {listed} without effect; the student is saved without")
 
@@ -231,12 +232,12 @@ def add_adapters(model: PreTrainedModel, spec: LoRASpec) -> PreTrainedModel:
     """The model with low-rank adapters; everything else is frozen.
 
     Raises:
-        ModuleNotFoundError: If ``peft`` is not installed.
+        UserError: If ``peft`` is not installed.
     """
     try:
         from peft import LoraConfig, get_peft_model
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("student.lora needs peft: install llm-kd[lora] or `pip install peft`") from error
+        raise UserError("student.lora needs peft: install llm-kd[lora] or `pip install peft`") from error
     targets: str | list[str] = spec.targets[0] if spec.targets == ["all-linear"] else spec.targets
     config = LoraConfig(
         r=spec.rank, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules=targets, task_type="CAUSAL_LM"

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from kd_common.errors import UserError
+
 
 def context_length(config: Any) -> int:
     """Return the largest number of tokens in a sequence of a model, by its configuration."""
@@ -21,8 +23,8 @@ def check_context_length(configs: Mapping[str, Any], tokens: int, what: str, hin
         hint: What to do, for the message.
 
     Raises:
-        ValueError: If a model has too few.
+        UserError: If a model has too few.
     """
     for name, config in configs.items():
         if tokens > (limit := context_length(config)):
-            raise ValueError(f"{what} of up to {tokens} tokens exceed the {name}'s {limit} positions; {hint}")
+            raise UserError(f"{what} of up to {tokens} tokens exceed the {name}'s {limit} positions; {hint}")

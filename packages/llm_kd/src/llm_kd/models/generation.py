@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
+from kd_common.errors import UserError
 from kd_common.hub.vocabulary import configured_ends
 from llm_kd.models.context_length import context_length
 
@@ -27,7 +28,7 @@ class Sampling:
         no_repeat_ngram_size: No n-gram of this size occurs twice in prompt and response; 0 allows it.
 
     Raises:
-        ValueError: If a setting is out of its range.
+        UserError: If a setting is out of its range.
     """
 
     max_new_tokens: int = 64
@@ -38,16 +39,16 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+            raise UserError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be finite and at least 0 (greedy), got {self.temperature}")
+            raise UserError(f"temperature must be finite and at least 0 (greedy), got {self.temperature}")
         if self.temperature == 0 and (self.top_p < 1 or self.top_k):
-            raise ValueError("temperature 0 takes the most likely token, so top_p and top_k do nothing: raise it")
+            raise UserError("temperature 0 takes the most likely token, so top_p and top_k do nothing: raise it")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+            raise UserError(f"top_p must lie in (0, 1], got {self.top_p}")
         for name, value in {"top_k": self.top_k, "no_repeat_ngram_size": self.no_repeat_ngram_size}.items():
             if value < 0:
-                raise ValueError(f"{name} must be at least 0 (off), got {value}")
+                raise UserError(f"{name} must be at least 0 (off), got {value}")
 
 
 def generate(
@@ -88,7 +89,7 @@ def generate(
         Response of every prompt in the order of the prompts, with the token that ended it if one did; no padding.
 
     Raises:
-        ValueError: If a prompt is empty, or too long for the positions of the model.
+        UserError: If a prompt is empty, or too long for the positions of the model.
     """
     _check_lengths(model, prompts, sampling)
     device = next(model.parameters()).device
@@ -126,10 +127,10 @@ def prompt_budget(model: Any, sampling: Sampling) -> int:
 
 def _check_lengths(model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
     if not all(prompts):
-        raise ValueError("a prompt holds no token; a model needs at least one to continue from")
+        raise UserError("a prompt holds no token; a model needs at least one to continue from")
     longest, budget = max(map(len, prompts), default=0), prompt_budget(model, sampling)
     if longest > budget:
-        raise ValueError(
+        raise UserError(
             f"a prompt of {longest} tokens and max_new_tokens={sampling.max_new_tokens} exceed the model's "
             f"{budget + sampling.max_new_tokens} positions: lower max_new_tokens, or give shorter prompts"
         )

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kd_common.errors import UserError
+
 NOT_PER_LAYER = ("_token_id", "_token_ids", "architectures")
 """Endings of the settings that are lists, but not of layers, however many layers there are."""
 
@@ -22,10 +24,10 @@ def evenly_spaced(total: int, keep: int) -> list[int]:
     """Indices of ``keep`` of ``total`` layers, evenly spaced with the first and the last (keep = 1: the first).
 
     Raises:
-        ValueError: If keep is outside [1, total].
+        UserError: If keep is outside [1, total].
     """
     if not 1 <= keep <= total:
-        raise ValueError(f"student.layers must lie in [1, {total}], the layers of the model, got {keep}")
+        raise UserError(f"student.layers must lie in [1, {total}], the layers of the model, got {keep}")
     return [round(i * (total - 1) / max(1, keep - 1)) for i in range(keep)]
 
 
@@ -33,7 +35,7 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The decoder layers of a causal language model and their path.
 
     Raises:
-        ValueError: If there is no single list of as many modules as the configuration has layers.
+        UserError: If there is no single list of as many modules as the configuration has layers.
     """
     lists = [
         (name, module)
@@ -41,7 +43,7 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers
     ]
     if len(lists) != 1:
-        raise ValueError(f"{type(model).__name__}: cannot tell which of its modules are the decoder layers")
+        raise UserError(f"{type(model).__name__}: cannot tell which of its modules are the decoder layers")
     return lists[0]
 
 
@@ -70,7 +72,7 @@ def depth_prune(model: PreTrainedModel, keep: int) -> PreTrainedModel:
         keep: Number of layers.
 
     Raises:
-        ValueError: If keep is outside [1, number of layers], the architecture is not understood, or a layer computes
+        UserError: If keep is outside [1, number of layers], the architecture is not understood, or a layer computes
             something else at its new place.
     """
     path, layers = decoder_layers(model)

@@ -6,6 +6,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from kd_common.errors import UserError
 from kd_common.files import finish_replacing, replace_folder, staging_paths
 from kd_common.hub.language_models import quiet
 from llm_kd.models.backbone import Backbone
@@ -31,5 +32,5 @@ def save_student(student: Backbone, tokenizer: Any, folder: Path) -> None:
         tokenizer.save_pretrained(partial)
     except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of a full disk
         shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(f"{folder} cannot be written ({error}); what was there before is unchanged") from error
+        raise UserError(f"{folder} cannot be written ({error}); what was there before is unchanged") from error
     replace_folder(folder)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from kd_common.errors import UserError
 from kd_common.hub.language_models import EMBEDDED, model_source
 
 
@@ -49,9 +50,9 @@ class LoRASpec:
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise ValueError(f"student.lora.rank must be at least 1, got {self.rank}")
+            raise UserError(f"student.lora.rank must be at least 1, got {self.rank}")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"student.lora.dropout must lie in [0, 1), got {self.dropout}")
+            raise UserError(f"student.lora.dropout must lie in [0, 1), got {self.dropout}")
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class StudentSpec:
         lora: Train low-rank adapters only; None trains all weights.
 
     Raises:
-        ValueError: If a student with a name is to be pruned.
+        UserError: If a student with a name is to be pruned.
     """
 
     name: str | None = None
@@ -80,7 +81,7 @@ class StudentSpec:
     def __post_init__(self) -> None:
         _check_attention("student", self.attention)
         if self.name is not None and self.layers != "all":
-            raise ValueError(
+            raise UserError(
                 f"student.layers {self.layers} keeps layers of the teacher, but the student is {self.name}: set "
                 "student.layers to all (the default configuration, made for the embedded pair, keeps 10; start from "
                 "--config pairs/own for others), or prune it beforehand with llm_kd.models.depth_prune"
@@ -90,7 +91,7 @@ class StudentSpec:
 def _check_attention(role: str, attention: str) -> None:
     """Refuse flash attention: it would let the conversations of a packed row see each other."""
     if attention.startswith("flash"):
-        raise ValueError(
+        raise UserError(
             f"{role}.attention {attention}: rows come without an attention mask, and flash attention does not keep "
             "packed conversations apart by their positions; use sdpa or eager"
         )

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kd_common.errors import UserError
 from kd_common.functional.divergences import log_probs
 from llm_kd.objectives.base import Objective
 
@@ -33,9 +34,9 @@ class TAID(Objective):
     def __init__(self, t_start: float = 0.4, t_end: float = 1.0, rate: float = 5e-4, momentum: float = 0.99) -> None:
         super().__init__()
         if not 0 < t_start <= t_end <= 1:
-            raise ValueError(f"0 < t_start <= t_end <= 1 must hold, got t_start={t_start} and t_end={t_end}")
+            raise UserError(f"0 < t_start <= t_end <= 1 must hold, got t_start={t_start} and t_end={t_end}")
         if rate < 0 or not 0 <= momentum < 1:
-            raise ValueError(f"rate must be >= 0 and momentum in [0, 1), got rate={rate} and momentum={momentum}")
+            raise UserError(f"rate must be >= 0 and momentum in [0, 1), got rate={rate} and momentum={momentum}")
         self.t_start = t_start
         self.t_end = t_end
         self.rate = rate

@@ -11,6 +11,7 @@ from dataclasses import InitVar, dataclass
 import torch
 from torch import Tensor
 
+from kd_common.errors import UserError
 from kd_common.functional.logits import at_least_fp32, topk_mask
 
 BLOCK = 128
@@ -67,7 +68,7 @@ class TruncatedDistribution:
         logits = at_least_fp32(logits.detach())
         log_probs = logits.log_softmax(dim=-1)
         if log_probs[..., 0].isnan().any():  # one such logit makes its whole row NaN
-            raise ValueError("the logits hold NaN or infinity, which have no rank; the model that gave them is broken")
+            raise UserError("the logits hold NaN or infinity, which have no rank; the model that gave them is broken")
         stored = topk_mask(logits, size)
         indices = stored.nonzero()[:, -1].view(*logits.shape[:-1], size)  # ascending, so a stable sort keeps ties right
         indices = indices.gather(-1, logits.gather(-1, indices).argsort(dim=-1, descending=True, stable=True))
@@ -152,7 +153,7 @@ def topk_accept(student_logits: Tensor, teacher_logits: Tensor | TruncatedDistri
     if isinstance(teacher_logits, TruncatedDistribution):
         _check_vocab(student_logits, teacher_logits)
         if k > teacher_logits.size:
-            raise ValueError(
+            raise UserError(
                 f"k={k} needs the teacher's first {k} tokens but only {teacher_logits.size} are stored; lower k"
             )
         return (teacher_logits.indices[..., :k] == proposal).any(dim=-1)
@@ -221,7 +222,7 @@ def speck_accept_probability(
         SelecTKD, Spec-k verification; the closed form follows from speculative sampling, arXiv 2211.17192.
     """
     if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+        raise UserError(f"k must be at least 1, got {k}")
     log_q = at_least_fp32(student_logits).log_softmax(dim=-1)
     if isinstance(teacher_logits, TruncatedDistribution):
         _check_vocab(student_logits, teacher_logits)
@@ -243,7 +244,7 @@ def _check_shapes(student_logits: Tensor, teacher_logits: Tensor) -> None:
 
 def _check_vocab(student_logits: Tensor, teacher: TruncatedDistribution) -> None:
     if student_logits.shape[-1] != teacher.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"the stored teacher has a vocabulary of {teacher.vocab_size} tokens, the student's logits have "
             f"{student_logits.shape[-1]}; slice them to the tokenizer's vocabulary"
         )
@@ -266,7 +267,7 @@ def token_weights(accepted: Tensor, beta: float = 0.01) -> Tensor:
         SelecTKD, arXiv 2510.24021 (beta = 0.01); its first version, SpecKD, has beta = 0.
     """
     if not 0 <= beta <= 1:
-        raise ValueError(f"beta must lie in [0, 1], got {beta}")
+        raise UserError(f"beta must lie in [0, 1], got {beta}")
     accepted = accepted.detach()
     accepted = at_least_fp32(accepted) if accepted.is_floating_point() else accepted.float()
     return beta + (1 - beta) * accepted

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kd_common.errors import UserError
 from llm_kd.selection.acceptance import TruncatedDistribution
 from llm_kd.selection.base import Selection, Selector, check_share, dense_logits, top_share
 
@@ -47,10 +48,10 @@ class AdaKD(Selector):
     ) -> None:
         super().__init__()
         if c < 0 or tolerance < 0:
-            raise ValueError(f"c and tolerance must be >= 0, got c={c} and tolerance={tolerance}")
+            raise UserError(f"c and tolerance must be >= 0, got c={c} and tolerance={tolerance}")
         for name, value in {"rate": rate, "warmup": warmup, "ema": ema}.items():
             if not 0 <= value < 1:
-                raise ValueError(f"{name} must lie in [0, 1), got {value}")
+                raise UserError(f"{name} must lie in [0, 1), got {value}")
         check_share("min_share", min_share)
         self.c = c
         self.tolerance = tolerance

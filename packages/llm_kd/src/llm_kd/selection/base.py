@@ -7,6 +7,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kd_common.errors import UserError
 from llm_kd.selection.acceptance import TruncatedDistribution
 
 
@@ -76,10 +77,10 @@ class Selector(nn.Module, ABC):
             vocab_size: Number V of all tokens.
 
         Raises:
-            ValueError: If it does not; the message says what to do.
+            UserError: If it does not; the message says what to do.
         """
         if self.whole_teacher and size < vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"the selector {type(self).__name__} needs the teacher's whole distribution, but only {size} of "
                 f"{vocab_size} tokens are stored; use TopK, EntropyTopP or Uniform, store all tokens, or run the "
                 "teacher online"
@@ -136,4 +137,4 @@ def top_share(score: Tensor, share: float) -> Tensor:
 def check_share(name: str, share: float) -> None:
     """Raise ValueError unless a share of tokens lies in (0, 1]."""
     if not 0 < share <= 1:
-        raise ValueError(f"{name} is a share of the tokens and must lie in (0, 1], got {share}")
+        raise UserError(f"{name} is a share of the tokens and must lie in (0, 1], got {share}")

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from kd_common.errors import UserError
 from llm_kd.selection.acceptance import TruncatedDistribution, token_weights, topk_accept
 from llm_kd.selection.base import Selection, Selector
 
@@ -14,7 +15,7 @@ class TopK(Selector):
         beta: Weight of a rejected token, in [0, 1].
 
     Raises:
-        ValueError: If a setting is out of its range.
+        UserError: If a setting is out of its range.
 
     References:
         SelecTKD, arXiv 2510.24021.
@@ -31,12 +32,12 @@ class TopK(Selector):
     def check_vocabulary(self, vocab_size: int) -> None:
         """Refuse a k beyond the vocabulary."""
         if self.k > vocab_size:
-            raise ValueError(f"selector.k must be at most {vocab_size}, the tokens of the vocabulary, got {self.k}")
+            raise UserError(f"selector.k must be at most {vocab_size}, the tokens of the vocabulary, got {self.k}")
 
     def check_truncated(self, size: int, vocab_size: int) -> None:
         """Refuse fewer than k stored tokens; see `Selector.check_truncated`."""
         if self.k > size:
-            raise ValueError(
+            raise UserError(
                 f"k={self.k} needs the teacher's first {self.k} tokens but only {size} are stored; lower k, or store "
                 "more tokens"
             )
@@ -53,6 +54,6 @@ class TopK(Selector):
 def check_gate(k: int, beta: float) -> None:
     """Raise ValueError unless k >= 1 and beta is in [0, 1]."""
     if k < 1:
-        raise ValueError(f"selector.k must be at least 1, got {k}")
+        raise UserError(f"selector.k must be at least 1, got {k}")
     if not 0 <= beta <= 1:
-        raise ValueError(f"selector.beta must lie in [0, 1], got {beta}")
+        raise UserError(f"selector.beta must lie in [0, 1], got {beta}")

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from kd_common.errors import UserError
 from llm_kd.selection.acceptance import TruncatedDistribution
 from llm_kd.teacher.records import RecordLayout
 
@@ -24,7 +25,7 @@ MANIFEST = "manifest.json"
 INDEX = ("keys", "offsets", "checksums")
 
 
-class CacheError(ValueError):
+class CacheError(UserError):
     """A cache that is damaged, lacks something, or belongs to something else; the message says what to do."""
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kd_common.errors import UserError
 from llm_kd.selection.acceptance import TruncatedDistribution
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -23,7 +24,7 @@ class RecordLayout:
         dtype: Precision of the log-probabilities: float16, bfloat16 or float32. The tail mass is float32.
 
     Raises:
-        ValueError: If a setting is out of its range.
+        UserError: If a setting is out of its range.
     """
 
     vocab_size: int
@@ -32,11 +33,11 @@ class RecordLayout:
 
     def __post_init__(self) -> None:
         if not 1 <= self.vocab_size < 2**31:
-            raise ValueError(f"vocab_size must lie in [1, 2**31 - 1], got {self.vocab_size}")
+            raise UserError(f"vocab_size must lie in [1, 2**31 - 1], got {self.vocab_size}")
         if not 1 <= self.size <= self.vocab_size:
-            raise ValueError(f"size must lie in [1, {self.vocab_size}], the vocabulary, got {self.size}")
+            raise UserError(f"size must lie in [1, {self.vocab_size}], the vocabulary, got {self.size}")
         if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+            raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
 
     @property
     def id_dtype(self) -> torch.dtype:

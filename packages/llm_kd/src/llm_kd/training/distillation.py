@@ -14,7 +14,9 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch import distributed as dist
 
+from kd_common.checks import at_least, positive
 from kd_common.distributed import world_size
+from kd_common.errors import UserError
 from kd_common.hub.language_models import load_config, load_tokenizer, model_ends
 from kd_common.optim import decay_groups
 from kd_common.run.errors import NonFiniteLossError, last_checkpoint
@@ -68,7 +70,7 @@ class DistillationModule(TrainingModule):
 
     Raises:
         ModelNotFoundError: If a model cannot be found.
-        ValueError: If a setting is out of range, or teacher and student do not share a tokenizer.
+        UserError: If a setting is out of range, or teacher and student do not share a tokenizer.
     """
 
     strategies = (ModelParallelStrategy,)
@@ -102,10 +104,8 @@ class DistillationModule(TrainingModule):
             # Built by the command line, the checkpoint gets their settings, not these modules.
             warnings.filterwarnings("ignore", message="Attribute .* is an instance of `nn.Module`")
             self.save_hyperparameters()
-        if not learning_rate > 0:
-            raise ValueError(f"model.learning_rate must be > 0, got {learning_rate}")
-        if weight_decay < 0:
-            raise ValueError(f"model.weight_decay must be >= 0, got {weight_decay}")
+        positive("model.learning_rate", learning_rate)
+        at_least("model.weight_decay", weight_decay, 0)
         self.teacher_spec = teacher
         self.student_spec = student
         self.rollout = rollout or OffPolicy()
@@ -115,7 +115,7 @@ class DistillationModule(TrainingModule):
         self.betas = betas
         self.seed = seed
         if teacher.cache is not None and self.rollout.generates:
-            raise ValueError(
+            raise UserError(
                 "model.teacher.cache holds the teacher's distributions for the data's responses only, and "
                 f"model.rollout {type(self.rollout).__name__} writes new ones; set model.teacher.cache to null"
             )
@@ -160,7 +160,7 @@ class DistillationModule(TrainingModule):
 
         Raises:
             CacheError: If it is stored and belongs to another tokenizer.
-            ValueError: If it is stored and does not determine the loss.
+            UserError: If it is stored and does not determine the loss.
         """
         if isinstance(teacher, CachedTeacher):
             cache = teacher.cache

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from dataclasses import asdict
 from typing import Any, ClassVar, Literal
 
+from kd_common.errors import UserError
 from llm_kd.data.example import Example
 from llm_kd.models.generation import Sampling
 
@@ -70,7 +71,7 @@ class OnPolicy(Rollout):
         sampling: How the student writes.
 
     Raises:
-        ValueError: If the fraction is outside [0, 1].
+        UserError: If the fraction is outside [0, 1].
 
     References:
         Generalised knowledge distillation, arXiv 2306.13649, algorithm 1.
@@ -78,7 +79,7 @@ class OnPolicy(Rollout):
 
     def __init__(self, fraction: float = 1.0, sampling: Sampling | None = None) -> None:
         if not 0 <= fraction <= 1:
-            raise ValueError(f"fraction must lie in [0, 1], got {fraction}")
+            raise UserError(f"fraction must lie in [0, 1], got {fraction}")
         self.fraction = fraction
         self.reads_answers = fraction < 1
         self.sampling = sampling or Sampling()
@@ -103,7 +104,7 @@ class AdaptiveReplay(Rollout):
         sampling: How the student writes.
 
     Raises:
-        ValueError: If a setting is out of its range.
+        UserError: If a setting is out of its range.
 
     References:
         DistiLLM, arXiv 2402.03898, section 3.2.
@@ -113,9 +114,9 @@ class AdaptiveReplay(Rollout):
         self, capacity: int = 1000, step: float = 0.1, tolerance: float = 0.1, sampling: Sampling | None = None
     ) -> None:
         if capacity < 1:
-            raise ValueError(f"capacity must be at least 1, got {capacity}")
+            raise UserError(f"capacity must be at least 1, got {capacity}")
         if not 0 < step <= 1:
-            raise ValueError(f"step must lie in (0, 1], got {step}")
+            raise UserError(f"step must lie in (0, 1], got {step}")
         self.capacity = capacity
         self.step = step
         self.tolerance = tolerance

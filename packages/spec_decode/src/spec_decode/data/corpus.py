@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from kd_common.errors import UserError
 from kd_common.files import checksummed_line, complete_lines, naming, read_checksummed_line
 from kd_common.text import ChatEncoder, EncodingError, Message, Row, encode_each
 from spec_decode.data.prompts import Answer
@@ -48,7 +49,7 @@ class Writing:
     def __post_init__(self) -> None:
         Sampling(self.temperature, top_p=self.top_p)
         if min(self.max_new_tokens, self.batch_size) < 1:
-            raise ValueError(f"max_new_tokens and batch_size of data.writing must be >= 1, got {self}")
+            raise UserError(f"max_new_tokens and batch_size of data.writing must be >= 1, got {self}")
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def _samples(lines: Iterable[bytes], path: Path) -> dict[int, Sample]:
                 raise ValueError(f"tokens {tokens!r:.50}, answer_start {start!r:.50}")
             samples[record["prompt"]] = Sample(tokens, start)
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: damaged ({error}); delete it to write the text again") from error
+            raise UserError(f"{path}, line {number}: damaged ({error}); delete it to write the text again") from error
     return samples
 
 
@@ -125,7 +126,7 @@ def write_corpus(
     if list(done) != order[: len(lines)] or any(
         s.tokens[: s.answer_start] != list(prompts[i]) for i, s in done.items()
     ):
-        raise ValueError(
+        raise UserError(
             f"{path} is damaged: it does not answer the prompts in order; delete it to write the text again"
         )
     if len(lines) == len(prompts):
@@ -244,5 +245,5 @@ def prompt_rows(prompts: Sequence[str | Row]) -> list[Row]:
 
 def _not_empty(found: list[T], longest: int) -> list[T]:
     if not found:
-        raise ValueError(f"no prompt has 1 to {longest} tokens; allow longer ones or shorten the prompts")
+        raise UserError(f"no prompt has 1 to {longest} tokens; allow longer ones or shorten the prompts")
     return found

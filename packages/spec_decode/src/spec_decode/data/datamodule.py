@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
+from kd_common.errors import UserError
 from kd_common.files import cache_root, locked
 from kd_common.run.loading import WorkerLoader
 from kd_common.run.messages import check_batch_size
@@ -142,7 +143,7 @@ class TargetText(LightningDataModule):
         seed: Seed of the order; linked from ``seed_everything``.
 
     Raises:
-        ValueError: If a setting is out of range.
+        UserError: If a setting is out of range.
     """
 
     def __init__(
@@ -162,18 +163,18 @@ class TargetText(LightningDataModule):
         super().__init__()
         for name, value in (("limit", limit), ("epoch_rows", epoch_rows)):
             if value is not None and value < 1:
-                raise ValueError(f"data.{name} must be >= 1, or null, got {value}")
+                raise UserError(f"data.{name} must be >= 1, or null, got {value}")
         for name, value in (("val_prompts", val_prompts), ("batch_size", batch_size)):
             if value < 1:
-                raise ValueError(f"data.{name} must be >= 1, got {value}")
+                raise UserError(f"data.{name} must be >= 1, got {value}")
         self.writing = writing or Writing()
         if max_length <= self.writing.max_new_tokens:
-            raise ValueError(
+            raise UserError(
                 f"data.max_length {max_length} leaves no room for a prompt beside an answer of "
                 f"data.writing.max_new_tokens {self.writing.max_new_tokens} tokens"
             )
         if answers == "file" and prompts is None:
-            raise ValueError("data.answers file needs the file: set data.prompts")
+            raise UserError("data.answers file needs the file: set data.prompts")
         asked = [] if prompts is None else read_asked(Path(prompts), answered=answers == "file")[:limit]
         self.texts: Sequence[str | Row] = [one.prompt for one in asked] if prompts else packaged_prompts()[:limit]
         self.answers = [one.answer for one in asked if one.answer] if answers == "file" else None
@@ -184,7 +185,7 @@ class TargetText(LightningDataModule):
         if own := sum(one.answer is not None for one in asked if answers == "target"):
             rank_zero_info(f"{own:,} prompts have answers in the file: left out, the target answers (data.answers)")
         if len(self.texts) <= val_prompts:
-            raise ValueError(f"{len(self.texts)} prompts leave none to train on beside data.val_prompts {val_prompts}")
+            raise UserError(f"{len(self.texts)} prompts leave none to train on beside data.val_prompts {val_prompts}")
         self.val_prompts, self.features, self.max_length = val_prompts, features, max_length
         self.epoch_rows, self.batch_size, self.chat_template, self.seed = epoch_rows, batch_size, chat_template, seed
         self._target: list[CausalLM] = []
@@ -203,10 +204,10 @@ class TargetText(LightningDataModule):
             ranks: Processes that train together.
 
         Raises:
-            ValueError: If its context is too short, no prompt short enough, or an epoch too short for a batch.
+            UserError: If its context is too short, no prompt short enough, or an epoch too short for a batch.
         """
         if self.max_length > target.context:
-            raise ValueError(f"data.max_length {self.max_length} exceeds the target's context {target.context}")
+            raise UserError(f"data.max_length {self.max_length} exceeds the target's context {target.context}")
         self._target, self.stops = [target], tuple(stops)
         longest = self.max_length - self.writing.max_new_tokens
         if self.answers is None:
@@ -222,7 +223,7 @@ class TargetText(LightningDataModule):
             )
             self.encoded = [sample.tokens[: sample.answer_start] for sample in self.samples]
         if len(self.encoded) <= self.val_prompts:
-            raise ValueError(
+            raise UserError(
                 f"{len(self.encoded)} prompts of at most {longest} tokens leave none to train on beside "
                 f"data.val_prompts {self.val_prompts}"
             )
@@ -321,7 +322,7 @@ class TargetText(LightningDataModule):
         """Batches of this rank's rows of the epoch.
 
         Raises:
-            ValueError: If they do not fill one batch per rank.
+            UserError: If they do not fill one batch per rank.
         """
         samples, (rank, ranks) = self.samples[: -self.val_prompts], self._place
         rows = self._rows_of_an_epoch(len(samples), ranks)

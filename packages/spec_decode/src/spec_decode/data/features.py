@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from kd_common.errors import UserError
 from kd_common.files import checksummed_line, complete_lines, naming, read_checksummed_line
 from spec_decode.models import CausalLM, States
 
@@ -50,7 +51,7 @@ class FeatureStore:
         """Number of sequences written so far.
 
         Raises:
-            ValueError: If the store is damaged.
+            UserError: If the store is damaged.
         """
         return len(self._checksums())
 
@@ -63,14 +64,14 @@ class FeatureStore:
             try:
                 checksums += read_checksummed_line(line)["checksums"]
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}, line {number}: damaged ({error}); {remedy}") from error
+                raise UserError(f"{path}, line {number}: damaged ({error}); {remedy}") from error
         if len(checksums) > len(self.sequences):
-            raise ValueError(
+            raise UserError(
                 f"{path} is damaged: {len(checksums)} checksums of {len(self.sequences)} sequences; {remedy}"
             )
         found = data.stat().st_size if data.is_file() else 0
         if checksums and found != self.size:
-            raise ValueError(f"{data} is damaged: {found} bytes instead of {self.size}; {remedy}")
+            raise UserError(f"{data} is damaged: {found} bytes instead of {self.size}; {remedy}")
         return checksums
 
     def check_disk(self) -> None:
@@ -85,7 +86,7 @@ class FeatureStore:
         present = path.stat().st_blocks * 512 if path.is_file() else 0
         missing, free = max(self.size - present, 0), shutil.disk_usage(place).free
         if missing * 1.05 > free:
-            raise OSError(
+            raise UserError(
                 f"the feature cache needs {missing / 1e9:.2f} GB more under {self.folder}, and {free / 1e9:.2f} GB are "
                 "free; set data.features to online, take fewer prompts, or set KD_CACHE to a larger disk"
             )
@@ -95,7 +96,7 @@ class FeatureStore:
 
         Raises:
             OSError: If the disk is too small.
-            ValueError: If the store is damaged.
+            UserError: If the store is damaged.
         """
         done, device = self.done, target.device
         if done == len(self.sequences):
@@ -136,7 +137,7 @@ class FeatureStore:
 
         Raises:
             RuntimeError: If it has not been written.
-            ValueError: If it is damaged.
+            UserError: If it is damaged.
         """
         if self._map is None:
             checksums = self._checksums()
@@ -151,7 +152,7 @@ class FeatureStore:
         expected = self._unchecked.get(sequence)
         if expected is not None:
             if zlib.crc32(rows.data) != expected:
-                raise ValueError(
+                raise UserError(
                     f"{self.folder / DATA} is damaged: the checksum of sequence {sequence} is wrong; delete "
                     f"{self.folder} to compute the features again"
                 )

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kd_common.errors import UserError
 from kd_common.text import Message, Row
 from kd_common.text.records import MalformedError, read_records
 from kd_common.text.rows import conversations
@@ -63,8 +64,8 @@ def read_answers(path: Path) -> list[Answer]:
     """Answers beside the prompts of a file; see :func:`read_asked`.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: For rows without one.
+        UserError: If there is no such file.
+        UserError: For rows without one.
     """
     return [asked.answer for asked in read_asked(path, answered=True) if asked.answer is not None]
 
@@ -83,11 +84,11 @@ def read_asked(path: Path, *, answered: bool = False) -> list[Asked]:
         answered: Refuse rows without an answer.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: For rows that are none of these, or a file without rows; the message counts them.
+        UserError: If there is no such file.
+        UserError: For rows that are none of these, or a file without rows; the message counts them.
     """
     if not path.is_file() and not path.is_dir():
-        raise FileNotFoundError(f"prompts {path}: no such file; leave it out for the packaged prompts")
+        raise UserError(f"prompts {path}: no such file; leave it out for the packaged prompts")
 
     def parse(record: Mapping[str, Any], source: str) -> list[Asked]:
         found = [_asked(row, later, record) for row, later in _rows(record, source)]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kd_common.errors import UserError
 from spec_decode.decoding.autotune import autotune
 from spec_decode.decoding.inputs import check_length, check_whole, prompt_lists
 from spec_decode.decoding.proposals import SampledTree
@@ -46,7 +47,7 @@ class SpeculativeDecoder:
         tokenizer: Needed for stop strings only.
 
     Raises:
-        ValueError: If the drafter cannot draft such a tree or cannot sample.
+        UserError: If the drafter cannot draft such a tree or cannot sample.
     """
 
     def __init__(
@@ -101,26 +102,26 @@ class SpeculativeDecoder:
             return
         name, can = type(drafter).__name__, drafter.capabilities
         if not drafter.serves(self.target):
-            raise ValueError(f"this {name} was built for another target; build or load it with the one it drafts for")
+            raise UserError(f"this {name} was built for another target; build or load it with the one it drafts for")
         if isinstance(shape, tuple) and any(type(w) is not int or w < 1 for w in shape):
-            raise ValueError(f"every level of the tree needs a number of candidates >= 1, got {shape}")
+            raise UserError(f"every level of the tree needs a number of candidates >= 1, got {shape}")
         if isinstance(shape, DynamicTree) and not can.dynamic:
-            raise ValueError(f"{name} cannot draft a dynamic tree; give the candidates per level")
+            raise UserError(f"{name} cannot draft a dynamic tree; give the candidates per level")
         widest = shape.top_k if isinstance(shape, DynamicTree) else max(shape, default=1)
         if can.max_width is not None and widest > can.max_width:
-            raise ValueError(f"{name} has {can.max_width} candidates for a level, the tree asks for {widest}")
+            raise UserError(f"{name} has {can.max_width} candidates for a level, the tree asks for {widest}")
         if can.max_depth is not None and tree_depth(shape) > can.max_depth:
-            raise ValueError(f"{name} drafts at most {can.max_depth} levels, the tree has {tree_depth(shape)}")
+            raise UserError(f"{name} drafts at most {can.max_depth} levels, the tree has {tree_depth(shape)}")
         if not 0 <= self.min_confidence < 1:
-            raise ValueError(f"min_confidence must be in [0, 1), got {self.min_confidence}")
+            raise UserError(f"min_confidence must be in [0, 1), got {self.min_confidence}")
         if self.min_confidence and not can.confident:
-            raise ValueError(f"the drafts of {name} have no probabilities; leave min_confidence at 0")
+            raise UserError(f"the drafts of {name} have no probabilities; leave min_confidence at 0")
         if self.min_confidence and self.rejection:
-            raise ValueError("choosing among drawn candidates changes their distribution; leave min_confidence at 0")
+            raise UserError("choosing among drawn candidates changes their distribution; leave min_confidence at 0")
         if self.rejection and not can.samples:
-            raise ValueError(f"{name} does not draw its candidates; leave rejection off (sample-and-match)")
+            raise UserError(f"{name} does not draw its candidates; leave rejection off (sample-and-match)")
         if self.rejection and isinstance(shape, DynamicTree):
-            raise ValueError("a dynamic tree ranks its candidates, so they are no draws; leave rejection off")
+            raise UserError("a dynamic tree ranks its candidates, so they are no draws; leave rejection off")
 
     @torch.no_grad()
     def generate(
@@ -156,7 +157,7 @@ class SpeculativeDecoder:
             on_pass: Called after every pass, for pictures and statistics.
 
         Raises:
-            ValueError: For an empty prompt, one that fills the context, a token outside the vocabulary, a setting out
+            UserError: For an empty prompt, one that fills the context, a token outside the vocabulary, a setting out
                 of range, or logits that are NaN.
         """
         prompts = prompt_lists(input_ids, attention_mask, self.target.vocab_size, self.target.context)

@@ -7,26 +7,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kd_common.errors import UserError
+
 
 def check_whole(name: str, *values: Any) -> None:
     """Refuse what is no whole number, such as 2.5, or True, which Python takes for 1.
 
     Raises:
-        ValueError: Naming the setting.
+        UserError: Naming the setting.
     """
     for value in values:
         if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise ValueError(f"{name} must be made of whole numbers, got {value!r}")
+            raise UserError(f"{name} must be made of whole numbers, got {value!r}")
 
 
 def check_length(max_new_tokens: int | None) -> None:
     """Refuse a number of new tokens that is none.
 
     Raises:
-        ValueError: If it is no whole number >= 1, and not None.
+        UserError: If it is no whole number >= 1, and not None.
     """
     if max_new_tokens is not None and (type(max_new_tokens) is not int or max_new_tokens < 1):
-        raise ValueError(f"max_new_tokens must be an int >= 1, or None to fill the context, got {max_new_tokens}")
+        raise UserError(f"max_new_tokens must be an int >= 1, or None to fill the context, got {max_new_tokens}")
 
 
 def prompt_lists(
@@ -41,37 +43,37 @@ def prompt_lists(
         context: Prompts must be shorter.
 
     Raises:
-        ValueError: If there is none, or one is empty, too long or holds what is no token of the vocabulary; for lists
+        UserError: If there is none, or one is empty, too long or holds what is no token of the vocabulary; for lists
             with a mask.
     """
     if isinstance(input_ids, Tensor):
         if input_ids.dim() != 2:
-            raise ValueError(f"input_ids must have shape (batch, length), got {tuple(input_ids.shape)}")
+            raise UserError(f"input_ids must have shape (batch, length), got {tuple(input_ids.shape)}")
         if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
-            raise ValueError(f"input_ids must hold token ids, whole numbers, got {input_ids.dtype}")
+            raise UserError(f"input_ids must hold token ids, whole numbers, got {input_ids.dtype}")
         mask = input_ids.new_ones(input_ids.shape) if attention_mask is None else attention_mask
         if mask.shape != input_ids.shape:
-            raise ValueError(f"attention_mask {tuple(mask.shape)} must have the shape of input_ids {input_ids.shape}")
+            raise UserError(f"attention_mask {tuple(mask.shape)} must have the shape of input_ids {input_ids.shape}")
         if not ((mask == 0) | (mask == 1)).all():
-            raise ValueError("attention_mask must hold 0 and 1: 1 at the tokens that count")
+            raise UserError("attention_mask must hold 0 and 1: 1 at the tokens that count")
         prompts = [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
     else:
         if attention_mask is not None:
-            raise ValueError("attention_mask belongs to input_ids of shape (batch, length); lists hold no padding")
+            raise UserError("attention_mask belongs to input_ids of shape (batch, length); lists hold no padding")
         try:
             prompts = [list(map(index, row)) for row in input_ids]
         except TypeError as error:
-            raise ValueError(f"input_ids must be lists of token ids, one list per prompt: {error}") from error
+            raise UserError(f"input_ids must be lists of token ids, one list per prompt: {error}") from error
     if not prompts:
-        raise ValueError("input_ids holds no prompt")
+        raise UserError("input_ids holds no prompt")
     for row, prompt in enumerate(prompts):
         if not prompt:
-            raise ValueError(f"prompt {row} is empty; give at least one token, such as the start-of-text token")
+            raise UserError(f"prompt {row} is empty; give at least one token, such as the start-of-text token")
         if len(prompt) >= context:
-            raise ValueError(
+            raise UserError(
                 f"prompt {row} has {len(prompt)} tokens, the target's context {context} leaves no room to generate; "
                 "shorten it"
             )
         if not all(0 <= token < vocab_size for token in prompt):
-            raise ValueError(f"prompt {row} holds tokens outside the target's vocabulary [0, {vocab_size})")
+            raise UserError(f"prompt {row} holds tokens outside the target's vocabulary [0, {vocab_size})")
     return prompts

@@ -12,6 +12,8 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from kd_common.errors import UserError
+
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _FINALIZER = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)))
 
@@ -48,10 +50,10 @@ def row_seeds(seed: int, batch: int) -> Tensor:
     """One seed per row, int64 of shape (B,); a row's seed does not depend on the size of the batch.
 
     Raises:
-        ValueError: For a seed that is no whole number of 64 bits.
+        UserError: For a seed that is no whole number of 64 bits.
     """
     if type(seed) is not int or not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed must be a whole number in [-2^63, 2^63), got {seed}")
+        raise UserError(f"seed must be a whole number in [-2^63, 2^63), got {seed}")
     return _splitmix64(torch.tensor(seed), torch.arange(batch))
 
 
@@ -100,13 +102,13 @@ def check_logits(logits: Tensor, present: Tensor | None = None) -> None:
         present: Boolean of shape (...); rows at False are not looked at.
 
     Raises:
-        ValueError: If a row holds NaN or +inf, or nothing but -inf.
+        UserError: If a row holds NaN or +inf, or nothing but -inf.
     """
     broken = ~logits.amax(-1).isfinite()
     if present is not None:
         broken &= present
     if broken.any():
-        raise ValueError(
+        raise UserError(
             f"logits of row {tuple(broken.nonzero()[0].tolist())} hold NaN or +inf, or are all -inf; check the model's "
             "weights and its dtype (float16 overflows where bfloat16 and float32 do not)"
         )
@@ -156,7 +158,7 @@ class Sampling:
         top_p: Probability to keep, in (0, 1]; 1 keeps all. It refers to the distribution after temperature and top-k.
 
     Raises:
-        ValueError: If a setting is out of range.
+        UserError: If a setting is out of range.
     """
 
     temperature: float = 1.0
@@ -165,11 +167,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature must be a finite number >= 0 (0 is greedy), got {self.temperature}")
+            raise UserError(f"temperature must be a finite number >= 0 (0 is greedy), got {self.temperature}")
         if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
-            raise ValueError(f"top_k must be an int >= 1, or None to keep every token, got {self.top_k}")
+            raise UserError(f"top_k must be an int >= 1, or None to keep every token, got {self.top_k}")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], 1 keeps every token, got {self.top_p}")
+            raise UserError(f"top_p must be in (0, 1], 1 keeps every token, got {self.top_p}")
 
     def log_probs(self, logits: Tensor) -> Tensor:
         """Log-probabilities of the processed distribution.
@@ -181,7 +183,7 @@ class Sampling:
             Normalised float64 log-probabilities of shape (..., V), -inf at excluded tokens.
 
         Raises:
-            ValueError: If a row holds NaN or +inf, or nothing but -inf.
+            UserError: If a row holds NaN or +inf, or nothing but -inf.
         """
         check_logits(logits)
         if self.temperature == 0:
@@ -209,7 +211,7 @@ class Sampling:
             Tokens, int64 of shape (A,).
 
         Raises:
-            ValueError: If a row holds NaN or +inf, or nothing but -inf.
+            UserError: If a row holds NaN or +inf, or nothing but -inf.
         """
         check_logits(logits)
         if self.temperature == 0:  # the noise cannot change this draw

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from kd_common.errors import UserError
 from kd_common.hub.language_models import EMBEDDED, load_config, model_ends, note_unapplied
 from kd_common.hub.vocabulary import shared_vocabulary
 from kd_common.run.messages import check_device
@@ -27,7 +28,7 @@ def parse_tree(text: str) -> tuple[int, ...] | DynamicTree | str | None:
     """Tree from the command line: `auto`, `chain`, candidates per level, or `dynamic:DEPTH,TOP_K,NODES`.
 
     Raises:
-        ValueError: For anything else.
+        UserError: For anything else.
     """
     if text in ("auto", "chain"):
         return text if text == "auto" else None
@@ -40,7 +41,7 @@ def parse_tree(text: str) -> tuple[int, ...] | DynamicTree | str | None:
         return values
     if kind == "dynamic" and len(values) == 3:
         return DynamicTree(*values)
-    raise ValueError(f"tree must be auto, chain, a list such as 4,2,1, or dynamic:DEPTH,TOP_K,NODES, got {text!r}")
+    raise UserError(f"tree must be auto, chain, a list such as 4,2,1, or dynamic:DEPTH,TOP_K,NODES, got {text!r}")
 
 
 def build_decoder(
@@ -71,16 +72,16 @@ def check_drafter(name: str) -> None:
     """Refuse a drafter that `find_drafter` would not find, before anything is loaded for it.
 
     Raises:
-        ValueError: For a name whose drafter must be trained, a lookup beside nothing, damaged settings, or another
+        UserError: For a name whose drafter must be trained, a lookup beside nothing, damaged settings, or another
             program's drafter.
-        FileNotFoundError: If it is neither a name nor a drafter's folder.
+        UserError: If it is neither a name nor a drafter's folder.
     """
     if name == "none" + LOOKUP:
-        raise ValueError(f"drafter {name!r}: there is no tree to add a branch to; use prompt_lookup")
+        raise UserError(f"drafter {name!r}: there is no tree to add a branch to; use prompt_lookup")
     name = name.removesuffix(LOOKUP)
     if name in DRAFTERS.names():
         if issubclass(DRAFTERS.get(name), TrainableDrafter):
-            raise ValueError(f"drafter {name!r} has to be trained; give the folder that `spec_decode.fit` wrote")
+            raise UserError(f"drafter {name!r} has to be trained; give the folder that `spec_decode.fit` wrote")
     elif name != "none" and not holds_language_model(Path(name)):
         read_config(Path(name))
 
@@ -97,7 +98,7 @@ def check_settings(
     """Refuse what `SpeculativeDecoder.generate` would refuse, before anything is loaded for it.
 
     Raises:
-        ValueError: If a setting is out of range; the message names it.
+        UserError: If a setting is out of range; the message names it.
     """
     check_length(max_new_tokens)
     Sampling(temperature, top_k, top_p)
@@ -117,9 +118,9 @@ def find_drafter(name: str, target: CausalLM, tokenizer: Any = None) -> Drafter 
         tokenizer: The target's, which a language model must share; without it only the sizes of the heads are compared.
 
     Raises:
-        ValueError: What `check_drafter` refuses, a drafter of another target, or a language model of another
+        UserError: What `check_drafter` refuses, a drafter of another target, or a language model of another
             tokenizer.
-        FileNotFoundError: If it is neither a name nor a drafter's folder.
+        UserError: If it is neither a name nor a drafter's folder.
     """
     check_drafter(name)
     if name == "none":
@@ -153,7 +154,7 @@ def find_target(drafter: str, target: str | None, dtype: str) -> tuple[TargetSpe
         dtype: Precision of the target's weights.
 
     Raises:
-        ValueError: If the target's sizes are not those of the one that the drafter was trained for.
+        UserError: If the target's sizes are not those of the one that the drafter was trained for.
     """
     folder = drafter_folder(drafter)
     if not (folder / CONFIG).is_file():

@@ -3,17 +3,19 @@
 from collections.abc import Sequence
 from typing import Any
 
+from kd_common.errors import UserError
+
 
 def check_stop_strings(strings: Sequence[str]) -> None:
     """Refuse what is no list of texts to stop at.
 
     Raises:
-        ValueError: For a single text, whose letters would each be one, or an empty one.
+        UserError: For a single text, whose letters would each be one, or an empty one.
     """
     if isinstance(strings, str):
-        raise ValueError(f"stop_strings must be a list of texts, as in [{strings!r}], got {strings!r}")
+        raise UserError(f"stop_strings must be a list of texts, as in [{strings!r}], got {strings!r}")
     if not all(isinstance(string, str) and string for string in strings):
-        raise ValueError(f"a stop string must not be empty, and be text, got {list(strings)}")
+        raise UserError(f"a stop string must not be empty, and be text, got {list(strings)}")
 
 
 class StopStrings:
@@ -25,12 +27,12 @@ class StopStrings:
         batch: Number of rows.
 
     Raises:
-        ValueError: Without a tokenizer, or for what `check_stop_strings` refuses.
+        UserError: Without a tokenizer, or for what `check_stop_strings` refuses.
     """
 
     def __init__(self, strings: Sequence[str], tokenizer: Any, batch: int) -> None:
         if tokenizer is None:
-            raise ValueError("stop_strings need SpeculativeDecoder(..., tokenizer=...)")
+            raise UserError("stop_strings need SpeculativeDecoder(..., tokenizer=...)")
         check_stop_strings(strings)
         self.strings, self.tokenizer = tuple(strings), tokenizer
         # Byte-level tokenizers may spend up to four tokens on a character.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kd_common.errors import UserError
 from spec_decode.decoding.proposals import RANKED, RankedTokens, SampledTree, rank_tokens, sampled_tree
 from spec_decode.decoding.sampling import Sampling
 from spec_decode.decoding.tree import DraftTree, prune_tree
@@ -29,7 +30,7 @@ class DynamicTree:
         nodes: Draft nodes kept for verification, >= 1.
 
     Raises:
-        ValueError: If a setting is no whole number or out of range.
+        UserError: If a setting is no whole number or out of range.
     """
 
     depth: int = 7
@@ -38,7 +39,7 @@ class DynamicTree:
 
     def __post_init__(self) -> None:
         if any(type(size) is not int or size < 1 for size in (self.depth, self.top_k, self.nodes)):
-            raise ValueError(f"depth, top_k and nodes of a dynamic tree must be whole numbers >= 1, got {self}")
+            raise UserError(f"depth, top_k and nodes of a dynamic tree must be whole numbers >= 1, got {self}")
 
 
 TreeShape = tuple[int, ...] | DynamicTree

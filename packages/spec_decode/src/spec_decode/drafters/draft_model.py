@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kd_common.errors import UserError
 from spec_decode.drafters.base import Capabilities, Draft, DraftContext, Drafter, draft_along_backbone, last_rows
 from spec_decode.drafters.registry import DRAFTERS
 from spec_decode.drafters.trainable import TrainableDrafter
@@ -51,13 +52,13 @@ class DraftModel(TrainableDrafter, Autoregressive):
         draft_vocab: Tokens it can propose; None means all.
 
     Raises:
-        ValueError: If depth, layers or draft_vocab is out of range.
+        UserError: If depth, layers or draft_vocab is out of range.
     """
 
     def __init__(self, target: CausalLM, *, depth: int = 5, layers: int = 4, draft_vocab: int | None = None) -> None:
         super().__init__(target, depth, draft_vocab)
         if layers < 1:
-            raise ValueError(f"layers must be >= 1, got {layers}")
+            raise UserError(f"layers must be >= 1, got {layers}")
         self.layers = nn.ModuleList(DecoderLayer(target.shape) for _ in range(layers))
         self.norm = RMSNorm(target.shape.hidden_size, target.shape.norm_eps)
         for own, theirs in zip(self.layers, target.layers, strict=False):
@@ -102,19 +103,19 @@ class PretrainedDraft(Autoregressive):
             them is padding, and is never drafted. None means that neither is padded.
 
     Raises:
-        ValueError: If the heads differ in size and it is not said how many tokens are shared, or one lacks some.
+        UserError: If the heads differ in size and it is not said how many tokens are shared, or one lacks some.
     """
 
     def __init__(self, target: CausalLM, model: CausalLM, shared: int | None = None) -> None:
         if shared is None and model.vocab_size != target.vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"the draft model has {model.vocab_size} tokens and the target {target.vocab_size}; if they have one "
                 "tokenizer, say how many tokens it has (shared)"
             )
         fewest = min(model.vocab_size, target.vocab_size)
         self.shared = fewest if shared is None else shared
         if not 1 <= self.shared <= fewest:
-            raise ValueError(f"shared must be in [1, {fewest}], the smaller vocabulary, got {shared}")
+            raise UserError(f"shared must be in [1, {fewest}], the smaller vocabulary, got {shared}")
         self.target, self.model = target, model
         self.capabilities = Capabilities(max_width=self.shared, samples=True, confident=True)
 

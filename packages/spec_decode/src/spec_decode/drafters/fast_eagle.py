@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kd_common.errors import UserError
 from spec_decode.drafters.base import (
     Draft,
     DraftContext,
@@ -38,7 +39,7 @@ class FastEagle(TrainableDrafter):
             head can read. False starts at random.
 
     Raises:
-        ValueError: If depth, stem or draft_vocab is out of range.
+        UserError: If depth, stem or draft_vocab is out of range.
 
     References:
         FastEagle, arXiv 2509.20416; sequential heads: Hydra, arXiv 2402.05109.
@@ -56,7 +57,7 @@ class FastEagle(TrainableDrafter):
     ) -> None:
         super().__init__(target, depth, draft_vocab)
         if stem < 0:
-            raise ValueError(f"stem must be >= 0, got {stem}")
+            raise UserError(f"stem must be >= 0, got {stem}")
         shape = target.shape
         self.stem = stem
         self.fuse = nn.Linear(3 * shape.hidden_size, shape.hidden_size, bias=False)

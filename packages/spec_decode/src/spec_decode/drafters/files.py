@@ -15,9 +15,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from kd_common.errors import UserError
 from kd_common.files import read_json, write_temporary
 from kd_common.hub.weight_files import WRAPPER, shown
-from kd_common.registry import UnknownNameError, suggest
+from kd_common.registry import suggest
 from spec_decode.decoding.cost import check_acceptance
 from spec_decode.drafters.registry import DRAFTERS
 from spec_decode.drafters.trainable import TrainableDrafter, check_vocabulary
@@ -56,20 +57,20 @@ class DrafterSpec:
         """A new drafter for this target, in fp32 on the target's device.
 
         Raises:
-            ValueError: For a drafter without parameters, an unknown option or one out of range.
+            UserError: For a drafter without parameters, an unknown option or one out of range.
         """
         kind = DRAFTERS.get(self.name)
         if not issubclass(kind, TrainableDrafter):
-            raise ValueError(f"drafter {self.name!r} has no parameters to train or load; use it directly")
+            raise UserError(f"drafter {self.name!r} has no parameters to train or load; use it directly")
         known = {p.name: p.annotation for p in inspect.signature(kind).parameters.values() if p.kind is p.KEYWORD_ONLY}
         for option, value in self.options.items():
             if option not in known:
                 hint = suggest(option, known)
-                raise ValueError(f"drafter {self.name!r} has no option {option!r}{hint} (known: {', '.join(known)})")
+                raise UserError(f"drafter {self.name!r} has no option {option!r}{hint} (known: {', '.join(known)})")
             kinds = get_args(known[option]) if isinstance(known[option], UnionType) else (known[option],)
             if all(isinstance(kind, type) for kind in kinds) and not isinstance(value, kinds):
                 expected = inspect.formatannotation(known[option])
-                raise ValueError(f"option {option} of drafter {self.name!r} must be {expected}, got {value!r}")
+                raise UserError(f"option {option} of drafter {self.name!r} must be {expected}, got {value!r}")
         return kind(target, **self.options).float().to(target.device)
 
 
@@ -129,13 +130,13 @@ def check_target_sizes(folder: Path, config: Mapping[str, Any], target: Any, nam
         name: The target's name.
 
     Raises:
-        ValueError: Naming both targets.
+        UserError: Naming both targets.
     """
     trained = config["target_sizes"]
     found = {size: getattr(target, size, None) for size in trained}
     if found != trained:
         differing = ", ".join(f"{size} {found[size]} instead of {trained[size]}" for size in trained)
-        raise ValueError(
+        raise UserError(
             f"the drafter in {folder} was trained for another target, {config.get('target', 'unnamed')}, than {name}: "
             f"{differing}. Leave --target out, or train a drafter for {name}"
         )
@@ -145,7 +146,7 @@ def holds_language_model(folder: Path) -> bool:
     """Whether a folder is one that transformers wrote for a language model, which drafts as it is.
 
     Raises:
-        ValueError: For a drafter that another program wrote: read as a language model it would lack most weights.
+        UserError: For a drafter that another program wrote: read as a language model it would lack most weights.
     """
     path = folder / "config.json"
     if (folder / CONFIG).is_file() or not path.is_file():
@@ -154,7 +155,7 @@ def holds_language_model(folder: Path) -> bool:
     kinds = [settings.get("model_type"), *(settings.get("architectures") or [])]
     named = [word for word in map(str, [*kinds, *settings]) if FOREIGN.search(word)]
     if named:
-        raise ValueError(
+        raise UserError(
             f"{folder} holds a drafter that another program wrote ({path.name}: {shown(named)}), which is not read "
             "here; train one with spec_decode.fit, or give a language model of the target's tokenizer"
         )
@@ -165,24 +166,24 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The JSON file of a saved drafter.
 
     Raises:
-        FileNotFoundError: If the folder holds no complete drafter.
-        ValueError: If it is damaged.
+        UserError: If the folder holds no complete drafter.
+        UserError: If it is damaged.
     """
     path = folder / CONFIG
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} holds no drafter: there is no such folder, and no drafter of this name")
+        raise UserError(f"{folder} holds no drafter: there is no such folder, and no drafter of this name")
     if not path.is_file():
         inside = [found.parent.name for found in sorted(folder.glob(f"*/{CONFIG}"))]
         remedy = f"give one of {', '.join(str(folder / name) for name in inside)}" if inside else "it is written last"
-        raise FileNotFoundError(f"{folder} holds no drafter: {CONFIG} is missing; {remedy}")
+        raise UserError(f"{folder} holds no drafter: {CONFIG} is missing; {remedy}")
     content = read_json(path, REMEDY)
     for name, kind in ENTRIES.items():
         if name not in content or not isinstance(content[name], kind):
-            raise ValueError(f"{path} is damaged: {name} is {content.get(name)!r}; {REMEDY}")
+            raise UserError(f"{path} is damaged: {name} is {content.get(name)!r}; {REMEDY}")
     try:
         check_acceptance(content["acceptance"] or [])
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}; {REMEDY}") from error
+        raise UserError(f"{path} is damaged: {error}; {REMEDY}") from error
     return content
 
 
@@ -194,19 +195,19 @@ def read_weights(folder: Path, config: Mapping[str, Any]) -> dict[str, torch.Ten
         config: What `read_config` returned.
 
     Raises:
-        FileNotFoundError: If there are none.
-        ValueError: If they are damaged.
+        UserError: If there are none.
+        UserError: If they are damaged.
     """
     path = folder / WEIGHTS
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; {REMEDY}")
+        raise UserError(f"{path} is missing; {REMEDY}")
     content = path.read_bytes()
     if zlib.crc32(content) != config["weights_crc32"]:
-        raise ValueError(f"{path} is damaged, or not the file that its {CONFIG} was written with; {REMEDY}")
+        raise UserError(f"{path} is damaged, or not the file that its {CONFIG} was written with; {REMEDY}")
     try:
         return {re.sub(WRAPPER, "", name): value for name, value in load(content).items()}
     except (SafetensorError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is damaged ({error}); {REMEDY}") from error
+        raise UserError(f"{path} is damaged ({error}); {REMEDY}") from error
 
 
 def check_whole(
@@ -221,7 +222,7 @@ def check_whole(
         dtype: Precision that they will be used in.
 
     Raises:
-        ValueError: Listing tensors that are missing, left over, of another shape or type, or not finite.
+        UserError: Listing tensors that are missing, left over, of another shape or type, or not finite.
     """
     both = [(name, found[name], expected[name]) for name in sorted(found.keys() & expected.keys())]
     faults = {
@@ -243,27 +244,27 @@ def check_whole(
     }
     listed = "; ".join(f"{len(names)} {what} ({shown(names)})" for what, names in faults.items() if names)
     if listed:
-        raise ValueError(f"{path} does not fit its {CONFIG}: tensors {listed}; {REMEDY}")
+        raise UserError(f"{path} does not fit its {CONFIG}: tensors {listed}; {REMEDY}")
 
 
 def load_drafter(folder: Path, target: CausalLM) -> TrainableDrafter:
     """A saved drafter in the target's type on its device, ready to decode.
 
     Raises:
-        FileNotFoundError: If the folder holds no complete drafter.
-        ValueError: If it was trained for another target, or its weights or vocabulary do not fit.
+        UserError: If the folder holds no complete drafter.
+        UserError: If it was trained for another target, or its weights or vocabulary do not fit.
     """
     config = read_config(folder)
     if config["target_fingerprint"] != (found := target.fingerprint()):
-        raise ValueError(
+        raise UserError(
             f"the drafter in {folder} was trained for another target ({config.get('target', 'unnamed')}, fingerprint "
             f"{config['target_fingerprint']}); this one, in {str(target.dtype).removeprefix('torch.')}, has "
             f"fingerprint {found}. Load that target, without a --dtype that rounds its weights, or train a drafter"
         )
     try:
         drafter = DrafterSpec(**config["drafter"]).build(target)
-    except (TypeError, ValueError, RuntimeError, UnknownNameError) as error:
-        raise ValueError(f"{folder / CONFIG} does not describe a drafter: {error}; {REMEDY}") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{folder / CONFIG} does not describe a drafter: {error}; {REMEDY}") from error
     weights = read_weights(folder, config)
     check_whole(folder / WEIGHTS, weights, drafter.state_dict(), target.dtype)
     drafter.load_state_dict(weights)

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kd_common.errors import UserError
 from spec_decode.decoding.proposals import SampledTree
 from spec_decode.decoding.tree import merge_branches, root_tree
 from spec_decode.drafters.base import Capabilities, Draft, DraftContext, Drafter, tree_depth, verified_slots
@@ -49,7 +50,7 @@ class PromptLookup(Drafter):
         longest: Largest number of tokens to match, >= 1.
 
     Raises:
-        ValueError: If it is below 1.
+        UserError: If it is below 1.
 
     References:
         Saxena, Prompt lookup decoding, 2023 (first match); the longest match is taken here.
@@ -59,7 +60,7 @@ class PromptLookup(Drafter):
 
     def __init__(self, longest: int = 5) -> None:
         if type(longest) is not int or longest < 1:
-            raise ValueError(f"longest must be >= 1, a whole number, got {longest}")
+            raise UserError(f"longest must be >= 1, a whole number, got {longest}")
         self.longest = longest
 
     def new_cache(self, batch: int, capacity: int) -> Any:

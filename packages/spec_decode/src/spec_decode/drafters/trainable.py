@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kd_common.errors import UserError
 from spec_decode.drafters.base import Capabilities, Drafter
 from spec_decode.models import CausalLM, KVCache, States
 from spec_decode.models.layers import Rotation, rotation
@@ -59,9 +60,9 @@ class TrainableDrafter(nn.Module, Drafter):
     def __init__(self, target: CausalLM, depth: int, draft_vocab: int | None) -> None:
         super().__init__()
         if depth < 1:
-            raise ValueError(f"depth must be >= 1, got {depth}")
+            raise UserError(f"depth must be >= 1, got {depth}")
         if draft_vocab is not None and not 1 <= draft_vocab <= target.vocab_size:
-            raise ValueError(f"draft_vocab must be in [1, {target.vocab_size}], or null for all, got {draft_vocab}")
+            raise UserError(f"draft_vocab must be in [1, {target.vocab_size}], or null for all, got {draft_vocab}")
         self._target = [target]  # in a list, so that it is no submodule: not saved, not trained, not moved
         self.depth = self.supervised = depth
         self.capabilities = replace(self.capabilities, max_depth=depth, max_width=draft_vocab or target.vocab_size)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from kd_common.errors import UserError
 from spec_decode.decoding.tree import DraftTree
 from spec_decode.models.cache import DecodingPass, KVCache
 from spec_decode.models.layers import Attend, DecoderLayer, LayerShape, RMSNorm, Rotation, causal_attention, rotation
@@ -68,7 +69,7 @@ class CausalLM(nn.Module):
         feature_layers: Three indices in [0, L]; index i is the input of layer i, L the output of the last layer.
 
     Raises:
-        ValueError: If the feature layers do not exist.
+        UserError: If the feature layers do not exist.
     """
 
     frequencies: Tensor
@@ -92,7 +93,7 @@ class CausalLM(nn.Module):
         self.windowed = tuple(windowed) or (False,) * layers
         self.feature_layers = feature_layers or default_feature_layers(layers)
         if not all(0 <= i <= layers for i in self.feature_layers):
-            raise ValueError(f"feature_layers must lie in [0, {layers}], got {self.feature_layers}")
+            raise UserError(f"feature_layers must lie in [0, {layers}], got {self.feature_layers}")
         self.embed_tokens = nn.Embedding(vocab_size, shape.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(shape) for _ in range(layers))
         self.norm = RMSNorm(shape.hidden_size, shape.norm_eps)
@@ -112,14 +113,14 @@ class CausalLM(nn.Module):
             feature_layers: Layers whose inputs are the features; None means EAGLE-3's.
 
         Raises:
-            ValueError: For another type of model, or a rotary embedding that depends on the length.
+            UserError: For another type of model, or a rotary embedding that depends on the length.
         """
         config = model.config
         if config.model_type not in SUPPORTED:
-            raise ValueError(f"model type {config.model_type!r} is not supported; supported: {', '.join(SUPPORTED)}")
+            raise UserError(f"model type {config.model_type!r} is not supported; supported: {', '.join(SUPPORTED)}")
         rotary = model.model.rotary_emb
         if rotary.rope_type not in _STATIC_ROPE:
-            raise ValueError(f"rope type {rotary.rope_type!r} is not supported; supported: {', '.join(_STATIC_ROPE)}")
+            raise UserError(f"rope type {rotary.rope_type!r} is not supported; supported: {', '.join(_STATIC_ROPE)}")
         first = dict(model.model.layers[0].named_parameters())
         shape = LayerShape(
             hidden_size=config.hidden_size,

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from kd_common.distributed import world_size
+from kd_common.errors import UserError
 from kd_common.optim import decay_groups
 from kd_common.run.errors import NonFiniteLossError, last_checkpoint
 from kd_common.run.training import TrainingModule
@@ -59,7 +60,7 @@ class DrafterModule(TrainingModule):
 
     Raises:
         ModelNotFoundError: If the target cannot be found.
-        ValueError: If a setting is out of range; the message names it.
+        UserError: If a setting is out of range; the message names it.
     """
 
     metric = "tau"
@@ -84,9 +85,9 @@ class DrafterModule(TrainingModule):
         super().__init__()
         self.save_hyperparameters()
         if not learning_rate > 0:
-            raise ValueError(f"model.learning_rate must be > 0, got {learning_rate}")
+            raise UserError(f"model.learning_rate must be > 0, got {learning_rate}")
         if not 0 < level_decay <= 1:
-            raise ValueError(f"model.level_decay must be in (0, 1], got {level_decay}")
+            raise UserError(f"model.level_decay must be in (0, 1], got {level_decay}")
         weights = {
             "weight_decay": weight_decay,
             "acceptance_weight": acceptance_weight,
@@ -94,10 +95,10 @@ class DrafterModule(TrainingModule):
         }
         for name, value in weights.items():
             if value < 0:
-                raise ValueError(f"model.{name} must be >= 0, got {value}")
+                raise UserError(f"model.{name} must be >= 0, got {value}")
         for name, value in (("ranks", ranks), ("chunk", chunk)):
             if value < 1:
-                raise ValueError(f"model.{name} must be >= 1, got {value}")
+                raise UserError(f"model.{name} must be >= 1, got {value}")
         self.target_spec, self.drafter_spec = target, drafter
         self.lr_schedule = lr_schedule or CosineDecay()
         self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, betas
@@ -122,11 +123,11 @@ class DrafterModule(TrainingModule):
         """Choose the reduced draft vocabulary from the training text.
 
         Raises:
-            ValueError: If the target is to be sharded on CPUs in bfloat16.
+            UserError: If the target is to be sharded on CPUs in bfloat16.
         """
         sharded_on_cpu = self.shard_target and world_size() > 1 and self.trainer.strategy.root_device.type == "cpu"
         if sharded_on_cpu and self.target.dtype == torch.bfloat16:  # said by every process, or the others would wait
-            raise ValueError(
+            raise UserError(
                 "model.shard_target on CPUs needs model.target.dtype float32: the process that writes the text lays "
                 "bfloat16 weights out anew, which are then no longer shared out"
             )

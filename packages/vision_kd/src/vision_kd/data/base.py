@@ -15,6 +15,7 @@ import torch
 from lightning import LightningDataModule
 from torch import Tensor
 
+from kd_common.errors import UserError
 from kd_common.run.messages import check_batch_size
 from vision_kd.data.augment import Augment, identity, strong
 from vision_kd.data.digest import batches_digest, tensors_digest
@@ -34,10 +35,14 @@ def data_root(root: str | None = None) -> Path:
     return Path(root or os.environ.get("KD_DATA") or "~/.cache/kd_data").expanduser()
 
 
-def missing_data(name: str, places: Sequence[Path], hint: str) -> FileNotFoundError:
+class MissingDataError(UserError):
+    """A data set is in none of the places where it is looked for."""
+
+
+def missing_data(name: str, places: Sequence[Path], hint: str) -> MissingDataError:
     """The error for a data set that is in none of the places searched."""
     listed = "\n".join(f"  {place}" for place in places)
-    return FileNotFoundError(f"{name} not found. Looked in:\n{listed}\nGet it with: {hint}")
+    return MissingDataError(f"{name} not found. Looked in:\n{listed}\nGet it with: {hint}")
 
 
 @contextmanager
@@ -52,7 +57,7 @@ def fetching(name: str, folder: Path) -> Iterator[None]:
     except (OSError, RuntimeError) as error:  # the latter from torchvision, when no mirror answers
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EROFS):
             raise
-        raise OSError(
+        raise UserError(
             f"data.download: {name} could not be fetched ({error}); fetch it on a machine with network and copy what "
             f"lies in {folder} there to {folder} here, or set data.root to where it is"
         ) from error
@@ -98,7 +103,7 @@ class ImageDataModule(LightningDataModule):
         std: Standard deviation of every channel.
 
     Raises:
-        ValueError: When a batch size is not positive.
+        UserError: When a batch size is not positive.
     """
 
     class_names: tuple[str, ...]
@@ -112,7 +117,7 @@ class ImageDataModule(LightningDataModule):
         self.save_hyperparameters(logger=False)
         for name, value in (("batch_size", batch_size), ("val_batch_size", val_batch_size)):
             if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise UserError(f"{name} must be at least 1, got {value}")
         self.batch_size, self.val_batch_size, self.seed = batch_size, val_batch_size, seed
         self._views: tuple[str, ...] = ("weak",)
 
@@ -136,7 +141,7 @@ class ImageDataModule(LightningDataModule):
     @views.setter
     def views(self, names: Sequence[str]) -> None:
         if not names or set(names) - set(VIEWS):
-            raise ValueError(f"views must be some of {VIEWS}, got {tuple(names)}")
+            raise UserError(f"views must be some of {VIEWS}, got {tuple(names)}")
         self._views = tuple(name for name in VIEWS if name in names)  # weak first: its randomness stays the same
 
     @property
@@ -156,8 +161,8 @@ class ImageDataModule(LightningDataModule):
             world_size: Number of processes.
 
         Raises:
-            ValueError: If it does not fill one on each process, or from reading it.
-            FileNotFoundError: If there is none.
+            UserError: If it does not fill one on each process, or from reading it.
+            UserError: If there is none.
         """
         self.prepare_data()
         self.setup("fit")
@@ -208,7 +213,7 @@ class TensorDataModule(ImageDataModule):
                 images, labels = self.load(train)
                 if train and self.train_subset is not None:
                     if not 1 <= self.train_subset <= len(images):
-                        raise ValueError(
+                        raise UserError(
                             f"train_subset must be in [1, {len(images)}], the size of the training set, "
                             f"got {self.train_subset}"
                         )

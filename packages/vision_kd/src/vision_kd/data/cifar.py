@@ -6,6 +6,7 @@ import torch
 import torchvision
 from torch import Tensor
 
+from kd_common.errors import UserError
 from vision_kd.data.augment import random_crop_flip
 from vision_kd.data.base import TensorDataModule, data_root, fetching, missing_data
 from vision_kd.data.image_files import read_rgb
@@ -83,7 +84,7 @@ class CIFAR10(TensorDataModule):
         try:
             split = self.archive(self.folder, train=train)
         except RuntimeError as error:  # torchvision compares the checksum of every file before reading it
-            raise ValueError(
+            raise UserError(
                 f"a file in {self._places()[0]} is missing, truncated or damaged: delete that folder and set "
                 "download=true"
             ) from error
@@ -95,7 +96,7 @@ class CIFAR10(TensorDataModule):
         for row, path in enumerate(paths):
             image = read_rgb(path)
             if image.shape != images.shape[1:]:
-                raise ValueError(f"{path} has shape {tuple(image.shape)}, {self.title} needs {tuple(images.shape[1:])}")
+                raise UserError(f"{path} has shape {tuple(image.shape)}, {self.title} needs {tuple(images.shape[1:])}")
             images[row] = image
         return images, torch.tensor(labels)
 

@@ -10,6 +10,7 @@ import torch
 import torchvision
 from torch import Tensor
 
+from kd_common.errors import UserError
 from vision_kd.data.augment import random_crop_flip
 from vision_kd.data.base import TensorDataModule, data_root, fetching, missing_data
 
@@ -31,20 +32,20 @@ def read_idx(path: Path) -> Tensor:
         A uint8 tensor of the shape that the file's header states.
 
     Raises:
-        ValueError: When the file is damaged, truncated, too large or holds something else.
+        UserError: When the file is damaged, truncated, too large or holds something else.
     """
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             content = file.read(MOST_BYTES + 1)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is truncated or damaged ({error}): delete it and fetch it again") from error
+        raise UserError(f"{path} is truncated or damaged ({error}): delete it and fetch it again") from error
     if len(content) > MOST_BYTES:
-        raise ValueError(f"{path} unpacks to more than {MOST_BYTES:,} bytes: delete it and fetch it again")
+        raise UserError(f"{path} unpacks to more than {MOST_BYTES:,} bytes: delete it and fetch it again")
     dimensions = content[3] if len(content) > 3 else 0
     start = 4 + 4 * dimensions
     shape = [int.from_bytes(content[at : at + 4], "big") for at in range(4, start, 4)]
     if content[:3] != b"\x00\x00\x08" or len(content) != start + math.prod(shape) or len(content) == start:
-        raise ValueError(
+        raise UserError(
             f"{path} is not a complete idx file of unsigned bytes: its header states {shape}, "
             f"it holds {len(content)} bytes. Delete it and fetch it again"
         )
@@ -114,7 +115,7 @@ class FashionMNIST(TensorDataModule):
             )
         images, labels = (read_idx(path) for path in paths)
         if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1] or labels.max() >= self.num_classes:
-            raise ValueError(
+            raise UserError(
                 f"{paths[0]} and {paths[1]} do not belong together: images {tuple(images.shape)}, "
                 f"labels {tuple(labels.shape)} up to {labels.max().item()}"
             )

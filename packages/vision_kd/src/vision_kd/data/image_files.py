@@ -13,6 +13,8 @@ from PIL import ExifTags, Image, TiffImagePlugin
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
+from kd_common.errors import UserError
+
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "PPM", "TIFF", "AVIF", "JPEG2000")
 """Pillow's names of the formats that are read. Others, such as EPS, would start another program on the file."""
 
@@ -62,13 +64,13 @@ def find_images(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> tuple[
         above: Device and inode of the folders that lead here.
 
     Raises:
-        ValueError: If a link leads back to a folder that holds it.
+        UserError: If a link leads back to a folder that holds it.
         OSError: If a folder cannot be read.
     """
     status = folder.stat()
     here = (*above, (status.st_dev, status.st_ino))
     if here[-1] in above:
-        raise ValueError(f"a link leads from {folder} back to a folder that holds it: remove the link")
+        raise UserError(f"a link leads from {folder} back to a folder that holds it: remove the link")
     images: list[Path] = []
     left_out: list[Path] = []
     with os.scandir(folder) as entries:
@@ -106,20 +108,20 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If it is damaged, or no single image.
+        UserError: If it is damaged, or no single image.
     """
     try:
         with Image.open(path, formats=_decoders()) as image:
             # The further images of an MPO are previews and depth maps of the first.
             if image.format != "MPO" and getattr(image, "is_animated", False):
-                raise ValueError("it holds several frames or pages, of which one would be taken")
+                raise UserError("it holds several frames or pages, of which one would be taken")
             if image.mode.startswith(("I", "F")) and not _has_16_bits(image):
-                raise ValueError(f"its pixels are numbers whose white is not defined, Pillow's mode {image.mode}")
+                raise UserError(f"its pixels are numbers whose white is not defined, Pillow's mode {image.mode}")
             yield image
     except Exception as error:  # Pillow reports damage with whatever error its decoder ends in
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.filename):
             raise
-        raise ValueError(f"{path} is not a usable image ({error}): save it anew, replace or delete it") from error
+        raise UserError(f"{path} is not a usable image ({error}): save it anew, replace or delete it") from error
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
@@ -136,7 +138,7 @@ def header_size(path: Path) -> tuple[int, int]:
     """Width and height of the upright image, from the file's header.
 
     Raises:
-        ValueError: If the header is damaged, or the file no single image.
+        UserError: If the header is damaged, or the file no single image.
         OSError: If the file cannot be read.
     """
     with _opened(path) as image:
@@ -162,7 +164,7 @@ def read_rgb(path: Path) -> Tensor:
         Shape (3, H, W), uint8.
 
     Raises:
-        ValueError: If the file is damaged, too large, no single image, wholly transparent, or if its pixels have no
+        UserError: If the file is damaged, too large, no single image, wholly transparent, or if its pixels have no
             defined black and white.
         OSError: If the file cannot be read.
     """
@@ -173,7 +175,7 @@ def read_rgb(path: Path) -> Tensor:
         if rgb.has_transparency_data:
             rgb = rgb.convert("RGBA")
             if rgb.getchannel("A").getextrema()[1] == 0:
-                raise ValueError("it is wholly transparent")
+                raise UserError("it is wholly transparent")
             rgb = Image.alpha_composite(Image.new("RGBA", rgb.size, "white"), rgb)
         rgb = rgb.convert("RGB")
         return F.pil_to_tensor(rgb if upright is None else rgb.transpose(upright))

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from kd_common.errors import UserError
 from kd_common.run.loading import WorkerLoader
 from vision_kd.data.augment import SEED_RANGE, ImageDraws, distort
 from vision_kd.data.base import UNPRINTABLE, WORKERS, ImageDataModule, missing_data
@@ -30,8 +31,8 @@ def class_folders(split: Path) -> tuple[str, ...]:
     """The sorted names of the folders in a split, one per class; hidden folders are no classes.
 
     Raises:
-        FileNotFoundError: When there is none.
-        ValueError: When a name cannot be shown and stored.
+        UserError: When there is none.
+        UserError: When a name cannot be shown and stored.
     """
     entries = split.iterdir() if split.is_dir() else ()
     names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
@@ -40,7 +41,7 @@ def class_folders(split: Path) -> tuple[str, ...]:
             "A folder per class", [split], f"one sub-folder per class in {split}, each holding that class's images"
         )
     if strange := [name for name in names if UNPRINTABLE.search(name)]:
-        raise ValueError(
+        raise UserError(
             f"{split}: {strange[0]!r}, the name of a class, has control characters or is no UTF-8: rename it"
         )
     return tuple(names)
@@ -50,12 +51,12 @@ def list_images(split: Path, class_names: Sequence[str]) -> tuple[list[Path], li
     """The image files of a split in a fixed order, with their labels; what is left out is named in a warning.
 
     Raises:
-        ValueError: When the class folders are not the expected ones, or the header of an image is damaged.
-        FileNotFoundError: When a class folder holds no image.
+        UserError: When the class folders are not the expected ones, or the header of an image is damaged.
+        UserError: When a class folder holds no image.
     """
     found, expected = set(class_folders(split)), set(class_names)
     if found != expected:
-        raise ValueError(
+        raise UserError(
             f"the classes of {split} do not match: missing there {sorted(expected - found)}, "
             f"only there {sorted(found - expected)}"
         )
@@ -66,7 +67,7 @@ def list_images(split: Path, class_names: Sequence[str]) -> tuple[list[Path], li
         files, others = find_images(split / name)
         if not files:
             there = f"; {min(others)} is none" if others else ""
-            raise FileNotFoundError(f"{split / name} holds no image ({', '.join(sorted(endings()))}){there}")
+            raise UserError(f"{split / name} holds no image ({', '.join(sorted(endings()))}){there}")
         paths += sorted(files)
         labels += [label] * len(files)
         left_out += others
@@ -163,7 +164,7 @@ class ImageFolder(ImageDataModule):
     ) -> None:
         super().__init__(batch_size, val_batch_size, seed)
         if image_size < 1:
-            raise ValueError(f"image_size must be at least 1 pixel, got {image_size}")
+            raise UserError(f"image_size must be at least 1 pixel, got {image_size}")
         self.root, self.image_size, self.num_workers = Path(root).expanduser(), image_size, num_workers
         self._files: dict[str, tuple[list[Path], list[int]]] = {}
 

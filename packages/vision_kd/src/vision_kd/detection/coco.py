@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from pycocotools.coco import COCO as CocoApi  # noqa: N811 (`COCO` is our DataModule)
 from torch import Tensor
 
+from kd_common.errors import UserError
 from vision_kd.data.base import missing_data
 from vision_kd.data.image_files import header_size, read_rgb, spread
 from vision_kd.detection.detector import UNUSED
@@ -67,8 +68,8 @@ def open_annotations(path: Path) -> CocoApi:
     """Pycocotools' view of an annotation file, every value of which has the type that it should have.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no JSON, or not in COCO's instances format; the message names the entry.
+        UserError: If there is no such file.
+        UserError: If it is no JSON, or not in COCO's instances format; the message names the entry.
     """
     if not path.is_file():
         raise missing_data(
@@ -80,11 +81,11 @@ def open_annotations(path: Path) -> CocoApi:
     try:
         content = json.loads(path.read_bytes())  # from bytes, whatever Unicode encoding and byte order mark they have
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a COCO annotation file ({type(error).__name__}: {error})") from error
+        raise UserError(f"{path} is not a COCO annotation file ({type(error).__name__}: {error})") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a COCO annotation file: it holds a {type(content).__name__}, no object")
+        raise UserError(f"{path} is not a COCO annotation file: it holds a {type(content).__name__}, no object")
     if missing := [kind for kind in FIELDS if not isinstance(content.get(kind), list)]:
-        raise ValueError(f"{path} has no list of {', '.join(missing)}: it is not in COCO's instances format")
+        raise UserError(f"{path} has no list of {', '.join(missing)}: it is not in COCO's instances format")
     for kind in FIELDS:
         read_entries(content[kind], kind, path)
     for annotation in content["annotations"]:
@@ -97,7 +98,7 @@ def open_annotations(path: Path) -> CocoApi:
         ("file names", names),
     ):
         if doubled := repeated([entry["id"] for entry in entries]):
-            raise ValueError(f"{path}: {kind} must be distinct, got {_first(doubled)} more than once")
+            raise UserError(f"{path}: {kind} must be distinct, got {_first(doubled)} more than once")
     api = CocoApi()
     api.dataset = content
     with contextlib.redirect_stdout(io.StringIO()):
@@ -115,14 +116,14 @@ def categories(api: CocoApi, path: Path) -> tuple[tuple[int, ...], tuple[str, ..
     """Ids and names of the categories in the order of their ids, gaps left out.
 
     Raises:
-        ValueError: If there is none, if two share an id or a name, or if one is called as unused outputs are.
+        UserError: If there is none, if two share an id or a name, or if one is called as unused outputs are.
     """
     entries = sorted(api.dataset["categories"], key=lambda category: category["id"])
     ids, names = tuple(c["id"] for c in entries), tuple(c["name"] for c in entries)
     if not ids or repeated(ids) or repeated(names):
-        raise ValueError(f"{path} must name at least one category, each with an id and a name of its own, got {names}")
+        raise UserError(f"{path} must name at least one category, each with an id and a name of its own, got {names}")
     if UNUSED in names:
-        raise ValueError(f"{path}: a category is named {UNUSED}, as outputs without a category are: rename it")
+        raise UserError(f"{path}: a category is named {UNUSED}, as outputs without a category are: rename it")
     return ids, names
 
 
@@ -138,8 +139,8 @@ def read_split(path: Path, folder: Path, *, train: bool) -> Split:
         train: Whether the split is trained on.
 
     Raises:
-        FileNotFoundError: If the file, the folder or an image is missing.
-        ValueError: If an annotation refers to an unknown image or category, the boxes are in another format (more than
+        UserError: If the file, the folder or an image is missing.
+        UserError: If an annotation refers to an unknown image or category, the boxes are in another format (more than
             1% without area inside their image, 10% beyond it, or all within one pixel), or no image is left.
     """
     api = open_annotations(path)
@@ -147,7 +148,7 @@ def read_split(path: Path, folder: Path, *, train: bool) -> Split:
     label_of = {category: label for label, category in enumerate(ids, start=1)}
     for key, known, what in (("image_id", api.imgs, "images"), ("category_id", label_of, "categories")):
         if unknown := [a["id"] for a in api.dataset["annotations"] if a[key] not in known]:
-            raise ValueError(f"{path}: annotations {_first(unknown)} refer to {what} that the file does not list")
+            raise UserError(f"{path}: annotations {_first(unknown)} refer to {what} that the file does not list")
     images = [api.imgs[image_id] for image_id in sorted(api.imgs)]
     row_of = {image["id"]: row for row, image in enumerate(images)}
     objects = [a for image in images for a in api.imgToAnns.get(image["id"], ()) if not a["iscrowd"]]
@@ -161,7 +162,7 @@ def read_split(path: Path, folder: Path, *, train: bool) -> Split:
     counts = np.bincount(rows[whole], minlength=len(images))
     used = (counts > 0) | (not train)
     if not used.any():
-        raise ValueError(f"{path} lists no image{' with a box' if train else ''}")
+        raise UserError(f"{path} lists no image{' with a box' if train else ''}")
     if not used.all():
         rank_zero_info(f"{path}: {(~used).sum():,} of {len(used):,} images have no box and are not trained on")
     images = [image for image, use in zip(images, used, strict=True) if use]
@@ -203,7 +204,7 @@ def check_boxes(
         train: Whether they are trained on.
 
     Raises:
-        ValueError: If there are more such boxes than slips explain, or none at all to score against.
+        UserError: If there are more such boxes than slips explain, or none at all to score against.
     """
     beyond = ((corners[:, 2:] > sizes + 2) | (corners[:, :2] < -2)).any(1)
     bad = ids[~whole].tolist()
@@ -212,17 +213,17 @@ def check_boxes(
         ("reach beyond their image", ids[beyond].tolist(), max(FEW_BAD_BOXES, MOST_BOXES_BEYOND * len(ids))),
     ):
         if len(found) > most:
-            raise ValueError(
+            raise UserError(
                 f"{path}: {len(found)} of {len(ids)} boxes {what} (annotations {_first(found)}); COCO boxes are "
                 "[left, top, width, height] in pixels"
             )
     if len(ids) and corners.max() <= 1:
-        raise ValueError(
+        raise UserError(
             f"{path}: no box reaches further than {corners.max():g} pixels; COCO boxes are [left, top, width, height] "
             "in pixels, not in shares of the image"
         )
     if not len(ids) and not train:
-        raise ValueError(f"{path} holds no box to score against")
+        raise UserError(f"{path} holds no box to score against")
     if bad:
         warnings.warn(
             f"{path}: {len(bad)} of {len(ids)} boxes have no area inside their image and "
@@ -236,13 +237,13 @@ def read_image(split: Split, row: int) -> Tensor:
     """The upright image of a row, (3, H, W), uint8.
 
     Raises:
-        ValueError: If it has another size than the annotations say, or cannot be read.
+        UserError: If it has another size than the annotations say, or cannot be read.
     """
     path, annotated = split.folder / split.files[row], split.sizes[row].tolist()
     image = read_rgb(path)
     if (found := list(image.shape[:0:-1])) != annotated:
         hint = ". Its EXIF orientation may turn it: annotate it as viewers show it, or remove the orientation"
-        raise ValueError(
+        raise UserError(
             f"{path} is {found[0]} x {found[1]} pixels, its annotations say {annotated[0]} x {annotated[1]}: the boxes "
             f"would not fit{hint if found == annotated[::-1] else ''}"
         )
@@ -261,7 +262,7 @@ def _require_files(folder: Path, files: list[str], path: Path) -> None:
     absent = [name for name in files if os.path.basename(name) not in present[os.path.dirname(name)]]
     if absent:
         hint = " (write / between folders, not \\)" if "\\" in absent[0] else ""
-        raise FileNotFoundError(
+        raise UserError(
             f"{len(absent)} of {len(files)} images of {path} are not in {folder}: {_first(absent)}{hint}. Complete the "
             "folder, or take them out of the annotation file"
         )

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
+from kd_common.errors import UserError
 from kd_common.run.loading import WorkerLoader
 from vision_kd.data.augment import ImageDraws
 from vision_kd.data.base import WORKERS, ImageDataModule, data_root
@@ -130,8 +131,8 @@ class COCO(ImageDataModule):
         train_subset: Train on the first so many images only.
 
     Raises:
-        ValueError: If a size is not positive, or the annotations are not what `read_split` takes.
-        FileNotFoundError: If the annotations are missing.
+        UserError: If a size is not positive, or the annotations are not what `read_split` takes.
+        UserError: If the annotations are missing.
     """
 
     in_channels = 3
@@ -156,7 +157,7 @@ class COCO(ImageDataModule):
     ) -> None:
         super().__init__(batch_size, val_batch_size, seed)
         if not train_sizes or min(*train_sizes, val_size, longest) < 1:
-            raise ValueError(
+            raise UserError(
                 f"train_sizes, val_size and longest must be positive pixels, got {train_sizes}, {val_size}, {longest}"
             )
         self.root = Path(root).expanduser() if root else data_root() / "coco"
@@ -184,12 +185,12 @@ class COCO(ImageDataModule):
             return
         train = self.split("train")
         if (train.category_ids, train.class_names) != (val.category_ids, val.class_names):
-            raise ValueError(
+            raise UserError(
                 "the training and the validation annotations differ in their categories: "
                 f"{_categories(train)} and {_categories(val)}"
             )
         if self.train_subset is not None and not 1 <= self.train_subset <= len(train):
-            raise ValueError(
+            raise UserError(
                 f"train_subset must be in [1, {len(train)}], the size of the training set, got {self.train_subset}"
             )
 

@@ -14,6 +14,7 @@ from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import FrozenBatchNorm2d
 
+from kd_common.errors import UserError
 from kd_common.functional.logits import at_least_fp32
 from vision_kd.detection.sampling import SeededSampler
 from vision_kd.models.normalized import NormalizedNetwork
@@ -115,7 +116,7 @@ class Detector(NormalizedNetwork):
         """
         known = {name: number for number, name in enumerate(self.class_names, start=1) if name != UNUSED}
         if missing := [name for name in class_names if name not in known]:
-            raise ValueError(
+            raise UserError(
                 f"the detector does not know {len(missing)} of the {len(class_names)} categories of the data: "
                 f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''} (it knows {', '.join(list(known)[:5])}"
                 f"{', ...' if len(known) > 5 else ''}): take one trained on these categories"

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from kd_common.errors import UserError
 from vision_kd.data import ImageDataModule
 from vision_kd.detection.data import COCO
 from vision_kd.detection.detector import Detector
@@ -50,7 +51,7 @@ class DetectionModule(ComponentTraining):
         settings: The rest, as in `vision_kd.training.component_training.ComponentTraining`.
 
     Raises:
-        ValueError: If a setting is out of range, or the method needs several views; the message names it.
+        UserError: If a setting is out of range, or the method needs several views; the message names it.
     """
 
     metrics: ClassVar[dict[str, str]] = {name: name for name in ("AP", "AP50", "AP75", "APs", "APm", "APl")}
@@ -70,20 +71,20 @@ class DetectionModule(ComponentTraining):
         self.features = features  # before the rest: the components depend on it
         super().__init__(student, {"class_names": class_names, "mean": mean, "std": std}, **settings)
         if self.student.class_names != tuple(class_names):
-            raise ValueError(
+            raise UserError(
                 f"the weights of model.student know {len(self.student.class_names)} categories, "
                 f"{', '.join(self.student.class_names[:3])}, ..., and the data have {len(class_names)}, "
                 f"{', '.join(class_names[:3])}, ...: labels would mean other categories. Take weights trained on these "
                 "categories, or backbone_weights alone"
             )
         if self.method.views != ("weak",):
-            raise ValueError(
+            raise UserError(
                 f"model.method {type(self.method).__name__} compares several views of an image, a detector has one: "
                 "choose a method with one view, such as KD or DKD"
             )
         if features is not None:
             if not (features.weight > 0 and features.channels >= 1):
-                raise ValueError(f"model.features needs a weight > 0 and channels >= 1, got {features}")
+                raise UserError(f"model.features needs a weight > 0 and channels >= 1, got {features}")
             assert self.teacher_spec is not None  # a component needs it
             widths = _fpn_channels(student), _fpn_channels(self.teacher_spec)
             self.auxiliary.append(ReviewFusion(len(FPN_LEVELS) + 1, *widths, features.channels))
@@ -95,11 +96,11 @@ class DetectionModule(ComponentTraining):
         """Refuse what box coordinates do not survive.
 
         Raises:
-            ValueError: For trainer.precision bf16-true.
+            UserError: For trainer.precision bf16-true.
         """
         super().setup(stage)
         if self.trainer.precision == "bf16-true":
-            raise ValueError("trainer.precision bf16-true rounds box coordinates to steps of 8 pixels; use bf16-mixed")
+            raise UserError("trainer.precision bf16-true rounds box coordinates to steps of 8 pixels; use bf16-mixed")
 
     @staticmethod
     def build(spec: ModelSpec, **data_spec: Any) -> Detector:
@@ -127,12 +128,12 @@ class DetectionModule(ComponentTraining):
     def check_teacher(self, teacher: NormalizedNetwork) -> None:
         """The teacher must know the student's categories and, to distil features, have the channels it announced."""
         if not isinstance(teacher, Detector):
-            raise ValueError(f"the teacher of a detector must be one, got a {type(teacher).__name__}")
+            raise UserError(f"the teacher of a detector must be one, got a {type(teacher).__name__}")
         self._class_indices = teacher.class_indices(self.student.class_names)
         assert self.teacher_spec is not None
         channels = teacher.network.backbone.out_channels
         if self.features is not None and channels != _fpn_channels(self.teacher_spec):
-            raise ValueError(
+            raise UserError(
                 f"the teacher's FPN has {channels} channels, model.teacher.args says "
                 f"{_fpn_channels(self.teacher_spec)}: set fpn_channels there"
             )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kd_common.errors import UserError
 from vision_kd.data.base import UNPRINTABLE
 
 LARGEST = 2**53
@@ -83,18 +84,18 @@ def read_entries(entries: list[Any], kind: str, path: Path) -> None:
         path: File that they are from.
 
     Raises:
-        ValueError: If an entry lacks a key, or has a value of another kind.
+        UserError: If an entry lacks a key, or has a value of another kind.
     """
     for place, entry in enumerate(entries):
         if type(entry) is not dict:
-            raise ValueError(f"{path}: entry {place} of {kind} is {_shown(entry)}, no object")
+            raise UserError(f"{path}: entry {place} of {kind} is {_shown(entry)}, no object")
     for key, (read, expected) in FIELDS[kind].items():
         for place, entry in enumerate(entries):
             try:
                 entry[key] = read(entry.get(key))
             except (TypeError, ValueError, OverflowError):
                 what = f"has {key} {_shown(entry[key])}" if key in entry else f"lacks {key}"
-                raise ValueError(
+                raise UserError(
                     f"{path}: entry {place} of {kind} (id {_shown(entry.get('id'))}) {what}: {expected} is needed"
                 ) from None
 

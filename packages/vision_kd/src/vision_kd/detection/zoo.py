@@ -18,6 +18,7 @@ from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
+from kd_common.errors import UserError
 from kd_common.registry import Registry
 from vision_kd.detection.detector import Detector, WideAnchorGenerator, WidePredictor, WideRPNHead
 from vision_kd.models import CheckpointError, ModelSpec
@@ -136,19 +137,19 @@ def build_network(
 
     Raises:
         UnknownNameError: No detector has this name.
-        ValueError: A setting is unknown or out of range, or the backbone has no such weights.
-        ConnectionError: The published weights could not be downloaded.
+        UserError: A setting is unknown or out of range, or the backbone has no such weights.
+        UserError: The published weights could not be downloaded.
         CheckpointError: The weight file is damaged or does not fit.
     """
     backbone = BACKBONES.get(name)
     # FasterRCNN swallows arguments it does not know.
     if unknown := sorted(settings.keys() - inspect.signature(FasterRCNN).parameters.keys()):
-        raise ValueError(f"detector {name!r} has no settings {unknown}")
+        raise UserError(f"detector {name!r} has no settings {unknown}")
     if not 0 <= trainable_layers <= len(backbone.stages):
-        raise ValueError(f"trainable_layers must lie in [0, {len(backbone.stages)}], got {trainable_layers}")
+        raise UserError(f"trainable_layers must lie in [0, {len(backbone.stages)}], got {trainable_layers}")
     layers = {"frozen": FrozenBatchNorm2d, "group": _group_norm}
     if norm not in layers:
-        raise ValueError(f"norm must be one of {', '.join(layers)}, got {norm!r}")
+        raise UserError(f"norm must be one of {', '.join(layers)}, got {norm!r}")
     levels = {stage[-1]: level for stage, level in zip(backbone.stages[1:], FPN_LEVELS, strict=True)}
     classifier = backbone.build(norm_layer=layers[norm])
     pyramid = BackboneWithFPN(classifier, levels, list(backbone.channels), fpn_channels)
@@ -159,9 +160,7 @@ def build_network(
             pyramid.body.get_submodule(module).requires_grad_(False)
     anchors = WideAnchorGenerator(tuple((size,) for size in anchor_sizes), (ASPECT_RATIOS,) * len(anchor_sizes))
     if len(anchor_sizes) != len(FPN_LEVELS) + 1:
-        raise ValueError(
-            f"anchor_sizes needs one size for each of the {len(FPN_LEVELS) + 1} levels, got {anchor_sizes}"
-        )
+        raise UserError(f"anchor_sizes needs one size for each of the {len(FPN_LEVELS) + 1} levels, got {anchor_sizes}")
     pool = MultiScaleRoIAlign(list(FPN_LEVELS), output_size=7, sampling_ratio=2)
     return FasterRCNN(
         pyramid,
@@ -190,7 +189,7 @@ def build_detector(
         std: Standard deviation of each channel of the data.
 
     Raises:
-        ValueError, UnknownNameError, ConnectionError, CheckpointError: As in `build_network`.
+        UserError, UnknownNameError, CheckpointError: As in `build_network`.
     """
     published = None
     if spec.pretrained:
@@ -207,7 +206,7 @@ def build_detector(
     try:
         network = build_network(spec.name, len(class_names) + 1, **args)
     except TypeError as error:
-        raise ValueError(f"detector {spec.name!r} rejects args {spec.args}: {error}") from error
+        raise UserError(f"detector {spec.name!r} rejects args {spec.args}: {error}") from error
     if checkpoint is not None:
         load_weights(network, checkpoint, model=spec.name, num_classes=len(class_names) + 1, entry=spec.entry)
     elif published is not None:
@@ -248,7 +247,7 @@ def _load_backbone(body: nn.Module, backbone: Backbone, name: str, weights: str)
     else:
         sets = get_model_weights(backbone.published).__members__ if backbone.published else {}
         if weights not in sets:
-            raise ValueError(
+            raise UserError(
                 f"backbone_weights of {name!r} is neither a file nor one of {', '.join(sets) or '(none published)'}, "
                 f"got {weights!r}"
             )
@@ -289,14 +288,14 @@ def _read(path: str) -> Checkpoint:
 
 def _published_detector(spec: ModelSpec) -> WeightsEnum:
     if spec.name != "fasterrcnn_resnet50_fpn":
-        raise ValueError(
+        raise UserError(
             f"torchvision publishes no COCO weights of {spec.name!r}, only of fasterrcnn_resnet50_fpn: set pretrained "
             "to false, and checkpoint to a weight file or let the detector be trained"
         )
     tag = "DEFAULT" if spec.pretrained is True else str(spec.pretrained)
     sets = FasterRCNN_ResNet50_FPN_Weights.__members__
     if tag not in sets:
-        raise ValueError(f"model {spec.name!r} has no weights {tag!r}; pretrained can be {', '.join(sets)}")
+        raise UserError(f"model {spec.name!r} has no weights {tag!r}; pretrained can be {', '.join(sets)}")
     return sets[tag]
 
 
@@ -304,7 +303,7 @@ def _download(weights: WeightsEnum, setting: str) -> dict[str, Any]:
     try:
         return dict(weights.get_state_dict(progress=False, check_hash=True))
     except OSError as error:
-        raise ConnectionError(
+        raise UserError(
             f"could not download the published weights from {weights.url}: fetch the file elsewhere and give its local "
             f"path as {setting}"
         ) from error

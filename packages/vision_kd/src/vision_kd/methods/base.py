@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kd_common.errors import UserError
 from kd_common.functional import decoupled_kl, standardize_logits, topk_class_mask
 
 Views = Mapping[str, Tensor]
@@ -113,14 +114,14 @@ def check_settings(
     """Refuse out-of-range settings when a method is built, not at its first batch.
 
     Raises:
-        ValueError: If a value is out of range, infinite or NaN; the message names the setting.
+        UserError: If a value is out of range, infinite or NaN; the message names the setting.
     """
     for name, value in positive.items():
         if not 0 < value < math.inf:
-            raise ValueError(f"{name} must be > 0 and finite, got {value}")
+            raise UserError(f"{name} must be > 0 and finite, got {value}")
     for name, value in non_negative.items():
         if not 0 <= value < math.inf:
-            raise ValueError(f"{name} must be >= 0 and finite, got {value}")
+            raise UserError(f"{name} must be >= 0 and finite, got {value}")
     for name, value in probabilities.items():
         if not 0 <= value <= 1:
-            raise ValueError(f"{name} must be in [0, 1], got {value}")
+            raise UserError(f"{name} must be in [0, 1], got {value}")

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from kd_common.errors import UserError
 from vision_kd.methods.base import (
     Method,
     Views,
@@ -48,7 +49,7 @@ class MLKD(Method):
             non_negative={"ce_weight": ce_weight, "kd_weight": kd_weight},
         )
         if not temperatures:
-            raise ValueError("temperatures is empty; name at least one")
+            raise UserError("temperatures is empty; name at least one")
         self.temperatures = tuple(temperatures)
         self.ce_weight = ce_weight
         self.kd_weight = kd_weight

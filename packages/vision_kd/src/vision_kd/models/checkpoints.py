@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from kd_common.errors import UserError
 from kd_common.files import damaged_entry
 
 DEPTH = 3
@@ -20,7 +21,7 @@ DESCRIPTION = "meta"
 """Entry of student files and training checkpoints that describes the network."""
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A weight file that cannot be read or does not fit the model."""
 
 
@@ -54,12 +55,12 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         All of its state dicts, on the CPU.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        UserError: There is no such file.
         CheckpointError: The file is damaged, holds more than tensors and plain values, or holds no state dict.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {str(path)!r} is not a file (looked in {path.absolute().parent})")
+        raise UserError(f"checkpoint {str(path)!r} is not a file (looked in {path.absolute().parent})")
     content = _read(path)
     fields = content if isinstance(content, Mapping) else {}
     states = dict(_state_dicts(fields))

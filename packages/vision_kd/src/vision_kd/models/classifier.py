@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kd_common.errors import UserError
 from vision_kd.models.checkpoints import Checkpoint, read_checkpoint
 from vision_kd.models.libraries import build_network, current_name
 from vision_kd.models.normalized import Normalization, NormalizedNetwork, check_class_names
@@ -78,7 +79,7 @@ class Classifier(NormalizedNetwork):
     ) -> None:
         super().__init__(network, mean, std)
         if class_names and len(class_names) != num_classes:
-            raise ValueError(f"{len(class_names)} class names do not fit {num_classes} classes")
+            raise UserError(f"{len(class_names)} class names do not fit {num_classes} classes")
         self.num_classes, self.class_names, self.image_size = num_classes, tuple(class_names), image_size
         self.name = name or type(network).__name__
 
@@ -109,10 +110,10 @@ class Classifier(NormalizedNetwork):
             ValueError: Classes, their names or their order, channels or size do not fit.
         """
         if self.num_classes != num_classes:
-            raise ValueError(f"{what} has {self.num_classes} classes, the data {num_classes}")
+            raise UserError(f"{what} has {self.num_classes} classes, the data {num_classes}")
         check_class_names(what, self.class_names, class_names)
         if self.in_channels != in_channels:
-            raise ValueError(f"{what} takes images of {self.in_channels} channels, the data have {in_channels}")
+            raise UserError(f"{what} takes images of {self.in_channels} channels, the data have {in_channels}")
         if image_size is None:
             return
         if self.image_size not in (None, image_size):
@@ -131,10 +132,10 @@ class Classifier(NormalizedNetwork):
             with torch.no_grad():
                 self.eval()(images)
         except ValueError as error:
-            raise ValueError(f"{error} (for images of {image_size} x {image_size} pixels)") from error
+            raise UserError(f"{error} (for images of {image_size} x {image_size} pixels)") from error
         # Each network has its own error for a wrong size: AssertionError, RuntimeError, IndexError, ...
         except Exception as error:
-            raise ValueError(
+            raise UserError(
                 f"model {self.name!r} does not take images of {image_size} x {image_size} pixels "
                 f"({type(error).__name__}: {error}): change the data's image_size, or args of the model, as img_size"
             ) from error
@@ -162,7 +163,7 @@ class Classifier(NormalizedNetwork):
         output = self.network(self.normalize(images).contiguous(memory_format=torch.channels_last))
         logits = main_output(output)
         if logits is None or logits.ndim != 2 or logits.shape[-1] != self.num_classes:
-            raise ValueError(
+            raise UserError(
                 f"model {self.name!r} returns {_described(output)}{' while training' if self.training else ''}, not "
                 f"logits (N, {self.num_classes}): choose arguments, or wrap it, so that it returns its logits alone or "
                 "as `logits` of a named tuple, dataclass or dict"
@@ -215,7 +216,7 @@ def build_classifier(
         ValueError: The network rejects its arguments, channels, classes or images, or has no published weights; or the
             weights were trained on other classes.
         CheckpointError: The weight file is damaged or does not fit.
-        ConnectionError: The published weights could not be downloaded.
+        UserError: The published weights could not be downloaded.
     """
     built = build_network(
         spec.name,
@@ -257,7 +258,7 @@ def build_classifier(
         usual=spec.name.startswith("timm/"),  # whose training takes the network's own unless told otherwise
     )
     if len(normalization.mean) != in_channels:
-        raise ValueError(f"model {spec.name!r}: mean {normalization.mean} does not fit {in_channels} image channels")
+        raise UserError(f"model {spec.name!r}: mean {normalization.mean} does not fit {in_channels} image channels")
     made = Classifier(built.network, *normalization, num_classes, class_names=names, image_size=size, name=spec.name)
     made.check_data(
         what, num_classes=num_classes, in_channels=in_channels, class_names=class_names, image_size=image_size
@@ -291,12 +292,12 @@ def choose_normalization(
     stated = None
     if spec.mean is not None or spec.std is not None:
         if spec.mean is None or spec.std is None:
-            raise ValueError(f"model {spec.name!r}: set mean and std together, got {spec.mean} and {spec.std}")
+            raise UserError(f"model {spec.name!r}: set mean and std together, got {spec.mean} and {spec.std}")
         stated = Normalization(tuple(spec.mean), tuple(spec.std))
     if file is not None and file.meta.get("format") == own_format:
         own = Normalization(tuple(file.meta["mean"]), tuple(file.meta["std"]))
         if stated not in (None, own):
-            raise ValueError(
+            raise UserError(
                 f"{file.path} was trained with mean {own.mean} and std {own.std}; leave out the settings mean and std"
             )
         return own

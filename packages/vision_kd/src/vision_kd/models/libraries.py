@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from kd_common.errors import UserError
 from kd_common.registry import UnknownNameError, suggest
 from vision_kd.models.normalized import Normalization, check_class_names
 from vision_kd.models.registry import MODELS
@@ -42,7 +43,7 @@ class Published(NamedTuple):
         """Refuse data that have the published classes in another order; say so where names cannot be compared.
 
         Raises:
-            ValueError: The data's classes are in another order.
+            UserError: The data's classes are in another order.
         """
         synsets = len(asked) == IMAGENET and all(map(SYNSET.fullmatch, asked)) and list(asked) == sorted(asked)
         if not asked or synsets:
@@ -104,8 +105,8 @@ def build_network(
 
     Raises:
         UnknownNameError: No network has this name.
-        ValueError: The network rejects its arguments, channels or classes, or has no published weights.
-        ConnectionError: The published weights could not be downloaded.
+        UserError: The network rejects its arguments, channels or classes, or has no published weights.
+        UserError: The published weights could not be downloaded.
     """
     library, _, name = full_name.rpartition("/")
     builders: dict[str, Callable[..., Built]]
@@ -115,7 +116,7 @@ def build_network(
     try:
         return builders[library](name, num_classes, in_channels, args, pretrained, download)
     except TypeError as error:
-        raise ValueError(f"model {full_name!r} rejects args {args}: {error}") from error
+        raise UserError(f"model {full_name!r} rejects args {args}: {error}") from error
 
 
 def _build_own(
@@ -126,7 +127,7 @@ def _build_own(
     except UnknownNameError as error:
         raise UnknownNameError(f"{error}. A network of your own needs --import MODULE, which registers it") from error
     if pretrained:
-        raise ValueError(f"model {name!r} has no published weights: set pretrained to false and give a checkpoint")
+        raise UserError(f"model {name!r} has no published weights: set pretrained to false and give a checkpoint")
     return Built(builder(num_classes=num_classes, in_channels=in_channels, **args))
 
 
@@ -139,11 +140,11 @@ def _build_torchvision(
     if name not in names:
         raise UnknownNameError(f"unknown torchvision classifier {name!r}{suggest(name, names)}")
     if in_channels != 3:
-        raise ValueError(f"{full_name!r} takes 3 channels, the images have {in_channels}: use a built-in or timm model")
+        raise UserError(f"{full_name!r} takes 3 channels, the images have {in_channels}: use a built-in or timm model")
     sets = models.get_model_weights(name)
     tag = pretrained if isinstance(pretrained, str) else "DEFAULT"
     if tag not in sets.__members__:
-        raise ValueError(f"model {full_name!r} has no weights {tag!r}; pretrained can be {', '.join(sets.__members__)}")
+        raise UserError(f"model {full_name!r} has no weights {tag!r}; pretrained can be {', '.join(sets.__members__)}")
     weights = sets[tag]
     transforms, categories = weights.transforms(), tuple(weights.meta["categories"])
     normalization = Normalization(tuple(transforms.mean), tuple(transforms.std))
@@ -188,7 +189,7 @@ def _build_timm(
     if not pretrained:
         return Built(timm.create_model(name, **arguments), published)
     if config is None or not config.has_weights:
-        raise ValueError(f"model {full_name!r} has no published weights: set pretrained to false")
+        raise UserError(f"model {full_name!r} has no published weights: set pretrained to false")
     _require_classes(full_name, config.num_classes, num_classes)
     try:
         return Built(timm.create_model(name, pretrained=download, **arguments), published)
@@ -200,14 +201,14 @@ def _build_timm(
 def _require_classes(name: str, published: int, num_classes: int) -> None:
     # Both libraries would otherwise put a random classifier on top without a word, or fail obscurely.
     if published != num_classes:
-        raise ValueError(
+        raise UserError(
             f"the published weights of {name!r} have {published} classes, the data have {num_classes}: "
             "set pretrained to false, or give a checkpoint fine-tuned on these data"
         )
 
 
-def _not_downloaded(name: str, url: str) -> ConnectionError:
-    return ConnectionError(
+def _not_downloaded(name: str, url: str) -> UserError:
+    return UserError(
         f"could not download the published weights of {name!r} from {url}: "
         "fetch the file elsewhere and set checkpoint to its local path (pretrained stays true)"
     )

@@ -7,6 +7,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kd_common.errors import UserError
+
 
 class Normalization(NamedTuple):
     """Mean and standard deviation of each channel, for intensities in [0, 1]."""
@@ -24,18 +26,18 @@ def check_class_names(what: str, known: Sequence[str], asked: Sequence[str]) -> 
         asked: Names of the data's classes in the order of their labels; empty if they are not known.
 
     Raises:
-        ValueError: The names or their order differ.
+        UserError: The names or their order differ.
     """
     if not known or not asked or tuple(known) == tuple(asked):
         return
     theirs, ours = ([name for name in one if name not in set(other)] for one, other in ((known, asked), (asked, known)))
     if theirs or ours:
-        raise ValueError(
+        raise UserError(
             f"{what} was trained on other classes than the data's {len(asked)}: only there {_first(theirs)}; only in "
             f"the data {_first(ours)}. Take weights trained on these classes"
         )
     place = next(n for n, (one, other) in enumerate(zip(known, asked, strict=True)) if one != other)
-    raise ValueError(
+    raise UserError(
         f"{what} was trained on the data's classes in another order: its output {place} stands for {known[place]!r}, "
         f"label {place} of the data for {asked[place]!r}. Name the classes of the data as they were named in training"
     )
@@ -60,7 +62,7 @@ class NormalizedNetwork(nn.Module):
         num_classes: Number of class logits.
 
     Raises:
-        ValueError: Mean and std differ in length, a mean is not finite, or a std is not positive.
+        UserError: Mean and std differ in length, a mean is not finite, or a std is not positive.
     """
 
     format: ClassVar[str]
@@ -76,7 +78,7 @@ class NormalizedNetwork(nn.Module):
         self.in_channels = len(self.mean)
         usable = all(map(math.isfinite, self.mean + self.std)) and all(s > 0 for s in self.std)
         if len(self.std) != self.in_channels or not usable:
-            raise ValueError(
+            raise UserError(
                 f"need one finite mean and one positive std for each channel, got {self.mean} and {self.std}"
             )
         self.register_buffer("_mean", torch.tensor(self.mean).view(-1, 1, 1), persistent=False)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kd_common.errors import UserError
 from kd_common.files import write_atomically
 from vision_kd.models.checkpoints import DESCRIPTION, CheckpointError, read_checkpoint
 from vision_kd.models.classifier import STUDENT_FORMAT, Classifier, ModelSpec, build_classifier
@@ -87,10 +88,10 @@ def check_program(path: str | Path) -> None:
     """Refuse a name under which no exported program can be written.
 
     Raises:
-        ValueError: The file does not end in ".pt2".
+        UserError: The file does not end in ".pt2".
     """
     if Path(path).suffix != ".pt2":
-        raise ValueError(f"exported programs end in .pt2, got {str(path)!r}")
+        raise UserError(f"exported programs end in .pt2, got {str(path)!r}")
 
 
 def export(classifier: Classifier, path: str | Path, example: Tensor) -> None:
@@ -104,7 +105,7 @@ def export(classifier: Classifier, path: str | Path, example: Tensor) -> None:
         example: Images (N, C, H, W) whose C, H and W the program will take.
 
     Raises:
-        ValueError: The file does not end in ".pt2".
+        UserError: The file does not end in ".pt2".
     """
     check_program(path)
     # A batch of one would be taken for a constant.

@@ -5,6 +5,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from kd_common.errors import UserError
 from vision_kd.models.layers import init_he_, pooled, small_linear
 from vision_kd.models.registry import MODELS
 
@@ -15,7 +16,7 @@ class MaxPool(nn.MaxPool2d):
     def forward(self, input: Tensor) -> Tensor:
         """Halve (N, C, H, W); maps below 2x2 raise a ValueError."""
         if min(input.shape[-2:]) < 2:
-            raise ValueError("image too small for VGG: its three max-pools need at least 8x8 pixels")
+            raise UserError("image too small for VGG: its three max-pools need at least 8x8 pixels")
         return super().forward(input)
 
 

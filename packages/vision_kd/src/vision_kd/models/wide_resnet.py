@@ -6,6 +6,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from kd_common.errors import UserError
 from vision_kd.models.layers import conv, init_he_, pooled, relu
 from vision_kd.models.registry import MODELS
 
@@ -49,11 +50,11 @@ def wide_resnet(depth: int, widen: int, num_classes: int, in_channels: int = 3) 
         Named layers that map images (N, in_channels, H, W) of any size to logits (N, num_classes).
 
     Raises:
-        ValueError: The depth is not 6 n + 4.
+        UserError: The depth is not 6 n + 4.
     """
     blocks, remainder = divmod(depth - 4, 6)
     if remainder or blocks < 1:
-        raise ValueError(f"depth of a wide ResNet must be 6 n + 4 (10, 16, 22, ...), got {depth}")
+        raise UserError(f"depth of a wide ResNet must be 6 n + 4 (10, 16, 22, ...), got {depth}")
     widths = [16, 16 * widen, 32 * widen, 64 * widen]
     layers: dict[str, nn.Module] = {"conv1": conv(in_channels, widths[0], 3)}
     for index, (source, target) in enumerate(pairwise(widths), 1):

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from kd_common.errors import UserError
 from kd_common.optim import ComponentOptimizer
 from kd_common.optim.deepkd import COMPONENTS
 
@@ -47,7 +48,7 @@ def require_parts(policy: GradientPolicy, components: Sequence[str]) -> dict[str
         ValueError: If a part is missing; the message names it and the hint.
     """
     if missing := [name for name in COMPONENTS if name not in components]:
-        raise ValueError(
+        raise UserError(
             f"model.policy {type(policy).__name__} treats the gradient of {', '.join(missing)} apart, which the method "
             f"does not have (it has: {', '.join(components)}); use model.policy SGD with it, or a distillation method"
         )

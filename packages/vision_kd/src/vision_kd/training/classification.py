@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from kd_common.errors import UserError
 from kd_common.functional.logits import at_least_fp32
 from vision_kd.data import ImageDataModule
 from vision_kd.methods.base import cross_entropy
@@ -34,7 +35,7 @@ class DistillationModule(ComponentTraining):
         settings: The rest, as in :class:`vision_kd.training.component_training.ComponentTraining`.
 
     Raises:
-        ValueError: If a setting is out of range; the message names it.
+        UserError: If a setting is out of range; the message names it.
     """
 
     metrics: ClassVar[dict[str, str]] = {"top1": "top-1", "top5": "top-5"}
@@ -76,7 +77,7 @@ class DistillationModule(ComponentTraining):
     def check_teacher(self, teacher: NormalizedNetwork) -> None:
         """The teacher must have the student's classes, in their order, and take its images."""
         if not isinstance(teacher, Classifier):
-            raise ValueError(f"the teacher of a classifier must be one, got a {type(teacher).__name__}")
+            raise UserError(f"the teacher of a classifier must be one, got a {type(teacher).__name__}")
         own: Any = self.student
         teacher.check_data("the teacher", **{name: getattr(own, name) for name in DATA_SPEC})
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kd_common.distributed import average_batchnorm_buffers, batchnorm_buffers, world_size
+from kd_common.errors import UserError
 from kd_common.grads import accumulate, all_reduce_mean, clip_components, component_cosines, component_norms
 from kd_common.gsnr import GradientSNR
 from kd_common.optim import ComponentOptimizer
@@ -53,7 +54,7 @@ class ComponentTraining(Task):
         seed: Seed of every random draw during training.
 
     Raises:
-        ValueError: If a setting is out of range; the message names it.
+        UserError: If a setting is out of range; the message names it.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class ComponentTraining(Task):
         self.ema = None
         if ema_decay is not None:
             if not 0 <= ema_decay < 1:
-                raise ValueError(f"model.ema_decay must be in [0, 1), got {ema_decay}: the average would not follow")
+                raise UserError(f"model.ema_decay must be in [0, 1), got {ema_decay}: the average would not follow")
             self.ema = AveragedModel(self.student, multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=True)
         # Not a submodule: the teacher stays out of the checkpoint, the optimizer, DDP and `.train()`.
         self._teacher: list[NormalizedNetwork] = []
@@ -111,13 +112,13 @@ class ComponentTraining(Task):
 
     def _check_settings(self) -> None:
         if self.needs_teacher and self.teacher_spec is None:
-            raise ValueError(
+            raise UserError(
                 f"model.method {type(self.method).__name__} needs model.teacher; it is not set"
                 if self.method.needs_teacher
                 else f"the components {', '.join(self.components)} need model.teacher; it is not set"
             )
         if self.topk is not None and "nontarget" not in self.method.components:
-            raise ValueError(
+            raise UserError(
                 f"model.topk masks the non-target term, which model.method {type(self.method).__name__} does not have; "
                 "set model.topk to null or choose another method"
             )
@@ -125,13 +126,13 @@ class ComponentTraining(Task):
             self._topk_schedule(total_steps=1)  # raises on a k outside [1, C - 1]
         for name in ("learning_rate", "clip_norm"):
             if (value := getattr(self, name)) is not None and not value > 0:
-                raise ValueError(f"model.{name} must be > 0, got {value}")
+                raise UserError(f"model.{name} must be > 0, got {value}")
         if self.weight_decay < 0:
-            raise ValueError(f"model.weight_decay must be >= 0, got {self.weight_decay}")
+            raise UserError(f"model.weight_decay must be >= 0, got {self.weight_decay}")
         if self.accumulate < 1:
-            raise ValueError(f"model.accumulate must be >= 1, got {self.accumulate}")
+            raise UserError(f"model.accumulate must be >= 1, got {self.accumulate}")
         if self.gsnr_every < 0:
-            raise ValueError(f"model.gsnr_every must be >= 0, got {self.gsnr_every}")
+            raise UserError(f"model.gsnr_every must be >= 0, got {self.gsnr_every}")
         self._build_optimizer()  # a policy that does not fit the method fails here, not after the teacher was trained
 
     # ------------------------------------------------------------------------------------------------ set-up
@@ -140,7 +141,7 @@ class ComponentTraining(Task):
         """Distil from this network; it is frozen and kept in evaluation mode.
 
         Raises:
-            ValueError: If its classes do not fit the student's.
+            UserError: If its classes do not fit the student's.
         """
         self.check_teacher(teacher)
         self._teacher = [teacher.eval().requires_grad_(False)]

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kd_common.distributed import world_size
+from kd_common.errors import UserError
 
 
 class FiniteGuard:
@@ -39,12 +40,12 @@ def check_trainer(precision: str | int | None, max_epochs: int | None) -> None:
     """Refuse trainer settings that component gradients or the schedules cannot work with.
 
     Raises:
-        ValueError: For fp16 with loss scaling, and for a run without a known length.
+        UserError: For fp16 with loss scaling, and for a run without a known length.
     """
     if str(precision) in ("16", "16-mixed"):
-        raise ValueError(
+        raise UserError(
             f"trainer.precision {precision} scales the loss, and component gradients bypass the scaler; "
             "use bf16-mixed or 32-true"
         )
     if max_epochs is None or max_epochs < 1:
-        raise ValueError(f"trainer.max_epochs must be at least 1, got {max_epochs}: the schedules run over it")
+        raise UserError(f"trainer.max_epochs must be at least 1, got {max_epochs}: the schedules run over it")

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
+from kd_common.errors import UserError
+
 
 def accuracy(
     model: nn.Module, loader: Iterable[tuple[dict[str, Tensor], Tensor]], num_classes: int, device: torch.device | str
@@ -22,7 +24,7 @@ def accuracy(
         ``top1`` and ``top5`` (top-C with fewer than five classes), in [0, 1].
 
     Raises:
-        ValueError: If a logit is NaN, of which the metrics would make the first class.
+        UserError: If a logit is NaN, of which the metrics would make the first class.
     """
     model.eval().to(device)  # outside inference mode, which would leave weights that cannot be trained
     metrics = {
@@ -42,5 +44,5 @@ def accuracy(
             for metric in metrics.values():
                 metric.update(logits, target.to(device))
     if wrong:
-        raise ValueError(f"{int(wrong)} images have logits that are NaN: the weights are damaged, or too large")
+        raise UserError(f"{int(wrong)} images have logits that are NaN: the weights are damaged, or too large")
     return {name: float(metric.compute()) for name, metric in metrics.items()}

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields
 
+from kd_common.errors import UserError
 from vision_kd.models import ModelSpec
 
 
@@ -37,7 +38,7 @@ class TeacherSpec(ModelSpec):
         seed: Its seed; independent of the student's, so that all seeds of a comparison share one teacher.
 
     Raises:
-        ValueError: If a setting of the training is out of range.
+        UserError: If a setting of the training is out of range.
     """
 
     epochs: int = 30
@@ -50,10 +51,10 @@ class TeacherSpec(ModelSpec):
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("weight_decay", 0), ("warmup_epochs", 0)):
             if (value := getattr(self, name)) < least:
-                raise ValueError(f"model.teacher.{name} must be >= {least}, got {value}")
+                raise UserError(f"model.teacher.{name} must be >= {least}, got {value}")
         for name in ("learning_rate", "clip_norm"):
             if (value := getattr(self, name)) is not None and not value > 0:
-                raise ValueError(f"model.teacher.{name} must be > 0, got {value}")
+                raise UserError(f"model.teacher.{name} must be > 0, got {value}")
 
     @property
     def model(self) -> ModelSpec:

@@ -126,7 +126,7 @@ def obtain_teacher(
         The network, and one line that says how it was obtained.
 
     Raises:
-        FileNotFoundError, ValueError: From loading a checkpoint that is missing, damaged or of another model.
+        UserError: From loading a checkpoint that is missing, damaged or of another model.
         RuntimeError: If it has to be trained inside a run that a launcher started on several processes.
     """
     if spec.checkpoint is not None or spec.pretrained:
