@@ -215,7 +215,7 @@ def test_a_loss_that_is_no_number_stops_before_the_update(folder):
     model = module(folder)
     model.teacher.backbone.model.model.norm.weight.data[0] = float("nan")
     before = parameters(model)
-    with pytest.raises(NonFiniteLossError, match=r"loss of update 1 is nan; the update was not made"):
+    with pytest.raises(NonFiniteLossError, match=r"loss of update 1 is nan"):
         fit(model)
     for name, found in parameters(model).items():
         assert torch.equal(found, before[name])

@@ -229,7 +229,7 @@ def test_an_update_weighs_the_levels_and_is_divided_by_the_tokens_of_the_first(t
         tokens += int(counts[0])
     expected = torch.autograd.grad(total / tokens, parameters)
 
-    monkeypatch.setattr(module, "log", lambda *_, **__: None)
+    monkeypatch.setattr(module, "log_dict", lambda *_, **__: None)
     module.trainer = SimpleNamespace(log_every_n_steps=100, global_step=1, accumulate_grad_batches=2)
     module.on_train_start()
     for batch in (first, second):

@@ -14,6 +14,13 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Add a tensor up over the ranks, in place, and return it; every rank must call this."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
 def is_dtensor(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor, as the parameters and gradients under FSDP2 are."""
     # Importing DTensor to ask isinstance costs seconds in every single-process run.

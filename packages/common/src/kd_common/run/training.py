@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kd_common.distributed import gather_objects
 from kd_common.errors import UserError
+from kd_common.run.errors import NonFiniteLossError, last_checkpoint
 from kd_common.run.result import Mode
 from kd_common.schedules import Schedule
 
@@ -70,12 +71,14 @@ class TrainingModule(pl.LightningModule):
         lr_schedule: Factor on the learning rate.
         seed: Seed of every random draw.
         strategies: Strategies that it can train under, besides one device and DDP.
+        clipping: Setting that clips gradients.
     """
 
     strategies: ClassVar[tuple[type[Any], ...]] = ()
     mode: ClassVar[Mode] = "max"
     export_name: ClassVar[str]
     large: ClassVar[bool] = False
+    clipping: ClassVar[str] = "trainer.gradient_clip_val"
     history: list[dict[str, Any]]
     lr_schedule: Schedule
     seed: int
@@ -153,6 +156,18 @@ class TrainingModule(pl.LightningModule):
         """Whether ``trainer.log_every_n_steps`` asks for values of this update."""
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
         return every > 0 and self.global_step % every == 0
+
+    def log_now(self, values: Mapping[str, float]) -> None:
+        """Write this rank's values to the loggers directly: `self.log` costs more than a small network's step."""
+        for logger in self.loggers:
+            logger.log_metrics(dict(values), step=self.global_step)
+
+    def non_finite(self, what: str) -> NonFiniteLossError:
+        """The error of a run that a loss which is no number ends, saying what was found and what may help."""
+        return NonFiniteLossError(
+            f"{what}. Last good checkpoint: {last_checkpoint(self.trainer)}. Lower model.learning_rate or set "
+            f"{self.clipping}"
+        )
 
     # ------------------------------------------------------------------------------------------------ hooks
 

@@ -1,6 +1,5 @@
 """The training system: a student distilled from a live or stored teacher, with exact token normalisation."""
 
-import hashlib
 import math
 import random
 import warnings
@@ -10,18 +9,14 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
-from torch import distributed as dist
 
-from kd_common.checks import at_least, positive
-from kd_common.distributed import world_size
+from kd_common.distributed import all_reduce_sum
 from kd_common.errors import UserError
 from kd_common.hub.language_models import load_config, load_tokenizer, model_ends
-from kd_common.optim import decay_groups
-from kd_common.run.errors import NonFiniteLossError, last_checkpoint
-from kd_common.run.training import TrainingModule
-from kd_common.schedules import CosineDecay, Schedule
+from kd_common.run.token_updates import TokenNormalizedModule
+from kd_common.run.training import step_seed
+from kd_common.schedules import Schedule
 from llm_kd.data.batch import TokenBatch, collate
 from llm_kd.data.encode import Encoder, padding_token
 from llm_kd.data.example import Example, padding_example, prompt_response_example
@@ -39,15 +34,9 @@ from llm_kd.training.rollout import OffPolicy, Rollout
 from llm_kd.training.strategies import shard_student, shard_teacher, unsharded
 from llm_kd.training.student_with_head import StudentWithHead, validation_means
 
-WINDOW = ("loss", "denominator", "accepted", "tokens", "weights")
-"""What is summed over the micro-batches and ranks of an update."""
 
-
-class DistillationModule(TrainingModule):
+class DistillationModule(TokenNormalizedModule):
     """Distil a language model: a selector weights the tokens, an objective compares the two models on them.
-
-    The loss of an update is the sum over all its tokens, micro-batches and ranks, divided by their number (or by the
-    sum of their weights), so that neither accumulation nor the number of ranks changes it.
 
     Args:
         teacher: The model to distil from.
@@ -78,6 +67,7 @@ class DistillationModule(TrainingModule):
     mode = "min"
     export_name = "student_{}"
     large = True
+    sums = (*TokenNormalizedModule.sums, "accepted", "weights")
 
     def __init__(
         self,
@@ -99,21 +89,14 @@ class DistillationModule(TrainingModule):
         chunk_size: int | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(lr_schedule, learning_rate, weight_decay, betas, seed)
         with warnings.catch_warnings():
             # Built by the command line, the checkpoint gets their settings, not these modules.
             warnings.filterwarnings("ignore", message="Attribute .* is an instance of `nn.Module`")
             self.save_hyperparameters()
-        positive("model.learning_rate", learning_rate)
-        at_least("model.weight_decay", weight_decay, 0)
         self.teacher_spec = teacher
         self.student_spec = student
         self.rollout = rollout or OffPolicy()
-        self.lr_schedule = lr_schedule or CosineDecay()
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.betas = betas
-        self.seed = seed
         if teacher.cache is not None and self.rollout.generates:
             raise UserError(
                 "model.teacher.cache holds the teacher's distributions for the data's responses only, and "
@@ -149,8 +132,6 @@ class DistillationModule(TrainingModule):
         # Not a submodule: the teacher stays out of the checkpoint, the optimizer and DDP.
         self._teacher: list[Teacher] = []
         self.sharded = False
-        self._window = torch.zeros(len(WINDOW))
-        self._since_validation = dict.fromkeys(WINDOW, 0.0)
         self._val: dict[str, Any] = {}
 
     # ------------------------------------------------------------------------------------------------ set-up
@@ -189,44 +170,29 @@ class DistillationModule(TrainingModule):
             shard_teacher(cast(Backbone, self.teacher.backbone), mesh)
         self.sharded = True
 
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW with the learning-rate schedule, stepped every update."""
-        trained = [parameter for parameter in self.student_with_head.parameters() if parameter.requires_grad]
-        groups = decay_groups(trained, self.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
     def on_fit_start(self) -> None:
         """Bring the teacher to the device."""
         self.teacher.to(self.device)
 
     # ------------------------------------------------------------------------------------------------ training
 
-    def on_train_start(self) -> None:
-        """Start the sums of the first update."""
-        self._window = torch.zeros(len(WINDOW), dtype=self._sum_dtype, device=self.device)
-        super().on_train_start()
-
-    def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
-        """Sum of the losses of one micro-batch; it is normalised before the optimizer steps."""
+    def token_sums(self, batch: TokenBatch, batch_idx: int) -> dict[str, Tensor]:
+        """Sums of one micro-batch: loss, accepted tokens and weights."""
         # Every draw is a function of seed, epoch, batch and rank, so a resumed run repeats what it would have drawn.
         torch.manual_seed(self._seed("model", batch_idx, self.global_rank))
         if self.rollout.generates:
             batch = self._respond(batch, batch_idx)
         output = self.student_with_head(batch, self.teacher.output(batch))
-        tokens = torch.tensor(output.num_tokens)
-        values = (output.loss_sum.detach(), output.denominator, output.accepted_sum, tokens, output.weights.sum())
-        self._window += torch.stack([value.to(self._window) for value in values])
-        return output.loss_sum
-
-    @property
-    def _sum_dtype(self) -> torch.dtype:
-        return torch.float32 if self.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+        return {
+            "loss": output.loss_sum,
+            "denominator": output.denominator,
+            "tokens": torch.tensor(output.num_tokens),
+            "accepted": output.accepted_sum,
+            "weights": output.weights.sum(),
+        }
 
     def _seed(self, *parts: Any) -> int:
-        text = "/".join(map(str, (self.seed, self.current_epoch, *parts)))
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+        return step_seed(self.seed, self.current_epoch, *parts)
 
     def _respond(self, batch: TokenBatch, batch_idx: int) -> TokenBatch:
         """The batch with the responses that the rollout chooses."""
@@ -266,43 +232,15 @@ class DistillationModule(TrainingModule):
         """Tokens that end a response: the chat template's and tokenizer's, and those of the two models' settings."""
         return response_ends(self.student_with_head.student.causal_lm, self._teachers_ends)
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Normalise the gradient by the tokens of the whole update, and let objective and selector follow the loss.
+    def means(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Loss, and ``tar``, the share of the tokens that the teacher accepts."""
+        return super().means(sums) | {"tar": sums["accepted"] / (sums["tokens"] or 1.0)}
 
-        Lightning calls this before it clips. By then it has divided by the number of micro-batches, and the ranks'
-        gradients have been averaged.
-
-        Raises:
-            NonFiniteLossError: If the loss is not finite; the update is not made.
-        """
-        self._touched = True
-        window = self._window
-        if world_size() > 1:
-            dist.all_reduce(window)
-        sums = dict(zip(WINDOW, window.tolist(), strict=True))
-        window.zero_()
-        for name, value in sums.items():
-            self._since_validation[name] += value
-        if not math.isfinite(sums["loss"]):
-            raise NonFiniteLossError(
-                f"the loss of update {self.global_step + 1} is {sums['loss']}; the update was not made. Last good "
-                f"checkpoint: {last_checkpoint(self.trainer)}. Lower model.learning_rate or set "
-                "trainer.gradient_clip_val"
-            )
-        if sums["denominator"] == 0:  # no supervised token, or none with a weight: the gradient is zero as it is
-            return
-        factor = self.trainer.accumulate_grad_batches * world_size() / sums["denominator"]
-        for parameter in self.student_with_head.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(factor)
-        loss, rate = sums["loss"] / sums["denominator"], sums["accepted"] / max(1.0, sums["tokens"])
+    def on_update(self, sums: Mapping[str, float]) -> None:
+        """Let objective and selector follow the loss."""
+        loss = sums["loss"] / sums["denominator"]
         selected = sums["loss"] / (sums["weights"] or 1.0)
         self.student_with_head.head.on_step(loss, self.global_step + 1, self.total_steps, selected)
-        self.log_dict({"loss": loss, "tar": rate}, prog_bar=True, logger=False)
-        if self.is_logging_step():
-            values = {"loss": loss, "tar": rate, "tokens": sums["tokens"], "lr": optimizer.param_groups[0]["lr"]}
-            for logger in self.loggers:
-                logger.log_metrics({f"train/{k}": v for k, v in values.items()}, step=self.global_step)
 
     # ------------------------------------------------------------------------------------------------ validation
 
@@ -315,7 +253,7 @@ class DistillationModule(TrainingModule):
     def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
         """Add the sums of one batch."""
         for name, value in self.student_with_head.measure(batch, self.teacher.output(batch)).items():
-            self._val[name] = self._val.get(name, 0.0) + value.to(self._sum_dtype)
+            self._val[name] = self._val.get(name, 0.0) + value.to(self.sum_dtype)
 
     def on_validation_epoch_end(self) -> None:
         """Log and remember the means over the tokens of all ranks.
@@ -324,51 +262,27 @@ class DistillationModule(TrainingModule):
             NonFiniteLossError: If the student's likelihood is not finite.
         """
         names = sorted(self._val)
-        sums = torch.stack([self._val[name] for name in names])
-        if world_size() > 1:
-            dist.all_reduce(sums)
+        sums = all_reduce_sum(torch.stack([self._val[name] for name in names]))
         values = validation_means(dict(zip(names, sums.tolist(), strict=True)))
         self.log_dict({f"val/{name}": value for name, value in values.items()}, prog_bar=False)
         if not math.isfinite(values["nll"]):
-            raise NonFiniteLossError(
-                f"the validation NLL is {values['nll']}: an update made the student non-finite. Last good checkpoint: "
-                f"{last_checkpoint(self.trainer)}. Lower model.learning_rate or set trainer.gradient_clip_val"
-            )
+            raise self.non_finite(f"the validation NLL is {values['nll']} at epoch {self.current_epoch}")
         if self.trainer.sanity_checking:
             return
         self.rollout.on_validation(values["kl"])  # the untrained student's too: what follows is compared with it
         if self.trainer.state.fn == "fit":
             self.remember(values)
 
-    def remember(self, values: Mapping[str, float]) -> None:
-        """Add validation means to the history, with those of the training since the last ones."""
-        trained, self._since_validation = self._since_validation, dict.fromkeys(WINDOW, 0.0)
-        tokens = trained["tokens"] or 1.0
-        train = {
-            "train_loss": trained["loss"] / (trained["denominator"] or 1.0),
-            "train_tar": trained["accepted"] / tokens,
-            "tokens_per_second": tokens / self._seconds,
-        }
-        super().remember({**values, **train})
-        for logger in self.loggers:
-            logger.log_metrics(
-                {f"epoch/{k.removeprefix('train_')}": v for k, v in train.items()}, step=self.global_step
-            )
-
     # ------------------------------------------------------------------------------------------------ checkpoints
 
     def rank_state(self) -> dict[str, Any]:
-        """See `TrainingModule`: the rollout's memory, and the sums of the update that is not finished."""
-        own = {"rollout": self.rollout.state_dict(), "since_validation": self._since_validation}
-        state = super().rank_state() | own
-        return state | ({"window": self._window.clone()} if self._in_window() else {})
+        """See `TrainingModule`: the rollout's memory, too."""
+        return super().rank_state() | {"rollout": self.rollout.state_dict()}
 
     def load_rank_state(self, state: dict[str, Any]) -> None:
         """See `TrainingModule`."""
         super().load_rank_state(state)
         self.rollout.load_state_dict(state["rollout"])
-        self._since_validation = dict(state["since_validation"])
-        self._window += state.get("window", torch.zeros(())).to(self._window)
 
     def export(self, path: Path) -> None:
         """See `TrainingModule`: student and tokenizer, as transformers loads them."""

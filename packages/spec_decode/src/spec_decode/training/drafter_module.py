@@ -1,21 +1,16 @@
 """The training system: a drafter learns every level in one teacher-forced pass over text the target wrote."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
-from kd_common.distributed import world_size
+from kd_common.distributed import all_reduce_sum, world_size
 from kd_common.errors import UserError
-from kd_common.optim import decay_groups
-from kd_common.run.errors import NonFiniteLossError, last_checkpoint
-from kd_common.run.training import TrainingModule
-from kd_common.schedules import CosineDecay, Schedule
+from kd_common.run.token_updates import TokenNormalizedModule
+from kd_common.schedules import Schedule
 from spec_decode.data.datamodule import DraftBatch, TargetText
 from spec_decode.decoding.cost import expected_tokens
 from spec_decode.drafters import DrafterSpec, save_drafter
@@ -33,14 +28,13 @@ from spec_decode.training.losses import (
 )
 
 
-class DrafterModule(TrainingModule):
+class DrafterModule(TokenNormalizedModule):
     """Train a drafter of any kind against a frozen target.
 
     The loss of a level is the soft cross-entropy to the target's distribution, and what is weighted in beside it,
-    summed over its supervised tokens. The loss of an update is the weighted sum over the levels, micro-batches and
-    ranks, divided by the number of tokens that the first level is supervised on, so that neither accumulation nor the
-    number of ranks changes it. Under a reduced draft vocabulary the distribution is renormalised over it, and positions
-    whose token lies outside are left out.
+    summed over its supervised tokens. The weighted sum over the levels is divided by the number of tokens that the
+    first level is supervised on. Under a reduced draft vocabulary the distribution is renormalised over it, and
+    positions whose token lies outside are left out.
 
     Args:
         target: The model whose decoding is sped up.
@@ -82,35 +76,26 @@ class DrafterModule(TrainingModule):
         shard_target: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(lr_schedule, learning_rate, weight_decay, betas, seed)
         self.save_hyperparameters()
-        if not learning_rate > 0:
-            raise UserError(f"model.learning_rate must be > 0, got {learning_rate}")
         if not 0 < level_decay <= 1:
             raise UserError(f"model.level_decay must be in (0, 1], got {level_decay}")
-        weights = {
-            "weight_decay": weight_decay,
-            "acceptance_weight": acceptance_weight,
-            "feature_weight": feature_weight,
-        }
-        for name, value in weights.items():
+        for name, value in (("acceptance_weight", acceptance_weight), ("feature_weight", feature_weight)):
             if value < 0:
                 raise UserError(f"model.{name} must be >= 0, got {value}")
         for name, value in (("ranks", ranks), ("chunk", chunk)):
             if value < 1:
                 raise UserError(f"model.{name} must be >= 1, got {value}")
         self.target_spec, self.drafter_spec = target, drafter
-        self.lr_schedule = lr_schedule or CosineDecay()
-        self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, betas
         self.level_decay, self.feature_weight = level_decay, feature_weight
         self.level_loss = level_loss(acceptance_weight)
-        self.ranks, self.chunk, self.shard_target, self.seed = ranks, chunk, shard_target, seed
+        self.ranks, self.chunk, self.shard_target = ranks, chunk, shard_target
         # In a list: the target is in no checkpoint, optimizer or DDP bucket.
         self._target = [target.load()]
         torch.manual_seed(seed)
         self.drafter = drafter.build(self.target)
         self._table = AcceptanceTable.empty(1, 1)
-        self._window = self._val = torch.zeros(2)
+        self._val = torch.zeros(2)
 
     @property
     def target(self) -> CausalLM:
@@ -134,13 +119,6 @@ class DrafterModule(TrainingModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, TargetText) and self.drafter.vocabulary is not None and int(self.drafter.vocabulary[0]) < 0:
             self.drafter.use_vocabulary(frequent_tokens(data.token_counts(), self.drafter.draft_tokens))
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW with the learning-rate schedule, stepped every update."""
-        groups = decay_groups(self.drafter.parameters(), self.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
         """Bring the target to the device, or its share."""
@@ -216,52 +194,18 @@ class DrafterModule(TrainingModule):
         place = torch.searchsorted(vocabulary, tokens).clamp(max=len(vocabulary) - 1)
         return place, vocabulary[place] == tokens
 
-    def on_train_start(self) -> None:
-        """Start the sums of the first update."""
-        self._window = torch.zeros(2, dtype=torch.float64, device=self.device)
-        super().on_train_start()
-
-    def training_step(self, batch: DraftBatch, batch_idx: int) -> Tensor:
-        """Weighted sum of the levels' losses of one micro-batch; it is normalised before the optimizer steps."""
+    def token_sums(self, batch: DraftBatch, batch_idx: int) -> dict[str, Tensor]:
+        """Weighted sum of the levels' losses of one micro-batch, and the tokens of the first level."""
         losses, counts, hits = self.level_losses(batch, *self.outputs(batch))
         summed = torch.stack(losses)
         weights = torch.tensor(level_weights(len(losses), self.level_decay), device=summed.device, dtype=summed.dtype)
-        loss = (weights * summed).sum()
-        self._window += torch.stack([loss.detach().double(), counts[0].double()])
         if self.is_logging_step():
             number = torch.stack(counts).clamp(min=1)
             means, accepted = (summed.detach() / number).tolist(), (torch.stack(hits) / number).tolist()
             for level, (mean, hit) in enumerate(zip(means, accepted, strict=True), start=1):
-                self.log(f"train/loss_{level}", mean)
-                self.log(f"train/acceptance_{level}", hit)
+                self.log_now({f"train/loss_{level}": mean, f"train/acceptance_{level}": hit})
                 self.log(f"a{level}", hit, prog_bar=True, logger=False)
-        return loss
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Normalise the gradient by the tokens of the whole update.
-
-        Lightning calls this before it clips. By then it has divided by the number of micro-batches, and DDP has
-        averaged over the ranks.
-
-        Raises:
-            NonFiniteLossError: If the loss is not finite; the update is not made.
-        """
-        self._touched = True
-        if world_size() > 1:
-            dist.all_reduce(self._window)
-        total, tokens = self._window.tolist()
-        self._window.zero_()
-        if not math.isfinite(total):
-            raise NonFiniteLossError(
-                f"the loss of update {self.global_step + 1} is {total}; the update was not made. Last good checkpoint: "
-                f"{last_checkpoint(self.trainer)}. Lower model.learning_rate or set trainer.gradient_clip_val"
-            )
-        if tokens == 0:  # no answer reaches a level: the gradient is zero as it is
-            return
-        for parameter in self.drafter.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(self.trainer.accumulate_grad_batches * world_size() / tokens)
-        self.log("train/loss", total / tokens, prog_bar=True)
+        return {"loss": (weights * summed).sum(), "denominator": counts[0], "tokens": counts[0]}
 
     # ------------------------------------------------------------------------------------------------ validation
 
@@ -269,13 +213,13 @@ class DrafterModule(TrainingModule):
         """Start counting."""
         super().on_validation_start()
         self._table = AcceptanceTable.empty(self.drafter.depth, self.ranks, self.device)
-        self._val = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self._val = torch.zeros(2, dtype=self.sum_dtype, device=self.device)
 
     def validation_step(self, batch: DraftBatch, batch_idx: int) -> None:
         """Count losses and acceptance."""
         states, levels = self.outputs(batch)
         losses, counts, _ = self.level_losses(batch, states, levels)
-        self._val += torch.stack([sum(losses).double(), sum(counts).double()])  # type: ignore[union-attr]
+        self._val += torch.stack([sum(part).to(self._val) for part in (losses, counts)])  # type: ignore[union-attr]
         vocabulary = self.drafter.vocabulary
 
         def candidates(level: int, states: Tensor) -> Tensor:
@@ -289,13 +233,9 @@ class DrafterModule(TrainingModule):
     def on_validation_epoch_end(self) -> None:
         """Log and remember the epoch's result; the drafter keeps the acceptance of its last validation."""
         for counted in (self._table.hits, self._table.reached, self._val):
-            if world_size() > 1:
-                dist.all_reduce(counted)
+            all_reduce_sum(counted)
         if not self._val[0].isfinite():
-            raise NonFiniteLossError(
-                f"the validation loss is {float(self._val[0])} at epoch {self.current_epoch}; last good checkpoint: "
-                f"{last_checkpoint(self.trainer)}. Lower model.learning_rate"
-            )
+            raise self.non_finite(f"the validation loss is {float(self._val[0])} at epoch {self.current_epoch}")
         acceptance = self._table.table()
         tau = expected_tokens(acceptance, (1,) * len(acceptance))
         loss = float(self._val[0] / self._val[1].clamp(min=1))
@@ -326,15 +266,6 @@ class DrafterModule(TrainingModule):
     def exported_epoch(self, path: Path) -> Mapping[str, Any]:
         """See `TrainingModule`."""
         return read_config(path)
-
-    def rank_state(self) -> dict[str, Any]:
-        """See `TrainingModule`: the sums of the update that is not finished."""
-        return super().rank_state() | ({"window": self._window.clone()} if self._in_window() else {})
-
-    def load_rank_state(self, state: dict[str, Any]) -> None:
-        """See `TrainingModule`."""
-        super().load_rank_state(state)
-        self._window += state.get("window", torch.zeros(())).to(self._window)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """See `TrainingModule`; the drafter carries the acceptance of its last validation."""

@@ -53,6 +53,5 @@ def rehearse(model: DrafterModule, data: TargetText, trainer: pl.Trainer, run_di
             model.drafter = drafter
         save_drafter(twin, model.drafter_spec, folder, {"target": model.target_spec.name})
         load_drafter(folder, target)
-    names = ("val/acceptance", "train/acceptance", "train/loss")
-    levels = [f"{name}_{level}" for name in names for level in range(1, twin.depth + 1)]
-    check_monitors(trainer, ["val/tau", "val/loss", "train/loss", *levels])
+    levels = [f"{name}{level}" for name in ("val/acceptance_", "a") for level in range(1, twin.depth + 1)]
+    check_monitors(trainer, ["val/tau", "val/loss", "loss", *levels])

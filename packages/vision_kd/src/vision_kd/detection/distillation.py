@@ -179,7 +179,7 @@ class DetectionModule(ComponentTraining):
             NonFiniteLossError: If a parameter is not finite, which no score would show.
         """
         if not all(parameter.isfinite().all() for parameter in self.inference_model.parameters()):
-            raise self._non_finite_student("a parameter is NaN or infinite")
+            raise self.non_finite(f"a parameter is NaN or infinite at epoch {self.current_epoch}")
         assert self._record is not None
         record, self._record = self._record, None
         self._detected = record.gather(self.device)

@@ -115,5 +115,5 @@ class DistillationModule(ComponentTraining):
             values[name] = float(metric.compute())  # gathers all ranks
             metric.reset()
         if not math.isfinite(values["loss"]):
-            raise self._non_finite_student(f"the validation loss is {values['loss']}")
+            raise self.non_finite(f"the validation loss is {values['loss']} at epoch {self.current_epoch}")
         return values

@@ -14,7 +14,6 @@ from kd_common.errors import UserError
 from kd_common.grads import accumulate, all_reduce_mean, clip_components, component_cosines, component_norms
 from kd_common.gsnr import GradientSNR
 from kd_common.optim import ComponentOptimizer
-from kd_common.run.errors import NonFiniteLossError, last_checkpoint
 from kd_common.schedules import CosineDecay, Schedule, TopKSchedule
 from vision_kd.methods import Method
 from vision_kd.methods.kd import KD
@@ -56,6 +55,8 @@ class ComponentTraining(Task):
     Raises:
         UserError: If a setting is out of range; the message names it.
     """
+
+    clipping = "model.clip_norm"
 
     def __init__(
         self,
@@ -266,14 +267,9 @@ class ComponentTraining(Task):
             values["train/lr"] = optimizer.param_groups[0]["lr"]
             if k is not None:
                 values["train/k"] = k
-            self._log_now(values | (self._measure(gradients) if measure else {}))
+            self.log_now(values | (self._measure(gradients) if measure else {}))
             self.log("loss", sum(step.components.values()), prog_bar=True, logger=False, batch_size=samples)
         self._update(optimizer, gradients)
-
-    def _log_now(self, values: Mapping[str, float]) -> None:
-        """Write this rank's values to the loggers directly: `self.log` costs more than a small network's step."""
-        for logger in self.loggers:
-            logger.log_metrics(dict(values), step=self.global_step)
 
     def _update(self, optimizer: Any, gradients: ComponentGradients) -> None:
         """One step of optimizer, learning-rate schedule and moving average."""
@@ -305,11 +301,9 @@ class ComponentTraining(Task):
             return
         if (bad := self._guard.first_bad_batch()) is not None:
             values = ", ".join(f"{name} {float(value):.4g}" for name, value in losses.items())
-            raise NonFiniteLossError(
+            raise self.non_finite(
                 f"the loss became NaN or infinite at epoch {self.current_epoch}, batch {bad} (components of batch "
-                f"{batch_idx}: {values}). Nothing was saved since; last good checkpoint: "
-                f"{last_checkpoint(self.trainer)}. Lower model.learning_rate, set model.clip_norm or look at that "
-                "batch."
+                f"{batch_idx}: {values}); nothing was saved since. Look at that batch"
             )
 
     def gsnr_of_epoch(self) -> dict[str, float]:
@@ -339,13 +333,6 @@ class ComponentTraining(Task):
             gsnr = self.gsnr_of_epoch()
             self.log_dict({"train/seconds": self._seconds, **gsnr}, sync_dist=True)
             self.remember(values | gsnr)
-
-    def _non_finite_student(self, what: str) -> NonFiniteLossError:
-        """The error for a student whose validation shows that an update made it non-finite."""
-        return NonFiniteLossError(
-            f"{what} at epoch {self.current_epoch}: an update made the student non-finite. It was not saved; last good "
-            f"checkpoint: {last_checkpoint(self.trainer)}. Lower model.learning_rate or set model.clip_norm."
-        )
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
