@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kd_common.run.compare import run_matrix
+from kd_common.run.compare import ComparedRun, run_matrix
 from kd_common.run.imports import asked_for, import_asked_for
 from kd_common.run.messages import CommandParser
 
@@ -163,7 +163,7 @@ def test_a_configuration_cannot_ask_for_imports(parse, module, tmp_path, capsys)
         {"base": [], "variants": {"a": []}, "overrides": ["--import", "stray_five"]},
     ):
         with pytest.raises(ValueError, match=r"--import.* is for the command line"):
-            run_matrix(print, str, output=tmp_path / "out", **given)
+            run_matrix(ComparedRun, print, output=tmp_path / "out", **given)
     assert not trace.exists()
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from kd_common.files import CHECKSUM, checksummed_line, read_checksummed_line
 from kd_common.hub.language_models import load_causal_lm, load_config, load_tokenizer
 from kd_common.run.checkpoints import check_resumable
-from kd_common.run.compare import run_matrix
+from kd_common.run.compare import ComparedRun, run_matrix
 from kd_common.run.report import read_config as read_run_config
 from kd_common.run.report import read_metrics
 from kd_common.run.settings_text import check_config_files
@@ -105,17 +105,22 @@ def metrics(tmp_path, target):
     return Case(path, lambda: read_metrics(tmp_path), True)
 
 
+class Run(ComparedRun):
+    headline = "done"
+
+
 def comparison(tmp_path, target):
     path = tmp_path / "results.json"
 
     def load():
         variants = {"a": [], "b": []}
-        return run_matrix(lambda *_: pytest.fail("ran"), str, base=[], variants=variants, output=tmp_path, seeds=[0])
+        failed = lambda *_: pytest.fail("ran")  # noqa: E731
+        return run_matrix(Run, failed, base=[], variants=variants, output=tmp_path, seeds=[0])
 
-    def run_one(variant, seed, args, threads):
-        return {"variant": variant, "seed": seed, "args": args, "top1": 0.5}
+    def run_one(variant, seed, args):
+        return Run(variant=variant, seed=seed, args=args, history=[{"top1": 0.5}], parameters={})
 
-    run_matrix(run_one, str, base=[], variants={"a": [], "b": []}, output=tmp_path, seeds=[0])
+    run_matrix(Run, run_one, base=[], variants={"a": [], "b": []}, output=tmp_path, seeds=[0])
     return Case(path, load, True)
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from kd_common.errors import UserError
 from kd_common.hub.language_models import load_causal_lm, load_config, load_tokenizer
 from kd_common.run.checkpoints import AtomicCheckpointIO, check_resumable
-from kd_common.run.compare import run_matrix
+from kd_common.run.compare import ComparedRun, run_matrix
 from llm_kd.data.responses import write_responses
 from llm_kd.models import Backbone
 from llm_kd.models.generation import Sampling
@@ -76,6 +76,10 @@ def detections(folder, target):
     return lambda: write_results(folder / "detections.json", torch.rand(200, 7))
 
 
+class Run(ComparedRun):
+    headline = "done"
+
+
 def comparison(folder, target):
     """The second call has a run more to write, whose row is larger than the room."""
     rows = iter("ab")
@@ -83,13 +87,8 @@ def comparison(folder, target):
     def write():
         variants = dict.fromkeys("ab"[: "ab".index(next(rows)) + 1], ())
         run_matrix(
-            lambda variant, seed, args, threads: {
-                "variant": variant,
-                "seed": seed,
-                "args": args,
-                "history": "x" * 1500,
-            },
-            lambda row: row["variant"],
+            Run,
+            lambda variant, seed, args: Run(variant=variant, seed=seed, args=args, history=["x" * 1500], parameters={}),
             base=[],
             variants=variants,
             output=folder,

@@ -34,13 +34,8 @@ def arguments(folder, standin, batch=2, *extra):
     ]
 
 
-def plain(history):
-    """Without the times."""
-    return [{key: value for key, value in epoch.items() if key != "seconds"} for epoch in history]
-
-
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty")
-def test_killed_and_resumed_equals_uninterrupted(tmp_path, target, kill_inside_epoch):
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, target, kill_inside_epoch, assert_equal):
     torch.set_num_threads(1)
     whole = build(arguments(tmp_path / "whole", target))
     expected = run(whole)  # also leaves text and features in the cache
@@ -49,7 +44,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, target, kill_inside_e
     resumed = build([*arguments(folder, target), f"--ckpt_path={folder / 'checkpoints/last.ckpt'}"])
     result = run(resumed)
     assert resumed.trainer.global_step == whole.trainer.global_step == 8
-    assert plain(result.history) == plain(expected.history)
+    assert_equal(result.history, expected.history)
     for key, value in whole.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[key], value), key
     for mine, theirs in zip(
@@ -86,7 +81,7 @@ def distributed_run(folder, standin, shard):
     result = run(cli)
     sharded = {is_dtensor(p) for layer in cli.model.target.layers for p in layer.parameters()}
     assert sharded == {shard == "true"}
-    found = {"state": cli.model.state_dict(), "history": plain(result.history)}
+    found = {"state": cli.model.state_dict(), "history": result.history}
     torch.save(found, f"{folder}/rank{cli.trainer.global_rank}.pt")
 
 
@@ -103,7 +98,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, target, run_ra
         found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
         for key, value in single.model.state_dict().items():
             torch.testing.assert_close(found["state"][key], value, rtol=0, atol=1e-10)
-        for epoch, other in zip(found["history"], plain(expected.history), strict=True):
+        for epoch, other in zip(found["history"], expected.history, strict=True):
             assert epoch["loss"] == pytest.approx(other["loss"], rel=1e-8)
             assert epoch["acceptance"] == other["acceptance"]
     board = EventAccumulator(str(tmp_path / "both")).Reload()  # a sharded target draws nothing, and does not hang

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from llm_kd.compare import main, plot_acceptance, summarise
+from llm_kd.compare import LanguageRun, main, plot_acceptance, summarise
 
 
 def row(variant, seed, kls):
@@ -21,7 +21,8 @@ def row(variant, seed, kls):
         }
         for i, kl in enumerate(kls)
     ]
-    return {"variant": variant, "seed": seed, "before": {"tar": 0.1}, "history": history, "rouge_l": {"after": 20.0}}
+    measured = {"before": {"tar": 0.1}, "history": history, "rouge_l": {"after": 20.0}}
+    return LanguageRun(variant=variant, seed=seed, args=[], parameters={}, **measured)
 
 
 def test_last_and_best_apart():
@@ -36,7 +37,7 @@ def test_last_and_best_apart():
 
 def test_the_kl_of_a_truncated_teacher_is_marked_as_a_lower_bound():
     stored = row("A", 0, [3.0, 1.0])
-    for epoch in stored["history"]:
+    for epoch in stored.history:
         del epoch["teacher_nll"]
     (line,) = summarise([stored])
     assert (line["KL, last"], line["KL, best"], line["NLL, last"]) == ("≥ 1.000", "≥ 1.000", "2.000")
@@ -73,8 +74,8 @@ def test_real_runs(tmp_path, save_model):
         f"--overrides={json.dumps(settings)}",
     ]
     found = main(arguments)
-    assert [entry["variant"] for entry in found] == ["uniform", "Top-1"]
-    assert found[0]["before"] != found[1]["before"]  # acceptance is that of the selector
-    assert found[0]["before"]["kl"] == found[1]["before"]["kl"]
+    assert [run.variant for run in found] == ["uniform", "Top-1"]
+    assert found[0].before != found[1].before  # acceptance is that of the selector
+    assert found[0].before["kl"] == found[1].before["kl"]
     assert (tmp_path / "out/results.md").read_text().count("\n") == 4
     assert main(arguments) == found  # everything is finished: nothing runs again

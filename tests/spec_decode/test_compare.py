@@ -5,14 +5,14 @@ import json
 import pytest
 import yaml
 
-from spec_decode.compare import main, summarise
+from spec_decode.compare import DrafterRun, main, summarise
 from spec_decode.fit import CONFIG_DIR, build
 
 
 def row(seed, taus):
     history = [{"tau": tau, "acceptance": [[0.5, 0.1], [0.25, 0.0]], "seconds": 30.0} for tau in taus]
     costs = {"draft_seconds": 0.006, "pass_seconds": 0.03}
-    return {"variant": "A", "seed": seed, "history": history, "parameters": 2_500_000, **costs}
+    return DrafterRun(variant="A", seed=seed, args=[], history=history, parameters={"drafter": 2_500_000}, **costs)
 
 
 def test_last_and_best_apart():
@@ -63,7 +63,7 @@ def test_real_runs(fit_args, tmp_path):
         f"--overrides={json.dumps([a for a in fit_args if not a.startswith(('--run_dir', '--model.drafter'))])}",
     ]
     found = main(arguments)
-    assert [len(run["history"][-1]["acceptance"]) for run in found] == [2, 3]
-    assert found[0]["draft_seconds"] > 0
+    assert [len(run.last["acceptance"]) for run in found] == [2, 3]
+    assert found[0].draft_seconds > 0
     assert "| stem | 1 |" in (tmp_path / "out/results.md").read_text()
     assert main(arguments) == found  # finished runs are not run again

@@ -1,13 +1,14 @@
 """Comparisons: every variant and seed runs once, finished runs survive an interruption, table and plots are right."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from kd_common.run.cli import find_config
 from kd_common.run.compare import run_matrix
 from vision_kd import compare as module
-from vision_kd.compare import main, summarise
+from vision_kd.compare import VisionRun, main, summarise
 from vision_kd.fit import CONFIG_DIR
 
 PNG = b"\x89PNG"
@@ -15,15 +16,8 @@ PNG = b"\x89PNG"
 
 def fake_row(variant, seed, tops, **extra):
     history = [{"epoch": i, "top1": t, "top5": 1.0, "loss": 1 - t, "seconds": 2.0, **extra} for i, t in enumerate(tops)]
-    return {
-        "variant": variant,
-        "seed": seed,
-        "metrics": {"top1": "top-1"},
-        "teacher": {},
-        "parameters": {},
-        "history": history,
-        "args": [],
-    }
+    metrics = {"top1": "top-1"}
+    return VisionRun(variant=variant, seed=seed, args=[], history=history, parameters={}, metrics=metrics)
 
 
 def test_summary_separates_last_from_best():
@@ -37,11 +31,11 @@ def test_summary_separates_last_from_best():
 def test_runs_every_variant_and_continues_after_an_interruption(tmp_path, monkeypatch):
     calls = []
 
-    def train(variant, seed, args, threads):
+    def train(variant, seed, args):
         if len(calls) == 3:
             raise KeyboardInterrupt
         calls.append((variant, seed, tuple(a for a in args if a.startswith("--config"))))
-        return fake_row(variant, seed, [0.1 * len(calls)], **{"gsnr/task": 0.5}) | {"args": args}
+        return replace(fake_row(variant, seed, [0.1 * len(calls)], **{"gsnr/task": 0.5}), args=args)
 
     monkeypatch.setattr(module, "run_one", train)
     variants = {"A": ["methods/kd", "--model.accumulate=2"], "B": ["methods/vanilla"]}
@@ -55,7 +49,7 @@ def test_runs_every_variant_and_continues_after_an_interruption(tmp_path, monkey
     rows = main(command)
     assert calls == [("B", 1, ("--config=default", "--config=methods/vanilla"))]
     assert [c[:2] for c in calls_before] == [("A", 0), ("A", 1), ("B", 0)]
-    assert [(row["variant"], row["seed"]) for row in rows] == [("A", 0), ("A", 1), ("B", 0), ("B", 1)]
+    assert [(run.variant, run.seed) for run in rows] == [("A", 0), ("A", 1), ("B", 0), ("B", 1)]
     with pytest.raises(ValueError, match="run with other settings"):
         main([*command, '--overrides=["--trainer.max_epochs=2"]'])
     assert (tmp_path / "results.md").read_text().count("\n") == 4
@@ -70,8 +64,8 @@ def test_real_runs_from_the_command_line(tmp_path):
     overrides += ["--trainer.log_every_n_steps=1"]
     arguments = ["--config=compare/digits", f"--output={tmp_path}", "--seeds=[0]", f"--overrides={overrides}"]
     rows = main(arguments)
-    assert [row["variant"] for row in rows] == ["vanilla", "KD", "KD + DeepKD"]
-    assert {key for key in rows[2]["history"][-1] if key.startswith("gsnr/")} == {
+    assert [run.variant for run in rows] == ["vanilla", "KD", "KD + DeepKD"]
+    assert {key for key in rows[2].last if key.startswith("gsnr/")} == {
         "gsnr/task",
         "gsnr/target",
         "gsnr/nontarget",
@@ -85,7 +79,7 @@ def test_packaged_comparisons_name_packaged_configurations(name):
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser()
-    parser.add_function_arguments(run_matrix, as_positional=False, skip={"run_one", "headline"})
+    parser.add_function_arguments(run_matrix, as_positional=False, skip={"record", "run_one"})
     settings = parser.parse_path(find_config(name, CONFIG_DIR))
     for entry in [*settings.base, *(e for configs in settings.variants.values() for e in configs)]:
         assert entry.startswith("--") or find_config(entry, CONFIG_DIR)

@@ -187,7 +187,7 @@ def test_comparison_of_detectors(scenes, tmp_path, tools, teacher):
             f"--overrides={json.dumps(overrides)}",
         ]
     )
-    assert [row["variant"] for row in rows] == ["alone", "KD"]
+    assert [run.variant for run in rows] == ["alone", "KD"]
     table = (tmp_path / "out/results.md").read_text()
     assert "| last AP | best AP | last AP50 |" in table
     assert (tmp_path / "out/accuracy.png").is_file()

@@ -18,12 +18,12 @@ if __name__ == "__main__":
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
-import torch
 
-from kd_common.run.compare import Row, by_variant, compare_command, mean_and_spread, write_table
+from kd_common.run.compare import ComparedRun, by_variant, compare_command, mean_and_spread, write_table
 from kd_common.run.errors import run_command
 from llm_kd.fit import CONFIG_DIR, build, run
 from llm_kd.training.summary import is_whole
@@ -32,47 +32,59 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 
-def run_one(variant: str, seed: int, args: Sequence[str], threads: int) -> Row:
-    """Train one variant with one seed; return what the table and the plot need, in plain types.
+@dataclass(frozen=True, kw_only=True)
+class LanguageRun(ComparedRun):
+    """A finished run of a student.
+
+    Attributes:
+        before: Validation means before training.
+        rouge_l: ROUGE-L of the answers ``before`` and ``after`` training; empty if none were asked for.
+    """
+
+    before: dict[str, float]
+    rouge_l: dict[str, float]
+
+    @property
+    def headline(self) -> str:
+        """Distances to text and teacher."""
+        return f"NLL {self.last['nll']:.3f}, KL {self.last['kl']:.3f}"
+
+
+def run_one(variant: str, seed: int, args: list[str]) -> LanguageRun:
+    """Train one variant with one seed.
 
     Args:
         variant: Name in the table.
-        seed: ``seed_everything`` of the run.
+        seed: Seed of the run.
         args: Command line of :func:`llm_kd.fit.build`.
-        threads: CPU threads of this run.
     """
-    torch.set_num_threads(threads)
-    result = run(build([*args, "--seed_everything", str(seed), "--trainer.enable_progress_bar", "false"]))
-    return {
-        "variant": variant,
-        "seed": seed,
-        "before": result.before,
-        "history": result.history,
-        "rouge_l": {when: answers.rouge_l for when, answers in result.answers.items()},
-        "parameters": result.parameters,
-        "args": list(args),
-    }
+    result = run(build(args))
+    return LanguageRun(
+        variant=variant,
+        seed=seed,
+        args=args,
+        history=result.history,
+        parameters=result.parameters,
+        before=result.before,
+        rouge_l={when: answers.rouge_l for when, answers in result.answers.items()},
+    )
 
 
-def headline(row: Row) -> str:
-    """Distances of a finished run."""
-    return f"NLL {row['history'][-1]['nll']:.3f}, KL {row['history'][-1]['kl']:.3f}"
-
-
-def report(rows: Sequence[Row], output: Path) -> None:
+def report(compared: Sequence[LanguageRun], output: Path) -> None:
     """Print the table and write it beside the plot."""
-    write_table(summarise(rows), output / "results.md", "held-out responses, mean ± standard deviation over seeds")
-    plot_acceptance(rows, output / "tar.png")
+    title = "held-out responses, mean ± standard deviation over seeds"
+    write_table(summarise(compared), output / "results.md", title)
+    plot_acceptance(compared, output / "tar.png")
 
 
-def summarise(rows: Sequence[Row]) -> list[dict[str, str]]:
+def summarise(compared: Sequence[LanguageRun]) -> list[dict[str, str]]:
     """One table row per variant: distances at the last and the best (lowest KL) validation, ROUGE-L, TAR, cost."""
     lines = []
-    for variant, runs in by_variant(rows).items():
-        last = [run["history"][-1] for run in runs]
-        best = [min(epoch["kl"] for epoch in run["history"]) for run in runs]
+    for variant, runs in by_variant(compared).items():
+        last = [run.last for run in runs]
+        best = [min(epoch["kl"] for epoch in run.history) for run in runs]
         bound = "" if all(map(is_whole, last)) else "≥ "  # a stored teacher that lacks tokens
-        seconds = [sum(epoch["seconds"] for epoch in run["history"]) for run in runs]
+        seconds = [sum(epoch["seconds"] for epoch in run.history) for run in runs]
         lines.append(
             {
                 "variant": variant,
@@ -81,10 +93,10 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, str]]:
                 "KL, last": bound + mean_and_spread([epoch["kl"] for epoch in last], 3),
                 "KL, best": bound + mean_and_spread(best, 3),
                 "agreement %": mean_and_spread([100 * epoch["agreement"] for epoch in last], 1),
-                "ROUGE-L": mean_and_spread([run["rouge_l"]["after"] for run in runs if run["rouge_l"]], 1),
+                "ROUGE-L": mean_and_spread([run.rouge_l["after"] for run in runs if run.rouge_l], 1),
                 "TAR %, last": mean_and_spread([100 * epoch["tar"] for epoch in last], 1),
                 "accepted in training %, first → last": " → ".join(
-                    f"{100 * statistics.fmean(run['history'][place]['train_tar'] for run in runs):.1f}"
+                    f"{100 * statistics.fmean(run.history[place]['train_tar'] for run in runs):.1f}"
                     for place in (0, -1)
                 ),
                 "s": f"{statistics.fmean(seconds):.0f}",
@@ -93,12 +105,12 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, str]]:
     return lines
 
 
-def plot_acceptance(rows: Sequence[Row], path: Path) -> None:
+def plot_acceptance(compared: Sequence[LanguageRun], path: Path) -> None:
     """Held-out token acceptance rate (top-5) over the updates, mean over seeds, before training included."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for variant, runs in by_variant(rows).items():
-        steps = [0, *(epoch["step"] for epoch in runs[0]["history"])]
-        curves = [[run["before"]["tar"], *(epoch["tar"] for epoch in run["history"])] for run in runs]
+    for variant, runs in by_variant(compared).items():
+        steps = [0, *(epoch["step"] for epoch in runs[0].history)]
+        curves = [[run.before["tar"], *(epoch["tar"] for epoch in run.history)] for run in runs]
         axes.plot(steps, [100 * statistics.fmean(values) for values in zip(*curves, strict=True)], ".-", label=variant)
     axes.set(xlabel="updates", ylabel="held-out tokens accepted among the top 5 (TAR), %", ylim=(0, 100))
     axes.grid(alpha=0.3)
@@ -107,10 +119,10 @@ def plot_acceptance(rows: Sequence[Row], path: Path) -> None:
     plt.close(figure)
 
 
-def main(args: list[str] | None = None) -> list[Row]:
+def main(args: list[str] | None = None) -> list[LanguageRun]:
     """Parse the comparison and run it."""
     return compare_command(
-        run_one, headline, report, package="llm_kd", description=__doc__, config_dir=CONFIG_DIR, args=args
+        LanguageRun, run_one, report, package="llm_kd", description=__doc__, config_dir=CONFIG_DIR, args=args
     )
 
 

@@ -11,15 +11,12 @@ if __name__ == "__main__":
 
 import hashlib
 import json
-import os
-import platform
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from jsonargparse import auto_cli
 from rich.console import Console
 from tqdm import tqdm
@@ -27,6 +24,7 @@ from tqdm import tqdm
 from kd_common.errors import UserError
 from kd_common.files import read_json, write_atomically
 from kd_common.hub.language_models import model_ends, model_source, note_unapplied
+from kd_common.run.compare import environment
 from kd_common.run.errors import run_command
 from kd_common.run.messages import CommandParser, check_device, check_folder
 from kd_common.text import Row
@@ -381,12 +379,6 @@ def benchmark(
     print_tables(rows, Console())
     print(f"written to {path}")
     return rows
-
-
-def environment() -> dict[str, Any]:
-    """Hardware and versions the numbers belong to."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {"device": device, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 if __name__ == "__main__":

@@ -18,43 +18,55 @@ if __name__ == "__main__":
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from kd_common.run.compare import Row, by_variant, compare_command, mean_and_spread, write_table
+from kd_common.run.compare import ComparedRun, by_variant, compare_command, mean_and_spread, write_table
 from kd_common.run.errors import run_command
+from kd_common.run.result import best_epoch
 from vision_kd.fit import CONFIG_DIR, build, run
 from vision_kd.viz.comparison import plot_accuracy, plot_gsnr
 
 
-def run_one(variant: str, seed: int, args: Sequence[str], threads: int) -> Row:
-    """Train one variant with one seed; return what the table and the plots need, in plain types.
+@dataclass(frozen=True, kw_only=True)
+class VisionRun(ComparedRun):
+    """A finished run of a student.
+
+    Attributes:
+        metrics: Headers of the metrics by name, the one that validations are compared by first.
+    """
+
+    metrics: dict[str, str]
+
+    @property
+    def judged(self) -> str:
+        """The metric that validations are compared by."""
+        return next(iter(self.metrics))
+
+    @property
+    def headline(self) -> str:
+        """Last value of that metric."""
+        return f"{self.metrics[self.judged]} {self.last[self.judged]:.2%}"
+
+
+def run_one(variant: str, seed: int, args: list[str]) -> VisionRun:
+    """Train one variant with one seed.
 
     Args:
         variant: Name in the table.
-        seed: ``seed_everything`` of the run.
+        seed: Seed of the run.
         args: Command line of :func:`vision_kd.fit.build`.
-        threads: CPU threads of this run.
     """
-    torch.set_num_threads(threads)
-    cli = build([*args, "--seed_everything", str(seed), "--trainer.enable_progress_bar", "false"])
+    cli = build(args)
     result = run(cli)
-    return {
-        "variant": variant,
-        "seed": seed,
-        "metrics": cli.model.metrics,
-        "teacher": result.teacher,
-        "parameters": result.parameters,
-        "history": result.history,
-        "args": list(args),
-    }
-
-
-def headline(row: Row) -> str:
-    """The first metric of a finished run."""
-    name, header = next(iter(row["metrics"].items()))
-    return f"{header} {row['history'][-1][name]:.2%}"
+    return VisionRun(
+        variant=variant,
+        seed=seed,
+        args=args,
+        history=result.history,
+        parameters=result.parameters,
+        metrics=cli.model.metrics,
+    )
 
 
 def per_cent(values: Sequence[float]) -> str:
@@ -62,14 +74,14 @@ def per_cent(values: Sequence[float]) -> str:
     return mean_and_spread([100 * value for value in values])
 
 
-def summarise(rows: Sequence[Row]) -> list[dict[str, str]]:
+def summarise(compared: Sequence[VisionRun]) -> list[dict[str, str]]:
     """One table row per variant: accuracies over the seeds and cost."""
     lines = []
-    for variant, runs in by_variant(rows).items():
-        metrics = runs[0]["metrics"]
-        judged, header = next(iter(metrics.items()))
-        last = [run["history"][-1] for run in runs]
-        best = [max(run["history"], key=lambda epoch: epoch[judged]) for run in runs]
+    for variant, runs in by_variant(compared).items():
+        judged, metrics = runs[0].judged, runs[0].metrics
+        header = metrics[judged]
+        last = [run.last for run in runs]
+        best = [best_epoch(run.history, judged, "max") for run in runs]
         line = {
             "variant": variant,
             "seeds": str(len(runs)),
@@ -80,23 +92,26 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, str]]:
             line[f"last {title}"] = per_cent([epoch[name] for epoch in last if name in epoch])
         if "loss" in last[0]:
             line["last loss"] = f"{statistics.fmean(epoch['loss'] for epoch in last):.4f}"
-        seconds = [epoch["seconds"] for run in runs for epoch in run["history"]]
+        seconds = [epoch["seconds"] for run in runs for epoch in run.history]
         lines.append(line | {"s/epoch": f"{statistics.fmean(seconds):.1f}"})
     return lines
 
 
-def report(rows: Sequence[Row], output: Path) -> None:
+def report(compared: Sequence[VisionRun], output: Path) -> None:
     """Print the table and write it beside the plots."""
-    write_table(summarise(rows), output / "results.md", "validation metrics in %, mean ± standard deviation over seeds")
-    plot_accuracy(rows, output / "accuracy.png")
-    if any(key.startswith("gsnr/") for row in rows for key in row["history"][-1]):
-        plot_gsnr(rows, output / "gsnr.png")
+    title = "validation metrics in %, mean ± standard deviation over seeds"
+    write_table(summarise(compared), output / "results.md", title)
+    histories = {variant: [run.history for run in runs] for variant, runs in by_variant(compared).items()}
+    judged = compared[0].judged
+    plot_accuracy(histories, judged, compared[0].metrics[judged], output / "accuracy.png")
+    if any(key.startswith("gsnr/") for run in compared for key in run.last):
+        plot_gsnr(histories, output / "gsnr.png")
 
 
-def main(args: list[str] | None = None) -> list[Row]:
+def main(args: list[str] | None = None) -> list[VisionRun]:
     """Parse the comparison and run it."""
     return compare_command(
-        run_one, headline, report, package="vision_kd", description=__doc__, config_dir=CONFIG_DIR, args=args
+        VisionRun, run_one, report, package="vision_kd", description=__doc__, config_dir=CONFIG_DIR, args=args
     )
 
 

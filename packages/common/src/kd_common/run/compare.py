@@ -11,8 +11,9 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -24,13 +25,43 @@ from kd_common.run.imports import asked_for, import_asked_for, refuse_imports
 from kd_common.run.messages import CommandParser, check_folder
 from kd_common.run.summary import print_table
 
-Row = dict[str, Any]
-RunOne = Callable[[str, int, Sequence[str], int], Row]
+
+@dataclass(frozen=True, kw_only=True)
+class ComparedRun:
+    """A finished run of a comparison in plain types, as ``results.json`` keeps it; a package adds what its table needs.
+
+    Attributes:
+        variant: Name in the table.
+        seed: ``seed_everything`` of the run.
+        args: Command line of the run.
+        history: Metrics of every validation, in order.
+        parameters: Number of parameters by model.
+    """
+
+    variant: str
+    seed: int
+    args: list[str]
+    history: list[dict[str, Any]]
+    parameters: dict[str, int]
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """Metrics of the last validation."""
+        return self.history[-1]
+
+    @property
+    def headline(self) -> str:
+        """One line about the result."""
+        raise NotImplementedError
+
+
+R = TypeVar("R", bound=ComparedRun)
+RunOne = Callable[[str, int, list[str]], R]
 
 
 def run_matrix(
-    run_one: RunOne,
-    headline: Callable[[Row], str],
+    record: type[R],
+    run_one: RunOne[R],
     *,
     base: Sequence[str],
     variants: Mapping[str, Sequence[str]],
@@ -38,13 +69,13 @@ def run_matrix(
     seeds: Sequence[int] = (0, 1, 2),
     overrides: Sequence[str] = (),
     jobs: int = 1,
-) -> list[Row]:
+) -> list[R]:
     """Run every variant with every seed; every finished run is in ``results.json`` at once.
 
     Args:
-        run_one: Called with variant, seed, command line and number of CPU threads; returns plain types with at least
-            ``variant``, ``seed`` and ``args``. A function of a module, so that other processes find it.
-        headline: One line about a finished run.
+        record: What is kept of a run.
+        run_one: Called with variant, seed and command line; trains. A function of a module, so that other processes
+            find it.
         base: Configurations all runs share.
         variants: Further configurations of each variant, by the name it has in the table; an entry that starts with
             ``--`` is a command-line argument instead.
@@ -54,7 +85,7 @@ def run_matrix(
         jobs: Runs at a time; the CPU's threads are shared among them.
 
     Returns:
-        One row per run, in the order of the variants and seeds.
+        One record per run, in the order of the variants and seeds.
 
     Raises:
         UserError: If ``results.json`` is damaged, or holds a run with other settings, or if there is nothing to run.
@@ -72,61 +103,60 @@ def run_matrix(
     check_folder("--output", output)
     output.mkdir(parents=True, exist_ok=True)
     results = output / "results.json"
-    done = _finished(results) if results.is_file() else []
-    finished = {(row["variant"], row["seed"]): row["args"] for row in done}
-    threads = max(1, torch.get_num_threads() // jobs)  # OMP_NUM_THREADS stays the upper limit
+    done = _finished(results, record) if results.is_file() else []
+    finished = {(run.variant, run.seed): run.args for run in done}
     pending = []
     for variant, configs in variants.items():
         for seed in seeds:
             args = [f"--config={name}" if not name.startswith("--") else name for name in (*base, *configs)]
             run_dir = output / "runs" / f"{variant.replace(' ', '_').replace('/', '-')}-{seed}"
             args += [f"--run_dir={run_dir}", *overrides]
+            args += [f"--seed_everything={seed}", "--trainer.enable_progress_bar=false"]
             earlier = finished.get((variant, seed))
             if earlier is None:
-                pending.append((variant, seed, args, threads))
+                pending.append((variant, seed, args))
             elif earlier != args:
                 raise UserError(
                     f"{results} holds {variant}, seed {seed}, run with other settings ({' '.join(earlier)}); "
                     "choose another output folder or delete that file"
                 )
     with tqdm(total=len(pending), unit="run") as progress:
-        for row in _execute(run_one, pending, jobs):
-            done.append(row)
-            write_atomically(results, json.dumps({"environment": environment(), "runs": done}, indent=1))
-            progress.write(f"{row['variant']}, seed {row['seed']}: {headline(row)}")
+        for run in _execute(run_one, pending, jobs):
+            done.append(run)
+            content = {"environment": environment(), "runs": [asdict(run) for run in done]}
+            write_atomically(results, json.dumps(content, indent=1))
+            progress.write(f"{run.variant}, seed {run.seed}: {run.headline}")
             progress.update()
     names = list(variants)
-    done.sort(key=lambda row: (names.index(row["variant"]) if row["variant"] in names else len(names), row["seed"]))
+    done.sort(key=lambda run: (names.index(run.variant) if run.variant in names else len(names), run.seed))
     return done
 
 
-def _finished(results: Path) -> list[Row]:
-    """Rows of an earlier comparison."""
+def _finished(results: Path, record: type[R]) -> list[R]:
+    """Runs of an earlier comparison."""
     hint = "choose another output folder, or delete that file to run everything again"
-    rows = read_json(results, hint).get("runs")
-    if not isinstance(rows, list) or not all(
-        isinstance(r, dict) and {"variant", "seed", "args"} <= r.keys() for r in rows
-    ):
-        raise UserError(f"{results} is damaged: it holds no list of runs; {hint}")
-    return rows
+    try:
+        return [record(**run) for run in read_json(results, hint)["runs"]]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{results} is damaged: it holds no list of runs ({error}); {hint}") from error
 
 
 def compare_command(
-    run_one: RunOne,
-    headline: Callable[[Row], str],
-    report: Callable[[Sequence[Row], Path], None],
+    record: type[R],
+    run_one: RunOne[R],
+    report: Callable[[Sequence[R], Path], None],
     *,
     package: str,
     description: str | None,
     config_dir: Path,
     args: list[str] | None = None,
-) -> list[Row]:
+) -> list[R]:
     """The ``compare`` command of a package: parse, run the matrix, report.
 
     Args:
+        record: See `run_matrix`.
         run_one: See `run_matrix`.
-        headline: See `run_matrix`.
-        report: Called with all rows and the output folder; prints the table and writes it beside the plots.
+        report: Called with all runs and the output folder; prints the table and writes it beside the plots.
         package: Name of the package.
         description: Shown by ``--help``.
         config_dir: Where packaged comparisons are found by name.
@@ -136,33 +166,40 @@ def compare_command(
     packaged = sorted(f"compare/{path.stem}" for path in (config_dir / "compare").glob("*.yaml"))
     parser.example = f"--config FILE of base, variants and output, packaged: {', '.join(packaged)}"
     parser.add_argument("--config", action="config", help="Comparison file; packaged ones are found by name.")
-    parser.add_function_arguments(run_matrix, as_positional=False, skip={"run_one", "headline"})
+    parser.add_function_arguments(run_matrix, as_positional=False, skip={"record", "run_one"})
     settings = parser.parse_args(resolve_config_names(sys.argv[1:] if args is None else args, config_dir))
     settings.pop("config")
     settings = parser.instantiate_classes(settings)
-    rows = run_matrix(run_one, headline, **settings)
-    report(rows, settings.output)
+    runs = run_matrix(record, run_one, **settings)
+    report(runs, settings.output)
     print(f"written to {settings.output}")
-    return rows
+    return runs
 
 
-def _execute(run_one: RunOne, pending: Sequence[tuple[str, int, list[str], int]], jobs: int) -> Iterable[Row]:
-    """Rows of all runs as they finish, in this process or in ``jobs`` fresh ones."""
+def _execute(run_one: RunOne[R], pending: Sequence[tuple[str, int, list[str]]], jobs: int) -> Iterable[R]:
+    """All runs as they finish, in this process or in ``jobs`` fresh ones."""
     if jobs == 1:
         yield from (run_one(*arguments) for arguments in pending)
         return
     failures = []
     fresh = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, fresh, initializer=import_asked_for, initargs=(asked_for(),)) as pool:
+    threads = max(1, torch.get_num_threads() // jobs)  # OMP_NUM_THREADS stays the upper limit
+    with ProcessPoolExecutor(jobs, fresh, initializer=_start, initargs=(threads, asked_for())) as pool:
         for future in as_completed([pool.submit(run_one, *arguments) for arguments in pending]):
             try:
-                row = future.result()
+                run = future.result()
             except Exception as error:  # the runs beside it are worth keeping; raised together at the end
                 failures.append(error)
             else:
-                yield row
+                yield run
     if failures:
         raise ExceptionGroup(f"{len(failures)} of {len(pending)} runs failed; the others are saved", failures)
+
+
+def _start(threads: int, imports: Sequence[str]) -> None:
+    """Prepare a fresh process."""
+    torch.set_num_threads(threads)
+    import_asked_for(imports)
 
 
 def environment() -> dict[str, Any]:
@@ -172,16 +209,17 @@ def environment() -> dict[str, Any]:
         "device": device,
         "processor": platform.machine(),
         "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
 
 
-def by_variant(rows: Sequence[Row]) -> dict[str, list[Row]]:
+def by_variant(runs: Sequence[R]) -> dict[str, list[R]]:
     """The runs of every variant, in order."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row["variant"], []).append(row)
+    groups: dict[str, list[R]] = {}
+    for run in runs:
+        groups.setdefault(run.variant, []).append(run)
     return groups
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -13,7 +12,9 @@ from matplotlib.ticker import MaxNLocator
 
 from kd_common.run.report import curve_style, log_scale
 
-Row = Mapping[str, Any]
+Histories = Mapping[str, Sequence[Sequence[Mapping[str, float]]]]
+"""Metrics of every validation of every seed, by variant."""
+
 Curve = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Abscissa, mean and standard deviation."""
 
@@ -21,14 +22,6 @@ Curve = tuple[np.ndarray, np.ndarray, np.ndarray]
 COMPONENT_STYLES = {
     name: curve_style(number) for number, name in enumerate(("task", "target", "nontarget", "relation", "feature"))
 }
-
-
-def by_variant(rows: Sequence[Row]) -> dict[str, list[list[dict[str, float]]]]:
-    """Histories of all seeds per variant, in order of appearance."""
-    histories: dict[str, list[list[dict[str, float]]]] = {}
-    for row in rows:
-        histories.setdefault(row["variant"], []).append(row["history"])
-    return histories
 
 
 def curve(histories: Sequence[Sequence[Mapping[str, float]]], key: str) -> Curve:
@@ -59,10 +52,8 @@ def draw_gsnr(axes: Axes, curves: Mapping[str, Curve], samples: Curve) -> dict[s
     return lines
 
 
-def plot_accuracy(rows: Sequence[Row], path: Path) -> None:
+def plot_accuracy(variants: Histories, judged: str, header: str, path: Path) -> None:
     """Accuracy (or AP) over epochs, mean and band of one standard deviation, and of the last epoch for every seed."""
-    judged, header = next(iter(rows[0]["metrics"].items()))
-    variants = by_variant(rows)
     colours = mpl.colormaps["tab20" if len(variants) > 10 else "tab10"].colors  # type: ignore[attr-defined]
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     curves, points = figure.subplots(1, 2, width_ratios=[3, 2])
@@ -86,11 +77,11 @@ def plot_accuracy(rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def plot_gsnr(rows: Sequence[Row], path: Path) -> None:
+def plot_gsnr(variants: Histories, path: Path) -> None:
     """Vector GSNR of each component over epochs, one panel per variant that measured it."""
     measured = {
         variant: histories
-        for variant, histories in by_variant(rows).items()
+        for variant, histories in variants.items()
         if any(key.startswith("gsnr/") for key in histories[0][-1])
     }
     columns = min(4, len(measured))
