@@ -9,8 +9,8 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from kd_common.run.report import (
+    LoggedRun,
     Section,
-    check_validated,
     curve_style,
     log_scale,
     read_config,
@@ -41,12 +41,19 @@ def test_a_folder_without_a_run(tmp_path):
         read_config(tmp_path)
 
 
+class Run(LoggedRun):
+    command = "a.fit"
+    validated = ("val/top1", "val/AP")
+
+
 def test_runs_of_another_command_or_without_validation_are_refused(tmp_path):
+    (tmp_path / "config.yaml").write_text("model: {init_args: {a: 1}}")
+    (tmp_path / "metrics.csv").write_text("epoch,step,val/top1\n0,1,3.0\n")
+    run = Run.open(tmp_path, "name")
+    assert (run.name, run.model, list(run.metrics)) == ("name", {"a": 1}, ["val/top1"])
     (tmp_path / "metrics.csv").write_text("epoch,step,train/loss\n0,1,3.0\n")
-    metrics = read_metrics(tmp_path)
-    check_validated(tmp_path, metrics, "a.fit", "train/loss", "val/top1")
-    with pytest.raises(ValueError, match=r"no run of a\.fit .* no val/top1 or val/AP\. Another command made it, or"):
-        check_validated(tmp_path, metrics, "a.fit", "val/top1", "val/AP")
+    with pytest.raises(ValueError, match=r"a\.fit .* no val/top1 or val/AP"):
+        Run.open(tmp_path, "name")
 
 
 def test_run_names(tmp_path):

@@ -13,7 +13,7 @@ from kd_common.hub import load_causal_lm
 from llm_kd.data.example import Example
 from llm_kd.fit import main as fit
 from llm_kd.models import Backbone
-from llm_kd.report import label, main, summary
+from llm_kd.report import Run, main
 from llm_kd.viz.token_table import token_table
 
 
@@ -126,20 +126,19 @@ def test_report_of_two_runs(tmp_path, save_model, assert_live, monkeypatch):
 
 
 def test_runs_are_called_after_method_and_data():
-    def config(train, **parts):
+    def label(name, train, **parts):
         model = dict.fromkeys(("objective", "selector", "rollout"))
-        return {"model": {"init_args": model | parts}, "data": {"init_args": {"train": train}}}
+        settings = {"model": {"init_args": model | parts}, "data": {"init_args": {"train": train}}}
+        return Run(Path(), name, settings, {}).label
 
     jsd = {"class_path": "llm_kd.objectives.JSD", "init_args": {}}
-    assert label("run_0", config("prompts/train")) == "ForwardKL, TopK, OffPolicy on train (run_0)"
-    assert label("b", config(["x/a.jsonl", "c.parquet"], objective=jsd)) == (
-        "JSD, TopK, OffPolicy on a.jsonl + c.parquet (b)"
-    )
+    assert label("run_0", "prompts/train") == "ForwardKL, TopK, OffPolicy on train (run_0)"
+    assert label("b", ["x/a.jsonl", "c.parquet"], objective=jsd) == ("JSD, TopK, OffPolicy on a.jsonl + c.parquet (b)")
 
 
 def test_the_kl_of_a_truncated_teacher_is_marked_in_the_report():
     config = {"model": {"init_args": {"objective": None, "selector": None, "rollout": None}}}
     metrics = dict.fromkeys(("val/kl", "val/nll", "val/tar"), (np.array([0, 4]), np.array([3.0, 1.0])))
     whole = metrics | {"val/teacher_nll": metrics["val/nll"]}
-    assert summary("a", config, metrics)["KL, start → last"] == "≥ 3.000 → 1.000"
-    assert summary("a", config, whole)["KL, start → last"] == "3.000 → 1.000"
+    assert Run(Path(), "a", config, metrics).summary()["KL, start → last"] == "≥ 3.000 → 1.000"
+    assert Run(Path(), "a", config, whole).summary()["KL, start → last"] == "3.000 → 1.000"

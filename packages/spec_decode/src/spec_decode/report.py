@@ -10,17 +10,13 @@ from kd_common.run.early import answer_early
 if __name__ == "__main__":
     answer_early("spec_decode.report")  # before the imports below, which take seconds
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from kd_common.errors import UserError
 from kd_common.run.errors import run_command
-from kd_common.run.messages import CommandParser, check_folder
-from kd_common.run.report import Section, check_validated, read_config, read_metrics, run_names, write_report
-from kd_common.terminal import printable
+from kd_common.run.report import LoggedRun, Section, report_command
 from kd_common.text import Row, encode_each
 from spec_decode.data.corpus import prompt_rows
 from spec_decode.data.prompts import packaged_prompts, read_prompts
@@ -31,133 +27,122 @@ from spec_decode.decoding.session import Session, build_decoder, find_drafter, p
 from spec_decode.viz.figures import Passes, plot_acceptance, plot_time, plot_training, plot_trees
 
 
+class Run(LoggedRun):
+    """A finished run of a drafter."""
+
+    command = "spec_decode.fit"
+    validated = ("val/tau",)
+
+    def summary(self) -> dict[str, str]:
+        """Line of the first table."""
+        drafter = self.model["drafter"]
+        updates, taus = self.metrics["val/tau"]
+        return {
+            "run": self.name,
+            "drafter": drafter["name"],
+            "options": ", ".join(f"{key} {value}" for key, value in (drafter["options"] or {}).items()),
+            "updates": f"{updates[-1] + 1:.0f}",
+            "tau, validation": f"{taus[-1]:.2f}",
+        }
+
+
 def decode(
-    runs: Mapping[str, Path], prompts: Sequence[str | Row], *, tree: str | None, max_new_tokens: int
+    runs: Sequence[Run], prompts: Sequence[str | Row], *, tree: str | None, max_new_tokens: int
 ) -> tuple[dict[str, Measurement], dict[str, Passes], Any]:
     """What was measured while decoding prompts plainly and with every run's drafter, first passes, and the tokenizer.
 
     Args:
-        runs: Folders by name, all for one target.
+        runs: Runs for one target.
         prompts: Conversations, or texts of users.
-        tree: See `spec_decode.decoding.session.parse_tree`; None for 3 candidates in the first level and 2 in every
-            other one.
+        tree: See `sections`.
         max_new_tokens: Tokens per prompt.
     """
-    first, *_ = runs.values()
-    session = Session.open(str(first / "drafter_best"), None, dtype="auto", device="cpu", tree="chain")
+    session = Session.open(str(runs[0].folder / "drafter_best"), None, dtype="auto", device="cpu", tree="chain")
     decoders = {"plain decoding": SpeculativeDecoder(session.target)}
-    for name, run in runs.items():
-        drafter = find_drafter(str(run / "drafter_best"), session.target, session.tokenizer)
+    for run in runs:
+        drafter = find_drafter(str(run.folder / "drafter_best"), session.target, session.tokenizer)
         assert drafter is not None
         shape = parse_tree(tree) if tree else (3, *[2] * ((drafter.capabilities.max_depth or 1) - 1))
-        decoders[name] = build_decoder(session.target, drafter, shape)
+        decoders[run.name] = build_decoder(session.target, drafter, shape)
     encoded = encode_each(prompt_rows(prompts), session.encoder.prompt)
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop_tokens": session.stops}
     measured = measure(decoders, encoded, **settings)
     pictures = {}
-    for name in runs:
-        pictures[name] = Passes(4)
-        decoders[name].generate(encoded[:1], **settings, on_pass=pictures[name])
+    for run in runs:
+        pictures[run.name] = Passes(4)
+        decoders[run.name].generate(encoded[:1], **settings, on_pass=pictures[run.name])
     return measured, pictures, session.tokenizer
 
 
-def report(
-    runs: Sequence[Path],
-    output: Path,
+def sections(
+    runs: Sequence[Run],
     *,
     prompts: Path | None = None,
     count: int = 4,
     tree: str | None = None,
     max_new_tokens: int = 96,
-) -> Path:
-    """Write the report of some runs; returns the page.
+) -> list[Section]:
+    """Compare drafters for one target.
 
     Args:
-        runs: Folders that `fit` printed.
-        output: Folder of the page.
+        runs: Their runs.
         prompts: JSONL file of prompts; the last packaged ones, on which `fit` does not train by default, if None.
         count: Prompts that are decoded; 0 leaves decoding out.
-        tree: See `decode`.
+        tree: Tree to draft, as in ``spec_decode.generate``; by default 3 candidates in the first level and 2 in every
+            other one.
         max_new_tokens: Tokens per prompt.
 
     Raises:
-        UserError: If a folder holds no finished run.
-        UserError: If the runs have different targets, or one is of another command.
+        UserError: If the runs have different targets.
     """
     check_length(max_new_tokens)
     if count < 0:
         raise UserError(f"count must be >= 0, got {count}")
-    names = {name: run for run, name in run_names(runs).items()}
-    models = {name: read_config(run)["model"]["init_args"] for name, run in names.items()}
-    metrics = {name: read_metrics(run) for name, run in names.items()}
-    for name, run in names.items():
-        check_validated(run, metrics[name], "spec_decode.fit", "val/tau")
-    if len(targets := {model["target"]["name"] for model in models.values()}) > 1:
+    if len(targets := {run.model["target"]["name"] for run in runs}) > 1:
         raise UserError(f"these runs are for different targets ({', '.join(sorted(targets))}); report on them apart")
-    table = [
+    about = f"Target: {targets.pop()}. tau: tokens per target pass, accepted + 1."
+    progress = plot_training({run.name: run.metrics for run in runs})
+    found = [
+        Section("Runs", about, table=[run.summary() for run in runs]),
+        Section("Training", "Dark: the first level; light: the last.", progress),
+    ]
+    if not count:
+        return found
+    texts: Sequence[str | Row] = packaged_prompts()[::-1] if prompts is None else read_prompts(prompts)
+    return found + decoding_sections(runs, texts[:count], tree=tree, max_new_tokens=max_new_tokens)
+
+
+def decoding_sections(
+    runs: Sequence[Run], prompts: Sequence[str | Row], *, tree: str | None, max_new_tokens: int
+) -> list[Section]:
+    """What the drafters do on prompts."""
+    measured, pictures, tokenizer = decode(runs, prompts, tree=tree, max_new_tokens=max_new_tokens)
+    plain = measured["plain decoding"]
+    speeds = [
         {
-            "run": name,
-            "drafter": model["drafter"]["name"],
-            "options": ", ".join(f"{key} {value}" for key, value in (model["drafter"]["options"] or {}).items()),
-            "updates": f"{metrics[name]['val/tau'][0][-1] + 1:.0f}",
-            "tau, validation": f"{metrics[name]['val/tau'][1][-1]:.2f}",
+            "decoder": name,
+            "tokens/s": f"{found.tokens_per_second:.1f}",
+            "over plain decoding": f"{gain:.2f}x" if (gain := found.speedup_over(plain)) else "",
+            "tau": f"{found.tau:.2f}",
         }
-        for name, model in models.items()
+        for name, found in measured.items()
     ]
-    sections = [
-        Section("Runs", f"Target: {targets.pop()}. tau: tokens per target pass, accepted + 1.", table=table),
-        Section("Training", "Dark: the first level; light: the last.", plot_training(metrics)),
+    about = f"{len(prompts)} prompts, greedy, up to {max_new_tokens} tokens each, tree {tree or '3,2,...'}."
+    passes = "The first passes of the first prompt: what was drafted, and in green what the target accepted."
+    return [
+        Section("Acceptance while decoding", about, plot_acceptance(measured)),
+        Section("Where the time goes", about, plot_time(measured), speeds),
+        *(
+            Section(f"Draft trees of {name}", passes, plot_trees(found.kept, tokenizer))
+            for name, found in pictures.items()
+            if found.kept
+        ),
     ]
-    if count:
-        texts: Sequence[str | Row] = packaged_prompts()[::-1] if prompts is None else read_prompts(prompts)
-        texts = texts[:count]
-        measured, pictures, tokenizer = decode(names, texts, tree=tree, max_new_tokens=max_new_tokens)
-        plain = measured["plain decoding"]
-        speeds = [
-            {
-                "decoder": name,
-                "tokens/s": f"{found.tokens_per_second:.1f}",
-                "over plain decoding": f"{gain:.2f}x" if (gain := found.speedup_over(plain)) else "",
-                "tau": f"{found.tau:.2f}",
-            }
-            for name, found in measured.items()
-        ]
-        about = f"{len(texts)} prompts, greedy, up to {max_new_tokens} tokens each, tree {tree or '3,2,...'}."
-        sections += [
-            Section("Acceptance while decoding", about, plot_acceptance(measured)),
-            Section("Where the time goes", about, plot_time(measured), speeds),
-        ]
-        for name, passes in pictures.items():
-            if passes.kept:
-                text = "The first passes of the first prompt: what was drafted, and in green what the target accepted."
-                sections.append(Section(f"Draft trees of {name}", text, plot_trees(passes.kept, tokenizer)))
-    return write_report(output, "Drafting with " + ", ".join(names), sections)
 
 
 def main(args: list[str] | None = None) -> Path:
-    """Parse the command line, write the report and say where it is."""
-    parser = CommandParser(prog="python -m spec_decode.report", description=__doc__, allow_abbrev=False)
-    parser.example = "runs/smollm2/run_0"
-    parser.add_argument("runs", nargs="+", type=Path, help="Folders of runs.")
-    parser.add_argument("--output", type=Path, default=Path("runs/report/spec_decode"), help="Folder of the page.")
-    parser.add_argument("--prompts", type=Path | None, default=None, help="JSONL file; packaged prompts by default.")
-    parser.add_argument("--count", type=int, default=4, help="Prompts that are decoded; 0 for none.")
-    parser.add_argument(
-        "--tree", type=str | None, default=None, help="Tree to draft, as in spec_decode.generate; by default 3,2,2,..."
-    )
-    parser.add_argument("--max_new_tokens", type=int, default=96, help="Tokens per prompt.")
-    settings = parser.parse_args(args)
-    check_folder("--output", settings.output)
-    page = report(
-        settings.runs,
-        settings.output,
-        prompts=settings.prompts,
-        count=settings.count,
-        tree=settings.tree,
-        max_new_tokens=settings.max_new_tokens,
-    )
-    Console().print(printable(f"written to {page}"), markup=False, soft_wrap=True, highlight=False)
-    return page
+    """Write the report that a command line asks for."""
+    return report_command(Run, sections, package="spec_decode", description=__doc__, args=args)
 
 
 if __name__ == "__main__":

@@ -11,20 +11,17 @@ if __name__ == "__main__":
     answer_early("vision_kd.report")  # before the imports below, which take seconds
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 from tqdm import tqdm
 
 from kd_common.errors import UserError
 from kd_common.run.errors import run_command
-from kd_common.run.messages import CommandParser, check_folder
-from kd_common.run.report import Section, Series, check_validated, read_config, read_metrics, run_names, write_report
-from kd_common.terminal import printable
+from kd_common.run.report import LoggedRun, Section, report_command
 from vision_kd.data import ImageDataModule
 from vision_kd.data.base import MissingDataError
 from vision_kd.fit import VisionCLI, build
@@ -45,35 +42,17 @@ from vision_kd.viz.runs import (
 )
 
 
-@dataclass
-class Run:
-    """A finished run.
+class Run(LoggedRun):
+    """A finished run of a student."""
 
-    Args:
-        folder: What `fit` printed.
-        name: Name in the report.
-        metrics: Everything it logged.
-        cli: Its model and data, built anew.
-    """
+    command = "vision_kd.fit"
+    validated = ("val/top1", "val/AP")
 
-    folder: Path
-    name: str
-    metrics: dict[str, Series]
-    cli: VisionCLI
-
-    @classmethod
-    def open(cls, folder: Path, name: str) -> "Run":
-        """Read a run and rebuild its model and data; nothing is trained or written.
-
-        Raises:
-            UserError: If the folder holds no run, or one that logged nothing.
-            UserError: If it is a run of another command, or was stopped before its first validation.
-        """
-        read_config(folder)
-        metrics = read_metrics(folder)
-        check_validated(folder, metrics, "vision_kd.fit", "val/top1", "val/AP")
-        settings = [f"--config={folder / 'config.yaml'}", "--trainer.fast_dev_run=1", "--trainer.accelerator=cpu"]
-        return cls(folder, name, metrics, build([*settings, "--baseline=null", "--ckpt_path=null"]))
+    @cached_property
+    def cli(self) -> VisionCLI:
+        """Its model and data, built anew; nothing is trained or written."""
+        settings = [f"--config={self.folder / 'config.yaml'}", "--trainer.fast_dev_run=1", "--trainer.accelerator=cpu"]
+        return build([*settings, "--baseline=null", "--ckpt_path=null"])
 
     @property
     def classifies(self) -> bool:
@@ -237,55 +216,32 @@ def _landscapes(
     )
 
 
-def report(
-    runs: Sequence[Path], output: Path, *, resolution: int = 13, extent: float = 0.6, samples: int = 500
-) -> Path:
-    """Write the report of some runs; returns the page.
+def sections(runs: Sequence[Run], *, resolution: int = 13, extent: float = 0.6, samples: int = 500) -> list[Section]:
+    """Compare students.
 
     Args:
-        runs: Folders that `fit` printed, the reference first.
-        output: Folder of the page.
+        runs: Their runs, the reference first.
         resolution: Points per direction of the loss landscapes; 0 leaves them out.
         extent: How far they reach, in lengths of the filters.
         samples: Validation images they are computed on.
 
     Raises:
-        UserError: If a folder holds no finished run.
         UserError: If classifiers and detectors, or runs on different data, are to be compared.
     """
-    names = run_names(runs)
-    opened = [Run.open(run, names[run]) for run in runs]
     kinds: dict[tuple[Any, ...], str] = {
-        (type(run.cli.model).__name__, tuple(run.cli.datamodule.class_names)): run.name for run in opened
+        (type(run.cli.model).__name__, tuple(run.cli.datamodule.class_names)): run.name for run in runs
     }
     if len(kinds) > 1:
         raise UserError(f"{' and '.join(kinds.values())} have other tasks or classes; report on them one by one")
-    sections = log_sections(opened)
-    if opened[0].classifies:
-        sections += student_sections(opened, resolution=resolution, extent=extent, samples=samples)
-    return write_report(output, "Distillation of " + ", ".join(run.name for run in opened), sections)
+    found = log_sections(runs)
+    if runs[0].classifies:
+        found += student_sections(runs, resolution=resolution, extent=extent, samples=samples)
+    return found
 
 
 def main(args: list[str] | None = None) -> Path:
-    """Parse the command line, write the report and say where it is."""
-    parser = CommandParser(prog="python -m vision_kd.report", description=__doc__, allow_abbrev=False)
-    parser.example = "runs/digits/run_0"
-    parser.add_argument("runs", nargs="+", type=Path, help="Folders of runs, the reference first.")
-    parser.add_argument("--output", type=Path, default=Path("runs/report/vision_kd"), help="Folder of the page.")
-    parser.add_argument("--resolution", type=int, default=13, help="Points per direction of the loss landscapes.")
-    parser.add_argument("--extent", type=float, default=0.6, help="How far they reach, in lengths of the filters.")
-    parser.add_argument("--samples", type=int, default=500, help="Validation images they are computed on.")
-    settings = parser.parse_args(args)
-    check_folder("--output", settings.output)
-    page = report(
-        settings.runs,
-        settings.output,
-        resolution=settings.resolution,
-        extent=settings.extent,
-        samples=settings.samples,
-    )
-    Console().print(printable(f"written to {page}"), markup=False, soft_wrap=True, highlight=False)
-    return page
+    """Write the report that a command line asks for."""
+    return report_command(Run, sections, package="vision_kd", description=__doc__, args=args)
 
 
 if __name__ == "__main__":

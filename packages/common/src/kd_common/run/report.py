@@ -7,10 +7,10 @@ import base64
 import csv
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 import yaml
@@ -20,9 +20,12 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
+from rich.console import Console
 
 from kd_common.errors import UserError
 from kd_common.files import write_atomically
+from kd_common.run.messages import CommandParser, check_folder
+from kd_common.terminal import printable
 
 Series = tuple[np.ndarray, np.ndarray]
 """Updates and the values logged at them."""
@@ -110,6 +113,89 @@ def log_scale(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
+@dataclass(frozen=True)
+class LoggedRun:
+    """A finished run as its folder describes it.
+
+    Attributes:
+        command: The command that makes such runs.
+        validated: Metrics of which its validation logs one.
+
+    Args:
+        folder: What `fit` printed.
+        name: Name in the report.
+        config: Its settings.
+        metrics: Everything it logged.
+    """
+
+    command: ClassVar[str]
+    validated: ClassVar[tuple[str, ...]]
+    folder: Path
+    name: str
+    config: dict[str, Any]
+    metrics: dict[str, Series]
+
+    @classmethod
+    def open(cls, folder: Path, name: str) -> Self:
+        """Read a run.
+
+        Raises:
+            UserError: If the folder holds no run, or one of another command, or one that was stopped early.
+        """
+        config, metrics = read_config(folder), read_metrics(folder)
+        if not metrics.keys() & {*cls.validated}:
+            raise UserError(
+                f"{folder} is no run of {cls.command} that can be reported on: it logged no "
+                f"{' or '.join(cls.validated)}. Another command made it, or it was stopped before its first validation"
+            )
+        return cls(folder, name, config, metrics)
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """Settings of the model."""
+        return self.config["model"]["init_args"]
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """Settings of the data."""
+        return self.config["data"]["init_args"]
+
+
+R = TypeVar("R", bound=LoggedRun)
+
+
+def report_command(
+    record: type[R],
+    sections: Callable[..., list[Section]],
+    *,
+    package: str,
+    description: str | None,
+    args: list[str] | None = None,
+) -> Path:
+    """The ``report`` command of a package: parse, read the runs, write the page and say where it is.
+
+    Args:
+        record: The runs that can be reported on.
+        sections: Called with the runs and the options, which its keyword arguments define; returns the page's parts.
+        package: Name of the package.
+        description: Shown by ``--help``.
+        args: Command line; None for ``sys.argv``.
+    """
+    parser = CommandParser(prog=f"python -m {package}.report", description=description, allow_abbrev=False)
+    parser.example = "runs/NAME/run_0"
+    parser.add_argument("runs", nargs="+", type=Path, help="Folders that `fit` printed, the reference first.")
+    parser.add_argument("--output", type=Path, default=Path("runs/report") / package, help="Folder of the page.")
+    parser.add_function_arguments(sections, as_positional=False, skip={"runs"})
+    settings = parser.parse_args(args)
+    folders, output = settings.pop("runs"), settings.pop("output")
+    check_folder("--output", output)
+    runs = [record.open(folder, name) for folder, name in run_names(folders).items()]
+    title = f"{package}: {', '.join(run.name for run in runs)}"
+    page = write_report(output, title, sections(runs, **settings))
+    Console().print(printable(f"written to {page}"), markup=False, soft_wrap=True, highlight=False)
+    return page
+
+
 def read_config(run: Path) -> dict[str, Any]:
     """The resolved configuration of a run.
 
@@ -161,25 +247,6 @@ def read_metrics(run: Path) -> dict[str, Series]:
         name: (np.array(sorted(values)), np.array([values[step] for step in sorted(values)]))
         for name, values in found.items()
     }
-
-
-def check_validated(run: Path, metrics: Mapping[str, Series], command: str, *any_of: str) -> None:
-    """Refuse a run of another command, or one that was stopped before it had validated.
-
-    Args:
-        run: Folder of the run.
-        metrics: What it logged.
-        command: The command whose runs can be reported on.
-        any_of: Metrics of which its validation logs one.
-
-    Raises:
-        ValueError: If it logged none of them.
-    """
-    if not metrics.keys() & {*any_of}:
-        raise UserError(
-            f"{run} is no run of {command} that can be reported on: it logged no {' or '.join(any_of)}. Another "
-            "command made it, or it was stopped before its first validation"
-        )
 
 
 def run_names(runs: Sequence[Path]) -> dict[Path, str]:
