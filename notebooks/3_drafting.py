@@ -407,13 +407,14 @@ for kind in PROMPTS:
 # `spec_decode.fit` on the command line is `build(arguments)` and `run(...)` here: the target answers prompts, its
 # states are stored, a FastEagle cascade learns to say them in advance. So little training drafts nothing useful yet,
 # and `SpeculativeDecoder.tuned` finds that out; the command's defaults take minutes, a good drafter takes hours
-# ([docs/results_spec.md](../docs/results_spec.md)). Try more prompts, or `medusa`.
+# ([docs/results_spec.md](../docs/results_spec.md)). Try more prompts, or `Medusa`.
 
 # %%
 cli = build(
     [
         "--model.target.dtype=float32",
-        "--model.drafter={name: fast_eagle, options: {depth: 2, draft_vocab: 512}}",
+        "--model.drafter.depth=2",
+        "--model.drafter.draft_vocab=512",
         "--data.limit=36",
         "--data.val_prompts=4",
         "--data.writing.max_new_tokens=24",

@@ -83,7 +83,7 @@ def digests() -> dict[str, str]:
             python("-m", module, *arguments, *QUIET, f"--run_dir={run}")
             found[name] = digest_of_weights(run)
             print(name, found[name], flush=True)
-        drafters = {name: f"{folder}/drafter_{name}/drafter_last" for name in DRAFTERS} | {"lookup": "prompt_lookup"}
+        drafters = {name: f"{folder}/drafter_{name}/drafter_last" for name in DRAFTERS} | {"lookup": "PromptLookup"}
         for name, drafter in drafters.items():
             # Prompt lookup has one candidate a level and draws none.
             plain = {"tree": "chain", "rejection": False}

@@ -211,7 +211,7 @@ STAND_IN = {
         "--trainer.accelerator=cpu",
         "--model.target.name=TINY",
         "--model.target.dtype=float32",
-        "--model.drafter.options.draft_vocab=90",
+        "--model.drafter.draft_vocab=90",
     ],
 }
 
@@ -313,7 +313,9 @@ SMALL = {
         *ONE_EPOCH,
         "--model.target.name=TINY",
         "--model.target.dtype=float32",
-        '--model.drafter={"name": "fast_eagle", "options": {"depth": 2}}',
+        "--model.drafter=FastEagle",
+        "--model.drafter.depth=2",
+        "--model.drafter.draft_vocab=null",
         "--data.limit=10",
         "--data.val_prompts=2",
         "--data.writing.max_new_tokens=12",

@@ -18,7 +18,8 @@ from kd_common.run.checkpoints import AtomicCheckpointIO
 from llm_kd.evaluate import main as evaluate_language
 from llm_kd.teacher import CacheError, CacheHeader, CacheWriter, TeacherCache
 from spec_decode.decoding.session import find_drafter
-from spec_decode.drafters.files import WEIGHTS, DrafterSpec, load_drafter, save_drafter
+from spec_decode.drafters import FastEagle, load_drafter, save_drafter
+from spec_decode.drafters.files import WEIGHTS
 from spec_decode.models import CausalLM
 from vision_kd.data import Digits
 from vision_kd.detection import build_detector, load_detector
@@ -171,8 +172,8 @@ def test_safetensors_that_are_a_pickle(kind, arm, tmp_path, target):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("checksum", [True, False])
 def test_a_drafter(checksum, kind, arm, tmp_path, target):
-    runner, spec = CausalLM.from_transformers(load_causal_lm(str(target))), DrafterSpec("fast_eagle", {"depth": 1})
-    save_drafter(spec.build(runner), spec, tmp_path / "drafter", {})
+    runner = CausalLM.from_transformers(load_causal_lm(str(target)))
+    save_drafter(FastEagle(depth=1).bind(runner), tmp_path / "drafter", {})
     path = arm(tmp_path / "drafter" / WEIGHTS, kind)
     if not checksum:  # whoever armed it corrected that
         config = tmp_path / "drafter/drafter.json"

@@ -33,7 +33,8 @@ from spec_decode.benchmark import checksum, read_results
 from spec_decode.data.corpus import Writing, encode_prompts, write_corpus
 from spec_decode.data.features import DATA, PROGRESS, FeatureStore
 from spec_decode.data.prompts import read_prompts
-from spec_decode.drafters.files import CONFIG, WEIGHTS, DrafterSpec, load_drafter, save_drafter
+from spec_decode.drafters import FastEagle, load_drafter, save_drafter
+from spec_decode.drafters.files import CONFIG, WEIGHTS
 from spec_decode.models import CausalLM
 from vision_kd.data.fashion_mnist import read_idx
 from vision_kd.data.image_folder import read_rgb
@@ -196,8 +197,7 @@ def prompts(tmp_path, target):
 def drafter_file(name):
     def make(tmp_path, target):
         runner = CausalLM.from_transformers(load_causal_lm(str(target)))
-        spec = DrafterSpec("fast_eagle", {"depth": 1})
-        save_drafter(spec.build(runner), spec, tmp_path, {"target": str(target)})
+        save_drafter(FastEagle(depth=1).bind(runner), tmp_path, {"target": str(target)})
 
         def load():
             drafter = load_drafter(tmp_path, runner)

@@ -19,7 +19,7 @@ from llm_kd.selection.acceptance import TruncatedDistribution
 from llm_kd.teacher import CacheHeader, CacheWriter, TeacherCache
 from spec_decode.data.corpus import Writing, write_corpus
 from spec_decode.data.features import FeatureStore
-from spec_decode.drafters.files import DrafterSpec, save_drafter
+from spec_decode.drafters import Eagle3, save_drafter
 from spec_decode.export import export as export_drafter
 from spec_decode.models import CausalLM
 from vision_kd.detection.evaluation import write_results
@@ -53,10 +53,10 @@ def language_student(folder, target):
 
 
 def drafter(folder, target):
-    runner, spec = CausalLM.from_transformers(load_causal_lm(str(target))), DrafterSpec("eagle3", {})
+    runner = CausalLM.from_transformers(load_causal_lm(str(target)))
 
     def write():
-        save_drafter(spec.build(runner), spec, folder / "drafter", {"target": str(target)})
+        save_drafter(Eagle3().bind(runner), folder / "drafter", {"target": str(target)})
 
     return write
 
@@ -67,8 +67,8 @@ def exported_drafter(folder, target):
     config = load_config(str(target))
     config.num_hidden_layers = 7  # engines read three different layers
     AutoModelForCausalLM.from_config(config).save_pretrained(deep)
-    runner, spec = CausalLM.from_transformers(load_causal_lm(str(deep))), DrafterSpec("eagle3", {})
-    save_drafter(spec.build(runner), spec, source, {"target": str(deep)})
+    runner = CausalLM.from_transformers(load_causal_lm(str(deep)))
+    save_drafter(Eagle3().bind(runner), source, {"target": str(deep)})
     return lambda: export_drafter(str(source), str(folder))
 
 

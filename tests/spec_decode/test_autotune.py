@@ -9,17 +9,18 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from spec_decode import drafters
 from spec_decode.decoding import autotune as module
 from spec_decode.decoding.autotune import autotune, measure_drafts, measure_passes
 from spec_decode.decoding.decoder import SpeculativeDecoder
 from spec_decode.decoding.speed_monitor import SpeedMonitor
-from spec_decode.drafters import DrafterSpec, PromptLookup, WithLookup
+from spec_decode.drafters import FastEagle, PromptLookup, WithLookup
 from spec_decode.models import CausalLM
 
 
 @pytest.fixture
 def drafter(tiny):
-    return DrafterSpec("fast_eagle", {"depth": 3}).build(tiny.target).eval().requires_grad_(False)
+    return FastEagle(depth=3).bind(tiny.target).eval().requires_grad_(False)
 
 
 def test_measurements(tiny, drafter):
@@ -239,7 +240,7 @@ def test_a_generation_does_not_trust_what_plain_passes_took_in_an_earlier_one():
 
 
 def test_the_guard_of_a_batch_counts_tokens_per_unfinished_row(tiny, monkeypatch):
-    drafter = DrafterSpec("fast_eagle", {"depth": 3}).build(tiny.target).eval().requires_grad_(False)
+    drafter = FastEagle(depth=3).bind(tiny.target).eval().requires_grad_(False)
     decoder = SpeculativeDecoder(tiny.target, drafter, tree=(2, 2, 2))
     decoder.monitors, counted = defaultdict(SpeedMonitor), []
     monkeypatch.setattr(SpeedMonitor, "drafted", lambda self, tokens, seconds: counted.append(tokens))
@@ -261,11 +262,11 @@ class Pausing(SpeedMonitor):
         return self._passes % 4 == 0
 
 
-@pytest.mark.parametrize("name", ["fast_eagle", "eagle3", "medusa", "draft_model"])
+@pytest.mark.parametrize("name", ["FastEagle", "Eagle3", "Medusa", "DraftModel"])
 @pytest.mark.parametrize("prompts", [[[1, 2, 3]], [[1, 2, 3], [4, 5, 6, 7, 8, 9]]])
 def test_a_draft_after_a_pause_has_read_what_it_missed(tiny, monkeypatch, name, prompts):
     """It proposes what a generation proposes that starts at this place, whose prompt is all that came before."""
-    drafter = DrafterSpec(name, {"depth": 3}).build(tiny.target).eval().requires_grad_(False)
+    drafter = getattr(drafters, name)(depth=3).bind(tiny.target).eval().requires_grad_(False)
     decoder = SpeculativeDecoder(tiny.target, drafter, tree=(2, 2, 2))
     propose, drafts = drafter.propose, []
 
@@ -296,10 +297,10 @@ class DraftsLate(SpeedMonitor):
         return self._passes == 5 or self._passes > 30
 
 
-@pytest.mark.parametrize("name", ["fast_eagle", "eagle3", "draft_model"])
+@pytest.mark.parametrize("name", ["FastEagle", "Eagle3", "DraftModel"])
 def test_what_one_row_missed_fits_behind_another_that_is_full(tiny, name):
     """The short row has much to read when the long one, finished, fills the context."""
-    drafter = DrafterSpec(name, {"depth": 2}).build(tiny.target).eval().requires_grad_(False)
+    drafter = getattr(drafters, name)(depth=2).bind(tiny.target).eval().requires_grad_(False)
     decoder = SpeculativeDecoder(tiny.target, drafter, tree=(1,))
     decoder.monitors = defaultdict(DraftsLate)
     prompts = [[5] * 60, [1, 2, 3]]

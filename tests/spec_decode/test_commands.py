@@ -23,7 +23,7 @@ from spec_decode.decoding.measure import first_divergence, margin
 from spec_decode.decoding.peers import transformers_peers
 from spec_decode.decoding.sampling import Sampling, row_seeds
 from spec_decode.decoding.session import Session, TextStream, find_drafter, parse_tree
-from spec_decode.drafters import DrafterSpec, DynamicTree, PromptLookup, WithLookup, save_drafter
+from spec_decode.drafters import DynamicTree, FastEagle, PromptLookup, WithLookup, save_drafter
 from spec_decode.generate import GREEN, generate
 from spec_decode.models.target import TargetSpec
 from spec_decode.viz.tables import print_tables
@@ -33,10 +33,9 @@ from spec_decode.viz.tables import print_tables
 def drafter(standin, tmp_path):
     """Folder of a FastEagle drafter with a measured acceptance."""
     target = TargetSpec(str(standin), "float32").load()
-    spec = DrafterSpec("fast_eagle", {"depth": 2})
-    made = spec.build(target)
+    made = FastEagle(depth=2).bind(target)
     made.acceptance = [[0.1, 0.1], [0.1, 0.1]]
-    save_drafter(made, spec, tmp_path / "drafter", {"target": str(standin)})
+    save_drafter(made, tmp_path / "drafter", {"target": str(standin)})
     return str(tmp_path / "drafter")
 
 
@@ -44,7 +43,7 @@ def test_generate_streams_the_plain_text(standin, drafter, capsys):
     shared = {"prompt": "Hello", "max_new_tokens": 20, "dtype": "float32", "target": str(standin)}
     plain = generate(drafter="none", **shared)
     printed = capsys.readouterr().out
-    trees = [(drafter, "chain"), (drafter, "2,1"), (drafter, "auto"), ("prompt_lookup", "1,1,1")]
+    trees = [(drafter, "chain"), (drafter, "2,1"), (drafter, "auto"), ("PromptLookup", "1,1,1")]
     for name, tree in [*trees, (f"{drafter}+lookup", "2,1")]:
         out = generate(drafter=name, tree=tree, **shared)
         assert torch.equal(out.sequences, plain.sequences)
@@ -55,7 +54,7 @@ def test_generate_streams_the_plain_text(standin, drafter, capsys):
         generate(drafter=name, **(shared | {"target": None}))
 
 
-@pytest.mark.parametrize("drafter", ["none", "prompt_lookup"])
+@pytest.mark.parametrize("drafter", ["none", "PromptLookup"])
 def test_a_session_stops_where_transformers_does(standin, tmp_path, drafter):
     """The end that only generation_config.json names."""
     folder = shutil.copytree(standin, tmp_path / "target")
@@ -80,14 +79,14 @@ def test_an_empty_prompt_is_refused():
 
 def test_drafted_tokens_can_be_coloured(standin, capsys):
     generate(
-        "aaaaaaaaaaaa", drafter="prompt_lookup", target=str(standin), max_new_tokens=60, dtype="float32", color=True
+        "aaaaaaaaaaaa", drafter="PromptLookup", target=str(standin), max_new_tokens=60, dtype="float32", color=True
     )
     printed = capsys.readouterr().out
     assert ("tau 1.00" in printed) == (GREEN not in printed)
 
 
 def test_chat_remembers_and_refuses_what_does_not_fit(standin):
-    session = Session.open("prompt_lookup", str(standin), dtype="float32", device="cpu", tree="chain")
+    session = Session.open("PromptLookup", str(standin), dtype="float32", device="cpu", tree="chain")
     said, out = iter(["hi", "", "again", "/new", "x" * 3000, "fresh", "/exit"]), io.StringIO()
     settings = {"max_new_tokens": 5, "temperature": 0.0, "top_p": 1.0, "seed": 0, "color": False}
     messages = talk(session, read=lambda prompt: next(said), out=out, **settings)
@@ -103,7 +102,7 @@ def test_chat_remembers_and_refuses_what_does_not_fit(standin):
 
 def chatting(standin, said, monkeypatch=None, stop_at=None):
     """A conversation with a model that is stopped by Ctrl-C at a token of its first answer, and what was printed."""
-    session = Session.open("prompt_lookup", str(standin), dtype="float32", device="cpu", tree="chain")
+    session = Session.open("PromptLookup", str(standin), dtype="float32", device="cpu", tree="chain")
     push, count, said, out = TextStream.push, itertools.count(), iter([*said, "/exit"]), io.StringIO()
 
     def pushed(self, token):
@@ -203,17 +202,17 @@ def test_other_trees_are_refused(text):
 
 def test_drafters_on_the_command_line(tiny, tmp_path):
     assert find_drafter("none", tiny.target) is None
-    assert isinstance(find_drafter("prompt_lookup", tiny.target), PromptLookup)
-    assert isinstance(find_drafter("prompt_lookup+lookup", tiny.target), WithLookup)
+    assert isinstance(find_drafter("PromptLookup", tiny.target), PromptLookup)
+    assert isinstance(find_drafter("PromptLookup+lookup", tiny.target), WithLookup)
     with pytest.raises(ValueError, match="no tree to add a branch to"):
         find_drafter("none+lookup", tiny.target)
     with pytest.raises(ValueError, match="has to be trained"):
-        find_drafter("fast_eagle", tiny.target)
+        find_drafter("FastEagle", tiny.target)
     with pytest.raises(ValueError, match="holds no drafter"):
         find_drafter(str(tmp_path), tiny.target)
 
 
-@pytest.mark.parametrize("name", ["none+lookup", "fast_eagle+lookup", "nowhere", "nowhere+lookup"])
+@pytest.mark.parametrize("name", ["none+lookup", "FastEagle+lookup", "nowhere", "nowhere+lookup"])
 def test_a_drafter_that_is_not_there_is_refused_before_the_target_is_loaded(name, monkeypatch):
     def load(self):
         raise AssertionError("loaded")
@@ -223,7 +222,7 @@ def test_a_drafter_that_is_not_there_is_refused_before_the_target_is_loaded(name
     with pytest.raises(ValueError, match=reason):
         Session.open(name, None, dtype="auto", device="cpu", tree="chain")
     with pytest.raises(ValueError, match=reason):
-        benchmark(["prompt_lookup", name])
+        benchmark(["PromptLookup", name])
 
 
 @pytest.mark.parametrize(
@@ -266,7 +265,7 @@ def test_a_benchmark_refuses_settings_before_anything_is_loaded(extra, message, 
     Path("file").touch()
     monkeypatch.setattr(TargetSpec, "load", None)
     with pytest.raises(ValueError, match=message):
-        benchmark(["prompt_lookup"], **extra)
+        benchmark(["PromptLookup"], **extra)
 
 
 def test_the_folder_around_a_drafter_names_it(drafter, tmp_path):
@@ -362,7 +361,7 @@ def test_a_digest_of_a_drafters_content_tells_drafters_apart(drafter, tmp_path):
     assert before != content_digest(tmp_path / "drafter")
     (tmp_path / "drafter/pytorch_model.bin").unlink()
     assert before == content_digest(tmp_path / "drafter")
-    assert content_digest(tmp_path / "nowhere") == content_digest(Path("prompt_lookup")) == ""
+    assert content_digest(tmp_path / "nowhere") == content_digest(Path("PromptLookup")) == ""
     weights = tmp_path / "drafter/drafter.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
@@ -396,7 +395,7 @@ def test_benchmark_measures_and_keeps_finished_blocks(standin, drafter, tmp_path
     prompts = tmp_path / "p.jsonl"
     prompts.write_text('{"prompt": "abc abc abc"}\n{"prompt": "one"}\n')
     settings = {
-        "drafters": [drafter, "prompt_lookup@auto", str(standin)],
+        "drafters": [drafter, "PromptLookup@auto", str(standin)],
         "assistant": str(standin),
         "target": str(standin),
         "prompts": {"mine": str(prompts)},
@@ -406,7 +405,7 @@ def test_benchmark_measures_and_keeps_finished_blocks(standin, drafter, tmp_path
         "output": str(tmp_path / "out"),
     }
     rows = benchmark(temperatures=[0.0], **settings)
-    assert [row["drafter"] for row in rows][:4] == ["plain", drafter, "prompt_lookup@auto", str(standin)]
+    assert [row["drafter"] for row in rows][:4] == ["plain", drafter, "PromptLookup@auto", str(standin)]
     assert {row["drafter"] for row in rows[4:]} == {
         "transformers",
         "transformers prompt lookup",

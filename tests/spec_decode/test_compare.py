@@ -46,21 +46,21 @@ def test_every_variant_of_a_packaged_comparison_is_built(file, standin, tmp_path
         names = [name if name.startswith("--") else f"--config={name}" for name in configs]
         model = build([*base, *names, *where, f"--run_dir={tmp_path}/run"]).model
         loss = [model.hparams[name] for name in ("level_decay", "acceptance_weight", "feature_weight")]
-        found.add((str(model.drafter), *loss, str(model.drafter_spec)))
+        found.add((str(model.drafter), *loss, str(model.drafter.settings)))
     assert len(found) == len(comparison["variants"])  # no variant is another one again
 
 
 def test_real_runs(fit_args, tmp_path):
     variants = {
-        "stem": ['--model.drafter.options={"depth": 2, "stem": 1}'],
-        "none": ['--model.drafter.options={"depth": 3}'],
+        "stem": ["--model.drafter.depth=2", "--model.drafter.stem=1"],
+        "none": [],
     }
     arguments = [
         '--base=["default"]',
         f"--variants={json.dumps(variants)}",
         f"--output={tmp_path / 'out'}",
         "--seeds=[0]",
-        f"--overrides={json.dumps([a for a in fit_args if not a.startswith(('--run_dir', '--model.drafter'))])}",
+        f"--overrides={json.dumps([a for a in fit_args if not a.startswith(('--run_dir', '--model.drafter.depth'))])}",
     ]
     found = main(arguments)
     assert [len(run.last["acceptance"]) for run in found] == [2, 3]

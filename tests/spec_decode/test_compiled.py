@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spec_decode.decoding.decoder import SpeculativeDecoder
-from spec_decode.drafters import DrafterSpec
+from spec_decode.drafters import FastEagle
 from spec_decode.models import CausalLM
 
 
@@ -15,7 +15,7 @@ from spec_decode.models import CausalLM
 def test_compiled_passes_decode_the_same_text(tiny):
     """Prefill, trees across a block of cache slots."""
     target = CausalLM.from_transformers(tiny.make())
-    drafter = DrafterSpec("fast_eagle", {"depth": 3}).build(target).eval().requires_grad_(False)
+    drafter = FastEagle(depth=3).bind(target).eval().requires_grad_(False)
     decoder = SpeculativeDecoder(target, drafter, tree=(3, 2, 1), compile=True)
     settings = {"max_new_tokens": 70, "temperature": 1.0, "seed": 2}
     expected = SpeculativeDecoder(tiny.target).generate([[3, 1, 4]], **settings)

@@ -8,7 +8,7 @@ import torch
 from spec_decode.decoding.decoder import SpeculativeDecoder
 from spec_decode.decoding.sampling import Sampling, row_seeds
 from spec_decode.decoding.tree import DraftTree
-from spec_decode.drafters import DRAFTERS, Drafter, DrafterSpec, DynamicTree, PromptLookup, WithLookup
+from spec_decode.drafters import Drafter, DynamicTree, FastEagle, PromptLookup, WithLookup
 from spec_decode.drafters.prompt_lookup import NgramIndex
 
 PROMPTS = [[5, 7, 9, 5, 7], [1], [3, 8, 3, 8, 3, 8, 3, 8, 2, 2, 6]]
@@ -262,7 +262,7 @@ def test_bad_settings(tiny):
     for wrong in ([[1.5, 2.0]], [1, 2]):
         with pytest.raises(ValueError, match="must be lists of token ids"):
             decoder.generate(wrong)
-    drafter = DrafterSpec("fast_eagle", {"depth": 3, "draft_vocab": 9}).build(tiny.target)
+    drafter = FastEagle(depth=3, draft_vocab=9).bind(tiny.target)
     drafter.use_vocabulary(torch.arange(9))
     with pytest.raises(ValueError, match="has 9 candidates for a level, the tree asks for 10"):
         SpeculativeDecoder(tiny.target, drafter, tree=(2, 10))
@@ -296,7 +296,3 @@ def test_nan_logits_are_refused(tiny):
         model.model.norm.weight.fill_(torch.nan)
     with pytest.raises(ValueError, match="hold NaN"):
         SpeculativeDecoder(target).generate([[1, 2]], max_new_tokens=2)
-
-
-def test_registry_names():
-    assert "prompt_lookup" in DRAFTERS.names()

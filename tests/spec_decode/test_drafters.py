@@ -10,15 +10,18 @@ import torch
 from safetensors.torch import load_file, save
 from torch.nn import functional as F
 
+from kd_common.registry import subclasses
+from spec_decode import drafters
 from spec_decode.decoding import tree as tree_module
 from spec_decode.decoding.decoder import SpeculativeDecoder
 from spec_decode.decoding.sampling import Sampling, Stream, gumbel_noise, row_seeds
 from spec_decode.decoding.tree import DraftTree
 from spec_decode.decoding.verify import verify_matching
 from spec_decode.drafters import (
-    DRAFTERS,
-    DrafterSpec,
+    DraftModel,
     DynamicTree,
+    FastEagle,
+    Medusa,
     PromptLookup,
     WithLookup,
     load_drafter,
@@ -29,17 +32,18 @@ from spec_decode.drafters.draft_model import PretrainedDraft
 from spec_decode.drafters.dynamic import DynamicCandidates
 from spec_decode.drafters.eagle3 import TrainingTimeTest
 from spec_decode.drafters.files import frequent_tokens, holds_language_model
+from spec_decode.drafters.trainable import TrainableDrafter
 from spec_decode.models import CausalLM
 from spec_decode.models.causal_lm import States
 from spec_decode.models.layers import causal_attention
 
 PROMPTS = [[5, 7, 9, 5, 7], [1], [3, 8, 3, 8, 3, 8, 3, 8, 2, 2, 6]]
 OPTIONS = {
-    "fast_eagle": {"depth": 4},
-    "fast_eagle sequential": {"depth": 4, "sequential": True},
-    "eagle3": {"depth": 4},
-    "medusa": {"depth": 4},
-    "draft_model": {"depth": 4, "layers": 2},
+    "FastEagle": {"depth": 4},
+    "FastEagle sequential": {"depth": 4, "sequential": True},
+    "Eagle3": {"depth": 4},
+    "Medusa": {"depth": 4},
+    "DraftModel": {"depth": 4, "layers": 2},
 }
 GREEDY, HOT = Sampling(0.0), Sampling(1.0)
 SEED = 4
@@ -47,7 +51,7 @@ SEED = 4
 
 def make(target, name, noise=0.1, **options):
     torch.manual_seed(1)
-    drafter = DrafterSpec(name.split()[0], OPTIONS[name] | options).build(target).eval().requires_grad_(False)
+    drafter = getattr(drafters, name.split()[0])(**OPTIONS[name] | options).bind(target).eval().requires_grad_(False)
     if drafter.vocabulary is not None:
         drafter.use_vocabulary(torch.arange(0, target.vocab_size, 2)[: options["draft_vocab"]])
     for parameter in drafter.parameters():
@@ -67,9 +71,9 @@ def plain(tiny):
     return {law: decode(tiny.target, None, law).new_tokens for law in (GREEDY, HOT)}
 
 
-@pytest.mark.parametrize("name", [*OPTIONS, "prompt_lookup"])
+@pytest.mark.parametrize("name", [*OPTIONS, "PromptLookup"])
 def test_the_packages_own_trees_are_valid_and_not_checked_in_every_pass(tiny, name, monkeypatch):
-    lookup = name == "prompt_lookup"
+    lookup = name == "PromptLookup"
     drafter = PromptLookup() if lookup else make(tiny.target, name)
     ways = [{"tree": (1, 1) if lookup else (3, 2)}]
     if not lookup:
@@ -87,8 +91,11 @@ def test_the_packages_own_trees_are_valid_and_not_checked_in_every_pass(tiny, na
                 DraftTree(tree.tokens, tree.parents)
 
 
-def test_all_are_registered():
-    assert set(DRAFTERS.names()) == {*(name.split()[0] for name in OPTIONS), "prompt_lookup"}
+def test_every_trained_drafter_is_tested_here():
+    found = subclasses(TrainableDrafter)
+    assert {name for name, kind in found.items() if kind.__module__.startswith("spec_decode")} == {
+        name.split()[0] for name in OPTIONS
+    }
 
 
 @pytest.mark.parametrize("law", [GREEDY, HOT], ids=["greedy", "sampling"])
@@ -106,7 +113,7 @@ def test_coupling(tiny, plain, name, law):
 def test_dynamic_tree(tiny, plain, law):
     for shape in (DynamicTree(4, 3, 10), DynamicTree(3, 4, 4), DynamicTree(1, 2, 5)):
         for options in ({}, {"draft_vocab": 17}):
-            assert decode(tiny.target, make(tiny.target, "eagle3", **options), law, tree=shape).new_tokens == plain[law]
+            assert decode(tiny.target, make(tiny.target, "Eagle3", **options), law, tree=shape).new_tokens == plain[law]
 
 
 def test_pretrained_draft_model(tiny, plain):
@@ -149,9 +156,9 @@ def test_a_draft_model_whose_head_is_padded_otherwise(tiny, plain, rows):
 def test_a_drafter_of_another_target_is_refused_whatever_is_around_it(tiny, kind):
     other = CausalLM.from_transformers(tiny.make(8))
     drafter = {
-        "trained": lambda: make(other, "eagle3"),
+        "trained": lambda: make(other, "Eagle3"),
         "pretrained": lambda: PretrainedDraft(other, tiny.target),
-        "with lookup": lambda: WithLookup(make(other, "eagle3")),
+        "with lookup": lambda: WithLookup(make(other, "Eagle3")),
     }[kind]()
     with pytest.raises(ValueError, match="built for another target"):
         SpeculativeDecoder(tiny.target, drafter)
@@ -248,7 +255,7 @@ def test_committing_in_parts_drafts_the_same(tiny, name):
 def test_fast_eagle_caches_hold_committed_positions_only(tiny, monkeypatch):
     """At every draft of a whole generation: as many entries as committed positions, nothing ever written behind them,
     and the entries equal those of a fresh pass over the committed text."""
-    drafter, seen = make(tiny.target, "fast_eagle"), []
+    drafter, seen = make(tiny.target, "FastEagle"), []
     propose = drafter.propose
 
     def watched(state):
@@ -297,7 +304,7 @@ def test_dynamic_tree_is_the_best_of_all_considered_nodes(tiny, temperature):
 
     Above temperature 0 the target's noise at the position is known, so that it belongs to the law.
     """
-    drafter, shape = make(tiny.target, "eagle3", noise=0.3), DynamicTree(4, 3, 12)
+    drafter, shape = make(tiny.target, "Eagle3", noise=0.3), DynamicTree(4, 3, 12)
     text = torch.randint(40, (8,)).tolist()
 
     def log_probs(path):
@@ -469,7 +476,7 @@ def test_coupling_holds_under_pruning(tiny, plain, name, law):
 
 
 def test_an_unsure_drafter_decodes_plainly(tiny, plain):
-    out = decode(tiny.target, make(tiny.target, "eagle3"), GREEDY, tree=(2, 2, 2), min_confidence=0.999)
+    out = decode(tiny.target, make(tiny.target, "Eagle3"), GREEDY, tree=(2, 2, 2), min_confidence=0.999)
     assert out.new_tokens == plain[GREEDY]
     assert set(out.pass_sizes) == {1}
 
@@ -489,7 +496,7 @@ def test_autoregressive_drafting_stops_early(tiny, monkeypatch):
 
 
 def test_dynamic_tree_under_pruning(tiny, plain):
-    drafter = make(tiny.target, "eagle3", draft_vocab=17)
+    drafter = make(tiny.target, "Eagle3", draft_vocab=17)
     whole = decode(tiny.target, drafter, HOT, tree=DynamicTree(3, 4, 12))
     pruned = decode(tiny.target, drafter, HOT, tree=DynamicTree(3, 4, 12), min_confidence=0.08)
     assert pruned.new_tokens == whole.new_tokens == plain[HOT]
@@ -507,20 +514,20 @@ def test_dynamic_tree_under_pruning(tiny, plain):
 )
 def test_bad_confidence(tiny, settings, message):
     with pytest.raises(ValueError, match=message):
-        SpeculativeDecoder(tiny.target, make(tiny.target, "fast_eagle"), **settings)
+        SpeculativeDecoder(tiny.target, make(tiny.target, "FastEagle"), **settings)
 
 
 def test_lookup_has_no_confidence(tiny, plain):
     with pytest.raises(ValueError, match="the drafts of PromptLookup have no probabilities"):
         SpeculativeDecoder(tiny.target, PromptLookup(), min_confidence=0.1)
-    both = WithLookup(make(tiny.target, "fast_eagle"))
+    both = WithLookup(make(tiny.target, "FastEagle"))
     assert decode(tiny.target, both, GREEDY, tree=(2, 1), min_confidence=0.1).new_tokens == plain[GREEDY]
 
 
 def test_a_looked_up_branch_fills_the_slots_of_a_pass(tiny):
     """Passes are padded to 8 nodes anyway, so that the branch may be longer than the drafter's tree is deep."""
     cycle, sizes = [3, 8, 5, 9, 2, 6, 7, 4, 1, 12, 11], []
-    decoder = SpeculativeDecoder(tiny.target, WithLookup(make(tiny.target, "fast_eagle")), tree=(1, 1))
+    decoder = SpeculativeDecoder(tiny.target, WithLookup(make(tiny.target, "FastEagle")), tree=(1, 1))
     decoder.generate(
         [cycle * 3 + cycle[:4]],
         max_new_tokens=12,
@@ -534,7 +541,7 @@ def test_a_looked_up_branch_fills_the_slots_of_a_pass(tiny):
 
 
 def test_medusa_starts_from_the_targets_own_prediction(tiny):
-    drafter = DrafterSpec("medusa", {"depth": 2}).build(tiny.target)
+    drafter = Medusa(depth=2).bind(tiny.target)
     tokens = torch.randint(40, (1, 6))
     states = tiny.target(tokens)
     for level, x in enumerate(drafter.level_states(tokens, states)):
@@ -544,7 +551,7 @@ def test_medusa_starts_from_the_targets_own_prediction(tiny):
 def test_fast_eagle_starts_as_the_targets_last_layers(tiny):
     target = tiny.target
     tokens = torch.randint(40, (2, 9))
-    drafter = DrafterSpec("fast_eagle", {"depth": len(target.layers) - target.feature_layers[2]}).build(target)
+    drafter = FastEagle(depth=len(target.layers) - target.feature_layers[2]).bind(target)
     states = target(tokens)
     with torch.no_grad():
         drafter.join.weight[:, target.shape.hidden_size :].zero_()  # but for the next token
@@ -555,7 +562,7 @@ def test_fast_eagle_starts_as_the_targets_last_layers(tiny):
 
 def test_the_target_is_frozen_and_not_part_of_the_drafter(tiny):
     for name in OPTIONS:
-        drafter = DrafterSpec(name.split()[0], OPTIONS[name]).build(tiny.target)
+        drafter = getattr(drafters, name.split()[0])(**OPTIONS[name]).bind(tiny.target)
         assert not any("embed" in key or "target" in key for key in drafter.state_dict())
         tokens = torch.randint(40, (2, 9))
         levels = drafter.level_states(tokens, tiny.target(tokens))
@@ -568,7 +575,7 @@ def test_the_target_is_frozen_and_not_part_of_the_drafter(tiny):
 
 def test_reduced_vocabulary(tiny):
     assert frequent_tokens(torch.tensor([3, 0, 5, 3, 0]), 4).tolist() == [0, 1, 2, 3]
-    drafter = DrafterSpec("fast_eagle", {"draft_vocab": 3}).build(tiny.target)
+    drafter = FastEagle(draft_vocab=3).bind(tiny.target)
     with pytest.raises(RuntimeError, match="not chosen yet"):
         drafter.frozen_head()
     for ids in ([1, 2], [2, 1, 3], [1, 1, 2], [1, 2, 40], [-1, 2, 3]):
@@ -577,15 +584,14 @@ def test_reduced_vocabulary(tiny):
     drafter.use_vocabulary(torch.tensor([4, 9, 30]))
     assert torch.equal(drafter.frozen_head(), tiny.target.lm_head.weight[[4, 9, 30]])
     with pytest.raises(ValueError, match="set draft_vocab"):
-        DrafterSpec("fast_eagle").build(tiny.target).use_vocabulary(torch.tensor([1]))
+        FastEagle().bind(tiny.target).use_vocabulary(torch.tensor([1]))
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_saved_and_loaded(tiny, tmp_path, name):
-    spec = DrafterSpec(name.split()[0], OPTIONS[name] | {"draft_vocab": 17})
     drafter = make(tiny.target, name, draft_vocab=17)
     drafter.acceptance = [[0.5, 0.25]]
-    save_drafter(drafter, spec, tmp_path, {"target": "tiny"})
+    save_drafter(drafter, tmp_path, {"target": "tiny"})
     loaded = load_drafter(tmp_path, tiny.target)
     assert loaded.acceptance == [[0.5, 0.25]]
     for key, value in drafter.state_dict().items():
@@ -598,9 +604,9 @@ def test_saved_and_loaded(tiny, tmp_path, name):
     with pytest.raises(ValueError, match=r"trained for another target \(tiny, fingerprint"):
         load_drafter(tmp_path, other)
     config = json.loads((tmp_path / "drafter.json").read_text())
-    config["drafter"]["options"]["depth"] = 3
+    config["drafter"]["settings"]["depth"] = 3
     (tmp_path / "drafter.json").write_text(json.dumps(config))
-    if name in ("fast_eagle", "medusa"):  # the others have the same parameters at every depth
+    if name in ("FastEagle", "Medusa"):  # the others have the same parameters at every depth
         with pytest.raises(ValueError, match="does not fit"):
             load_drafter(tmp_path, tiny.target)
     (tmp_path / "drafter.json").unlink()
@@ -633,16 +639,14 @@ def rewritten(folder, change):
     ],
 )
 def test_a_drafter_is_never_loaded_in_part(tiny, tmp_path, name, value, message):
-    spec = DrafterSpec("fast_eagle", {"depth": 2})
-    save_drafter(make(tiny.target, "fast_eagle", depth=2), spec, tmp_path, {})
+    save_drafter(make(tiny.target, "FastEagle", depth=2), tmp_path, {})
     rewritten(tmp_path, lambda weights: {k: v for k, v in (weights | {name: value}).items() if v is not None})
     with pytest.raises(ValueError, match=rf"drafter\.safetensors does not fit its drafter\.json: tensors .*{message}"):
         load_drafter(tmp_path, tiny.target)
 
 
 def test_weights_under_other_names_are_listed_with_their_number(tiny, tmp_path):
-    spec = DrafterSpec("fast_eagle", {"depth": 2})
-    save_drafter(make(tiny.target, "fast_eagle", depth=2), spec, tmp_path, {})
+    save_drafter(make(tiny.target, "FastEagle", depth=2), tmp_path, {})
     rewritten(tmp_path, lambda weights: {f"other.{name}": value for name, value in weights.items()})
     with pytest.raises(ValueError, match=r"missing \(fuse.* and \d+ more\); \d+ left over \(other.* and \d+ more"):
         load_drafter(tmp_path, tiny.target)
@@ -650,21 +654,19 @@ def test_weights_under_other_names_are_listed_with_their_number(tiny, tmp_path):
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module."])
 def test_names_that_a_wrapper_changed_are_understood(tiny, tmp_path, prefix):
-    spec = DrafterSpec("fast_eagle", {"depth": 2})
-    drafter = make(tiny.target, "fast_eagle", depth=2)
-    save_drafter(drafter, spec, tmp_path, {})
+    drafter = make(tiny.target, "FastEagle", depth=2)
+    save_drafter(drafter, tmp_path, {})
     rewritten(tmp_path, lambda weights: {prefix + name: value for name, value in weights.items()})
     for name, value in load_drafter(tmp_path, tiny.target).state_dict().items():
         assert torch.equal(value, drafter.state_dict()[name])
 
 
 def test_a_drafter_that_overflows_in_the_targets_type_is_refused(tiny, tmp_path):
-    spec = DrafterSpec("fast_eagle", {"depth": 2})
     target = CausalLM.from_transformers(tiny.make().to(torch.bfloat16).to(torch.float16))
-    drafter = make(target, "fast_eagle", depth=2)
+    drafter = make(target, "FastEagle", depth=2)
     with torch.no_grad():
         drafter.norms[0].weight.fill_(1e6)
-    save_drafter(drafter, spec, tmp_path, {})
+    save_drafter(drafter, tmp_path, {})
     with pytest.raises(ValueError, match=r"1 not finite in torch.float16 \(norms.0.weight\)"):
         load_drafter(tmp_path, target)
 
@@ -690,8 +692,7 @@ def test_drafters_of_other_programs_are_no_language_models(tmp_path, config):
 
 
 def test_half_precision_drafter_keeps_its_vocabulary(tiny, tmp_path):
-    spec = DrafterSpec("fast_eagle", {"depth": 2, "draft_vocab": 5})
-    save_drafter(make(tiny.target, "fast_eagle", draft_vocab=5, depth=2), spec, tmp_path, {})
+    save_drafter(make(tiny.target, "FastEagle", draft_vocab=5, depth=2), tmp_path, {})
     half = CausalLM.from_transformers(tiny.make().to(torch.bfloat16))
     loaded = load_drafter(tmp_path, half)
     assert loaded.dtype == torch.bfloat16
@@ -700,19 +701,17 @@ def test_half_precision_drafter_keeps_its_vocabulary(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("spec", "message"),
+    ("kind", "setting", "value"),
     [
-        (("fast_eagle", {"dept": 3}), "has no option 'dept'; did you mean depth"),
-        (("fast_eagle", {"depth": 0}), "depth must be >= 1"),
-        (("fast_eagle", {"stem": -1}), "stem must be >= 0"),
-        (("medusa", {"draft_vocab": 41}), r"draft_vocab must be in \[1, 40\]"),
-        (("draft_model", {"layers": 0}), "layers must be >= 1"),
-        (("prompt_lookup", {}), "has no parameters"),
+        (FastEagle, "depth", 0),
+        (FastEagle, "stem", -1),
+        (Medusa, "draft_vocab", 41),
+        (DraftModel, "layers", 0),
     ],
 )
-def test_bad_settings(tiny, spec, message):
-    with pytest.raises(ValueError, match=message):
-        DrafterSpec(*spec).build(tiny.target)
+def test_bad_settings(tiny, kind, setting, value):
+    with pytest.raises(ValueError, match=f"{setting} must be"):
+        kind(**{setting: value}).bind(tiny.target)
     for wrong in (0, 2.5, True):
         with pytest.raises(ValueError, match="must be whole numbers >= 1"):
             DynamicTree(depth=wrong)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spec_decode.drafters import DrafterSpec, save_drafter
+from spec_decode.drafters import Eagle3, Medusa, save_drafter
 from spec_decode.export import eagle3_layout, export
 from spec_decode.models.target import TargetSpec
 
@@ -61,11 +61,10 @@ def saved(tiny, byte_tokenizer, folder, kind="Llama", *, draft_vocab=None, layer
     made.save_pretrained(folder / "target")
     byte_tokenizer.save_pretrained(folder / "target")
     target = TargetSpec(str(folder / "target"), "float32", feature_layers).load()
-    spec = DrafterSpec("eagle3", {"depth": 2, "draft_vocab": draft_vocab})
-    drafter = spec.build(target).eval().requires_grad_(False)
+    drafter = Eagle3(depth=2, draft_vocab=draft_vocab).bind(target).eval().requires_grad_(False)
     if draft_vocab:
         drafter.use_vocabulary(torch.arange(258)[3::5][:draft_vocab])
-    save_drafter(drafter, spec, folder / "drafter", {"target": str(folder / "target")})
+    save_drafter(drafter, folder / "drafter", {"target": str(folder / "target")})
     return target, drafter
 
 
@@ -132,10 +131,9 @@ def test_weights_that_do_not_make_the_layout_are_refused(tiny, byte_tokenizer, t
 
 
 def test_other_drafters_are_refused(standin, tmp_path):
-    spec = DrafterSpec("medusa", {"depth": 1})
     target = TargetSpec(str(standin), "float32").load()
-    save_drafter(spec.build(target), spec, tmp_path / "medusa", {"target": str(standin)})
-    with pytest.raises(ValueError, match="is a medusa drafter"):
+    save_drafter(Medusa(depth=1).bind(target), tmp_path / "medusa", {"target": str(standin)})
+    with pytest.raises(ValueError, match="is a Medusa drafter"):
         export(str(tmp_path / "medusa"), str(tmp_path / "out"))
     with pytest.raises(ValueError, match="holds no drafter"):
         export(str(tmp_path), str(tmp_path / "out"))

@@ -1,7 +1,5 @@
 """Whole runs on a stand-in: results, files, replay, every recipe, every drafter, bad input."""
 
-import json
-
 import pytest
 import torch
 
@@ -73,11 +71,10 @@ def test_online_and_cached_features_train_the_same(fit_args, tmp_path):
         assert one["loss"] != other["loss"]
 
 
-@pytest.mark.parametrize("name", ["eagle3", "medusa", "draft_model"])
+@pytest.mark.parametrize("name", ["Eagle3", "Medusa", "DraftModel"])
 def test_every_other_drafter_learns(fit_args, name):
-    options = {"depth": 2, "draft_vocab": 100}
-    spec = json.dumps({"name": name, "options": options})
-    cli = build([*fit_args, f"--model.drafter={spec}", "--model.feature_weight=0.1", "--trainer.max_epochs=3"])
+    drafter = [f"--model.drafter={name}", "--model.drafter.depth=2", "--model.drafter.draft_vocab=100"]
+    cli = build([*fit_args, *drafter, "--model.feature_weight=0.1", "--trainer.max_epochs=3"])
     result = run(cli)
     assert result.last["loss"] < result.history[0]["loss"]
     vocabulary = cli.model.drafter.vocabulary
@@ -94,15 +91,12 @@ def test_every_recipe_steps_on_a_stand_in(fit_args, standin, recipe):
     keep = [argument for argument in fit_args if argument.startswith(shared)]
     config = [f"--config={recipe}", *keep]
     plain = build_config(config)
-    options = dict(plain["model"]["init_args"]["drafter"]["options"])
-    if "draft_vocab" in options:
-        options["draft_vocab"] = 64
-    spec = json.dumps({"name": plain["model"]["init_args"]["drafter"]["name"], "options": options})
+    reduced = plain["model"]["init_args"]["drafter"]["init_args"]["draft_vocab"] is not None
     cli = build(
         [
             *config,
             f"--model.target.name={standin}",
-            f"--model.drafter={spec}",
+            f"--model.drafter.draft_vocab={64 if reduced else 'null'}",
             "--data.limit=6",
             "--data.val_prompts=2",
             "--data.writing.max_new_tokens=16",
@@ -174,14 +168,28 @@ def test_packaged_prompts_are_many_and_distinct():
         (["--data.answers=file"], "set data.prompts"),
         (["--model.shard_target=true", "--data.features=cached"], "set data.features online"),
         (["--data.writing.temperature=-1"], "temperature must be"),
-        (['--model.drafter={"name": "fast_eagle", "options": {"dept": 3}}'], "did you mean depth"),
-        (["--model.drafter.options.depth=[]"], r"option depth of drafter 'fast_eagle' must be int, got \[\]"),
-        (["--model.drafter.options.draft_vocab=many"], r"option draft_vocab .* must be int \| None, got 'many'"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_computed(fit_args, extra, message):
     with pytest.raises(ValueError, match=message):
         build([*fit_args, *extra])
+
+
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [
+        (["--model.depth=3"], "--model.depth"),
+        (["--model.drafter=Medusa", "--model.drafter.dept=3"], "did you mean depth"),
+        (["--model.drafter.depth=[]"], "--model.drafter.depth"),
+        (["--model.drafter.draft_vocab=many"], "--model.drafter.draft_vocab"),
+        (["--model.drafter=Medus"], "did you mean Medusa"),
+        (["--model.drafter=PromptLookup"], "no such TrainableDrafter"),
+    ],
+)
+def test_settings_that_do_not_parse_are_named(fit_args, capsys, extra, named):
+    with pytest.raises(SystemExit):
+        build([*fit_args, *extra])
+    assert named in capsys.readouterr().err
 
 
 def test_a_sharded_bfloat16_target_is_refused_on_cpus(fit_args, monkeypatch):
@@ -214,5 +222,3 @@ def test_bad_settings_that_need_the_tokenizer(fit_args, tmp_path, monkeypatch):
         monkeypatch.setattr(cli.trainer, "fit", None)  # refused before anything is written
         with pytest.raises(ValueError, match=r"^data\.batch_size \d: the \d .*sequences.* do not fill one batch"):
             run(cli)
-    with pytest.raises(SystemExit):
-        build([*fit_args, "--model.depth=3"])

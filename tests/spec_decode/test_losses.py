@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from spec_decode import drafters
 from spec_decode.data.datamodule import DraftBatch
 from spec_decode.decoding.cost import expected_tokens
-from spec_decode.drafters import DrafterSpec
 from spec_decode.training.drafter_module import DrafterModule
 from spec_decode.training.losses import (
     AcceptanceTable,
@@ -175,7 +175,7 @@ def test_levels_never_reached_are_left_out():
 
 
 def training_module(tiny, name, options, **settings):
-    module = DrafterModule(SimpleNamespace(load=lambda: tiny.target), DrafterSpec(name, options), **settings)
+    module = DrafterModule(SimpleNamespace(load=lambda: tiny.target), getattr(drafters, name)(**options), **settings)
     if module.drafter.vocabulary is not None:
         module.drafter.use_vocabulary(torch.arange(0, 34, 2))
     tokens, answer = torch.randint(40, (2, 13)), torch.rand(2, 13) < 0.8
@@ -185,7 +185,7 @@ def training_module(tiny, name, options, **settings):
 
 @pytest.mark.parametrize(
     ("name", "draft_vocab"),
-    [("fast_eagle", None), ("fast_eagle", 17), ("eagle3", 17), ("medusa", None), ("draft_model", 17)],
+    [("FastEagle", None), ("FastEagle", 17), ("Eagle3", 17), ("Medusa", None), ("DraftModel", 17)],
 )
 def test_every_level_is_compared_with_the_targets_law_of_the_token_it_predicts(tiny, name, draft_vocab):
     """Token by token: transformers' law of token t is that at t - 1, the draft's stands in row t - 2 - i."""
@@ -194,7 +194,7 @@ def test_every_level_is_compared_with_the_targets_law_of_the_token_it_predicts(t
     drafter = module.drafter
     vocabulary = torch.arange(40) if draft_vocab is None else drafter.vocabulary
     losses, counts, hits = module.level_losses(batch, *module.outputs(batch))
-    assert len(losses) == (1 if name == "draft_model" else 3)
+    assert len(losses) == (1 if name == "DraftModel" else 3)
     with torch.no_grad():
         theirs = tiny.model(batch.tokens, output_hidden_states=True)
         levels = drafter.level_states(batch.tokens, tiny.target(batch.tokens))
@@ -219,7 +219,7 @@ def test_every_level_is_compared_with_the_targets_law_of_the_token_it_predicts(t
 
 def test_an_update_weighs_the_levels_and_is_divided_by_the_tokens_of_the_first(tiny, monkeypatch):
     """Over two micro-batches, of whose sum Lightning makes the mean."""
-    module, first = training_module(tiny, "fast_eagle", {"depth": 3}, level_decay=0.5)
+    module, first = training_module(tiny, "FastEagle", {"depth": 3}, level_decay=0.5)
     second = DraftBatch(first.tokens[:1].flip(1), first.answer[:1])
     parameters = list(module.drafter.parameters())
     total, tokens = 0.0, 0
@@ -241,7 +241,7 @@ def test_an_update_weighs_the_levels_and_is_divided_by_the_tokens_of_the_first(t
 
 def test_validation_runs_target_and_drafter_once_a_batch(tiny, monkeypatch):
     """What it counts is what the level losses and the teacher-forced acceptance of the batch are."""
-    module, batch = training_module(tiny, "fast_eagle", {"depth": 3})
+    module, batch = training_module(tiny, "FastEagle", {"depth": 3})
     losses, counts, _ = module.level_losses(batch, *module.outputs(batch))
     expected = AcceptanceTable.empty(3, module.ranks)
     levels = module.drafter.level_states(batch.tokens, tiny.target(batch.tokens))

@@ -6,8 +6,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kd_common.run.memory import peak_bytes
+from spec_decode import drafters
 from spec_decode.decoding.decoder import SpeculativeDecoder
-from spec_decode.drafters import DrafterSpec
 from spec_decode.drafters.files import for_inference
 from spec_decode.models import CausalLM
 from spec_decode.models.packed import FusedLinear, PackedLinear, pack_linears, packable
@@ -90,22 +90,21 @@ def test_float32_weights_stay_as_they_are():
 
 
 @needs_bfloat16
-@pytest.mark.parametrize("name", ["fast_eagle", "eagle3", "medusa", "draft_model"])
+@pytest.mark.parametrize("name", ["FastEagle", "Eagle3", "Medusa", "DraftModel"])
 @pytest.mark.parametrize("draft_vocab", [None, 30])
 def test_decoding_packs_a_frozen_drafter_and_leaves_the_trained_one(name, draft_vocab):
     target = make(torch.bfloat16)
-    spec = DrafterSpec(name, {"depth": 2, "draft_vocab": draft_vocab})
-    trained = spec.build(target)
+    trained = getattr(drafters, name)(depth=2, draft_vocab=draft_vocab).bind(target)
     if draft_vocab:
         trained.use_vocabulary(torch.arange(0, 60, 2))
-    drafter = for_inference(trained, spec)
+    drafter = for_inference(trained)
     before = {name: value.clone() for name, value in drafter.state_dict().items()}
     x = torch.randn(1, 2, 64, dtype=torch.bfloat16)
     logits = drafter.frozen_logits(x)
     decoder = SpeculativeDecoder(target, drafter, tree=(2, 1))
     assert not any(isinstance(module, PackedLinear) for module in trained.modules())
     assert any(isinstance(module, PackedLinear) for module in drafter.modules())
-    reads_the_targets_head = name in ("fast_eagle", "draft_model")
+    reads_the_targets_head = name in ("FastEagle", "DraftModel")
     assert bool(drafter._packed_rows) == (draft_vocab is not None and reads_the_targets_head)
     assert not any(isinstance(module, nn.Linear) for module in drafter.modules())
     assert drafter.state_dict().keys() == before.keys()

@@ -310,7 +310,7 @@ def benchmark(
     """Measure drafters.
 
     Args:
-        drafters: Folders of trained drafters, or names such as ``prompt_lookup``; plain decoding is always there.
+        drafters: Folders of trained drafters, or names such as ``PromptLookup``; plain decoding is always there.
             ``+lookup`` adds the branch of prompt lookup, and a tree of its own may follow behind an ``@``, as in
             ``"RUN/drafter_best+lookup@4,2,1"`` (a comma needs the quotes).
         target: Target by folder or name; by default that of the first trained drafter, else the embedded one.

@@ -90,7 +90,7 @@ def reply(session: Session, asked: list[dict[str, str]], out: TextIO, **settings
 
 
 def chat(
-    drafter: str = "prompt_lookup",
+    drafter: str = "PromptLookup",
     target: str | None = None,
     tree: str = "chain",
     min_confidence: float = 0.0,
@@ -106,7 +106,7 @@ def chat(
     """Talk to a model.
 
     Args:
-        drafter: Folder of a trained drafter, ``prompt_lookup``, or ``none`` for plain decoding.
+        drafter: Folder of a trained drafter, ``PromptLookup``, or ``none`` for plain decoding.
         target: Target by folder or name; by default the one the drafter was trained for, else the embedded SmolLM2.
         tree: ``auto`` (measured), ``chain``, candidates per level such as ``4,2,1``, or ``dynamic:DEPTH,TOP_K,NODES``.
         min_confidence: Draft only what the drafter takes to be reached with this probability, in [0, 1).

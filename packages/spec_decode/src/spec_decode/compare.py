@@ -1,11 +1,11 @@
-"""``python -m spec_decode.compare --config FILE``: drafters and their options trained alike over seeds, in one table.
+"""``python -m spec_decode.compare --config FILE``: drafters and their settings trained alike over seeds, in one table.
 
 A comparison file names the configurations all runs share and those each variant adds::
 
     base: [default]
     variants:
       FastEagle: [drafters/fast_eagle]
-      stem of one layer: ["--model.drafter.options.stem=1"]
+      stem of one layer: ["--model.drafter.stem=1"]
     seeds: [0, 1, 2]
 
 The target's text and features are written once, by the first run. Every finished run is written to ``results.json`` at
@@ -58,7 +58,7 @@ def run_one(variant: str, seed: int, args: list[str]) -> DrafterRun:
     cli = build([*args, "--measure_prompts=0"])
     result = run(cli)
     target = cli.model.target
-    drafter = for_inference(cli.model.drafter, cli.model.drafter_spec)
+    drafter = for_inference(cli.model.drafter)
     for model in (target, drafter):
         model.pack()
     return DrafterRun(

@@ -129,9 +129,9 @@ def export(drafter: str, output: str, dtype: str = "bfloat16") -> None:
     """
     check_folder("--output", output)
     found = read_config(Path(drafter))
-    if (kind := found["drafter"].get("name")) != "eagle3":
+    if (kind := found["drafter"].get("name")) != "Eagle3":
         raise UserError(
-            f"{drafter} is a {kind} drafter; only eagle3 has a layout that other programs read. "
+            f"{drafter} is a {kind} drafter; only Eagle3 has a layout that other programs read. "
             "Load this one with spec_decode.drafters.load_drafter"
         )
     if dtype not in DTYPES:

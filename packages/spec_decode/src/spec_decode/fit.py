@@ -120,7 +120,7 @@ def measure_held_out(
 ) -> tuple[tuple[int, ...], dict[str, Measurement]]:
     """Decode held-out prompts greedily: plainly, with a chain of all levels, and with this machine's best tree."""
     target = model.target
-    drafter = for_inference(model.drafter, model.drafter_spec)
+    drafter = for_inference(model.drafter)
     auto = SpeculativeDecoder.tuned(target, drafter)
     decoders = {
         "plain": SpeculativeDecoder(target),

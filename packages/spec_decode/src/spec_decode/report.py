@@ -39,8 +39,8 @@ class Run(LoggedRun):
         updates, taus = self.metrics["val/tau"]
         return {
             "run": self.name,
-            "drafter": drafter["name"],
-            "options": ", ".join(f"{key} {value}" for key, value in (drafter["options"] or {}).items()),
+            "drafter": drafter["class_path"].rpartition(".")[2],
+            "settings": ", ".join(f"{key} {value}" for key, value in drafter["init_args"].items()),
             "updates": f"{updates[-1] + 1:.0f}",
             "tau, validation": f"{taus[-1]:.2f}",
         }

@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import math
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -91,6 +92,12 @@ class TrainingModule(pl.LightningModule):
         self._touched = False
         self._clock = time.perf_counter()
         self._seconds = 0.0
+
+    def save_hyperparameters(self, *args: Any, frame: Any = None, **kwargs: Any) -> None:
+        """Keep the arguments of the constructor; modules among them are small, for they have no weights yet."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Attribute .* is an instance of `nn.Module`")
+            super().save_hyperparameters(*args, frame=frame or inspect.currentframe().f_back, **kwargs)  # type: ignore[union-attr]
 
     @property
     def metric(self) -> str:

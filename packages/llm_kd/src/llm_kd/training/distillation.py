@@ -2,7 +2,6 @@
 
 import math
 import random
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -90,10 +89,7 @@ class DistillationModule(TokenNormalizedModule):
         seed: int = 0,
     ) -> None:
         super().__init__(lr_schedule, learning_rate, weight_decay, betas, seed)
-        with warnings.catch_warnings():
-            # Built by the command line, the checkpoint gets their settings, not these modules.
-            warnings.filterwarnings("ignore", message="Attribute .* is an instance of `nn.Module`")
-            self.save_hyperparameters()
+        self.save_hyperparameters()
         self.teacher_spec = teacher
         self.student_spec = student
         self.rollout = rollout or OffPolicy()

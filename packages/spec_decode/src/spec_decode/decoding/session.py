@@ -9,6 +9,7 @@ from typing import Any
 from kd_common.errors import UserError
 from kd_common.hub.language_models import EMBEDDED, load_config, model_ends, note_unapplied
 from kd_common.hub.vocabulary import shared_vocabulary
+from kd_common.registry import subclasses
 from kd_common.run.messages import check_device
 from kd_common.text import ChatEncoder, Message, Row
 from spec_decode.decoding.decoder import SpeculativeDecoder
@@ -16,7 +17,7 @@ from spec_decode.decoding.inputs import check_length
 from spec_decode.decoding.sampling import Sampling, row_seeds
 from spec_decode.decoding.statistics import Generation
 from spec_decode.decoding.stopping import check_stop_strings
-from spec_decode.drafters import DRAFTERS, Drafter, DynamicTree, TrainableDrafter, load_drafter
+from spec_decode.drafters import Drafter, DynamicTree, load_drafter
 from spec_decode.drafters.draft_model import PretrainedDraft
 from spec_decode.drafters.files import CONFIG, check_target_sizes, holds_language_model, read_config
 from spec_decode.drafters.prompt_lookup import WithLookup
@@ -77,10 +78,10 @@ def check_drafter(name: str) -> None:
         UserError: If it is neither a name nor a drafter's folder.
     """
     if name == "none" + LOOKUP:
-        raise UserError(f"drafter {name!r}: there is no tree to add a branch to; use prompt_lookup")
+        raise UserError(f"drafter {name!r}: there is no tree to add a branch to; use PromptLookup")
     name = name.removesuffix(LOOKUP)
-    if name in DRAFTERS.names():
-        if issubclass(DRAFTERS.get(name), TrainableDrafter):
+    if kind := subclasses(Drafter).get(name):
+        if not kind.standalone:
             raise UserError(f"drafter {name!r} has to be trained; give the folder that `spec_decode.fit` wrote")
     elif name != "none" and not holds_language_model(Path(name)):
         read_config(Path(name))
@@ -131,8 +132,8 @@ def find_drafter(name: str, target: CausalLM, tokenizer: Any = None) -> Drafter 
 
 
 def _load(name: str, target: CausalLM, tokenizer: Any) -> Drafter:
-    if name in DRAFTERS.names():
-        return DRAFTERS.get(name)()
+    if kind := subclasses(Drafter).get(name):
+        return kind()
     if holds_language_model(Path(name)):
         dtype = str(target.dtype).removeprefix("torch.")
         spec = TargetSpec(name, dtype)

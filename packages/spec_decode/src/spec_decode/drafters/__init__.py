@@ -1,4 +1,4 @@
-"""Drafters behind one interface; adding one touches one file, which enters its class in `DRAFTERS`."""
+"""Drafters behind one interface; adding one touches one file, whose class is then chosen by its name."""
 
 import importlib
 import pkgutil
@@ -7,21 +7,18 @@ from spec_decode.drafters.base import DraftContext, Drafter, DynamicTree
 from spec_decode.drafters.draft_model import DraftModel, PretrainedDraft
 from spec_decode.drafters.eagle3 import Eagle3
 from spec_decode.drafters.fast_eagle import FastEagle
-from spec_decode.drafters.files import DrafterSpec, load_drafter, save_drafter
+from spec_decode.drafters.files import load_drafter, save_drafter
 from spec_decode.drafters.medusa import Medusa
 from spec_decode.drafters.prompt_lookup import PromptLookup, WithLookup
-from spec_decode.drafters.registry import DRAFTERS
 from spec_decode.drafters.trainable import TrainableDrafter
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
 __all__ = [
-    "DRAFTERS",
     "DraftContext",
     "DraftModel",
     "Drafter",
-    "DrafterSpec",
     "DynamicTree",
     "Eagle3",
     "FastEagle",

@@ -6,7 +6,7 @@ Shapes: B rows of a batch, m newly committed positions, h the target's hidden si
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -129,10 +129,12 @@ class Drafter(ABC):
 
     Attributes:
         capabilities: What it can draft.
+        standalone: Whether its name says everything, for it needs no weights and no other drafter.
         acceptance: Acceptance by level and rank measured on validation text (see `cost`); None if not measured.
     """
 
     capabilities = Capabilities()
+    standalone: ClassVar[bool] = True
     acceptance: list[list[float]] | None = None
 
     def serves(self, target: CausalLM) -> bool:

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kd_common.checks import at_least
 from kd_common.errors import UserError
 from spec_decode.drafters.base import Capabilities, Draft, DraftContext, Drafter, draft_along_backbone, last_rows
-from spec_decode.drafters.registry import DRAFTERS
 from spec_decode.drafters.trainable import TrainableDrafter
 from spec_decode.models import CausalLM, DecoderLayer, DecodingPass, KVCache, RMSNorm, States
 from spec_decode.models.layers import causal_attention
@@ -41,49 +41,50 @@ class Autoregressive(Drafter):
         return draft
 
 
-@DRAFTERS.register("draft_model")
 class DraftModel(TrainableDrafter, Autoregressive):
     """A stack of layers between the target's frozen embeddings and its frozen head.
 
     Args:
-        target: Target the drafter is for.
         depth: Levels it may draft, one pass of the stack each.
         layers: Layers of the stack, >= 1, started from the target's first ones.
         draft_vocab: Tokens it can propose; None means all.
 
     Raises:
-        UserError: If depth, layers or draft_vocab is out of range.
+        UserError: If depth or layers is out of range.
     """
 
-    def __init__(self, target: CausalLM, *, depth: int = 5, layers: int = 4, draft_vocab: int | None = None) -> None:
-        super().__init__(target, depth, draft_vocab)
-        if layers < 1:
-            raise UserError(f"layers must be >= 1, got {layers}")
-        self.layers = nn.ModuleList(DecoderLayer(target.shape) for _ in range(layers))
+    def __init__(self, depth: int = 5, layers: int = 4, draft_vocab: int | None = None) -> None:
+        super().__init__(depth, draft_vocab)
+        at_least("layers", layers, 1)
+        self.layers = layers
+        self.supervised = 1  # the deeper levels are the same prediction further on
+
+    def build(self, target: CausalLM) -> None:
+        """Make the stack, which starts from the target's first layers and its norm."""
+        self.stack = nn.ModuleList(DecoderLayer(target.shape) for _ in range(self.layers))
         self.norm = RMSNorm(target.shape.hidden_size, target.shape.norm_eps)
-        for own, theirs in zip(self.layers, target.layers, strict=False):
+        for own, theirs in zip(self.stack, target.layers, strict=False):
             own.load_state_dict(theirs.state_dict())
         self.norm.load_state_dict(target.norm.state_dict())
-        self.supervised = 1  # the deeper levels are the same prediction further on
 
     def level_states(self, tokens: Tensor, states: States) -> list[Tensor]:
         """See the base class; level i at row p is the prediction behind token p + 1 + i."""
         x, by = self.embed(tokens), self.rotation(torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0))
-        for layer in self.layers:
+        for layer in self.stack:
             x = layer(x, by, causal_attention())
         x = self.norm(x)
         return [x[:, 1 + level :] for level in range(self.depth)]
 
     def new_cache(self, batch: int, capacity: int) -> Any:
         """Cache of the stack."""
-        return self.layer_cache(len(self.layers), batch, capacity)
+        return self.layer_cache(self.layers, batch, capacity)
 
     def next_logits(self, tokens: Tensor, counts: Tensor, cache: KVCache) -> Tensor:
         """See the base class."""
         shape = self.target.shape
         this = DecodingPass.run(cache, tokens.shape[1], groups=shape.heads // shape.kv_heads)
         x, by = self.embed(tokens), self.rotation(this.positions)
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self.stack):
             x = layer(x, by, this.attend(index))
         cache.lengths = cache.lengths + counts
         return self.frozen_logits(self.norm(last_rows(x, counts)))
@@ -105,6 +106,8 @@ class PretrainedDraft(Autoregressive):
     Raises:
         UserError: If the heads differ in size and it is not said how many tokens are shared, or one lacks some.
     """
+
+    standalone = False
 
     def __init__(self, target: CausalLM, model: CausalLM, shared: int | None = None) -> None:
         if shared is None and model.vocab_size != target.vocab_size:

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from spec_decode.drafters.base import Draft, DraftContext, DynamicTree, draft_along_backbone, last_rows
 from spec_decode.drafters.dynamic import DynamicCandidates
-from spec_decode.drafters.registry import DRAFTERS
 from spec_decode.drafters.trainable import TrainableDrafter
 from spec_decode.models import CausalLM, DecodingPass, KVCache, LayerShape, RMSNorm, States
 from spec_decode.models.layers import Attend, Attention, GatedMLP, Rotation
@@ -68,19 +67,14 @@ class TrainingTimeTest:
         return context.transpose(1, 2).flatten(2)
 
 
-@DRAFTERS.register("eagle3")
 class Eagle3(TrainableDrafter):
     """g_0 = fuse(features); g_{i+1} = layer(embedding of the next token, g_i); level i = head(norm(g_{i+1})).
 
     The drafted entries of its cache are overwritten by the next draft, which starts from the target's own features.
 
     Args:
-        target: Target the drafter is for.
         depth: Levels, and steps of the training-time test.
         draft_vocab: Tokens it can propose; None means all.
-
-    Raises:
-        ValueError: If depth or draft_vocab is out of range.
 
     References:
         EAGLE-3, arXiv 2503.01840; dynamic tree: EAGLE-2, arXiv 2406.16858.
@@ -88,15 +82,18 @@ class Eagle3(TrainableDrafter):
 
     capabilities = replace(TrainableDrafter.capabilities, dynamic=True)
 
-    def __init__(self, target: CausalLM, *, depth: int = 7, draft_vocab: int | None = None) -> None:
-        super().__init__(target, depth, draft_vocab)
+    def __init__(self, depth: int = 7, draft_vocab: int | None = None) -> None:
+        super().__init__(depth, draft_vocab)
+
+    def build(self, target: CausalLM) -> None:
+        """Make the layer, and a head that starts from the target's."""
         shape = target.shape
         self.fuse = nn.Linear(3 * shape.hidden_size, shape.hidden_size, bias=False)
         self.layer = EagleLayer(shape)
         self.norm = RMSNorm(shape.hidden_size, shape.norm_eps)
         self.head = nn.Linear(shape.hidden_size, self.draft_tokens, bias=False)
         self.norm.load_state_dict(target.norm.state_dict())
-        if draft_vocab is None:
+        if self.vocabulary is None:
             self.initialize_head()
 
     def initialize_head(self) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kd_common.errors import UserError
+from kd_common.checks import at_least
 from spec_decode.drafters.base import (
     Draft,
     DraftContext,
@@ -14,13 +14,11 @@ from spec_decode.drafters.base import (
     last_rows,
     tree_depth,
 )
-from spec_decode.drafters.registry import DRAFTERS
 from spec_decode.drafters.trainable import TrainableDrafter
 from spec_decode.models import CausalLM, DecoderLayer, DecodingPass, KVCache, RMSNorm, States
 from spec_decode.models.layers import Attend, causal_attention
 
 
-@DRAFTERS.register("fast_eagle")
 class FastEagle(TrainableDrafter):
     """x_p = join(fuse(features_p), embedding of token p + 1); h_i = layer_i(h_{i-1}); level i = head(norm_i(h_i)).
 
@@ -28,7 +26,6 @@ class FastEagle(TrainableDrafter):
     what was committed since the last one, and nothing speculative ever enters a cache. The head is the target's.
 
     Args:
-        target: Target the drafter is for.
         depth: Levels N, one layer each.
         stem: Layers before the first level, which predict nothing themselves (beyond the paper; 0 is the paper's).
         sequential: Let every level but the first see the token drafted above it, too, as Hydra's heads do, behind its
@@ -39,7 +36,7 @@ class FastEagle(TrainableDrafter):
             head can read. False starts at random.
 
     Raises:
-        UserError: If depth, stem or draft_vocab is out of range.
+        UserError: If depth or stem is out of range.
 
     References:
         FastEagle, arXiv 2509.20416; sequential heads: Hydra, arXiv 2402.05109.
@@ -47,25 +44,25 @@ class FastEagle(TrainableDrafter):
 
     def __init__(
         self,
-        target: CausalLM,
-        *,
         depth: int = 7,
         stem: int = 0,
         sequential: bool = False,
         draft_vocab: int | None = None,
         from_target: bool = True,
     ) -> None:
-        super().__init__(target, depth, draft_vocab)
-        if stem < 0:
-            raise UserError(f"stem must be >= 0, got {stem}")
+        super().__init__(depth, draft_vocab)
+        at_least("stem", stem, 0)
+        self.stem, self.sequential, self.from_target = stem, sequential, from_target
+
+    def build(self, target: CausalLM) -> None:
+        """Make the cascade, which starts as the target's last layers if it is to."""
         shape = target.shape
-        self.stem = stem
         self.fuse = nn.Linear(3 * shape.hidden_size, shape.hidden_size, bias=False)
         self.join = nn.Linear(2 * shape.hidden_size, shape.hidden_size, bias=False)
-        self.layers = nn.ModuleList(DecoderLayer(shape) for _ in range(stem + depth))
-        self.norms = nn.ModuleList(RMSNorm(shape.hidden_size, shape.norm_eps) for _ in range(depth))
-        self.links = nn.ModuleList(_Link(shape.hidden_size) for _ in range(depth - 1 if sequential else 0))
-        if from_target:
+        self.layers = nn.ModuleList(DecoderLayer(shape) for _ in range(self.stem + self.depth))
+        self.norms = nn.ModuleList(RMSNorm(shape.hidden_size, shape.norm_eps) for _ in range(self.depth))
+        self.links = nn.ModuleList(_Link(shape.hidden_size) for _ in range(self.depth - 1 if self.sequential else 0))
+        if self.from_target:
             for own, theirs in zip(reversed(self.layers), reversed(target.layers), strict=False):
                 own.load_state_dict(theirs.state_dict())
             for norm in self.norms:

@@ -1,15 +1,12 @@
 """Drafters on disk: weights as safetensors, settings and the target's fingerprint as JSON."""
 
-import inspect
 import json
 import os
 import re
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,9 +15,9 @@ from safetensors.torch import load, save
 from kd_common.errors import UserError
 from kd_common.files import read_json, write_temporary
 from kd_common.hub.weight_files import WRAPPER, shown
-from kd_common.registry import suggest
+from kd_common.registry import subclasses, suggest
 from spec_decode.decoding.cost import check_acceptance
-from spec_decode.drafters.registry import DRAFTERS
+from spec_decode.drafters.base import Drafter
 from spec_decode.drafters.trainable import TrainableDrafter, check_vocabulary
 from spec_decode.models import CausalLM
 
@@ -41,45 +38,11 @@ FOREIGN = re.compile("eagle|medusa|hydra|draft|speculat|dflash|dspark", re.IGNOR
 """What names the kind, or a setting, in the config.json of other programs' drafters."""
 
 
-@dataclass(frozen=True)
-class DrafterSpec:
-    """Which drafter to build, and its settings.
-
-    Args:
-        name: Name in `DRAFTERS`.
-        options: Keyword arguments of its class.
-    """
-
-    name: str = "fast_eagle"
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    def build(self, target: CausalLM) -> TrainableDrafter:
-        """A new drafter for this target, in fp32 on the target's device.
-
-        Raises:
-            UserError: For a drafter without parameters, an unknown option or one out of range.
-        """
-        kind = DRAFTERS.get(self.name)
-        if not issubclass(kind, TrainableDrafter):
-            raise UserError(f"drafter {self.name!r} has no parameters to train or load; use it directly")
-        known = {p.name: p.annotation for p in inspect.signature(kind).parameters.values() if p.kind is p.KEYWORD_ONLY}
-        for option, value in self.options.items():
-            if option not in known:
-                hint = suggest(option, known)
-                raise UserError(f"drafter {self.name!r} has no option {option!r}{hint} (known: {', '.join(known)})")
-            kinds = get_args(known[option]) if isinstance(known[option], UnionType) else (known[option],)
-            if all(isinstance(kind, type) for kind in kinds) and not isinstance(value, kinds):
-                expected = inspect.formatannotation(known[option])
-                raise UserError(f"option {option} of drafter {self.name!r} must be {expected}, got {value!r}")
-        return kind(target, **self.options).float().to(target.device)
-
-
-def save_drafter(drafter: TrainableDrafter, spec: DrafterSpec, folder: Path, meta: Mapping[str, Any]) -> None:
+def save_drafter(drafter: TrainableDrafter, folder: Path, meta: Mapping[str, Any]) -> None:
     """Write a drafter; each file is complete or absent, the settings come last, and a full disk leaves the old one.
 
     Args:
         drafter: Trained drafter.
-        spec: What it was built from.
         folder: Folder to write to.
         meta: Further facts for the JSON file, such as the target's name and measurements.
 
@@ -92,7 +55,7 @@ def save_drafter(drafter: TrainableDrafter, spec: DrafterSpec, folder: Path, met
     packed = save(state)
     content = {
         **meta,
-        "drafter": asdict(spec),
+        "drafter": {"name": type(drafter).__name__, "settings": drafter.settings},
         "target_fingerprint": drafter.target.fingerprint(),
         "target_sizes": target_sizes(drafter.target),
         "feature_layers": list(drafter.target.feature_layers),
@@ -171,7 +134,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG
     if not folder.is_dir():
-        raise UserError(f"{folder} holds no drafter: there is no such folder, and no drafter of this name")
+        hint = suggest(str(folder), subclasses(Drafter))
+        raise UserError(f"{folder} holds no drafter: no such folder, and no drafter of this name{hint}")
     if not path.is_file():
         inside = [found.parent.name for found in sorted(folder.glob(f"*/{CONFIG}"))]
         remedy = f"give one of {', '.join(str(folder / name) for name in inside)}" if inside else "it is written last"
@@ -262,8 +226,9 @@ def load_drafter(folder: Path, target: CausalLM) -> TrainableDrafter:
             f"fingerprint {found}. Load that target, without a --dtype that rounds its weights, or train a drafter"
         )
     try:
-        drafter = DrafterSpec(**config["drafter"]).build(target)
-    except (TypeError, ValueError, RuntimeError) as error:
+        kind = subclasses(TrainableDrafter)[config["drafter"]["name"]]
+        drafter = kind(**config["drafter"]["settings"]).bind(target)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder / CONFIG} does not describe a drafter: {error}; {REMEDY}") from error
     weights = read_weights(folder, config)
     check_whole(folder / WEIGHTS, weights, drafter.state_dict(), target.dtype)
@@ -274,9 +239,9 @@ def load_drafter(folder: Path, target: CausalLM) -> TrainableDrafter:
     return drafter.to(device=target.device, dtype=target.dtype).eval().requires_grad_(False)
 
 
-def for_inference(drafter: TrainableDrafter, spec: DrafterSpec) -> TrainableDrafter:
+def for_inference(drafter: TrainableDrafter) -> TrainableDrafter:
     """A copy of a drafter in its target's type, frozen; the drafter itself goes on training."""
-    copy = spec.build(drafter.target)
+    copy = drafter.untrained()
     copy.load_state_dict(drafter.state_dict())
     copy.acceptance = drafter.acceptance
     return copy.to(device=drafter.target.device, dtype=drafter.target.dtype).eval().requires_grad_(False)

@@ -5,7 +5,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spec_decode.drafters.base import Draft, DraftContext, draft_from_levels, last_rows, tree_depth
-from spec_decode.drafters.registry import DRAFTERS
 from spec_decode.drafters.trainable import TrainableDrafter
 from spec_decode.models import CausalLM, States
 
@@ -28,30 +27,28 @@ class ResidualBlock(nn.Module):
         return x + F.silu(self.linear(x))
 
 
-@DRAFTERS.register("medusa")
 class Medusa(TrainableDrafter):
     """Level i = head_i(block_i(final context of the last position the target has seen)).
 
     It does not see the token that follows that position, and remembers nothing.
 
     Args:
-        target: Target the drafter is for.
         depth: Levels, one block and head each.
         draft_vocab: Tokens it can propose; None means all.
-
-    Raises:
-        ValueError: If depth or draft_vocab is out of range.
 
     References:
         Medusa, arXiv 2401.10774 (Medusa-1).
     """
 
-    def __init__(self, target: CausalLM, *, depth: int = 4, draft_vocab: int | None = None) -> None:
-        super().__init__(target, depth, draft_vocab)
+    def __init__(self, depth: int = 4, draft_vocab: int | None = None) -> None:
+        super().__init__(depth, draft_vocab)
+
+    def build(self, target: CausalLM) -> None:
+        """Make the blocks, and heads that start from the target's."""
         hidden = target.shape.hidden_size
-        self.blocks = nn.ModuleList(ResidualBlock(hidden) for _ in range(depth))
-        self.heads = nn.ModuleList(nn.Linear(hidden, self.draft_tokens, bias=False) for _ in range(depth))
-        if draft_vocab is None:
+        self.blocks = nn.ModuleList(ResidualBlock(hidden) for _ in range(self.depth))
+        self.heads = nn.ModuleList(nn.Linear(hidden, self.draft_tokens, bias=False) for _ in range(self.depth))
+        if self.vocabulary is None:
             self.initialize_head()
 
     def initialize_head(self) -> None:

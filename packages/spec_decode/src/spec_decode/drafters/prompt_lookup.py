@@ -9,7 +9,6 @@ from kd_common.errors import UserError
 from spec_decode.decoding.proposals import SampledTree
 from spec_decode.decoding.tree import merge_branches, root_tree
 from spec_decode.drafters.base import Capabilities, Draft, DraftContext, Drafter, tree_depth, verified_slots
-from spec_decode.drafters.registry import DRAFTERS
 from spec_decode.models import CausalLM
 
 
@@ -42,7 +41,6 @@ class NgramIndex:
         return []
 
 
-@DRAFTERS.register("prompt_lookup")
 class PromptLookup(Drafter):
     """One branch: the continuation of the longest earlier match.
 
@@ -86,6 +84,8 @@ class WithLookup(Drafter):
         drafter: Drafter whose tree is extended.
         longest: Largest number of tokens to match.
     """
+
+    standalone = False
 
     def __init__(self, drafter: Drafter, longest: int = 5) -> None:
         self.drafter, self.lookup = drafter, PromptLookup(longest)

@@ -5,14 +5,17 @@ Row p of a training sequence is what is known after target position p: the targe
 Level i (from 0) at row p predicts token p + 2 + i.
 """
 
+import inspect
 from abc import abstractmethod
 from dataclasses import replace
 from itertools import chain
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kd_common.checks import at_least
 from kd_common.errors import UserError
 from spec_decode.drafters.base import Capabilities, Drafter
 from spec_decode.models import CausalLM, KVCache, States
@@ -40,8 +43,10 @@ def check_vocabulary(ids: Tensor, size: int, vocab_size: int) -> None:
 class TrainableDrafter(nn.Module, Drafter):
     """Base of the drafters that `spec_decode.fit` trains; the target's weights are used, never owned.
 
+    A drafter is made of its settings alone, each of which it keeps under its own name. `bind` gives it its target, and
+    with that its parameters.
+
     Args:
-        target: Target the drafter is for.
         depth: N, levels it drafts, >= 1.
         draft_vocab: C, tokens it can propose, chosen by `use_vocabulary` before training; None means all V.
 
@@ -51,24 +56,48 @@ class TrainableDrafter(nn.Module, Drafter):
         vocabulary: Target token of each draft token, int64 of shape (C,), -1 before it is chosen; None without.
 
     Raises:
-        ValueError: If depth or draft_vocab is out of range.
+        UserError: If depth is out of range.
     """
 
     vocabulary: Tensor | None
     capabilities = Capabilities(samples=True, confident=True)
+    standalone = False
 
-    def __init__(self, target: CausalLM, depth: int, draft_vocab: int | None) -> None:
+    def __init__(self, depth: int, draft_vocab: int | None) -> None:
         super().__init__()
-        if depth < 1:
-            raise UserError(f"depth must be >= 1, got {depth}")
-        if draft_vocab is not None and not 1 <= draft_vocab <= target.vocab_size:
-            raise UserError(f"draft_vocab must be in [1, {target.vocab_size}], or null for all, got {draft_vocab}")
-        self._target = [target]  # in a list, so that it is no submodule: not saved, not trained, not moved
+        at_least("depth", depth, 1)
         self.depth = self.supervised = depth
-        self.capabilities = replace(self.capabilities, max_depth=depth, max_width=draft_vocab or target.vocab_size)
-        self.register_buffer("vocabulary", None if draft_vocab is None else torch.full((draft_vocab,), -1))
+        self.draft_vocab = draft_vocab
         self._head_rows: Tensor | None = None
         self._packed_rows: list[PackedLinear] = []  # in a list, so that they are no submodule: they are the target's
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What it was made of, by name."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+
+    def bind(self, target: CausalLM) -> Self:
+        """Make its parameters for this target, in fp32 on the target's device, and return the drafter itself.
+
+        Raises:
+            UserError: If draft_vocab is out of range.
+        """
+        size, known = self.draft_vocab, target.vocab_size
+        if size is not None and not 1 <= size <= known:
+            raise UserError(f"draft_vocab must be in [1, {known}], or null for all, got {size}")
+        self._target = [target]  # in a list, so that it is no submodule: not saved, not trained, not moved
+        self.capabilities = replace(self.capabilities, max_depth=self.depth, max_width=size or known)
+        self.register_buffer("vocabulary", None if size is None else torch.full((size,), -1))
+        self.build(target)
+        return self.float().to(target.device)
+
+    @abstractmethod
+    def build(self, target: CausalLM) -> None:
+        """Make the layers for a target, which `bind` has just given it."""
+
+    def untrained(self) -> Self:
+        """A drafter of the same settings for the same target, as it is before training."""
+        return type(self)(**self.settings).bind(self.target)
 
     @property
     def target(self) -> CausalLM:

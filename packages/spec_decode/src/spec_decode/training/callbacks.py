@@ -31,7 +31,7 @@ class DraftFigures(TensorBoardFigures):
         if module.shard_target and module.trainer.world_size > 1:
             return {}
         prompt = module.trainer.datamodule.held_out[:1]  # type: ignore[attr-defined]
-        decoder = SpeculativeDecoder(module.target, for_inference(module.drafter, module.drafter_spec), tree=self.tree)
+        decoder = SpeculativeDecoder(module.target, for_inference(module.drafter), tree=self.tree)
         seen, measured = Passes(self.passes), Measurement()
         measured.add(decoder.generate(prompt, max_new_tokens=self.max_new_tokens, on_pass=seen))
         found = {"drafter": measured}

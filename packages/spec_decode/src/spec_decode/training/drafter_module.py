@@ -1,5 +1,6 @@
 """The training system: a drafter learns every level in one teacher-forced pass over text the target wrote."""
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from kd_common.run.token_updates import TokenNormalizedModule
 from kd_common.schedules import Schedule
 from spec_decode.data.datamodule import DraftBatch, TargetText
 from spec_decode.decoding.cost import expected_tokens
-from spec_decode.drafters import DrafterSpec, save_drafter
+from spec_decode.drafters import FastEagle, TrainableDrafter, save_drafter
 from spec_decode.drafters.files import frequent_tokens, read_config
 from spec_decode.models import CausalLM, States
 from spec_decode.models.target import TargetSpec
@@ -38,7 +39,7 @@ class DrafterModule(TokenNormalizedModule):
 
     Args:
         target: The model whose decoding is sped up.
-        drafter: Which drafter to train.
+        drafter: The drafter to train (:mod:`spec_decode.drafters`); None means ``FastEagle()``.
         lr_schedule: Factor on the learning rate; None means a cosine from 1 to 0 over the run.
         learning_rate: AdamW's learning rate at factor 1, > 0.
         weight_decay: Weight decay of matrices, >= 0.
@@ -63,7 +64,7 @@ class DrafterModule(TokenNormalizedModule):
     def __init__(
         self,
         target: TargetSpec,
-        drafter: DrafterSpec,
+        drafter: TrainableDrafter | None = None,
         lr_schedule: Schedule | None = None,
         learning_rate: float = 5e-5,
         weight_decay: float = 0.0,
@@ -86,14 +87,15 @@ class DrafterModule(TokenNormalizedModule):
         for name, value in (("ranks", ranks), ("chunk", chunk)):
             if value < 1:
                 raise UserError(f"model.{name} must be >= 1, got {value}")
-        self.target_spec, self.drafter_spec = target, drafter
+        self.target_spec = target
         self.level_decay, self.feature_weight = level_decay, feature_weight
         self.level_loss = level_loss(acceptance_weight)
         self.ranks, self.chunk, self.shard_target = ranks, chunk, shard_target
         # In a list: the target is in no checkpoint, optimizer or DDP bucket.
         self._target = [target.load()]
         torch.manual_seed(seed)
-        self.drafter = drafter.build(self.target)
+        # A copy: the hyperparameters keep the one without weights.
+        self.drafter = copy.deepcopy(drafter or FastEagle()).bind(self.target)
         self._table = AcceptanceTable.empty(1, 1)
         self._val = torch.zeros(2)
 
@@ -261,7 +263,7 @@ class DrafterModule(TokenNormalizedModule):
                 "tau": latest["tau"],
                 "chat_template": getattr(data, "chat_template", None),
             }
-            save_drafter(self.drafter, self.drafter_spec, path, meta)
+            save_drafter(self.drafter, path, meta)
 
     def exported_epoch(self, path: Path) -> Mapping[str, Any]:
         """See `TrainingModule`."""

@@ -37,7 +37,7 @@ def rehearse(model: DrafterModule, data: TargetText, trainer: pl.Trainer, run_di
     drafter, target = model.drafter, model.target
     with rehearsing(run_dir) as folder, trainer.precision_plugin.forward_context():
         model.to(device), target.to(device)
-        twin = model.drafter_spec.build(target)
+        twin = drafter.untrained()
         if twin.vocabulary is not None:  # chosen by the text, which is not there yet
             twin.use_vocabulary(torch.arange(len(twin.vocabulary)))
         model.drafter = twin
@@ -51,7 +51,7 @@ def rehearse(model: DrafterModule, data: TargetText, trainer: pl.Trainer, run_di
                 model.validation_step(batch, 0)
         finally:
             model.drafter = drafter
-        save_drafter(twin, model.drafter_spec, folder, {"target": model.target_spec.name})
+        save_drafter(twin, folder, {"target": model.target_spec.name})
         load_drafter(folder, target)
     levels = [f"{name}{level}" for name in ("val/acceptance_", "a") for level in range(1, twin.depth + 1)]
     check_monitors(trainer, ["val/tau", "val/loss", "loss", *levels])
