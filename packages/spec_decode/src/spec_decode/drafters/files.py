@@ -135,7 +135,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not folder.is_dir():
         hint = suggest(str(folder), subclasses(Drafter))
-        raise UserError(f"{folder} holds no drafter: no such folder, and no drafter of this name{hint}")
+        raise UserError(f"{folder} holds no drafter: there is no such folder, and no drafter of this name{hint}")
     if not path.is_file():
         inside = [found.parent.name for found in sorted(folder.glob(f"*/{CONFIG}"))]
         remedy = f"give one of {', '.join(str(folder / name) for name in inside)}" if inside else "it is written last"
