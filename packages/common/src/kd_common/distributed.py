@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def world_size() -> int:
-    """Number of ranks of the default process group; 1 when there is none."""
+    """Return the number of ranks of the default process group; 1 when there is none."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -22,13 +22,13 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor, as the parameters and gradients under FSDP2 are."""
+    """Return whether a tensor is a DTensor, as the parameters and gradients under FSDP2 are."""
     # Importing DTensor to ask isinstance costs seconds in every single-process run.
     return hasattr(tensor, "full_tensor")
 
 
 def flat_all_reduce_mean(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Mean of every tensor over the ranks, with one all-reduce of their concatenation.
+    """Return the mean of every tensor over the ranks, with one all-reduce of their concatenation.
 
     Args:
         tensors: Plain tensors on one device; the same shapes in the same order on every rank.
@@ -48,7 +48,7 @@ def flat_all_reduce_mean(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def batchnorm_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """All that the BatchNorm layers of a network have counted, by its names."""
+    """Return all that the BatchNorm layers of a network have counted, by its names."""
     layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, _BatchNorm)]
     return {f"{name}.{key}".lstrip("."): buffer for name, layer in layers for key, buffer in layer.named_buffers()}
 
@@ -76,7 +76,7 @@ def average_batchnorm_buffers(module: nn.Module) -> None:
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """Rows of all ranks one after the other, in the order of the ranks; they may differ in number.
+    """Return the rows of all ranks one after the other, in the order of the ranks; they may differ in number.
 
     Args:
         rows: Tensor of shape (n, ...), the same but for n on every rank; every rank must call this.
@@ -97,7 +97,7 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """A value that can be pickled of every rank, in the order of the ranks; every rank must call this."""
+    """Return a value that can be pickled of every rank, in the order of the ranks; every rank must call this."""
     values = [value] * world_size()
     if len(values) > 1:
         dist.all_gather_object(values, value)

@@ -1,4 +1,4 @@
-"""Where what is made once is kept, and how files are written and read so that damage is noticed."""
+"""Cache location, atomic writes and checksummed reads."""
 
 import itertools
 import json
@@ -23,7 +23,7 @@ CHECKSUM = "crc32"
 
 
 def cache_root() -> Path:
-    """Folder of what is made once and kept: `$KD_CACHE`, else `~/.cache/kd`."""
+    """Return the folder of what is made once and kept: `$KD_CACHE`, else `~/.cache/kd`."""
     return Path(os.environ.get("KD_CACHE") or "~/.cache/kd").expanduser()
 
 
@@ -124,12 +124,12 @@ def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
 
 
 def free_name(path: Path) -> Path:
-    """The first of `name_1.ending`, `name_2.ending`, ... that is not there, to keep an older file under."""
+    """Return the first of `name_1.ending`, `name_2.ending`, ... that is not there, to keep an older file under."""
     return next(p for n in itertools.count(1) if not (p := path.with_stem(f"{path.stem}_{n}")).exists())
 
 
 def staging_paths(folder: Path) -> tuple[Path, Path]:
-    """Where the successor of a folder is written, and where the folder lies while that takes its place."""
+    """Return two paths: where a folder's successor is written, and where the folder waits meanwhile."""
     partial, old = (folder.with_name(f"{folder.name}.{state}") for state in ("partial", "old"))
     return partial, old
 
@@ -149,7 +149,7 @@ def replace_folder(folder: Path) -> None:
 
 
 def replacing_stopped(folder: Path) -> bool:
-    """Whether a kill left a folder's successor, which is complete, and its predecessor, but none in its place."""
+    """Return whether a killed program left `replace_folder` between its two renames."""
     return not folder.exists() and all(other.is_dir() for other in staging_paths(folder))
 
 
@@ -162,7 +162,7 @@ def finish_replacing(folder: Path) -> None:
 
 
 def read_json(path: Path, hint: str) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Return the object in a JSON file.
 
     Args:
         path: The file.
@@ -181,13 +181,16 @@ def read_json(path: Path, hint: str) -> dict[str, Any]:
 
 
 def complete_lines(path: Path) -> list[bytes]:
-    """Lines of a file with their ends; none without a file. A torn last one, as of a killed writer, is left out."""
+    """Return the complete lines of a file with their ends.
+
+    A missing file has none. The last line is left out if it is torn, as a killed writer leaves it.
+    """
     content = path.read_bytes() if path.is_file() else b""
     return content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
 
 
 def checksummed_line(record: dict[str, Any]) -> bytes:
-    """A record as a line of JSON that carries the checksum of the rest."""
+    """Return a record as a line of JSON that carries the checksum of the rest."""
     return json.dumps({**record, CHECKSUM: _checksum(record)}).encode() + b"\n"
 
 
@@ -213,7 +216,7 @@ def _checksum(record: dict[str, Any]) -> int:
 
 
 def damaged_entry(path: Path) -> str | None:
-    """Name of the first damaged entry of a zip archive, such as a file of `torch.save`; None if all are whole.
+    """Return the name of the first damaged entry of a zip archive, such as a file of `torch.save`; None without damage.
 
     `torch.load` does not compare the checksums that these archives carry.
 

@@ -25,7 +25,7 @@ Gradients = Sequence[Tensor | None]
 
 
 def sum_gradients(gradients: Sequence[Gradients]) -> list[Tensor | None]:
-    """Sum of aligned gradient lists, in which None counts as zero.
+    """Return the sum of aligned gradient lists, in which None counts as zero.
 
     Args:
         gradients: At least one list; all of the same length, with the same shapes at the same place.
@@ -49,7 +49,7 @@ def sum_gradients(gradients: Sequence[Gradients]) -> list[Tensor | None]:
 def output_gradients(
     components: Mapping[str, Tensor], outputs: Sequence[Tensor]
 ) -> dict[str, tuple[Tensor | None, ...]]:
-    """Gradient of every component's mean over the rows with respect to the network's outputs.
+    """Return the gradient of every component's mean over the rows with respect to the network's outputs.
 
     Args:
         components: Loss per component, per sample with shape (N,) or already reduced with shape ().
@@ -79,7 +79,7 @@ def output_gradients(
 def merge(
     output_grads: Mapping[str, Gradients], buckets: Mapping[str, Sequence[str]]
 ) -> dict[str, tuple[Tensor | None, ...]]:
-    """Sum of the gradients of each bucket, which saves one backward pass per merged component.
+    """Return the sum of the gradients of each bucket, which saves one backward pass per merged component.
 
     Exact for components that share a momentum, because the momentum recursion is linear in the gradient.
 
@@ -103,7 +103,7 @@ def merge(
 def component_gradients(
     outputs: Sequence[Tensor], output_grads: Mapping[str, Gradients], params: Iterable[Tensor]
 ) -> dict[str, list[Tensor | None]]:
-    """Gradient of every component with respect to the parameters: vector-Jacobian products through the network.
+    """Return the gradient of every component with respect to the parameters.
 
     Costs one backward pass per entry that has a gradient; merge entries that share a momentum first. Frees the
     graph. Plain parameters: `.grad` is neither read nor written, and the gradients are those of this rank, so
@@ -166,7 +166,7 @@ def _harvest(
 
 
 def all_reduce_mean(components: Mapping[str, Gradients]) -> dict[str, list[Tensor | None]]:
-    """Mean of every gradient over the ranks, with one all-reduce for all components together.
+    """Return the mean of every gradient over the ranks, with one all-reduce for all components together.
 
     With losses averaged over equally many rows per rank this is the gradient of the mean over the whole batch.
 
@@ -206,7 +206,7 @@ def accumulate(
 
 @torch.no_grad()
 def clip_components(components: Mapping[str, Gradients], max_norm: float) -> Tensor:
-    """L2 norm of the summed gradient; scales all components in place so that it is at most `max_norm`.
+    """Return the L2 norm of the summed gradient; scales all components in place so that it is at most `max_norm`.
 
     One common factor keeps the components' proportions, so the sum is clipped as
     `torch.nn.utils.clip_grad_norm_` clips the gradient of a plain loss (with the same 1e-6 in the denominator).
@@ -232,13 +232,13 @@ def clip_components(components: Mapping[str, Gradients], max_norm: float) -> Ten
 
 @torch.no_grad()
 def component_norms(components: Mapping[str, Gradients]) -> dict[str, Tensor]:
-    """L2 norm of every component over all parameters, shape () each; not read on the host."""
+    """Return the L2 norm of every component over all parameters, shape () each; not read on the host."""
     return {name: _norm(grads) for name, grads in components.items()}
 
 
 @torch.no_grad()
 def component_cosines(components: Mapping[str, Gradients]) -> dict[tuple[str, str], Tensor]:
-    """Cosine of the angle between every two components over all parameters, shape () each; not read on the host.
+    """Return the cosine of the angle between every two components over all parameters, shape () each, on their device.
 
     None counts as zero. A component that is zero everywhere has cosine 0 with all others.
     """
@@ -257,5 +257,5 @@ def _norm(gradients: Gradients) -> Tensor:
 
 
 def _replicated(scalar: Tensor) -> Tensor:
-    """A scalar as a plain tensor, summed over the ranks if it was a DTensor."""
+    """Return a scalar as a plain tensor, summed over the ranks if it was a DTensor."""
     return scalar.full_tensor() if is_dtensor(scalar) else scalar  # type: ignore[attr-defined]

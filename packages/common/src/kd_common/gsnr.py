@@ -125,7 +125,7 @@ class GradientSNR:
             self._completed[name] = self._running.pop(name)
 
     def _moments(self, name: str) -> _Moments:
-        """Moments that the statistics of a component rest on."""
+        """Return the moments that the statistics of a component rest on."""
         moments = self._completed.get(name) or self._running.get(name)
         if moments is None:
             raise KeyError(f"no gradient of component {name!r} was recorded; recorded: {self.names}")
@@ -143,11 +143,11 @@ class GradientSNR:
         return list(dict.fromkeys([*self._completed, *self._running]))
 
     def count(self, name: str) -> int:
-        """Number of samples that the statistics of a component rest on; 0 for a component never recorded."""
+        """Return the number of samples that the statistics of a component rest on; 0 for a component never recorded."""
         return self._moments(name).count if name in self.names else 0
 
     def per_parameter(self, name: str) -> list[Tensor]:
-        """GSNR_j = E[g_j]^2 / Var[g_j] of every entry.
+        """Return GSNR_j = E[g_j]^2 / Var[g_j] of every entry.
 
         Args:
             name: Component.
@@ -175,7 +175,7 @@ class GradientSNR:
         return total / entries if entries else math.nan
 
     def vector(self, name: str) -> float:
-        """Vector GSNR ||E g||^2 / E||g - E g||^2; inf without noise, NaN if the mean is zero too.
+        """Return the vector GSNR ||E g||^2 / E||g - E g||^2; inf without noise, NaN if the mean is zero too.
 
         Raises:
             KeyError: If the component was never recorded.
@@ -190,7 +190,7 @@ class GradientSNR:
         return {"vector": ratio, "signal": signal, "noise": noise}
 
     def compute(self) -> dict[str, dict[str, float]]:
-        """Summary of every component.
+        """Return the summary of every component.
 
         Returns:
             Per component: `vector` and `mean` as in the methods of that name, `signal` = ||E g||^2, `noise` =
@@ -211,7 +211,7 @@ class GradientSNR:
         self._completed.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Copy of the settings and statistics, in plain containers of tensors and numbers."""
+        """Return a copy of the settings and statistics, in plain containers of tensors and numbers."""
         return {
             "settings": self._settings(),
             "running": {name: asdict(moments) for name, moments in self._running.items()},

@@ -74,7 +74,7 @@ class Registry(Generic[T]):
         return enter
 
     def get(self, name: str) -> T:
-        """The entry under a name.
+        """Return the entry under a name.
 
         Args:
             name: The key, matched exactly.
@@ -88,5 +88,5 @@ class Registry(Generic[T]):
         return self._entries[name]
 
     def names(self) -> tuple[str, ...]:
-        """All keys in the order of registration."""
+        """Return all keys in the order of registration."""
         return tuple(self._entries)

@@ -73,14 +73,14 @@ class TopKSchedule:
         return min(max(step / self.total_steps, 0.0), 1.0)
 
     def phase(self, step: float) -> Phase:
-        """Name of the phase that the step falls in."""
+        """Return the name of the phase that the step falls in."""
         progress = self._progress(step)
         if progress < self.phase_ends[0]:
             return "easy"
         return "transition" if progress < self.phase_ends[1] else "hard"
 
     def __call__(self, step: float) -> int:
-        """Number of surviving classes at a step, in [1, C - 1]."""
+        """Return the number of surviving classes at a step, in [1, C - 1]."""
         progress, phase = self._progress(step), self.phase(step)
         easy_end, transition_end, full = (*self.phase_ends, 1.0)[:3]
         first, held = self._count("k_start", self.k_start), self._count("k_opt", self.k_opt)
@@ -99,7 +99,7 @@ class Schedule(ABC):
 
     @abstractmethod
     def __call__(self, epoch: float, total_epochs: float) -> float:
-        """Multiplier at a progress in epochs, fractions included.
+        """Return the multiplier at a progress in epochs, fractions included.
 
         Args:
             epoch: Progress in epochs, >= 0.
@@ -158,7 +158,7 @@ class StepDecay(Schedule):
         self.warmup_start = warmup_start
 
     def __call__(self, epoch: float, total_epochs: float) -> float:
-        """Multiplier at an epoch; the length of training does not matter here."""
+        """Return the multiplier at an epoch; the length of training does not matter here."""
         decay = self.gamma ** sum(epoch >= milestone for milestone in self.milestones)
         return decay * _warmup_from(self.warmup_start, epoch, self.warmup_epochs)
 
@@ -187,7 +187,7 @@ class CosineDecay(Schedule):
         self.warmup_start = warmup_start
 
     def __call__(self, epoch: float, total_epochs: float) -> float:
-        """Multiplier at an epoch, `final` beyond the end; a run shorter than the warm-up ends within it."""
+        """Return the multiplier at an epoch, `final` beyond the end; a run shorter than the warm-up ends within it."""
         if epoch < self.warmup_epochs:
             return _warmup_from(self.warmup_start, epoch, self.warmup_epochs)
         falling = total_epochs - self.warmup_epochs

@@ -7,5 +7,5 @@ _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\
 
 
 def printable(text: str) -> str:
-    r"""The text with control characters spelled out, such as `\x1b` for escape; tabs and ends of lines stay."""
+    r"""Return the text with control characters spelled out, such as `\x1b` for escape; tabs and ends of lines stay."""
     return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)

@@ -20,7 +20,7 @@ def _check_target(logits: Tensor, target: Tensor) -> None:
 
 
 def _is_target(logits: Tensor, target: Tensor) -> Tensor:
-    """Mask of shape (..., V), True at the target; scatter raises on an index out of range."""
+    """Return the mask of shape (..., V), True at the target; scatter raises on an index out of range."""
     return torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, target.unsqueeze(-1), True)
 
 
@@ -32,7 +32,7 @@ def decoupled_kl(
     temperature: float = 1.0,
     class_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Target-class and non-target-class parts of forward KL: KL(p || q) = TCKD + (1 - p_target) * NCKD.
+    """Return the target-class and non-target-class parts of forward KL: KL(p || q) = TCKD + (1 - p_target) * NCKD.
 
     TCKD is the KL divergence of the binary distributions (target, rest). NCKD is that of the non-target classes
     renormalised among themselves; a class mask restricts both its softmaxes to the surviving classes and leaves TCKD
@@ -85,7 +85,7 @@ def decoupled_kl(
 
 
 def topk_class_mask(teacher_logits: Tensor, target: Tensor, k: int) -> Tensor:
-    """Mask of the k non-target classes with the largest teacher logits.
+    """Return the mask of the k non-target classes with the largest teacher logits.
 
     The target is left out first and takes none of the k places. Equal logits are taken in the order of their index,
     so that the mask is deterministic and every row has exactly k survivors.

@@ -17,7 +17,11 @@ from kd_common.functional.logits import scaled_pair
 
 
 def log_probs(student_logits: Tensor, teacher_logits: Tensor, temperature: float | None) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (log p, log q), teacher first as in the formulas; the arguments if the temperature is None."""
+    """Return the log-probabilities (log p, log q).
+
+    The teacher comes first, as in the formulas. If the temperature is None, the arguments are log-probabilities
+    already.
+    """
     if temperature is None:
         return teacher_logits, student_logits
     student, teacher = scaled_pair(student_logits, teacher_logits, temperature)
@@ -25,14 +29,14 @@ def log_probs(student_logits: Tensor, teacher_logits: Tensor, temperature: float
 
 
 def kl_from_log_probs(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """KL(a || b) of log-probabilities of shape (..., V), shape (...)."""
+    """Return KL(a || b) of log-probabilities of shape (..., V), shape (...)."""
     # A class with a = 0 adds nothing. Its ratio is replaced before the product, so that the gradient is 0, not 0 * inf.
     log_ratio = (log_a - log_b).masked_fill(log_a == -math.inf, 0.0)
     return (log_a.exp() * log_ratio).sum(dim=-1)
 
 
 def _log_mixture(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
-    """Log of weight * a + (1 - weight) * b, for weight in [0, 1); any finite number where a = b = 0."""
+    """Return the log of weight * a + (1 - weight) * b, for weight in [0, 1); any finite number where a = b = 0."""
     if weight == 0:
         return log_b
     # The gradient of logaddexp(-inf, -inf) is NaN; no divergence gives weight to such a class.
@@ -46,7 +50,7 @@ def _check_skew(alpha: float) -> None:
 
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float | None = 1.0) -> Tensor:
-    """Forward Kullback-Leibler divergence KL(p || q).
+    """Return the forward Kullback-Leibler divergence KL(p || q).
 
     Args:
         student_logits: Student logits of shape (..., V).
@@ -67,7 +71,7 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: f
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float | None = 1.0) -> Tensor:
-    """Reverse Kullback-Leibler divergence KL(q || p).
+    """Return the reverse Kullback-Leibler divergence KL(q || p).
 
     Args:
         student_logits: Student logits of shape (..., V).
@@ -90,9 +94,10 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: f
 def jensen_shannon(
     student_logits: Tensor, teacher_logits: Tensor, *, temperature: float | None = 1.0, beta: float = 0.5
 ) -> Tensor:
-    """Generalised Jensen-Shannon divergence beta * KL(p || m) + (1 - beta) * KL(q || m), m = beta * p + (1 - beta) * q.
+    """Return the generalised Jensen-Shannon divergence JS(p, q) = beta * KL(p || m) + (1 - beta) * KL(q || m).
 
-    Divided by beta it tends to forward KL as beta goes to 0; divided by 1 - beta, to reverse KL as beta goes to 1.
+    Here m = beta * p + (1 - beta) * q. JS / beta tends to forward KL as beta goes to 0. JS / (1 - beta) tends to
+    reverse KL as beta goes to 1.
 
     Args:
         student_logits: Student logits of shape (..., V).
@@ -122,7 +127,7 @@ def jensen_shannon(
 def skew_forward_kl(
     student_logits: Tensor, teacher_logits: Tensor, *, temperature: float | None = 1.0, alpha: float = 0.1
 ) -> Tensor:
-    """Skew forward KL divergence KL(p || alpha * p + (1 - alpha) * q).
+    """Return the skew forward KL divergence KL(p || alpha * p + (1 - alpha) * q).
 
     Args:
         student_logits: Student logits of shape (..., V).
@@ -147,7 +152,7 @@ def skew_forward_kl(
 def skew_reverse_kl(
     student_logits: Tensor, teacher_logits: Tensor, *, temperature: float | None = 1.0, alpha: float = 0.1
 ) -> Tensor:
-    """Skew reverse KL divergence KL(q || (1 - alpha) * p + alpha * q).
+    """Return the skew reverse KL divergence KL(q || (1 - alpha) * p + alpha * q).
 
     Args:
         student_logits: Student logits of shape (..., V).
@@ -170,7 +175,7 @@ def skew_reverse_kl(
 
 
 def total_variation(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float | None = 1.0) -> Tensor:
-    """Total variation distance 0.5 * sum_v |p_v - q_v|.
+    """Return the total variation distance 0.5 * sum_v |p_v - q_v|.
 
     Args:
         student_logits: Student logits of shape (..., V).
@@ -193,7 +198,7 @@ def total_variation(student_logits: Tensor, teacher_logits: Tensor, *, temperatu
 def alpha_beta(
     student_logits: Tensor, teacher_logits: Tensor, alpha: float, beta: float, *, temperature: float | None = 1.0
 ) -> Tensor:
-    """Alpha-beta divergence, which joins forward KL at (1, 0) and reverse KL at (0, 1).
+    """Return the alpha-beta divergence, which joins forward KL at (1, 0) and reverse KL at (0, 1).
 
     With s = alpha + beta it is the sum over classes of
     (alpha / s * p^s + beta / s * q^s - p^alpha * q^beta) / (alpha * beta), and its limit where one of the two is 0.
@@ -233,5 +238,5 @@ def alpha_beta(
 
 
 def _power_kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """KL divergence of positive measures that need not sum to 1: sum of a * log(a / b) - a + b."""
+    """Return the KL divergence of positive measures that need not sum to 1: sum of a * log(a / b) - a + b."""
     return kl_from_log_probs(log_a, log_b) + (log_b.exp() - log_a.exp()).sum(dim=-1)

@@ -1,4 +1,4 @@
-"""What is done to logits before they become distributions: promotion, temperature, standardisation."""
+"""Preparation of logits: promotion, temperature, standardisation."""
 
 import math
 
@@ -9,12 +9,12 @@ from kd_common.errors import UserError
 
 
 def at_least_fp32(tensor: Tensor) -> Tensor:
-    """Tensor in float32 or wider; float64 stays float64."""
+    """Return the tensor in float32 or wider; float64 stays float64."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def scaled_pair(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Student and teacher logits divided by the temperature, in at least float32, the largest of every row at 0.
+    """Divide both logits by the temperature and shift every row so that its largest value is 0.
 
     Raises:
         ValueError: If the shapes differ or the temperature is not a positive finite number.
@@ -30,7 +30,7 @@ def scaled_pair(student_logits: Tensor, teacher_logits: Tensor, temperature: flo
 
 
 def scaled(logits: Tensor, temperature: float, left_out: Tensor | None = None) -> Tensor:
-    """Logits below their row's largest, divided by the temperature, in at least float32.
+    """Return the logits below their row's largest, divided by the temperature, in at least float32.
 
     Args:
         logits: Logits of shape (..., V).
@@ -48,7 +48,7 @@ def scaled(logits: Tensor, temperature: float, left_out: Tensor | None = None) -
 
 
 def topk_mask(logits: Tensor, k: int, *, eligible: Tensor | None = None) -> Tensor:
-    """Mask of the k largest logits of every row; of equal logits those of the lower index are taken.
+    """Return the mask of the k largest logits of every row; of equal logits those of the lower index are taken.
 
     Args:
         logits: Logits of shape (..., V), without NaN.
@@ -70,7 +70,7 @@ def topk_mask(logits: Tensor, k: int, *, eligible: Tensor | None = None) -> Tens
 
 
 def standardize_logits(logits: Tensor, *, eps: float = 1e-7) -> Tensor:
-    """Z-score of every row: (z - mean(z)) / (std(z) + eps), with the unbiased standard deviation over the classes.
+    """Return (z - mean(z)) / (std(z) + eps) of every row, with the unbiased standard deviation over the classes.
 
     A constant row gives zeros with a finite gradient.
 

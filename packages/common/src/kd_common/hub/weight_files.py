@@ -1,4 +1,4 @@
-"""Which tensors a model's folder holds, and whether a model was made of exactly these."""
+"""Checks that a model was made of exactly the tensors that its folder holds."""
 
 import pickle
 import re
@@ -23,21 +23,21 @@ WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-"""Where transformers looks for weights; it takes the first that is there."""
+"""Names of weight files in the order in which transformers looks for them."""
 
 WRAPPER = r"(?<![A-Za-z0-9_])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\."
-"""What torch.compile, FSDP, activation checkpointing, DDP and AveragedModel put into the names of tensors."""
+"""Parts that torch.compile, FSDP, activation checkpointing, DDP and AveragedModel add to the names of tensors."""
 
 AVERAGED = "n_averaged"
-"""What AveragedModel saves besides the weights."""
+"""Entries that AveragedModel saves besides the weights."""
 
 SHOWN = 4
 
 NOT_REAL = ("C", "I", "U", "BOOL")
-"""What the types of complex numbers, integers and truth values begin with in safetensors."""
+"""Prefixes of the types of complex numbers, integers and truth values in safetensors."""
 
 UNUSABLE = ("C", "torch.complex", "meta")
-"""What the types begin with that never are a weight's."""
+"""Prefixes of the types that no weight has."""
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -85,7 +85,7 @@ def check_no_adapter(folder: Path) -> None:
 
 
 def stored_weights(folder: Path) -> StoredWeights:
-    """What the weight files hold that transformers takes from a folder; only headers are read.
+    """Return the tensors' types that the weight files hold; only headers are read.
 
     Raises:
         ModelFilesError: If a shard is missing or left over, a tensor is stored twice, complex or without values, or the
@@ -149,7 +149,7 @@ def check_whole(name: str, model: Any, report: Mapping[str, Any], stored: Stored
 
 
 def not_finite(state: Mapping[str, Any]) -> list[str]:
-    """Names of tensors that hold NaN or infinity; takes about a second for a billion numbers."""
+    """Return the names of tensors that hold NaN or infinity; takes about a second for a billion numbers."""
     # The extremes cost a tenth of what a look at every entry costs; NaN is both.
     extremes = {
         name: torch.stack(tensor.aminmax())
@@ -160,14 +160,14 @@ def not_finite(state: Mapping[str, Any]) -> list[str]:
 
 
 def shown(items: Iterable[str]) -> str:
-    """The first few items in order, and how many more there are."""
+    """Return the first few items in order, and how many more there are."""
     names = sorted(items)
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
 
 
 def _miscast(model: Any, state: Mapping[str, Tensor], stored: StoredWeights, known: set[str]) -> list[str]:
-    """Stored tensors of complex numbers, integers or truth values that became, or should be, real weights."""
+    """Return the names of stored tensors that are not real numbers although the model's weights are, or the reverse."""
     prefix = model.base_model_prefix
     ignored = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"(^|\.)position_ids$"]
     found = []
@@ -182,7 +182,7 @@ def _miscast(model: Any, state: Mapping[str, Tensor], stored: StoredWeights, kno
 
 
 def _files_of_tensors(folder: Path, name: str) -> dict[str, Path]:
-    """The file of every tensor, of a single file or of the shards that an index lists."""
+    """Return the file of every tensor, of a single file or of the shards that an index lists."""
     path = folder / name
     if not name.endswith(".index.json"):
         _check_no_other_shards(folder, name, set())
@@ -219,7 +219,7 @@ def _check_no_other_shards(folder: Path, single: str, listed: set[str]) -> None:
 
 
 def _kinds(path: Path) -> dict[str, str | None]:
-    """Names of the tensors in a file, with the type of those that are not of real numbers."""
+    """Return the names of the tensors in a file, with the type of those that are not of real numbers."""
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
             types = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  (no mapping)
@@ -234,7 +234,7 @@ def _kind(tensor: Tensor) -> str | None:
 
 
 def _unpickled(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file of `torch.save`, in the memory map where its format has one."""
+    """Return the tensors of a file of `torch.save`, in the memory map where its format has one."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError:  # of a format before version 1.6
@@ -245,7 +245,7 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
 
 
 def _first_difference(first: Mapping[str, Path], second: Mapping[str, Path]) -> str | None:
-    """A tensor whose shape or first row differs between two sets of files; None if none does."""
+    """Return a tensor whose shape or first row differs between two sets of files; None if none does."""
     ones, others = _samples(first), _samples(second)
     for name in sorted(ones.keys() & others.keys()) or [next(iter(others), "every tensor")]:
         (shape, one), (shape_, other) = (samples.get(name, ((), torch.empty(0))) for samples in (ones, others))
@@ -256,7 +256,7 @@ def _first_difference(first: Mapping[str, Path], second: Mapping[str, Path]) -> 
 
 
 def _samples(files: Mapping[str, Path]) -> dict[str, tuple[tuple[int, ...], Tensor]]:
-    """Shape and first row of tensors, without reading the rest."""
+    """Return the shape and first row of tensors, without reading the rest."""
     found = {}
     for path in dict.fromkeys(files.values()):
         if path.suffix == ".safetensors":

@@ -1,4 +1,4 @@
-"""What the component optimizers share: buckets, checks of the gradients handed in, groups, buffers."""
+"""Base of the component optimizers: buckets, checks of gradients, groups, buffers."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar
@@ -12,7 +12,7 @@ from kd_common.grads import Gradients, sum_gradients
 
 
 def bucket_components(coefficients: Mapping[str, float], apart: Collection[str] = ()) -> dict[str, tuple[str, ...]]:
-    """Components grouped by equal coefficient.
+    """Return the components grouped by equal coefficient.
 
     Args:
         coefficients: Momentum or beta1 per component.
@@ -125,7 +125,7 @@ class ComponentOptimizer(Optimizer):
     def _bucket_gradients(
         self, components: Mapping[str, Gradients], params: Sequence[Tensor]
     ) -> dict[str, list[Tensor | None]]:
-        """Checked gradients, summed per bucket."""
+        """Return the checked gradients, summed per bucket."""
         buckets, required = self.buckets, self.gradient_components
         known = required | {bucket for bucket, members in buckets.items() if required & set(members)}
         if unknown := sorted(components.keys() - known):
@@ -162,7 +162,10 @@ class ComponentOptimizer(Optimizer):
         }
 
     def _buffers(self, params: Sequence[Tensor], key: str) -> list[Tensor]:
-        """Moment buffers of the parameters, zero at the first use; the key of a bucket's is `"<kind>.<bucket>"`."""
+        """Return the moment buffers of the parameters, zero at the first use.
+
+        The key of a bucket's buffers is `"<kind>.<bucket>"`.
+        """
         for param in params:
             if key not in self.state[param]:
                 self.state[param][key] = torch.zeros_like(param)

@@ -16,7 +16,7 @@ COMPONENTS = ("task", "target", "nontarget")
 def deepkd_momenta(
     base_momentum: float = 0.9, delta: float | Mapping[str, float] = 0.075, preset: Preset = "paper"
 ) -> dict[str, float]:
-    """Momentum of the task, the target-class and the non-target-class gradient.
+    """Return the momentum of the task, the target-class and the non-target-class gradient.
 
     Args:
         base_momentum: Momentum mu of the baseline, in [0, 1).
@@ -63,7 +63,7 @@ def deepkd_sgd(
     components: Sequence[str] = COMPONENTS,
     aliases: Mapping[str, str] | None = None,
 ) -> DecoupledSGD:
-    """DeepKD's SGD.
+    """Return DeepKD's SGD.
 
     "paper": the weight decay is a component of its own with momentum mu, so it acts exactly as in an SGD baseline of
     momentum mu. Two of the three gradients share a momentum: three buffers with weight decay, two backward passes.
@@ -114,7 +114,7 @@ def deepkd_adamw(
     components: Sequence[str] = COMPONENTS,
     aliases: Mapping[str, str] | None = None,
 ) -> DecoupledAdamW:
-    """AdamW with the paper's rule applied to beta1: mu + d, mu - d, mu + d; two backward passes.
+    """Return AdamW with the paper's rule applied to beta1: mu + d, mu - d, mu + d; two backward passes.
 
     Args:
         params: Parameters or parameter groups.
@@ -140,7 +140,7 @@ def deepkd_adamw(
 def _select(
     coefficients: Mapping[str, float], components: Sequence[str], aliases: Mapping[str, str]
 ) -> dict[str, float]:
-    """Coefficients of the components in use and of the aliases."""
+    """Return the coefficients of the components in use and of the aliases."""
     if unknown := sorted({*components, *aliases.values()} - coefficients.keys()):
         raise UserError(f"unknown components {unknown}: known are {list(coefficients)}; name others in aliases")
     if clashes := sorted(aliases.keys() & {*coefficients, WEIGHT_DECAY}):

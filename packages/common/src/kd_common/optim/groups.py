@@ -7,7 +7,7 @@ from torch import nn
 
 
 def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Groups for an optimizer of `torch.optim`: matrices decay, vectors and scalars (norms, biases) do not.
+    """Return the groups for an optimizer of `torch.optim`: matrices decay, vectors and scalars (norms, biases) do not.
 
     Args:
         parameters: Parameters to train.

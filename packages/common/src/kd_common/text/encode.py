@@ -84,7 +84,7 @@ class ChatEncoder:
         return tuple(dict.fromkeys(end for end in ends if end is not None))
 
     def prompt(self, row: Row) -> list[int]:
-        """Tokens of a conversation before its last answer, with the generation prompt.
+        """Return the tokens of a conversation before its last answer, with the generation prompt.
 
         Raises:
             EncodingError: If the template refuses the conversation, or leaves out a part of it.
@@ -96,7 +96,7 @@ class ChatEncoder:
         return self._tokenised(text, self._befores(turns, row), row)[0]
 
     def encoded(self, row: Row) -> Encoded:
-        """Tokens of a conversation up to its last answer that is learnt, and where its answers stand.
+        """Return the tokens of a conversation up to its last answer that is learnt, and where its answers stand.
 
         Raises:
             EncodingError: If there is no answer to learn, or the template cannot be used; the row is named.
@@ -142,13 +142,13 @@ class ChatEncoder:
     # --- the conversation as text ---
 
     def _befores(self, turns: Turns, row: Row) -> dict[int, str]:
-        """The prompt of every answer to a user, by the answer's place."""
+        """Return the prompt of every answer to a user, by the answer's place."""
         first = next(place for place, turn in enumerate(turns) if turn["role"] == "user")
         places = [place for place, turn in enumerate(turns) if turn["role"] == "assistant" and place > first]
         return {place: self._render(turns[:place], row, prompt=True) for place in places}
 
     def _text(self, turns: Turns, learnt: Sequence[int], befores: Mapping[int, str], row: Row) -> str:
-        """A conversation in which all answers that are learnt stand as they are given; it ends with the last one."""
+        """Return a conversation that ends with its last learnt answer, with all learnt answers exactly as given."""
         rendered = self._render(turns, row, prompt=False)
         last = learnt[-1]
         end = self._located(rendered, turns, last, befores[last], row)
@@ -165,7 +165,7 @@ class ChatEncoder:
         return text
 
     def _located(self, text: str, turns: Turns, place: int, before: str, row: Row) -> int | None:
-        """Where an answer ends, with what closes it, in a rendering; None if it does not stand there as given."""
+        """Return the end of an answer with its closing tokens, in a rendering; None if it is not there as given."""
         content = turns[place]["content"]
         forms = dict.fromkeys((content, content.strip(), content.rstrip(), content.lstrip()))
         if not text.startswith(before):
@@ -192,7 +192,7 @@ class ChatEncoder:
         return stop + len(close)
 
     def _composed(self, turns: Turns, before: str, row: Row) -> str:
-        """A conversation whose last answer the template rewrites, with that answer as it is given."""
+        """Return a conversation whose last answer the template rewrites, with that answer as it is given."""
         place, content = len(turns) - 1, turns[-1]["content"]
         head, found, tail = self._render(_with(turns, place, MARK), row, prompt=False).partition(MARK)
         if not found or MARK in tail or turns[place].keys() - {"role", "content"}:
@@ -211,7 +211,7 @@ class ChatEncoder:
         return head + content + tail[: self._closed(tail, place, row, calls=False)]
 
     def _closed(self, tail: str, place: int, row: Row, *, calls: bool) -> int:
-        """Place behind the token that closes an answer, in what follows its text; calls may stand before it."""
+        """Return the place behind the token that closes an answer, in the text after it; calls may stand before it."""
         found = [(tail.index(end), len(end)) for end in self._ends if end in tail]
         if not found or (tail[: min(found)[0]].strip() and not calls):
             raise EncodingError(
@@ -304,11 +304,11 @@ class ChatEncoder:
         return {"role": message.role, **each_text({**texts, **message.more}, change)}
 
     def _safe(self, row: Row) -> Row:
-        """The row with what it holds beside its turns as `_safe_text`."""
+        """Return the row with what it holds beside its turns as `_safe_text`."""
         return replace(row, more=each_text(row.more, partial(self._safe_text, place=f"{row.source}: the row")))
 
     def _safe_answer(self, text: str, place: str) -> str:
-        """A text of the assistant, which may not hold the tokens that structure a conversation."""
+        """Return a text of the assistant, which may not hold the tokens that structure a conversation."""
         check_characters(text, place)
         if found := self._structure.search(text):
             what = "the token that closes turns" if found[0] in self._ends else "a token that structures turns"
@@ -316,14 +316,14 @@ class ChatEncoder:
         return text
 
     def _safe_text(self, text: str, place: str) -> str:
-        """A text of somebody else, in which special tokens are broken."""
+        """Return a text of somebody else, in which special tokens are broken."""
         check_characters(text, place)
         return broken(text, self._foreign)
 
     # --- from text to tokens ---
 
     def _tokenised(self, text: str, befores: Mapping[int, str], row: Row) -> tuple[list[int], dict[int, int]]:
-        """Tokens of a rendering, and the number of them before each answer whose prompt it begins with."""
+        """Return the tokens of a rendering, and the number of them before each answer whose prompt it begins with."""
         head: list[int] = []
         starts, cut, rest = {}, 0, self._tokens(text)
         for place, before in befores.items():
@@ -341,7 +341,10 @@ class ChatEncoder:
         return ids, starts
 
     def _tokens(self, text: str, *, inside: bool = False) -> list[int]:
-        """Tokens of a text; broken special tokens come in two parts, so that the tokenizer does not see them."""
+        """Return the tokens of a text.
+
+        A broken special token is passed in two parts, so that the tokenizer does not see it.
+        """
         first, *others = text.split(BREAK)
         ids = self._inside(first) if inside else self._ids(first)
         for part in others:
@@ -349,7 +352,7 @@ class ChatEncoder:
         return ids
 
     def _inside(self, text: str) -> list[int]:
-        """Tokens of a text within another: some tokenizers put a blank before the first word of a text."""
+        """Return the tokens of a text within another: some tokenizers put a blank before the first word of a text."""
         line_end = self._ids("\n")
         ids = self._ids("\n" + text)
         return ids[len(line_end) :] if ids[: len(line_end)] == line_end else self._ids(text)
@@ -358,7 +361,7 @@ class ChatEncoder:
         return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
     def _end(self, ids: list[int], start: int, row: Row) -> int:
-        """Place behind the token that closes the answer which starts at some place."""
+        """Return the place behind the token that closes the answer which starts at some place."""
         end = next(place for place in range(start, len(ids)) if ids[place] in self.eos_ids) + 1
         unknown = self.tokenizer.unk_token_id
         if unknown is not None and unknown in ids[start : end - 1]:
@@ -374,7 +377,7 @@ class ChatEncoder:
         return next((token for token in self._ids(tail if found else "") if token in special), None)
 
     def _probed(self, turns: Turns, *, prompt: bool) -> str:
-        """A short conversation as text; empty for a template that wants other turns."""
+        """Return a short conversation as text; empty for a template that wants other turns."""
         try:
             return self._render(turns, self._probe, prompt=prompt)
         except EncodingError:

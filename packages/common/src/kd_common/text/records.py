@@ -19,7 +19,7 @@ MARKS = {
     b"\xfe\xff": "is not JSON in UTF-8 but UTF-16 text; save it as UTF-8",
     b"PAR1": "is a Parquet file; let its name end in .parquet",
 }
-"""What a file is by its first bytes, where it is no text in UTF-8."""
+"""Kinds of binary files by their first bytes."""
 
 
 class RowsError(UserError):
@@ -27,7 +27,7 @@ class RowsError(UserError):
 
 
 class MalformedError(ValueError):
-    """What is wrong with one record."""
+    """Report of one wrong record."""
 
 
 class EncodingError(UserError):
@@ -35,7 +35,7 @@ class EncodingError(UserError):
 
 
 def read_records(path: Path, parse: Callable[[Any, str], Sequence[T]]) -> list[T]:
-    """What a function makes of every record of a JSONL or Parquet file.
+    """Apply a function to every record of a JSONL or Parquet file.
 
     Blank lines hold no record and are passed over.
 
@@ -75,7 +75,7 @@ def read_records(path: Path, parse: Callable[[Any, str], Sequence[T]]) -> list[T
 
 
 def encode_each(rows: Sequence[S], encode: Callable[[S], T]) -> list[T]:
-    """What a function makes of every row, or row with what belongs to it.
+    """Apply a function to every row, or to every row with its companion.
 
     Raises:
         EncodingError: For all rows that it refuses; the message counts them and shows the first.
@@ -94,13 +94,13 @@ def encode_each(rows: Sequence[S], encode: Callable[[S], T]) -> list[T]:
 
 
 def list_problems(problems: Sequence[str]) -> str:
-    """The first of some problems, a line each, and how many more there are."""
+    """Return the first of some problems, a line each, and how many more there are."""
     more = len(problems) - SHOWN_PROBLEMS
     return "\n".join(f"  {line}" for line in [*problems[:SHOWN_PROBLEMS], *([f"and {more} more"] if more > 0 else [])])
 
 
 def check_text(value: Any, what: str) -> str:
-    """A value that must be text; none at all is empty text.
+    """Return a value that must be text; none at all is empty text.
 
     Raises:
         MalformedError: If it is something else, or holds what is no character.
@@ -115,7 +115,7 @@ def check_text(value: Any, what: str) -> str:
 
 
 def broken_text(text: str) -> str | None:
-    """What keeps a text from being written as UTF-8: half of a surrogate pair, as from text cut within an emoji."""
+    """Return the half surrogate pair that keeps a text from being written as UTF-8, as in text cut within an emoji."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -125,14 +125,14 @@ def broken_text(text: str) -> str | None:
 
 
 def kind(value: Any) -> str:
-    """What a value is, in words."""
+    """Describe the type of a value."""
     names = {list: "a list", dict: "an object", bool: "a boolean", type(None): "null", bytes: "binary data (bytes)"}
     names |= {int: "a number", float: "a number", str: "text"}
     return names.get(type(value), f"a {type(value).__name__}")
 
 
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Place and content of every record; a line that is not JSON arrives as the error it raised."""
+    """Return the place and content of every record; a line that is not JSON arrives as the error it raised."""
     with path.open("rb") as file:
         start = file.read(4)
         if path.suffix == ".parquet":
@@ -161,7 +161,7 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
 
 
 def _present(value: Any) -> Any:
-    """A value without the empty keys that Parquet gives an object which other rows have more keys in."""
+    """Return a value without the empty keys that Parquet gives an object which other rows have more keys in."""
     if isinstance(value, dict):
         return {key: _present(inner) for key, inner in value.items() if inner is not None}
     return [_present(inner) for inner in value] if isinstance(value, list) else value
@@ -179,7 +179,7 @@ def _parsed(line: bytes) -> Any:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, of which no key may stand twice."""
+    """Return a JSON object, of which no key may stand twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(key for key in found if sum(key == other for other, _ in pairs) > 1)

@@ -130,7 +130,7 @@ def read_rows(path: Path, fields: Mapping[str, str] | None = None) -> list[Row]:
 
 
 def conversations(record: Mapping[str, Any], source: str, fields: Mapping[str, str]) -> list[Row]:
-    """The conversations of a record, one but for several instances; see `read_rows`.
+    """Return the conversations of a record, one but for several instances; see `read_rows`.
 
     Raises:
         MalformedError: If it holds none, or asks for what cannot be done.
@@ -161,7 +161,7 @@ def conversations(record: Mapping[str, Any], source: str, fields: Mapping[str, s
 
 
 def _row_settings(record: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
-    """What a record hands to the chat template, after refusing what it asks for in vain."""
+    """Return the settings that a record passes to the chat template; raise for those without an effect."""
     named = set(fields.values())
     for key in REFUSED_IN_ROWS.keys() & record.keys() - named:
         if record[key] not in (None, [], "", {}) and not (key == "rejected" and "chosen" in named):
@@ -184,14 +184,14 @@ def _row_settings(record: Mapping[str, Any], fields: Mapping[str, str]) -> dict[
 
 
 def _field(record: Mapping[str, Any], name: str, fields: Mapping[str, str]) -> Any:
-    """A record's value under the file's own name of a field; None where it has none."""
+    """Return a record's value under the file's own name of a field; None where it has none."""
     if name in fields and fields[name] not in record:
         raise MalformedError(f"has no {fields[name]!r}, which `fields` gives for {name}")
     return record.get(fields.get(name, name))
 
 
 def chat(turns: Any) -> tuple[Message, ...]:
-    """The turns of a conversation.
+    """Return the turns of a conversation.
 
     An assistant's turn before the first user's answers nothing, so the loss does not fall on it; nothing is left of
     answers of weight 0 at the end.
@@ -247,7 +247,7 @@ def _turn(turn: Any, number: int, after: str | None) -> Message:
 
 
 def _learnt(turn: Mapping[str, Any], number: int, role: str) -> bool:
-    """Whether the loss may fall on a turn."""
+    """Return whether the loss may fall on a turn."""
     asked = {key: turn[key] for key in LEARNT if turn.get(key) is not None}
     for key, value in asked.items():
         if value not in (0, 1) or not isinstance(value, int | float):
@@ -266,7 +266,7 @@ def _listed(calls: Any, number: int) -> list[Any]:
 
 
 def _call(call: Any, number: int) -> dict[str, Any]:
-    """A call with its arguments as an object: templates write them as JSON, and would quote a text once more."""
+    """Return a call with its arguments as an object: templates write them as JSON, and would quote a text once more."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise MalformedError(f"tool_calls of turn {number} must be objects with a function and its name")
@@ -287,7 +287,7 @@ def _json(text: str, what: str) -> Any:
 
 
 def _content(value: Any, what: str) -> str:
-    """Text, or the joined texts of a list of parts."""
+    """Return a text, or the joined texts of a list of parts."""
     if not isinstance(value, list):
         return check_text(value, what)
     texts = []
@@ -303,7 +303,7 @@ def _content(value: Any, what: str) -> str:
 
 
 def _answered(turns: Any, messages: tuple[Message, ...], output: Any) -> tuple[Message, ...]:
-    """The conversation with the answer that the record holds beside it, if its last turn is not an answer."""
+    """Return the conversation with the answer that the record holds beside it, if its last turn is not an answer."""
     if not output or messages[-1].role == "assistant" or len(messages) < len(turns):
         return messages
     if isinstance(output, list) and all(isinstance(turn, dict) for turn in output):
@@ -312,7 +312,7 @@ def _answered(turns: Any, messages: tuple[Message, ...], output: Any) -> tuple[M
 
 
 def _system(record: Mapping[str, Any], fields: Mapping[str, str]) -> str:
-    """The system turn that a record holds beside the others."""
+    """Return the system turn that a record holds beside the others."""
     if "system" in fields:
         return check_text(_field(record, "system", fields), "system")
     found = {key: text for key in SYSTEMS if (text := check_text(record.get(key), key))}
@@ -322,7 +322,7 @@ def _system(record: Mapping[str, Any], fields: Mapping[str, str]) -> str:
 
 
 def _with_system(messages: tuple[Message, ...], system: str) -> tuple[Message, ...]:
-    """The conversation behind a system turn that the record holds beside it."""
+    """Return the conversation behind a system turn that the record holds beside it."""
     if not system.strip():
         return messages
     if messages[0].role != "system":

@@ -37,7 +37,7 @@ def special_tokens(
 
 
 def each_text(value: Any, change: Callable[[str], str]) -> Any:
-    """Nested objects and lists with each text in them changed."""
+    """Return the nested objects and lists with each text in them changed."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
@@ -63,7 +63,7 @@ def _pattern(tokens: Collection[str]) -> re.Pattern[str]:
 
 
 def broken(text: str, tokens: re.Pattern[str]) -> str:
-    """A text in which all of some tokens are broken behind their first character."""
+    """Return a text in which all of some tokens are broken behind their first character."""
     while tokens.search(text):
         text = tokens.sub(lambda found: found[0][:1] + BREAK + found[0][1:], text)
     return text

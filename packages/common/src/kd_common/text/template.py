@@ -32,10 +32,10 @@ _CODES = [f"%{flag}{letter}" for flag in ("", "-") for letter in "AaBbCcDdeFGgHh
 _FORMATTED = "".join(f".replace('{code}', '{DATE.strftime(code)}')" for code in _CODES)
 # The line end keeps what a template begins with as it is: jinja cuts one behind a block, and blanks before one.
 FIXED_DATE = f"{{% macro strftime_now(format) %}}{{{{ format{_FORMATTED} }}}}{{% endmacro %}}\n"
-"""What stands before a template so that it prints `DATE`."""
+"""Prefix that makes a template print `DATE`."""
 
 SECONDS, BYTES, CHARACTERS = 5, 2**30, 1_000_000
-"""What a template may use, and write, about the short conversations it is tried on; seconds are those of computing."""
+"""Limits of time, memory and output for the short conversations on which a template is tried; seconds of computing."""
 
 WAIT = 120.0
 """Seconds by the clock after which a template is given up, on a machine that is busy with other work."""
@@ -106,7 +106,7 @@ def _try(render: Callable[..., str]) -> None:
 
 
 def _conversations() -> Iterator[list[dict[str, Any]]]:
-    """Conversations of one to nine turns, with and without a system turn."""
+    """Return the conversations of one to nine turns, with and without a system turn."""
     turns = [{"role": ("user", "assistant")[n % 2], "content": f"{n} " + "word " * 40} for n in range(9)]
     for count in (1, 2, 3, 4, 9):
         yield turns[:count]

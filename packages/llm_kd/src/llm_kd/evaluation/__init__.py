@@ -1,1 +1,1 @@
-"""How a language model is judged by its answers."""
+"""Evaluation of a language model by its answers."""

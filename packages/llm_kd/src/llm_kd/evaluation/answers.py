@@ -29,7 +29,7 @@ class Question:
 
 
 def display_text(response: str, written: str) -> str:
-    """A response for people; one without text is described, for it may be a mere end or white space without one.
+    """Return a response for people; one without text is described, for it may be a mere end or white space without one.
 
     Args:
         response: The text.
@@ -65,7 +65,7 @@ class Answers:
 
 
 def questions(data: TextDataModule) -> list[Question]:
-    """The validation prompts, each with its references; rows with the same prompt become one with those of all.
+    """Return the validation prompts, each with its references; rows with the same prompt become one with those of all.
 
     Args:
         data: The data; the teacher's response, if it wrote one, is the reference of a row without an answer.
@@ -89,7 +89,7 @@ def questions(data: TextDataModule) -> list[Question]:
 
 
 def up_to_last_answer(row: Row) -> Row:
-    """The conversation up to its last answer that is learnt."""
+    """Return the conversation up to its last answer that is learnt."""
     last = max(place for place, message in enumerate(row.messages) if message.role == "assistant" and message.learnt)
     return dataclasses.replace(row, messages=row.messages[: last + 1])
 
@@ -104,7 +104,7 @@ def answer_prompts(
     seed: int = 0,
     batch_size: int = 16,
 ) -> Answers:
-    """Answers of a model to the validation prompts, and their ROUGE-L.
+    """Return the answers of a model to the validation prompts, and their ROUGE-L.
 
     Args:
         backbone: The model, on the device it is to run on.

@@ -8,7 +8,7 @@ from kd_common.hub.language_models import EMBEDDED, embedded_folder
 
 
 def load_harness() -> ModuleType:
-    """The installed `lm_eval`.
+    """Return the installed `lm_eval`.
 
     Raises:
         UserError: If it is not installed.

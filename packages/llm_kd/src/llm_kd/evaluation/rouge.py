@@ -1,4 +1,4 @@
-"""How close written answers are to reference texts."""
+"""ROUGE-L of written answers against reference texts."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,9 @@ from rouge_score.rouge_scorer import RougeScorer
 
 
 def rouge_l(responses: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """ROUGE-L of every response: F-measure of the longest common subsequence of words with its closest reference.
+    """Return the ROUGE-L of every response.
+
+    It is the F-measure of the longest common subsequence of words with the closest reference.
 
     Words are lower-cased runs of a-z and 0-9, Porter-stemmed; text in other scripts has none and scores 0.
 

@@ -121,7 +121,7 @@ class KDHead(nn.Module):
         self.chunk_size = chunk_size
 
     def forward(self, student_hidden: Tensor, student_head: LMHead, teacher: TeacherOutput) -> HeadOutput:
-        """Loss of a batch, with gradients for the student's hidden states, head weight and bias.
+        """Return the loss of a batch, with gradients for the student's hidden states, head weight and bias.
 
         Args:
             student_hidden: Hidden states before the student's head of the tokens that carry a loss, shape (N, H).
@@ -218,7 +218,7 @@ class KDHead(nn.Module):
         return self.vocab_size or rows
 
     def _rows_of(self, teacher: TeacherOutput, vocab_size: int, dtype: torch.dtype) -> TeacherRows:
-        """What gives the teacher's logits, or its truncated distribution, of some rows."""
+        """Return a function of row indices that gives the teacher's logits, or its truncated distribution."""
         if isinstance(teacher, TeacherHiddenStates):
             live = Projection(teacher.hidden, teacher.head, vocab_size)
             return lambda rows: live.logits(rows).to(dtype)
@@ -260,7 +260,7 @@ class KDHead(nn.Module):
         return row_loss, weights, accepted
 
     def _score(self, z: Tensor, z_teacher: TeacherLogits) -> Tensor:
-        """The selector's scores of a chunk, shape (n,)."""
+        """Return the selector's scores of a chunk, shape (n,)."""
         t = self.verify_temperature
         scores = []
         for z_, z_teacher_ in _blocks(z, z_teacher):
@@ -274,7 +274,10 @@ class KDHead(nn.Module):
     def _losses(
         self, student: Projection, z: Tensor, z_teacher: TeacherLogits, tau: Tensor, scale: Tensor, with_gradient: bool
     ) -> Tensor:
-        """Scaled divergences of a chunk, shape (n,); their gradient by the raw student logits replaces z if asked."""
+        """Return the scaled divergences of a chunk, shape (n,).
+
+        If asked, replace z by their gradient with respect to the raw student logits.
+        """
         losses = []
         tempered = bool((tau != 1).any())  # else two passes over the logits are saved
         for z_, z_teacher_, tau_, scale_ in _blocks(z, z_teacher, tau[:, None], scale[:, None]):
@@ -290,6 +293,6 @@ class KDHead(nn.Module):
 
 
 def _blocks(first: Tensor, *rest: TeacherLogits) -> Iterator[tuple[Any, ...]]:
-    """An eighth of the rows at a time, as views; one empty block when there are no rows."""
+    """Return an eighth of the rows at a time, as views; one empty block when there are no rows."""
     size = max(1, math.ceil(len(first) / BLOCKS))
     return zip(*(rows.split(size) for rows in (first, *rest)), strict=True)

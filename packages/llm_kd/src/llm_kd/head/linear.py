@@ -46,17 +46,17 @@ class Projection:
         return torch.promote_types(self.weight.dtype, torch.float32)
 
     def logits(self, rows: Tensor) -> Tensor:
-        """New logits of shape (n, V) in at least float32, for row indices of shape (n,)."""
+        """Return new logits of shape (n, V) in at least float32, for row indices of shape (n,)."""
         z = F.linear(self.hidden[rows], self.weight, self.bias).to(self.dtype)
         return z if self.softcap is None else z.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def through_softcap(self, gradient: Tensor, logits: Tensor) -> Tensor:
-        """Gradient with respect to the logits before the soft-cap, in place, given the capped logits."""
+        """Return the gradient with respect to the logits before the soft-cap, in place, given the capped logits."""
         return gradient if self.softcap is None else gradient.mul_(1 - (logits / self.softcap) ** 2)
 
 
 def rows_per_chunk(projection: Projection, bytes_per_logit: float) -> int:
-    """Rows whose logits and temporaries take 64 MiB on a CPU and 1 GiB elsewhere, at least one."""
+    """Return the rows whose logits and temporaries take 64 MiB on a CPU and 1 GiB elsewhere, at least one."""
     budget = 2**26 if projection.hidden.device.type == "cpu" else 2**30
     return max(1, int(budget / (projection.weight.shape[0] * bytes_per_logit)))
 
@@ -98,7 +98,7 @@ class ValueWithGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: Gradients, *inputs: Tensor | None) -> Tensor:
-        """The value itself, shape ()."""
+        """Return the value itself, shape ()."""
         ctx.gradients = [gradients.hidden, gradients.weight, gradients.bias]
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
         return value.clone()
@@ -106,7 +106,7 @@ class ValueWithGradients(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        """The known gradients times `grad_output`, in place: a copy would cost a second head."""
+        """Return the known gradients times `grad_output`, in place: a copy would cost a second head."""
         if ctx.gradients is None:
             raise RuntimeError("the head's gradients were used up by an earlier backward; run the head again")
         gradients, ctx.gradients = ctx.gradients, None

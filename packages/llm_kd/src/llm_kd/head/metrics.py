@@ -1,4 +1,4 @@
-"""How far a student is from its teacher and from the text, summed over tokens, chunk by chunk."""
+"""Training metrics: distances of the student from its teacher and from the text, summed over tokens chunk by chunk."""
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ BYTES_PER_LOGIT = 4 * 6
 def token_metrics(
     student_hidden: Tensor, student_head: LMHead, teacher: TeacherOutput, labels: Tensor, vocab_size: int, k: int
 ) -> dict[str, Tensor]:
-    """Sums over N tokens of what is reported as means.
+    """Sum the training metrics over N tokens.
 
     Args:
         student_hidden: Hidden states before the student's head, shape (N, H).

@@ -15,7 +15,7 @@ TAIL_FLOOR = torch.finfo(torch.float32).tiny
 def dense_loss(
     objective: Objective, z: Tensor, z_teacher: Tensor, *, with_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Divergence from the teacher's logits.
+    """Return the divergence from the teacher's logits.
 
     Args:
         objective: The divergence.
@@ -36,7 +36,7 @@ def dense_loss(
 def truncated_loss(
     objective: Objective, z: Tensor, teacher: TruncatedDistribution, *, with_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Divergence on K + 1 categories: the teacher's K stored tokens, and all the others as one, at temperature 1.
+    """Return the divergence at temperature 1 on K + 1 categories: the K stored tokens and all the others as one.
 
     The student's logit of the last category is the logsumexp over the other tokens, so that no 1 - sum has to be taken;
     by the chain rule its gradient is shared among them in proportion to their probabilities. The stored probabilities,

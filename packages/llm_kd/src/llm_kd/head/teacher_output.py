@@ -29,7 +29,7 @@ class TeacherHiddenStates:
         return len(self.hidden)
 
     def __getitem__(self, rows: Tensor | slice) -> "TeacherHiddenStates":
-        """Some rows, by a slice, indices or booleans."""
+        """Select rows by a slice, indices or booleans."""
         return TeacherHiddenStates(self.hidden[rows], self.head)
 
 
@@ -39,7 +39,7 @@ TeacherOutput = TeacherHiddenStates | TruncatedDistribution
 
 @torch.no_grad()
 def truncate(teacher_output: TeacherHiddenStates, size: int, vocab_size: int) -> TruncatedDistribution:
-    """The `size` most likely tokens of every row, chunk by chunk.
+    """Return the `size` most likely tokens of every row, chunk by chunk.
 
     Args:
         teacher_output: N rows of a teacher.

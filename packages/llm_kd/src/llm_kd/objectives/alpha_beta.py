@@ -27,11 +27,11 @@ class AlphaBeta(Objective):
         self._check_settings()
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float | None = 1.0) -> Tensor:
-        """Divergence per row; see `Objective.forward`."""
+        """Return the divergence per row; see `Objective.forward`."""
         return alpha_beta(student_logits, teacher_logits, self.alpha, self.beta, temperature=temperature)
 
     def grad_log_q(self, log_q: Tensor, log_p: Tensor) -> Tensor:
-        """Gradient h = q^beta (q^alpha - p^alpha) / alpha, and its limit q^beta log(q / p) at alpha = 0."""
+        """Return the gradient h = q^beta (q^alpha - p^alpha) / alpha, and its limit q^beta log(q / p) at alpha = 0."""
         absent = (log_p == -math.inf) & (log_q == -math.inf)
         gap = (log_q - log_p).masked_fill(absent, 0.0)
         if self.alpha == 0:

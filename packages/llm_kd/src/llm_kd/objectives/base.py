@@ -25,7 +25,7 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float | None = 1.0) -> Tensor:
-        """Divergence per row in nats, without a factor T^2.
+        """Return the divergence per row in nats, without a factor T^2.
 
         Args:
             student_logits: Student logits of shape (..., V).
@@ -38,7 +38,7 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def grad_log_q(self, log_q: Tensor, log_p: Tensor) -> Tensor:
-        """Gradient h = df/dlog q of the summand.
+        """Return the gradient h = df/dlog q of the summand.
 
         Args:
             log_q: Student log-probabilities of shape (..., V).
@@ -49,7 +49,7 @@ class Objective(nn.Module, ABC):
         """
 
     def value_and_grad(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-        """What `forward` and `grad_log_q` give; an objective whose two share terms computes them once.
+        """Return the results of `forward` and `grad_log_q`; an objective whose two share terms computes them once.
 
         Args:
             log_q: Student log-probabilities of shape (..., V).
@@ -75,10 +75,10 @@ class Objective(nn.Module, ABC):
 
 
 def log_ratio(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """log(a / b), and 0 where a = 0: every gradient multiplies it by a."""
+    """Return log(a / b), and 0 where a = 0: every gradient multiplies it by a."""
     return (log_a - log_b).masked_fill(log_a == -math.inf, 0.0)
 
 
 def log_mixture(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
-    """Log of weight * a + (1 - weight) * b, for weight in [0, 1)."""
+    """Return the log of weight * a + (1 - weight) * b, for weight in [0, 1)."""
     return torch.logaddexp(log_a + math.log(weight), log_b + math.log1p(-weight)) if weight else log_b

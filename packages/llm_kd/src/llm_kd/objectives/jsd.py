@@ -25,15 +25,15 @@ class JensenShannon(Objective):
         self._check_settings()
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float | None = 1.0) -> Tensor:
-        """Divergence per row; see `Objective.forward`."""
+        """Return the divergence per row; see `Objective.forward`."""
         return jensen_shannon(student_logits, teacher_logits, temperature=temperature, beta=self.beta)
 
     def grad_log_q(self, log_q: Tensor, log_p: Tensor) -> Tensor:
-        """Gradient h = (1 - beta) q log(q / m)."""
+        """Return the gradient h = (1 - beta) q log(q / m)."""
         return self._grad_log_q(log_q, log_mixture(log_p, log_q, self.beta))
 
     def value_and_grad(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-        """Both at once; see `Objective.value_and_grad`."""
+        """Return both at once; see `Objective.value_and_grad`."""
         log_m = log_mixture(log_p, log_q, self.beta)
         gradient = self._grad_log_q(log_q, log_m)  # the student's half of the value is its sum
         return self.beta * torch.linalg.vecdot(log_p.exp(), log_ratio(log_p, log_m)) + gradient.sum(dim=-1), gradient

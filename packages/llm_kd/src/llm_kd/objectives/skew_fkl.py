@@ -26,11 +26,11 @@ class SkewForwardKL(Objective):
         self._check_settings()
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float | None = 1.0) -> Tensor:
-        """Divergence per row; see `Objective.forward`."""
+        """Return the divergence per row; see `Objective.forward`."""
         return skew_forward_kl(student_logits, teacher_logits, temperature=temperature, alpha=self.alpha)
 
     def grad_log_q(self, log_q: Tensor, log_p: Tensor) -> Tensor:
-        """Gradient h = -(1 - alpha) p q / m, and 0 where m = 0."""
+        """Return the gradient h = -(1 - alpha) p q / m, and 0 where m = 0."""
         log_m = log_mixture(log_p, log_q, self.alpha)
         absent = (log_p == -math.inf) | (log_q == -math.inf)
         return -(1 - self.alpha) * (log_p + log_q - log_m).masked_fill(absent, -math.inf).exp()

@@ -26,11 +26,11 @@ class SkewReverseKL(Objective):
         self._check_settings()
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float | None = 1.0) -> Tensor:
-        """Divergence per row; see `Objective.forward`."""
+        """Return the divergence per row; see `Objective.forward`."""
         return skew_reverse_kl(student_logits, teacher_logits, temperature=temperature, alpha=self.alpha)
 
     def grad_log_q(self, log_q: Tensor, log_p: Tensor) -> Tensor:
-        """Gradient h = q (log(q / m) + 1 - alpha q / m)."""
+        """Return the gradient h = q (log(q / m) + 1 - alpha q / m)."""
         ratio = log_ratio(log_q, log_mixture(log_q, log_p, self.alpha))
         # q / m is at most 1 / alpha; without a share of the student in m it has no bound.
         share = self.alpha * ratio.exp() if self.alpha else 0.0

@@ -50,13 +50,13 @@ class TAID(Objective):
         return log_p if self.t == 1 else (self.t * log_p + (1 - self.t) * log_q).log_softmax(dim=-1)
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float | None = 1.0) -> Tensor:
-        """Cross-entropy per row; see `Objective.forward`."""
+        """Return the cross-entropy per row; see `Objective.forward`."""
         log_p, log_q = log_probs(student_logits, teacher_logits, temperature)
         target = self._log_target(log_q.detach(), log_p).exp()
         return -(target * log_q.masked_fill(target == 0, 0.0)).sum(dim=-1)
 
     def grad_log_q(self, log_q: Tensor, log_p: Tensor) -> Tensor:
-        """Gradient h = -p_t."""
+        """Return the gradient h = -p_t."""
         return -self._log_target(log_q, log_p).exp()
 
     def on_step(self, loss: float, step: int, total_steps: int) -> None:
@@ -78,7 +78,7 @@ class TAID(Objective):
         self.t = min(self.t_end, max(ramp, adaptive))
 
     def get_extra_state(self) -> dict[str, float | None]:
-        """State for a checkpoint: t, the running change and the last loss."""
+        """Return the state for a checkpoint: t, the running change and the last loss."""
         return {"t": self.t, "trend": self.trend, "previous_loss": self.previous_loss}
 
     def set_extra_state(self, state: Any) -> None:

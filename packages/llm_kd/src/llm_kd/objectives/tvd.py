@@ -12,10 +12,10 @@ class TotalVariation(Objective):
     data_processing = True
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float | None = 1.0) -> Tensor:
-        """Distance per row; see `Objective.forward`."""
+        """Return the distance per row; see `Objective.forward`."""
         return total_variation(student_logits, teacher_logits, temperature=temperature)
 
     def grad_log_q(self, log_q: Tensor, log_p: Tensor) -> Tensor:
-        """Gradient h = 0.5 q sign(q - p)."""
+        """Return the gradient h = 0.5 q sign(q - p)."""
         q = log_q.exp()
         return 0.5 * q * (q - log_p.exp()).sign()

@@ -77,7 +77,7 @@ class TruncatedDistribution:
 
     @classmethod
     def cat(cls, parts: "Sequence[TruncatedDistribution]") -> "TruncatedDistribution":
-        """Parts of one teacher, one after the other along the first dimension."""
+        """Return the parts of one teacher, one after the other along the first dimension."""
         log_probs, indices, tail_mass = (
             torch.cat([getattr(part, name) for part in parts]) for name in ("log_probs", "indices", "tail_mass")
         )
@@ -92,15 +92,15 @@ class TruncatedDistribution:
         return len(self.indices)
 
     def __getitem__(self, rows: Tensor | slice) -> "TruncatedDistribution":
-        """Some rows, by a slice or by indices of the first dimension."""
+        """Select rows by a slice or by indices of the first dimension."""
         return self._map(lambda tensor: tensor[rows])
 
     def split(self, rows: int) -> "list[TruncatedDistribution]":
-        """Parts of at most `rows` rows; one empty part when there are none."""
+        """Return the parts of at most `rows` rows; one empty part when there are none."""
         return [self[start : start + rows] for start in range(0, max(len(self), 1), rows)]
 
     def to(self, device: torch.device | str) -> "TruncatedDistribution":
-        """The same distribution on another device."""
+        """Return the same distribution on another device."""
         return self._map(lambda tensor: tensor.to(device))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "TruncatedDistribution":
@@ -108,7 +108,7 @@ class TruncatedDistribution:
         return TruncatedDistribution(log_probs, indices, tail_mass, self.vocab_size, check=False)
 
     def dense_log_probs(self) -> Tensor:
-        """All V log-probabilities, shape (..., V), if the stored ones determine them.
+        """Return all V log-probabilities, shape (..., V), if the stored ones determine them.
 
         Raises:
             ValueError: If tokens are missing (K < V) and the tail has mass: its split among them is unknown.
@@ -129,7 +129,7 @@ def _check_k(k: int, most: int, name: str = "k") -> None:
 
 @torch.no_grad()
 def topk_accept(student_logits: Tensor, teacher_logits: Tensor | TruncatedDistribution, k: int = 5) -> Tensor:
-    """Whether the student's most likely token is among the teacher's k most likely ones.
+    """Return whether the student's most likely token is among the teacher's k most likely ones.
 
     Of equal logits the lower token id ranks first, for both models.
 
@@ -162,7 +162,10 @@ def topk_accept(student_logits: Tensor, teacher_logits: Tensor | TruncatedDistri
 
 
 def _greedy(logits: Tensor) -> Tensor:
-    """Id of the largest logit, the lowest among equals, shape (..., 1): argmax, which is slow, on one block."""
+    """Return the id of the largest logit, the lowest among equals, shape (..., 1).
+
+    It equals argmax, which is slow, on one block.
+    """
     whole = logits.shape[-1] // BLOCK * BLOCK
     candidates = [whole + logits[..., whole:].argmax(dim=-1, keepdim=True)] if whole < logits.shape[-1] else []
     if whole:
@@ -175,7 +178,7 @@ def _greedy(logits: Tensor) -> Tensor:
 
 
 def _ranks_below(logits: Tensor, token: Tensor, k: int) -> Tensor:
-    """Whether fewer than k tokens precede a token (..., 1) in the order of logits, equal ones by id; shape (...).
+    """Return whether fewer than k tokens precede a token (..., 1) in the order of logits and then ids; shape (...).
 
     Only k blocks of the vocabulary are looked at: blocks in the order of their largest logits, equal ones by number.
     The blocks that hold a preceding token come first in that order, so the first k blocks hold all preceding tokens or
@@ -202,7 +205,7 @@ def _precede(logits: Tensor, score: Tensor, ids: Tensor, token: Tensor) -> Tenso
 def speck_accept_probability(
     student_logits: Tensor, teacher_logits: Tensor | TruncatedDistribution, k: int = 5
 ) -> Tensor:
-    """Probability 1 - TV(p, q)^k that at least one of k independent proposals of the student is accepted.
+    """Return the probability 1 - TV(p, q)^k that at least one of k independent proposals of the student is accepted.
 
     One draw y ~ q, accepted with probability min(1, p(y) / q(y)), is accepted with probability
     sum_v min(p_v, q_v) = 1 - TV(p, q). That overlap is what is summed, so small probabilities keep their digits.
@@ -251,7 +254,7 @@ def _check_vocab(student_logits: Tensor, teacher: TruncatedDistribution) -> None
 
 
 def token_weights(accepted: Tensor, beta: float = 0.01) -> Tensor:
-    """Loss weights V = beta + (1 - beta) * accepted.
+    """Return the loss weights V = beta + (1 - beta) * accepted.
 
     Args:
         accepted: Booleans, or probabilities of acceptance, of shape (...).

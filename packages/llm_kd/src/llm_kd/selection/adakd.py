@@ -64,12 +64,12 @@ class AdaKD(Selector):
         self.reference: float | None = None
 
     def score(self, student_logits: Tensor, teacher_logits: Tensor | TruncatedDistribution) -> Tensor:
-        """Hellinger distance of q and p, in [0, 1]."""
+        """Return the Hellinger distance of q and p, in [0, 1]."""
         root_q, root_p = ((0.5 * z.log_softmax(dim=-1)).exp() for z in (student_logits, dense_logits(teacher_logits)))
         return torch.linalg.vector_norm(root_q - root_p, dim=-1) / math.sqrt(2)
 
     def select(self, score: Tensor, noise: Tensor | None = None) -> Selection:
-        """The hardest tokens of the batch, with their temperatures."""
+        """Return the hardest tokens of the batch, with their temperatures."""
         if not len(score):
             return Selection(score, score)
         kept = top_share(score, self.share)
@@ -97,7 +97,7 @@ class AdaKD(Selector):
             self.reference = self.mean_loss
 
     def get_extra_state(self) -> dict[str, float | None]:
-        """State for a checkpoint: share, running mean and reference."""
+        """Return the state for a checkpoint: share, running mean and reference."""
         return {"share": self.share, "mean_loss": self.mean_loss, "reference": self.reference}
 
     def set_extra_state(self, state: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a selector is: a score per token from the two models' logits, and weights from the scores."""
+"""Base class of selectors: a score per token from the logits of both models, and weights from the scores."""
 
 import math
 from abc import ABC, abstractmethod
@@ -12,7 +12,7 @@ from llm_kd.selection.acceptance import TruncatedDistribution
 
 
 class Selection(NamedTuple):
-    """What a selector decides about N tokens; tensors have shape (N,) and no gradient.
+    """Selection among N tokens; tensors have shape (N,) and no gradient.
 
     Attributes:
         weights: Loss weights, >= 0.
@@ -43,7 +43,7 @@ class Selector(nn.Module, ABC):
 
     @abstractmethod
     def score(self, student_logits: Tensor, teacher_logits: Tensor | TruncatedDistribution) -> Tensor:
-        """One number per token.
+        """Return one number per token.
 
         Args:
             student_logits: Student logits at the verification temperature, shape (n, V), in at least float32.
@@ -56,7 +56,7 @@ class Selector(nn.Module, ABC):
 
     @abstractmethod
     def select(self, score: Tensor, noise: Tensor | None = None) -> Selection:
-        """Weights of tokens.
+        """Return the weights of tokens.
 
         Args:
             score: Scores of shape (n,): all of the batch, or any part of it if `per_row`.
@@ -67,7 +67,7 @@ class Selector(nn.Module, ABC):
         """
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Hook: raise ValueError for a setting that a vocabulary of this size does not allow."""
+        """Raise ValueError for a setting that a vocabulary of this size does not allow."""
 
     def check_truncated(self, size: int, vocab_size: int) -> None:
         """Refuse a stored teacher that does not determine the scores.
@@ -87,7 +87,7 @@ class Selector(nn.Module, ABC):
             )
 
     def draw(self, num_rows: int, device: torch.device) -> Tensor | None:
-        """Random numbers for a batch, shape (num_rows,), drawn at once so that chunks do not change them.
+        """Return a random numbers for a batch, shape (num_rows,), drawn at once so that chunks do not change them.
 
         Args:
             num_rows: Number of tokens.
@@ -109,12 +109,12 @@ class Selector(nn.Module, ABC):
 
 
 def dense_logits(teacher_logits: Tensor | TruncatedDistribution) -> Tensor:
-    """The teacher's logits of all tokens, shape (..., V); ValueError if what is stored does not determine them."""
+    """Return the teacher's logits of all tokens, shape (..., V); ValueError if they are not all known."""
     return teacher_logits.dense_log_probs() if isinstance(teacher_logits, TruncatedDistribution) else teacher_logits
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """Shannon entropy of softmax(logits) in nats, shape (...)."""
+    """Return the Shannon entropy of softmax(logits) in nats, shape (...)."""
     log_probs = logits.log_softmax(dim=-1)
     return -(log_probs.exp() * log_probs.masked_fill(log_probs == -math.inf, 0.0)).sum(dim=-1)
 

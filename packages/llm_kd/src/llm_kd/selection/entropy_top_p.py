@@ -25,10 +25,10 @@ class EntropyTopP(Selector):
         self.p = p
 
     def score(self, student_logits: Tensor, teacher_logits: Tensor | TruncatedDistribution) -> Tensor:
-        """Entropy of the student's distribution in nats."""
+        """Return the entropy of the student's distribution in nats."""
         return entropy(student_logits)
 
     def select(self, score: Tensor, noise: Tensor | None = None) -> Selection:
-        """The most uncertain tokens of the batch."""
+        """Return the most uncertain tokens of the batch."""
         kept = top_share(score, self.p)
         return Selection(kept, kept)

@@ -37,7 +37,7 @@ class SpecK(SpecKExpected):
         self.batches = 0
 
     def draw(self, num_rows: int, device: torch.device) -> Tensor:
-        """Uniform random numbers in [0, 1), shape (num_rows,)."""
+        """Return the uniform random numbers in [0, 1), shape (num_rows,)."""
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         # The three numbers are hashed: neighbouring seeds must not give neighbouring streams.
         seed = random.Random(f"{self.seed}/{rank}/{self.batches}").getrandbits(63)
@@ -45,7 +45,7 @@ class SpecK(SpecKExpected):
         return torch.rand(num_rows, generator=torch.Generator(device).manual_seed(seed), device=device)
 
     def select(self, score: Tensor, noise: Tensor | None = None) -> Selection:
-        """Weights 1 and beta, by one coin per token.
+        """Return weights 1 and beta, by one coin per token.
 
         Raises:
             ValueError: If there is no noise.
@@ -56,7 +56,7 @@ class SpecK(SpecKExpected):
         return Selection(token_weights(accepted, self.beta), accepted)
 
     def get_extra_state(self) -> dict[str, int]:
-        """State for a checkpoint: the number of training batches seen."""
+        """Return the state for a checkpoint: the number of training batches seen."""
         return {"batches": self.batches}
 
     def set_extra_state(self, state: Any) -> None:

@@ -28,9 +28,9 @@ class SpecKExpected(Selector):
         self.beta = beta
 
     def score(self, student_logits: Tensor, teacher_logits: Tensor | TruncatedDistribution) -> Tensor:
-        """Probability of acceptance."""
+        """Return the probability of acceptance."""
         return speck_accept_probability(student_logits, teacher_logits, self.k)
 
     def select(self, score: Tensor, noise: Tensor | None = None) -> Selection:
-        """Expected weights; `accepted` holds the probabilities."""
+        """Return the expected weights; `accepted` holds the probabilities."""
         return Selection(token_weights(score, self.beta), score)

@@ -47,7 +47,7 @@ class TopK(Selector):
         return topk_accept(student_logits, teacher_logits, self.k).to(student_logits.dtype)
 
     def select(self, score: Tensor, noise: Tensor | None = None) -> Selection:
-        """Weights 1 and beta."""
+        """Return weights 1 and beta."""
         return Selection(token_weights(score, self.beta), score)
 
 

@@ -17,9 +17,9 @@ class TSDKD(Selector):
     """
 
     def score(self, student_logits: Tensor, teacher_logits: Tensor | TruncatedDistribution) -> Tensor:
-        """Entropy of the student minus that of the teacher, in nats."""
+        """Return the entropy of the student minus that of the teacher, in nats."""
         return entropy(student_logits) - entropy(dense_logits(teacher_logits))
 
     def select(self, score: Tensor, noise: Tensor | None = None) -> Selection:
-        """Weights in (0, 1)."""
+        """Return weights in (0, 1)."""
         return Selection(torch.sigmoid(score), torch.ones_like(score))

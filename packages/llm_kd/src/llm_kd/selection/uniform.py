@@ -12,9 +12,9 @@ class Uniform(Selector):
     whole_teacher = False
 
     def score(self, student_logits: Tensor, teacher_logits: Tensor | TruncatedDistribution) -> Tensor:
-        """One for every token."""
+        """Return one for every token."""
         return student_logits.new_ones(len(student_logits))
 
     def select(self, score: Tensor, noise: Tensor | None = None) -> Selection:
-        """All tokens, weight 1."""
+        """Return all tokens, weight 1."""
         return Selection(score, score)

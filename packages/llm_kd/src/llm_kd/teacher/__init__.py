@@ -1,4 +1,4 @@
-"""Where the teacher's next-token distributions come from: the model itself, or a cache on disk."""
+"""Sources of the teacher's next-token distributions: the model itself, or a cache on disk."""
 
 from llm_kd.teacher.base import Teacher, TeacherBackbone, supervised_counts
 from llm_kd.teacher.cache import CacheError, CacheHeader, TeacherCache

@@ -15,13 +15,13 @@ class TeacherBackbone(Protocol):
     """A module that turns ids and positions, both (B, S), into hidden states (B, S, H'), and has an output layer."""
 
     def __call__(self, input_ids: Tensor, position_ids: Tensor, /) -> Tensor:
-        """Hidden states before the head."""
+        """Return the hidden states before the head."""
 
     def lm_head(self) -> LMHead:
-        """The output layer."""
+        """Return the output layer."""
 
     def settings(self) -> Mapping[str, Any]:
-        """What decides on its output besides the weights."""
+        """Return the settings that decide on the teacher's output besides its weights."""
 
     def eval(self) -> nn.Module:
         """Set evaluation mode."""
@@ -30,7 +30,7 @@ class TeacherBackbone(Protocol):
         """Set whether parameters take gradients."""
 
     def state_dict(self) -> dict[str, Any]:
-        """All weights by name."""
+        """Return all weights by name."""
 
     def to(self, device: torch.device | str, /) -> nn.Module:
         """Move to a device."""
@@ -44,7 +44,7 @@ class Teacher(ABC):
 
     @abstractmethod
     def output(self, batch: TokenBatch) -> TeacherOutput:
-        """The teacher's rows of the supervised tokens.
+        """Return the teacher's rows of the supervised tokens.
 
         Args:
             batch: B sequences, or rows of packed sequences.
@@ -59,7 +59,7 @@ class Teacher(ABC):
 
 
 def supervised_counts(batch: TokenBatch) -> list[int]:
-    """Number of supervised tokens of each example of a batch, in the order of `batch.keys`.
+    """Return the number of supervised tokens of each example of a batch, in the order of `batch.keys`.
 
     Raises:
         ValueError: If the batch does not hold as many supervised sequences as keys.

@@ -31,7 +31,7 @@ class CacheError(UserError):
 
 @dataclass(frozen=True)
 class CacheHeader:
-    """What a cache holds; equal for all its shards.
+    """Description of a cache's content, equal for all its shards.
 
     Attributes:
         teacher: Name of the teacher, for people.
@@ -55,11 +55,11 @@ class CacheHeader:
         return RecordLayout(self.vocab_size, self.size, self.dtype)
 
     def dumps(self) -> str:
-        """As JSON; every shard repeats it, so that a shard of another cache is noticed."""
+        """Return the record as JSON; every shard repeats it, so that a shard of another cache is noticed."""
         return json.dumps(asdict(self))
 
     def differences(self, other: "CacheHeader") -> list[str]:
-        """What differs, as "field: ours, not theirs"; the teacher's name does not count."""
+        """Return the differences as "field: value, not the other's value"; the teacher's name does not count."""
         pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self) if f.name != "teacher")
         return [f"{name}: {ours!r}, not {theirs!r}" for name, ours, theirs in pairs if ours != theirs]
 
@@ -91,7 +91,7 @@ class Manifest:
     source: str | None = None
 
     def dumps(self) -> str:
-        """As JSON, with a few derived numbers for people."""
+        """Return the record as JSON, with a few derived numbers for readers."""
         derived = {
             "bytes_per_token": self.header.layout.bytes_per_token,
             "examples": sum(shard.examples for shard in self.shards),
@@ -127,7 +127,7 @@ class Manifest:
 
 
 class Stored(NamedTuple):
-    """What `TeacherCache.read` gives for some examples, one after the other.
+    """Stored rows of some examples, one after the other.
 
     Attributes:
         counts: Number of supervised tokens of each example.
@@ -172,7 +172,7 @@ class TeacherCache:
         return len(self._entries)
 
     def keys(self) -> Iterator[str]:
-        """Keys of the stored examples, in the order of writing."""
+        """Return the keys of the stored examples, in the order of writing."""
         return (key.hex() for key in self._entries)
 
     def __contains__(self, key: str) -> bool:
@@ -219,7 +219,7 @@ class TeacherCache:
             )
 
     def read(self, keys: Sequence[str]) -> Stored:
-        """Stored rows of some examples.
+        """Return the stored rows of some examples.
 
         Args:
             keys: Keys of the examples.
@@ -282,7 +282,7 @@ class TeacherCache:
 
 
 def index_checksum(index: dict[str, Tensor]) -> int:
-    """CRC-32 over the tensors of a shard's index."""
+    """Return the CRC-32 over the tensors of a shard's index."""
     checksum = 0
     for name in INDEX:
         checksum = zlib.crc32(index[name].contiguous().view(torch.uint8).numpy().data, checksum)

@@ -19,7 +19,7 @@ class CachedTeacher(Teacher):
         self.cache = cache
 
     def output(self, batch: TokenBatch) -> TruncatedDistribution:
-        """Stored rows of the supervised tokens; see `Teacher.output`.
+        """Return the stored rows of the supervised tokens; see `Teacher.output`.
 
         Raises:
             CacheError: If an example is missing or damaged, or was stored with other supervised tokens.

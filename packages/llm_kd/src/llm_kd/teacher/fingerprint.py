@@ -1,4 +1,4 @@
-"""What identifies a teacher and a vocabulary in a cache."""
+"""Fingerprints that identify a teacher and a vocabulary in a cache."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from llm_kd.teacher.base import TeacherBackbone
 
 
 def weights_fingerprint(backbone: TeacherBackbone) -> str:
-    """SHA-256 over a teacher's settings and the names, dtypes, shapes and bytes of its weights, its head's, too.
+    """Return the SHA-256 of a teacher's settings and of all its weights: their names, dtypes, shapes and bytes.
 
     The same weights are another teacher where the base of the rotary embedding, a window or a norm's epsilon differs.
 
@@ -23,7 +23,7 @@ def weights_fingerprint(backbone: TeacherBackbone) -> str:
 
 
 def vocabulary_fingerprint(vocabulary: Mapping[str, int]) -> str:
-    """SHA-256 over the tokens and their ids, as `tokenizer.get_vocab()` gives them.
+    """Return the SHA-256 over the tokens and their ids, as `tokenizer.get_vocab()` gives them.
 
     Returns:
         64 hexadecimal digits.

@@ -21,7 +21,7 @@ class OnlineTeacher(Teacher):
 
     @torch.no_grad()
     def output(self, batch: TokenBatch) -> TeacherHiddenStates:
-        """Hidden states of the supervised tokens, and the head; see `Teacher.output`."""
+        """Return the hidden states of the supervised tokens, and the head; see `Teacher.output`."""
         hidden = self.backbone(batch.input_ids, batch.position_ids)
         return TeacherHiddenStates(hidden[batch.predict], self.backbone.lm_head())
 

@@ -1,4 +1,4 @@
-"""How a token of a stored teacher is laid out in bytes: its id, K ids, K log-probabilities, the tail mass."""
+"""Byte layout of a stored token: its id, K ids, K log-probabilities, the tail mass."""
 
 from dataclasses import dataclass
 
@@ -56,7 +56,7 @@ class RecordLayout:
         return [width, self.size * width, self.size * DTYPES[self.dtype].itemsize, 4]
 
     def pack(self, tokens: Tensor, distribution: TruncatedDistribution) -> Tensor:
-        """Bytes of N records.
+        """Return the bytes of N records.
 
         Args:
             tokens: Ids of the supervised tokens, shape (N,).
@@ -75,7 +75,7 @@ class RecordLayout:
         return torch.cat([column.contiguous().view(torch.uint8) for column in columns], dim=1)
 
     def unpack(self, records: Tensor) -> tuple[Tensor, TruncatedDistribution]:
-        """Supervised tokens (int64) and distributions (ids in int32) of N records (N, bytes_per_token)."""
+        """Return the supervised tokens (int64) and distributions (ids in int32) of N records (N, bytes_per_token)."""
         # Always a copy: a view of wider numbers must start at a multiple of their size, and a single row is contiguous.
         tokens, indices, log_probs, tail_mass = (
             column.clone(memory_format=torch.contiguous_format).view(dtype)

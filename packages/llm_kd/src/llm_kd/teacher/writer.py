@@ -19,7 +19,7 @@ from llm_kd.selection.acceptance import TruncatedDistribution
 from llm_kd.teacher.cache import MANIFEST, CacheError, CacheHeader, Manifest, Shard, TeacherCache, index_checksum
 
 EXAMPLE_BYTES = 48
-"""What an example takes in the index: key, offset and checksum."""
+"""Index entry of an example: key, offset and checksum."""
 
 SHARD_OVERHEAD = 2048
 """More than the header of a shard and its line in the manifest take, in bytes."""

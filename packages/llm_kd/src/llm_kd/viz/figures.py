@@ -19,7 +19,7 @@ LINE = 96
 
 
 def plot_progress(runs: Mapping[str, Metrics]) -> Figure:
-    """Held-out KL, NLL and acceptance, and the acceptance in training, over the updates."""
+    """Return the held-out KL, NLL and acceptance, and the acceptance in training, over the updates."""
     figure = Figure(figsize=(9.6, 6.2), layout="constrained")
     panels = list(figure.subplots(2, 2).flat)
     for number, (name, metrics) in enumerate(runs.items()):
@@ -40,12 +40,12 @@ def plot_progress(runs: Mapping[str, Metrics]) -> Figure:
 
 
 def plot_positions(tables: Mapping[str, Mapping[str, Tensor]]) -> Figure:
-    """KL and acceptance by the position in the answer, in bins that hold equally many tokens, a curve per run."""
+    """Draw KL and acceptance by the position in the answer, in bins that hold equally many tokens, a curve per run."""
     return _by(tables, "position", "position in the answer (tokens)", bins=12)
 
 
 def plot_entropy(tables: Mapping[str, Mapping[str, Tensor]]) -> Figure:
-    """KL and acceptance by the teacher's entropy, in bins that hold equally many tokens, a curve per run."""
+    """Return the KL and acceptance by the teacher's entropy, in bins that hold equally many tokens, a curve per run."""
     return _by(tables, "teacher_entropy", "entropy of the teacher (nats)", bins=12)
 
 
@@ -72,7 +72,7 @@ def _by(tables: Mapping[str, Mapping[str, Tensor]], key: str, label: str, bins: 
 
 
 def mark_tokens(table: Mapping[str, Tensor], tokenizer: Any, number: int) -> Markup:
-    """One example's answer as HTML: accepted tokens on green, rejected ones on red and boxed for a grey print.
+    """Return one example's answer as HTML: accepted tokens on green, rejected ones on red and boxed for a grey print.
 
     The line below a token is as many pixels thick as the teacher's entropy has nats; the pointer shows the details.
     """
@@ -96,7 +96,7 @@ def mark_tokens(table: Mapping[str, Tensor], tokenizer: Any, number: int) -> Mar
 
 
 def plot_tokens(table: Mapping[str, Tensor], tokenizer: Any, number: int) -> Figure:
-    """What `mark_tokens` shows, as a figure: a bar as long as its token stands for an entropy of 5 nats or more."""
+    """Draw the tokens of `mark_tokens`: a bar as long as its token stands for an entropy of 5 nats or more."""
     boxes, column, line = [], 0, 0
     for row in (table["example"] == number).nonzero().squeeze(1).tolist():
         text = repr(tokenizer.decode([int(table["token"][row])]))[1:-1]

@@ -19,7 +19,7 @@ BYTES_PER_LOGIT = 4 * 8
 def token_table(
     student: Backbone, teacher: Backbone, examples: Sequence[Example], *, vocab_size: int, k: int = 5
 ) -> dict[str, Tensor]:
-    """Every token of some examples that carries a loss.
+    """Return every token of some examples that carries a loss.
 
     Args:
         student: The student, in evaluation mode.

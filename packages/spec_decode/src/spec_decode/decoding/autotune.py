@@ -22,7 +22,9 @@ SIZES = (1, 8, 16, 24, 32)
 
 
 def seconds(calls: Sequence[Callable[[], object]], device: torch.device, repeats: int) -> list[float]:
-    """Median times of calls that take turns, after a round that warms up: they share a machine's slow moments.
+    """Return the median times of calls that take turns after a warm-up round.
+
+    Taking turns spreads a machine's slow moments over all calls.
 
     Every turn is two calls, of which the second counts: the first finds the caches full of what other calls read.
     """
@@ -41,7 +43,7 @@ def seconds(calls: Sequence[Callable[[], object]], device: torch.device, repeats
 
 
 def _filled(target: CausalLM, batch: int, length: int, extra: int) -> tuple[KVCache, Tensor, States]:
-    """Cache that holds `length` tokens of every row, the tokens, and their states."""
+    """Return the cache that holds `length` tokens of every row, the tokens, and their states."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(target.vocab_size, (batch, length), generator=generator).to(target.device)
     cache = target.new_cache(batch, length + extra)
@@ -52,7 +54,7 @@ def _filled(target: CausalLM, batch: int, length: int, extra: int) -> tuple[KVCa
 def measure_passes(
     target: CausalLM, sizes: Sequence[int] = SIZES, *, batch: int = 1, length: int = 256, repeats: int = 9
 ) -> dict[int, float]:
-    """Seconds of a target pass with its head by number of nodes, T(n).
+    """Return the seconds of a target pass with its head by number of nodes, T(n).
 
     Args:
         target: Target.
@@ -82,7 +84,7 @@ def measure_drafts(
     length: int = 256,
     repeats: int = 9,
 ) -> list[float]:
-    """Seconds to draft 1, 2, ..., `depth` levels behind `length` tokens when two tokens are committed per pass.
+    """Return the seconds to draft 1, 2, ..., `depth` levels behind `length` tokens, with two tokens committed per pass.
 
     Args:
         target: Target.
@@ -125,7 +127,7 @@ def measure_drafts(
 def autotune(
     target: CausalLM, drafter: Drafter, *, batch: int = 1, sizes: Sequence[int] = SIZES, repeats: int = 9
 ) -> TreeChoice:
-    """The tree with the most expected tokens per second on this machine; empty where plain decoding is faster.
+    """Return the tree with the most expected tokens per second on this machine; empty where plain decoding is faster.
 
     A drafter whose acceptance was never measured, such as prompt lookup, gets a chain of its `chain_depth`; whether
     that pays is left to the `SpeedMonitor`.

@@ -56,7 +56,7 @@ def _check_tables(
 
 
 def expected_tokens(acceptance: Sequence[Sequence[float]], branching: Sequence[int]) -> float:
-    """Expected tau: 1 + sum over levels of P(backbone accepted above) * P(a candidate is accepted here).
+    """Return the expected tau: 1 + sum over levels of P(backbone accepted above) * P(a candidate is accepted here).
 
     Args:
         acceptance: Acceptance by level and rank, at least as deep and wide as the tree.
@@ -73,7 +73,7 @@ def expected_tokens(acceptance: Sequence[Sequence[float]], branching: Sequence[i
 
 
 def speedup(tokens_per_pass: float, plain_time: float, draft_time: float, verify_time: float) -> float:
-    """Tokens per second relative to plain decoding: tau * T(1) / (T_draft + T(n)), times in one unit."""
+    """Return the tokens per second relative to plain decoding: tau * T(1) / (T_draft + T(n)), times in one unit."""
     return tokens_per_pass * plain_time / (draft_time + verify_time)
 
 
@@ -84,7 +84,7 @@ def best_tree(
     *,
     branches: int = 0,
 ) -> TreeChoice:
-    """The constrained tree with the most expected tokens per second, or none where drafting does not pay.
+    """Return the constrained tree with the most expected tokens per second, or none where drafting does not pay.
 
     Exact: since only the backbone leads on, the gain of a level does not depend on the candidates of the others, and
     the best branching for every depth and number of nodes follow from a knapsack over the levels.

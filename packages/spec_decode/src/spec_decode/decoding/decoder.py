@@ -80,7 +80,7 @@ class SpeculativeDecoder:
 
     @classmethod
     def tuned(cls, target: CausalLM, drafter: Drafter | None, **settings: Any) -> "SpeculativeDecoder":
-        """Decoder with the tree that brings the most expected tokens per second here for a single row, if any pays.
+        """Return a decoder with the tree of most expected tokens per second here for one row, if drafting pays.
 
         It measures this machine first. While decoding it falls back to plain decoding where that is faster after all
         (`SpeedMonitor`).
@@ -208,7 +208,7 @@ class SpeculativeDecoder:
         return state.finish(pad_token)
 
     def _start(self, rows: Rows, sampling: Sampling, seed: int) -> DecodingState:
-        """State before the prompts are read, with caches for all that the rows may become."""
+        """Return the state before the prompts are read, with caches for all that the rows may become."""
         batch, device = len(rows.contexts), self.target.device
         limits: list[int] = rows.remaining.tolist()
         seeds = row_seeds(seed, batch).to(device)
@@ -242,7 +242,7 @@ class SpeculativeDecoder:
         return Committed(states, following, counts)
 
     def _draft(self, state: DecodingState, roots: Tensor, positions: Tensor) -> Draft:
-        """What the drafter proposes, its nodes padded to a multiple of 8; a root alone stays alone."""
+        """Return the drafter's tree with its nodes padded to a multiple of 8; a root alone stays alone."""
         assert self.drafter is not None
         read = Committed.join(state.unread)
         state.unread.clear()

@@ -34,7 +34,7 @@ def check_length(max_new_tokens: int | None) -> None:
 def prompt_lists(
     input_ids: Tensor | Sequence[Sequence[int]], attention_mask: Tensor | None, vocab_size: int, context: int
 ) -> list[list[int]]:
-    """Prompts as lists without padding.
+    """Return the prompts as lists without padding.
 
     Args:
         input_ids: Prompts as lists of token ids, or int64 of shape (B, P).

@@ -1,4 +1,4 @@
-"""What a drafter brings on real prompts: tokens per second against plain decoding on the same runner."""
+"""Benchmark of drafters on real prompts: tokens per second against plain decoding on the same runner."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -59,7 +59,7 @@ class Measurement:
         return self.tokens / self.seconds if self.seconds else 0.0
 
     def speedup_over(self, plain: "Measurement") -> float | None:
-        """Tokens per second over those of plain decoding; None where its texts ended with the prefill's token."""
+        """Return the speed-up over plain decoding; None where the prefill's token ended all texts."""
         return self.tokens_per_second / plain.tokens_per_second if plain.tokens_per_second else None
 
     @property
@@ -80,7 +80,7 @@ class Measurement:
 
 
 def first_divergence(texts: Sequence[Sequence[int]], expected: Sequence[Sequence[int]]) -> list[int | None]:
-    """Index of the first token in which each text differs from what is expected, None where none does."""
+    """Return the index of the first token in which each text differs from what is expected, None where none does."""
     found: list[int | None] = []
     for text, wanted in zip(texts, expected, strict=True):
         shared = min(len(text), len(wanted))
@@ -127,7 +127,7 @@ def measure(
 
 
 def margin(target: CausalLM, text: Sequence[int], sampling: Sampling, seed: int) -> float:
-    """Gap between the two largest of log p + noise (of the logits at temperature 0) behind a text.
+    """Return the gap between the two largest of log p + noise (of the logits at temperature 0) behind a text.
 
     Where two ways of computing the same logits choose different tokens, this is what rounding had to bridge.
     """
@@ -149,7 +149,7 @@ def lossless(
     sampling: Sampling,
     seed: int,
 ) -> dict[str, Any]:
-    """How many texts equal those of plain decoding; for each that does not, where and by what margin."""
+    """Report how many texts equal plain decoding, and for each other text the first difference and its margin."""
     differing = [
         {"prompt": i, "token": at, "margin": margin(target, [*prompts[i], *plain.texts[i][:at]], sampling, seed)}
         for i, at in enumerate(first_divergence(found.texts, plain.texts))
@@ -159,7 +159,9 @@ def lossless(
 
 
 def needed_memory(decoder: SpeculativeDecoder, prompt: Sequence[int], **settings: Any) -> dict[str, float]:
-    """MiB that a decoder needs beside the target's weights: its drafter's own, and at the peak of one generation.
+    """Return the MiB that a decoder needs in addition to the target's weights.
+
+    The first number is the drafter's own weights, the second the peak of one generation.
 
     Args:
         decoder: The decoder.
@@ -175,7 +177,7 @@ def needed_memory(decoder: SpeculativeDecoder, prompt: Sequence[int], **settings
 
 
 def _sizes(tensors: Sequence[Tensor]) -> dict[int, int]:
-    """Bytes by place; tensors that share memory count once. Packed weights have no address."""
+    """Return the bytes by place; tensors that share memory count once. Packed weights have no address."""
     plain = [t.untyped_storage() for t in tensors if t.layout == torch.strided]
     packed = {id(t): t.numel() * t.element_size() for t in tensors if t.layout != torch.strided}
     return {storage.data_ptr(): storage.nbytes() for storage in plain} | packed

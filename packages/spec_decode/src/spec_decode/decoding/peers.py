@@ -21,7 +21,7 @@ def transformers_peers(
     assistant: str | None = None,
     device: str = "cpu",
 ) -> dict[str, float]:
-    """Tokens per second from prompt to end of transformers' `generate`: alone, with prompt lookup, assisted."""
+    """Measure the tokens per second of transformers' `generate`: alone, with prompt lookup, assisted."""
 
     def loaded(name: str) -> Any:
         model: Any = load_causal_lm(name, dtype)

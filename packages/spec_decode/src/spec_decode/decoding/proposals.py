@@ -46,7 +46,7 @@ class SampledTree:
 
 
 def _level_noise(draft_logits: Tensor, seeds: Tensor, root_positions: Tensor, ids: Tensor, stream: Stream) -> Tensor:
-    """Gumbel noise of shape (B, N, C) at the positions the levels predict."""
+    """Return the Gumbel noise of shape (B, N, C) at the positions the levels predict."""
     ahead = torch.arange(1, draft_logits.shape[1] + 1, device=draft_logits.device)
     return gumbel_noise(seeds.unsqueeze(1), root_positions.unsqueeze(1) + ahead, ids, stream)
 
@@ -61,7 +61,7 @@ def matching_tree(
     root_positions: Tensor,
     vocabulary: Tensor | None = None,
 ) -> DraftTree:
-    """Tree of the tokens likeliest to be the target's draw, for `verify_matching`.
+    """Return the tree of the tokens likeliest to be the target's draw, for `verify_matching`.
 
     The target will draw argmax(logits / temperature + noise) with noise that is already known here, so candidates are
     ranked by the drafter's logits + temperature * the same noise; temperature 0 leaves plain top-k. Looking at the
@@ -111,12 +111,12 @@ class RankedTokens:
     log_probs: Tensor
 
     def tree(self, root: Tensor, branching: Sequence[int]) -> DraftTree:
-        """Tree of the best of them; see `matching_tree`."""
+        """Return the tree of the best of them; see `matching_tree`."""
         best, place = self.scores.topk(min(max(branching, default=1), self.ids.shape[-1]), dim=-1)
         return backbone_tree(root, self.ids.gather(-1, place).masked_fill(best.isneginf(), -1), branching, check=False)
 
     def path_probabilities(self, tree: DraftTree) -> Tensor:
-        """How likely the drafter takes each node to be reached: the product of its probabilities along the path.
+        """Return the drafter's probability of reaching each node: the product of its probabilities along the path.
 
         Returns:
             float64 of shape (B, n): 1 at the root; what stands at absent nodes means nothing.
@@ -139,7 +139,7 @@ def rank_tokens(
     vocabulary: Tensor | None = None,
     count: int = RANKED,
 ) -> RankedTokens:
-    """Score the drafter's likeliest tokens of every level; arguments as in `matching_tree`.
+    """Return the score the drafter's likeliest tokens of every level; arguments as in `matching_tree`.
 
     Only the `count` largest logits are looked at: noise for a whole vocabulary costs as much as a small target's pass.
     At temperature 0 the probabilities are the drafter's. Above it the noise is known, and they are what doubt is left:
@@ -167,7 +167,7 @@ def sampled_tree(
     vocab_size: int,
     vocabulary: Tensor | None = None,
 ) -> SampledTree:
-    """Tree of tokens drawn from the drafter's processed distribution without replacement, for `verify_sampled`.
+    """Draw a tree from the drafter's processed distribution without replacement, for `verify_sampled`.
 
     Gumbel-top-k draws them in order. The backbone is the likeliest one drawn; any choice among the candidates is
     allowed, while they must be tested in the order in which they were drawn.

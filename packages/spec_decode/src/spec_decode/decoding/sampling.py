@@ -30,12 +30,12 @@ class Stream(IntEnum):
 
 
 def _shift_right(bits: Tensor, count: int) -> Tensor:
-    """Logical shift; int64 shifts copy the sign bit."""
+    """Return the logical shift; int64 shifts copy the sign bit."""
     return (bits >> count) & ((1 << (64 - count)) - 1)
 
 
 def _splitmix64(start: Tensor, index: Tensor) -> Tensor:
-    """Output number `index`, counted from 0, of SplitMix64 started at `start`: 64 bits as int64, broadcast.
+    """Return the output number `index`, counted from 0, of SplitMix64 started at `start`: 64 bits as int64, broadcast.
 
     References:
         Steele, Lea and Flood, Fast splittable pseudorandom number generators, OOPSLA 2014, figure 13.
@@ -47,7 +47,7 @@ def _splitmix64(start: Tensor, index: Tensor) -> Tensor:
 
 
 def row_seeds(seed: int, batch: int) -> Tensor:
-    """One seed per row, int64 of shape (B,); a row's seed does not depend on the size of the batch.
+    """Return one seed per row, int64 of shape (B,); a row's seed does not depend on the size of the batch.
 
     Raises:
         UserError: For a seed that is no whole number of 64 bits.
@@ -58,7 +58,7 @@ def row_seeds(seed: int, batch: int) -> Tensor:
 
 
 def uniform_noise(seeds: Tensor, positions: Tensor, ids: Tensor, stream: Stream) -> Tensor:
-    """Uniform numbers strictly between 0 and 1, a pure function of (seed, stream, position, id).
+    """Return the uniform numbers strictly between 0 and 1, a pure function of (seed, stream, position, id).
 
     Args:
         seeds: int64 of shape (...), one seed per row.
@@ -75,12 +75,12 @@ def uniform_noise(seeds: Tensor, positions: Tensor, ids: Tensor, stream: Stream)
 
 
 def gumbel_noise(seeds: Tensor, positions: Tensor, ids: Tensor, stream: Stream) -> Tensor:
-    """Standard Gumbel noise -log(-log(u)) from the uniform numbers of `uniform_noise`, same arguments and shape."""
+    """Return standard Gumbel noise -log(-log(u)) from `uniform_noise`, with the same arguments and shape."""
     return uniform_noise(seeds, positions, ids, stream).log_().neg_().log_().neg_()
 
 
 def gumbel_argmax(log_probs: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
-    """One draw per row from exp(log_probs) by the Gumbel-max rule with the noise of `Stream.TARGET`.
+    """Return one draw per row from exp(log_probs) by the Gumbel-max rule with the noise of `Stream.TARGET`.
 
     Args:
         log_probs: Log-probabilities of shape (A, V) up to a constant per row; -inf is never drawn.
@@ -115,21 +115,21 @@ def check_logits(logits: Tensor, present: Tensor | None = None) -> None:
 
 
 def _keep_largest(logits: Tensor, count: int | Tensor, smallest: Tensor) -> Tensor:
-    """Logits with all but the `count` largest of each row, the last of which is `smallest`, at -inf."""
+    """Return the logits with all but the `count` largest of each row, the last of which is `smallest`, at -inf."""
     above, tied = logits > smallest, logits == smallest
     places = count - above.sum(-1, keepdim=True)
     return logits.masked_fill(~(above | (tied & (tied.cumsum(-1) <= places))), -torch.inf)
 
 
 def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
-    """Logits with all but the k largest of each row at -inf; equal logits survive in the order of their token id."""
+    """Set all but the k largest logits of each row to -inf; equal logits survive in the order of their token id."""
     if top_k >= logits.shape[-1]:
         return logits
     return _keep_largest(logits, top_k, logits.topk(top_k, dim=-1).values[..., -1:])
 
 
 def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
-    """Logits with all but the smallest set of likeliest tokens that reaches probability top_p at -inf.
+    """Return the logits with all but the smallest set of likeliest tokens that reaches probability top_p at -inf.
 
     At least one token survives; equal logits are taken in the order of their token id.
     """
@@ -174,7 +174,7 @@ class Sampling:
             raise UserError(f"top_p must be in (0, 1], 1 keeps every token, got {self.top_p}")
 
     def log_probs(self, logits: Tensor) -> Tensor:
-        """Log-probabilities of the processed distribution.
+        """Return the log-probabilities of the processed distribution.
 
         Args:
             logits: Logits of shape (..., V) in any floating dtype; -inf excludes a token.
@@ -192,7 +192,7 @@ class Sampling:
         return self._processed(logits).log_softmax(-1)
 
     def _processed(self, logits: Tensor) -> Tensor:
-        """Log-probabilities up to a constant per row, at a temperature > 0."""
+        """Return the log-probabilities up to a constant per row, at a temperature > 0."""
         # The largest logit becomes 0 first: no temperature, however small, can overflow it.
         logits = (logits.double() - logits.amax(-1, keepdim=True)) / self.temperature
         if self.top_k is not None:
@@ -200,7 +200,9 @@ class Sampling:
         return keep_top_p(logits, self.top_p)
 
     def draw(self, logits: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
-        """One token per row from the processed distribution; plain decoding and `verify_matching` both draw here.
+        """Draw one token per row from the processed distribution.
+
+        Plain decoding and `verify_matching` both draw here.
 
         Args:
             logits: Logits of shape (A, V).

@@ -1,4 +1,4 @@
-"""What the commands share: a target with its tokenizer, a drafter by name or folder, and text as it is written."""
+"""Opening of targets and drafters, encoding of prompts, and streaming of text, for all commands."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ from spec_decode.models.target import TargetSpec
 
 
 def parse_tree(text: str) -> tuple[int, ...] | DynamicTree | str | None:
-    """Tree from the command line: `auto`, `chain`, candidates per level, or `dynamic:DEPTH,TOP_K,NODES`.
+    """Return the tree from the command line: `auto`, `chain`, candidates per level, or `dynamic:DEPTH,TOP_K,NODES`.
 
     Raises:
         UserError: For anything else.
@@ -48,7 +48,7 @@ def parse_tree(text: str) -> tuple[int, ...] | DynamicTree | str | None:
 def build_decoder(
     target: CausalLM, drafter: Drafter | None, tree: tuple[int, ...] | DynamicTree | str | None, **settings: Any
 ) -> SpeculativeDecoder:
-    """Decoder with a tree that `parse_tree` returned; `auto` measures this machine.
+    """Return the decoder with a tree that `parse_tree` returned; `auto` measures this machine.
 
     Args:
         target: Target.
@@ -65,7 +65,7 @@ LOOKUP = "+lookup"
 
 
 def drafter_folder(name: str) -> Path:
-    """Where the files of a drafter would be, whose name may end in `+lookup`."""
+    """Return the folder of a drafter's files; its name may end in `+lookup`."""
     return Path(name.removesuffix(LOOKUP))
 
 
@@ -108,7 +108,7 @@ def check_settings(
 
 
 def find_drafter(name: str, target: CausalLM, tokenizer: Any = None) -> Drafter | None:
-    """Drafter from a folder that `fit` wrote, by a name that needs no weights, or None for `none`.
+    """Return the drafter from a folder that `fit` wrote, by a name that needs no weights, or None for `none`.
 
     The folder of a language model, such as a student that `llm_kd.fit` wrote, drafts as it is. `NAME+lookup` adds the
     branch of prompt lookup to the tree of any of them.
@@ -147,7 +147,7 @@ def _load(name: str, target: CausalLM, tokenizer: Any) -> Drafter:
 
 
 def find_target(drafter: str, target: str | None, dtype: str) -> tuple[TargetSpec, str | None]:
-    """The target a drafter is for, with the feature layers and the chat template it was trained with.
+    """Return the target a drafter is for, with the feature layers and the chat template it was trained with.
 
     Args:
         drafter: See `find_drafter`.
@@ -225,7 +225,7 @@ class Session:
         return cls(model, tokenizer, decoder, model_ends(spec.name, tokenizer))
 
     def encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Tokens of a conversation that the model is to answer.
+        """Return the tokens of a conversation that the model is to answer.
 
         Raises:
             EncodingError: If the chat template refuses it.
@@ -235,11 +235,11 @@ class Session:
 
     @cached_property
     def encoder(self) -> ChatEncoder:
-        """How conversations become tokens."""
+        """Return the encoder that turns conversations into tokens."""
         return ChatEncoder(self.tokenizer)
 
     def summary(self, out: Generation) -> str:
-        """Tokens per second and tau of a generation."""
+        """Return the tokens per second and tau of a generation."""
         tokens = sum(map(len, out.new_tokens))
         return (
             f"{tokens} tokens, {out.tokens_per_second:.1f} tokens/s, tau {out.tau:.2f} (accepted + 1 per target pass), "
@@ -271,7 +271,7 @@ class TextStream:
         return text[len(before) :]
 
     def rest(self) -> str:
-        """What is still held back at the end, such as a character cut in the middle."""
+        """Return the text that is still held back at the end, such as a character cut in the middle."""
         before = self._decode(self._tokens[self._context : self._shown])
         text = self._decode(self._tokens[self._context :])
         self._context = self._shown = len(self._tokens)

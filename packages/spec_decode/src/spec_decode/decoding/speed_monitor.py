@@ -53,12 +53,15 @@ class SpeedMonitor:
         self._plain, self._costs = deque(maxlen=self.window), deque(maxlen=self.window)
 
     def begin(self) -> None:
-        """A generation begins: its prompt is read by a pass of many rows, and what the machine does now is unknown."""
+        """Start a generation.
+
+        The prefill processes many rows, and the machine's present speed is unknown.
+        """
         self._warm = False
         self._plain.clear()
 
     def drafts(self) -> bool:
-        """Whether the next pass should draft."""
+        """Return whether the next pass should draft."""
         self._passes += 1
         self._drafting = self._drafting or self._saved >= self.retry
         return self._drafting and len(self._plain) >= self.warmup and self._passes % self.interval > 1

@@ -1,4 +1,4 @@
-"""What changes while a batch is decoded: the rows as they grow, the caches, and what the drafter has still to read."""
+"""Decoding state of a batch: its growing rows, the caches, and the tokens that the drafter has not read yet."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -55,7 +55,7 @@ class Rows:
         return not bool((self.remaining > 0).any())
 
     def roots(self) -> tuple[Tensor, Tensor]:
-        """Last committed token of every row and its position."""
+        """Return the last committed token of every row and its position."""
         device = self.remaining.device
         roots = torch.tensor([row[-1] for row in self.contexts], device=device)
         return roots, torch.tensor([len(row) - 1 for row in self.contexts], device=device)
@@ -77,7 +77,7 @@ class Rows:
         return kept
 
     def padded(self, pad_token: int) -> Tensor:
-        """Prompts and new tokens, int64 of shape (B, L), padded behind each row's end."""
+        """Return the prompts and new tokens, int64 of shape (B, L), padded behind each row's end."""
         longest = max(map(len, self.contexts))
         return torch.tensor([[*row, *[pad_token] * (longest - len(row))] for row in self.contexts])
 
@@ -102,7 +102,7 @@ class Committed(NamedTuple):
 
     @classmethod
     def join(cls, parts: Sequence["Committed"]) -> "Committed":
-        """Positions of several passes as those of one, the padding of every row behind its last."""
+        """Return the positions of several passes as those of one, the padding of every row behind its last."""
         if len(parts) == 1:
             return parts[0]
         states, following, counts = zip(*parts, strict=True)
@@ -152,7 +152,7 @@ class DecodingState:
         return Committed(passed.gather(path.clamp(min=0)), tokens.masked_fill(beyond, -1), kept)
 
     def finish(self, pad_token: int) -> Generation:
-        """What was generated."""
+        """Return the generated tokens and their statistics."""
         statistics = self.statistics
         return Generation(
             sequences=self.rows.padded(pad_token),

@@ -1,4 +1,4 @@
-"""What a generation is, and what its passes brought: numbers of tokens, acceptance by level, seconds by phase."""
+"""Generations and their statistics: numbers of tokens, acceptance by level, seconds by phase."""
 
 import time
 from collections import Counter
@@ -14,7 +14,7 @@ PHASES = ("prefill", "draft", "target", "verify", "commit")
 
 @dataclass(eq=False)
 class Generation:
-    """What was generated.
+    """Generated tokens and their statistics.
 
     Attributes:
         sequences: Prompts and new tokens, int64 of shape (B, L), padded behind each row's end with `pad_token`.
@@ -71,14 +71,14 @@ class Clock:
         self._last = self._now()
 
     def stop(self, phase: str) -> float:
-        """End a phase, with which the next one begins; returns its seconds."""
+        """Return the end a phase, with which the next one begins; returns its seconds."""
         now = self._now()
         spent, self._last = now - self._last, now
         self.seconds[phase] += spent
         return spent
 
     def timings(self) -> dict[str, float]:
-        """Seconds of each phase and, under "total", since the start."""
+        """Return the seconds of each phase and, under "total", since the start."""
         return self.seconds | {"total": time.perf_counter() - self._began}
 
     def _now(self) -> float:

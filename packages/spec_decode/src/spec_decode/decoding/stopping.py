@@ -40,7 +40,7 @@ class StopStrings:
         self.seen: list[list[int]] = [[] for _ in range(batch)]
 
     def cut(self, row: int, new: Sequence[int]) -> int | None:
-        """Number of new tokens up to the one that completes a stop string, or None while there is none."""
+        """Return the number of new tokens up to the one that completes a stop string, or None while there is none."""
         seen = self.seen[row]
         for count, token in enumerate(new, start=1):
             seen.append(token)

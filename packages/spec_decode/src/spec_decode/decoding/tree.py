@@ -64,13 +64,13 @@ def _check_tree(tree: DraftTree) -> None:
 
 
 def root_tree(root: Tensor) -> DraftTree:
-    """The last committed tokens alone, int64 of shape (B,): the tree of plain decoding."""
+    """Return the last committed tokens alone, int64 of shape (B,): the tree of plain decoding."""
     tokens = root.unsqueeze(1)
     return DraftTree(tokens, torch.full_like(tokens, -1), check=False)
 
 
 def ancestor_mask(parents: Tensor) -> Tensor:
-    """Which nodes each node attends to: itself and its ancestors.
+    """Return the which nodes each node attends to: itself and its ancestors.
 
     Args:
         parents: Parent array of shape (B, n).
@@ -87,17 +87,20 @@ def ancestor_mask(parents: Tensor) -> Tensor:
 
 
 def depths(parents: Tensor) -> Tensor:
-    """Levels below the root, int64 of shape (B, n); 0 at the root and at absent nodes."""
+    """Return the levels below the root, int64 of shape (B, n); 0 at the root and at absent nodes."""
     return ancestor_mask(parents).sum(-1) - 1
 
 
 def positions(parents: Tensor, root_positions: Tensor) -> Tensor:
-    """Absolute position of every node: the root's position, int64 of shape (B,), plus the node's depth, (B, n)."""
+    """Return the absolute position of every node, (B, n).
+
+    It is the root's position, int64 of shape (B,), plus the node's depth.
+    """
     return root_positions.unsqueeze(1) + depths(parents)
 
 
 def paths(parents: Tensor) -> Tensor:
-    """Nodes on the way from the root to each node.
+    """Return the nodes on the way from the root to each node.
 
     Args:
         parents: Parent array of shape (B, n) with largest depth D.
@@ -115,7 +118,7 @@ def paths(parents: Tensor) -> Tensor:
 
 
 def backbone_parents(branching: Sequence[int]) -> Tensor:
-    """Parent array of the constrained draft tree, whose only expanded node per level is the backbone.
+    """Return the parent array of the constrained draft tree, whose only expanded node per level is the backbone.
 
     Nodes are the root, the backbone from level 1 to N, then the remaining candidates level by level. An accepted path
     therefore lies in rows 0, 1, 2, ... of the pass except possibly its last node.
@@ -146,7 +149,7 @@ def backbone_tree(
     scores: Tensor | None = None,
     check: bool = True,
 ) -> DraftTree:
-    """Constrained draft tree over the candidates of every level.
+    """Return the constrained draft tree over the candidates of every level.
 
     Args:
         root: Last committed token per row, int64 of shape (B,).
@@ -180,7 +183,7 @@ def backbone_tree(
 
 
 def prune_tree(tree: DraftTree, keep: Tensor) -> DraftTree:
-    """The same tree without some nodes and what lies below them; nodes absent from every row are cut out.
+    """Return the same tree without some nodes and what lies below them; nodes absent from every row are cut out.
 
     Args:
         tree: Tree to prune.
@@ -199,7 +202,7 @@ def prune_tree(tree: DraftTree, keep: Tensor) -> DraftTree:
 
 
 def merge_branches(tree: DraftTree, branches: Sequence[Sequence[Sequence[int]]], max_nodes: int) -> DraftTree:
-    """Tree with further continuations of the root, such as n-gram matches, sharing every prefix it already holds.
+    """Add further continuations of the root, such as n-gram matches, each sharing the prefix it finds in the tree.
 
     Existing nodes keep their index; new ones follow behind them, so that committing a path through them may move
     several rows of the KV cache. Exact under `verify_matching` only, as the branches are not draws of the drafter.
@@ -242,6 +245,6 @@ def merge_branches(tree: DraftTree, branches: Sequence[Sequence[Sequence[int]]],
 
 
 def pad_tree(tree: DraftTree, multiple: int = 8) -> DraftTree:
-    """The same tree with absent nodes appended until the number of nodes is a multiple of `multiple`."""
+    """Return the same tree with absent nodes appended until the number of nodes is a multiple of `multiple`."""
     extra = -tree.tokens.shape[1] % multiple
     return DraftTree(F.pad(tree.tokens, (0, extra), value=-1), F.pad(tree.parents, (0, extra), value=-1), check=False)

@@ -101,7 +101,7 @@ def verify_matching(
 
 
 def recursive_rejection(p: Tensor, q: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-    """Acceptance probability of candidates drawn without replacement and the distribution left when all are rejected.
+    """Return the acceptance probability of candidates drawn without replacement, and the residual distribution.
 
     With R_1 = p and Q_1 = q, candidate x_j is accepted with probability min(1, R_j(x_j) / Q_j(x_j)); on rejection
     R_{j+1} is the normalised positive part of R_j - Q_j and Q_{j+1} is Q_j without x_j, normalised.
@@ -138,7 +138,7 @@ def recursive_rejection(p: Tensor, q: Tensor, draws: Tensor) -> tuple[Tensor, Te
 def verify_sampled(
     draft: SampledTree, logits: Tensor, sampling: Sampling, *, seeds: Tensor, root_positions: Tensor
 ) -> Verified:
-    """Recursive rejection without replacement, candidates tested in the order in which they were drawn.
+    """Return the recursive rejection without replacement, candidates tested in the order in which they were drawn.
 
     Exact for candidates drawn from the recorded distributions with noise of their own; accepts more than
     `verify_matching` would with the same candidates.
@@ -188,7 +188,7 @@ def verify(
 
 
 def count_kept(tokens: Tensor, stop_tokens: Sequence[int], remaining: Tensor) -> tuple[Tensor, Tensor]:
-    """How many of the emitted tokens a row keeps: up to its first stop token and its length limit.
+    """Return how many emitted tokens a row keeps, up to its first stop token and its length limit.
 
     After a cut the last kept token is the next root, and the KV rows to commit are `path[:, :kept]`.
 

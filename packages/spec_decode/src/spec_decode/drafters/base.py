@@ -1,4 +1,4 @@
-"""What a drafter is: it reads what the target has committed and proposes a tree of continuations.
+"""Base class of drafters. A drafter reads the committed tokens and proposes a tree of continuations.
 
 Shapes: B rows of a batch, m newly committed positions, h the target's hidden size, N levels.
 """
@@ -47,29 +47,29 @@ TreeShape = tuple[int, ...] | DynamicTree
 
 
 def tree_depth(shape: TreeShape) -> int:
-    """Number of levels."""
+    """Return the number of levels."""
     return shape.depth if isinstance(shape, DynamicTree) else len(shape)
 
 
 def tree_nodes(shape: TreeShape) -> int:
-    """Largest number of nodes, the root included."""
+    """Return the largest number of nodes, the root included."""
     return 1 + (shape.nodes if isinstance(shape, DynamicTree) else sum(shape))
 
 
 def verified_slots(shape: TreeShape) -> int:
-    """Largest number of nodes in a pass: a multiple of 8 with room for a branch of the tree's depth beside the tree."""
+    """Return the most nodes of a target pass: the tree and one lookup branch, rounded up to a multiple of 8."""
     return -(-(tree_nodes(shape) + tree_depth(shape)) // 8) * 8
 
 
 def tree_slots(shape: TreeShape) -> int:
-    """Cache slots behind the committed tokens that drafting or verifying such a tree may write to."""
+    """Return the cache slots behind the committed tokens that drafting or verifying such a tree may write to."""
     slots = verified_slots(shape)
     return max(slots, shape.depth * shape.top_k) if isinstance(shape, DynamicTree) else slots
 
 
 @dataclass(frozen=True, eq=False)
 class DraftContext:
-    """What is known when a draft is due. The root is the last committed token; the target has not seen it yet.
+    """Inputs of a draft. The root is the last committed token; the target has not seen it yet.
 
     Args:
         contexts: Committed tokens of each row, the root included.
@@ -103,7 +103,7 @@ class DraftContext:
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a drafter can draft.
+    """Capabilities of a drafter.
 
     Args:
         max_depth: Most levels; None without a limit.
@@ -138,27 +138,30 @@ class Drafter(ABC):
     acceptance: list[list[float]] | None = None
 
     def serves(self, target: CausalLM) -> bool:
-        """Whether it drafts for this target; one that reads the text alone drafts for any."""
+        """Return whether it drafts for this target; one that reads the text alone drafts for any."""
         return True
 
     def new_cache(self, batch: int, capacity: int) -> Any:
-        """State of a new batch of rows that may grow to `capacity` tokens, draft nodes included."""
+        """Return the state of a new batch of rows that may grow to `capacity` tokens, draft nodes included."""
         return None
 
     def pack(self) -> None:  # noqa: B027  # most drafters have nothing to prepare
-        """Hook, called when a decoder is made: prepare frozen weights for decoding; see `models.packed`."""
+        """Prepare frozen weights for decoding when a decoder is made; see `models.packed`."""
 
     def weights(self) -> list[Tensor]:
-        """All its tensors, those of the target among them."""
+        """Return all its tensors, those of the target among them."""
         return [*self.parameters(), *self.buffers()] if isinstance(self, torch.nn.Module) else []
 
     @abstractmethod
     def propose(self, context: DraftContext) -> Draft:
-        """Tree below the root of every row; a `SampledTree` where `context.rejection` asks for drawn candidates."""
+        """Return the tree below the root of every row.
+
+        It is a `SampledTree` where `context.rejection` asks for drawn candidates.
+        """
 
 
 def draft_from_levels(context: DraftContext, logits: Tensor, vocabulary: Tensor | None, vocab_size: int) -> Draft:
-    """Constrained tree of a drafter whose levels are independent of one another.
+    """Return the constrained tree of a drafter whose levels are independent of one another.
 
     Args:
         context: Context with a constrained tree of N levels.
@@ -182,7 +185,7 @@ def draft_from_levels(context: DraftContext, logits: Tensor, vocabulary: Tensor 
 
 
 def ranked_tree(context: DraftContext, ranked: RankedTokens) -> DraftTree:
-    """Constrained tree of the best tokens of every level, without what is below `context.min_confidence`."""
+    """Return the constrained tree of the best tokens of every level, without what is below `context.min_confidence`."""
     assert isinstance(context.tree, tuple)
     tree = ranked.tree(context.root, context.tree)
     if context.min_confidence:
@@ -191,7 +194,7 @@ def ranked_tree(context: DraftContext, ranked: RankedTokens) -> DraftTree:
 
 
 def rank_levels(context: DraftContext, logits: Tensor, vocabulary: Tensor | None) -> RankedTokens:
-    """The candidates' scores under the drafter's distribution; arguments as in `draft_from_levels`."""
+    """Return the candidates' scores under the drafter's distribution; arguments as in `draft_from_levels`."""
     assert isinstance(context.tree, tuple)
     return rank_tokens(
         logits,
@@ -205,7 +208,10 @@ def rank_levels(context: DraftContext, logits: Tensor, vocabulary: Tensor | None
 
 
 def last_rows(x: Tensor, counts: Tensor) -> Tensor:
-    """Last counted position of every row: shape (B, ...) out of (B, m, ...); position 0 where nothing is counted."""
+    """Return the last counted position of every row, shape (B, ...) out of (B, m, ...).
+
+    It is position 0 where nothing is counted.
+    """
     return x[torch.arange(len(x), device=x.device), (counts - 1).clamp(min=0)]
 
 
@@ -216,7 +222,7 @@ def draft_along_backbone(
     vocabulary: Tensor | None,
     vocab_size: int,
 ) -> Draft:
-    """Constrained tree of a drafter that needs the backbone's token before it can predict the next level.
+    """Return the constrained tree of a drafter that needs the backbone's token before it can predict the next level.
 
     Under `min_confidence` drafting ends with the level in which the backbones of all rows fall below it.
 

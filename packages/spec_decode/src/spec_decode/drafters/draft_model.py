@@ -22,7 +22,7 @@ class Autoregressive(Drafter):
         """Append runs of tokens, (B, m) with (B,) counts, to the cache; logits (B, C) behind each row's last one."""
 
     def draft(self, context: DraftContext, vocabulary: Tensor | None, vocab_size: int) -> Draft:
-        """Constrained tree along the backbone."""
+        """Return the constrained tree along the backbone."""
         cache: KVCache = context.cache
         tokens, counts = context.next_tokens, context.counts
         if int(cache.lengths.max()) == 0:  # the first token follows nothing, so it is in no run of next tokens
@@ -68,7 +68,7 @@ class DraftModel(TrainableDrafter, Autoregressive):
         self.norm.load_state_dict(target.norm.state_dict())
 
     def level_states(self, tokens: Tensor, states: States) -> list[Tensor]:
-        """See the base class; level i at row p is the prediction behind token p + 1 + i."""
+        """Return the states of every level; level i at row p is the prediction behind token p + 1 + i."""
         x, by = self.embed(tokens), self.rotation(torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0))
         for layer in self.stack:
             x = layer(x, by, causal_attention())
@@ -76,11 +76,11 @@ class DraftModel(TrainableDrafter, Autoregressive):
         return [x[:, 1 + level :] for level in range(self.depth)]
 
     def new_cache(self, batch: int, capacity: int) -> Any:
-        """Cache of the stack."""
+        """Return the cache of the stack."""
         return self.layer_cache(self.layers, batch, capacity)
 
     def next_logits(self, tokens: Tensor, counts: Tensor, cache: KVCache) -> Tensor:
-        """See the base class."""
+        """Return the predict the token behind every new position in one pass."""
         shape = self.target.shape
         this = DecodingPass.run(cache, tokens.shape[1], groups=shape.heads // shape.kv_heads)
         x, by = self.embed(tokens), self.rotation(this.positions)
@@ -90,7 +90,7 @@ class DraftModel(TrainableDrafter, Autoregressive):
         return self.frozen_logits(self.norm(last_rows(x, counts)))
 
     def propose(self, context: DraftContext) -> Draft:
-        """Token by token."""
+        """Return the draft token by token."""
         return self.draft(context, self.vocabulary, self.target.vocab_size)
 
 
@@ -123,26 +123,26 @@ class PretrainedDraft(Autoregressive):
         self.capabilities = Capabilities(max_width=self.shared, samples=True, confident=True)
 
     def serves(self, target: CausalLM) -> bool:
-        """Whether it was built for this target."""
+        """Return whether it was built for this target."""
         return target is self.target
 
     def pack(self) -> None:
-        """See the base class."""
+        """Return the pack the weights of the draft model."""
         self.model.pack()
 
     def weights(self) -> list[Tensor]:
-        """Those of the draft model."""
+        """Return the tensors of the draft model."""
         return [*self.model.parameters(), *self.model.buffers()]
 
     def new_cache(self, batch: int, capacity: int) -> Any:
-        """Cache of the draft model."""
+        """Return the cache of the draft model."""
         return self.model.new_cache(batch, capacity)
 
     def next_logits(self, tokens: Tensor, counts: Tensor, cache: KVCache) -> Tensor:
-        """See the base class."""
+        """Return the predict the token behind every new position in one pass of the draft model."""
         known = tokens.clamp(max=self.model.vocab_size - 1)  # the target may write a token of its own padding
         return self.model.logits(last_rows(self.model.extend(known, counts, cache).final, counts))[..., : self.shared]
 
     def propose(self, context: DraftContext) -> Draft:
-        """Token by token."""
+        """Return the draft token by token."""
         return self.draft(context, None, self.target.vocab_size)

@@ -69,7 +69,7 @@ class DynamicCandidates:
         return self._tokens[-1].gather(1, chosen)
 
     def _likeliest(self, logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """Log-probability and token of the likeliest children of each node, both of shape (B, k, width)."""
+        """Return the log-probability and token of the likeliest children of each node, both of shape (B, k, width)."""
         nodes, context = logits.shape[1], self._context
         level = len(self._tokens)  # all nodes of a frontier are at one position, so that they share its noise
         alone = replace(
@@ -85,7 +85,7 @@ class DynamicCandidates:
         return best.clamp(max=0).view(-1, nodes, width), tokens.view(-1, nodes, width)
 
     def tree(self, min_confidence: float) -> DraftTree:
-        """The best nodes of all; with a node its ancestors are among them, being at least as likely.
+        """Return the best nodes of all; with a node its ancestors are among them, being at least as likely.
 
         Args:
             min_confidence: Nodes of a smaller probability are left out.

@@ -32,14 +32,14 @@ class EagleLayer(nn.Module):
         self.mlp = GatedMLP(shape)
 
     def forward(self, embedding: Tensor, feature: Tensor, by: Rotation, attend: Attend) -> Tensor:
-        """Next feature, before any norm, of shape (B, n, h) like both inputs."""
+        """Return the next feature, before any norm, of shape (B, n, h) like both inputs."""
         x = torch.cat([self.input_layernorm(embedding), self.hidden_norm(feature)], dim=-1)
         x = feature + self.self_attn(x, by, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class TrainingTimeTest:
-    """Attention of the unrolled training steps.
+    """Return the attention of the unrolled training steps.
 
     The query of step i at row p stands for the i-th drafted token behind position p: it sees the first step's keys up
     to row p and, of every later step up to its own, the key of row p alone.
@@ -50,7 +50,7 @@ class TrainingTimeTest:
         self._values: list[Tensor] = []
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Contexts (B, T, H * d) of this step's queries (B, T, H, d), keys and values (B, T, K, d)."""
+        """Return the contexts (B, T, H * d) of this step's queries (B, T, H, d), keys and values (B, T, K, d)."""
         groups = q.shape[2] // k.shape[2]
         q, k, v = q.transpose(1, 2), *(x.transpose(1, 2).repeat_interleave(groups, dim=1) for x in (k, v))
         self._keys.append(k)
@@ -102,7 +102,7 @@ class Eagle3(TrainableDrafter):
             self.head.weight.copy_(self.frozen_head())
 
     def level_states(self, tokens: Tensor, states: States) -> list[Tensor]:
-        """See the base class; level i has i rows fewer, whose last tokens would lie beyond the sequence."""
+        """Unroll the levels; level i has i rows fewer, whose last tokens would lie beyond the sequence."""
         test = TrainingTimeTest()
         feature, levels = self.fuse(states.features[:, :-1].to(self.dtype)), []
         for level in range(self.depth):
@@ -115,11 +115,11 @@ class Eagle3(TrainableDrafter):
         return levels
 
     def level_logits(self, level: int, states: Tensor) -> Tensor:
-        """Logits through its own head."""
+        """Return the logits through its own head."""
         return self.head(states)
 
     def new_cache(self, batch: int, capacity: int) -> Any:
-        """Cache of the layer."""
+        """Return the cache of the layer."""
         return self.layer_cache(1, batch, capacity)
 
     def _groups(self) -> int:
@@ -129,7 +129,7 @@ class Eagle3(TrainableDrafter):
         return self.layer(self.embed(tokens), features, self.rotation(this.positions), this.attend(0))
 
     def propose(self, context: DraftContext) -> Draft:
-        """Committed positions with the target's features first, then level by level on its own."""
+        """Return the committed positions with the target's features first, then level by level on its own."""
         cache: KVCache = context.cache
         this = DecodingPass.run(cache, context.next_tokens.shape[1], groups=self._groups())
         fused = self.fuse(context.states.features.to(self.dtype))
@@ -151,7 +151,7 @@ class Eagle3(TrainableDrafter):
         return draft
 
     def _dynamic(self, context: DraftContext, tree: DynamicTree, feature: Tensor) -> Draft:
-        """Tree grown by cumulative probability; `feature` (B, 1, h) is the root's."""
+        """Return the tree grown by cumulative probability; `feature` (B, 1, h) is the root's."""
         candidates = DynamicCandidates(context, tree, self.vocabulary)
         tokens = candidates.expand(self.head(self.norm(feature)))
         feature = feature.expand(-1, tokens.shape[1], -1)

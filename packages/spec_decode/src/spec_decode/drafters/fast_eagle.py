@@ -72,7 +72,7 @@ class FastEagle(TrainableDrafter):
                 self.join.weight[:, : shape.hidden_size].zero_().fill_diagonal_(1)
 
     def _cascade(self, features: Tensor, next_tokens: Tensor, positions: Tensor, attends: list[Attend]) -> list[Tensor]:
-        """Output of the level layers among the first `len(attends)` layers, each of shape (B, m, h)."""
+        """Return the output of the level layers among the first `len(attends)` layers, each of shape (B, m, h)."""
         x = self.join(torch.cat([self.fuse(features.to(self.dtype)), self.embed(next_tokens)], dim=-1))
         by = self.rotation(positions)
         outputs = []
@@ -82,13 +82,13 @@ class FastEagle(TrainableDrafter):
         return outputs[self.stem :]
 
     def _context(self, level: int, x: Tensor, token: Tensor) -> Tensor:
-        """What the head sees of a level's output x (..., h), drafted behind `token`, int64 of shape (...)."""
+        """Return the head's input for a level's output x (..., h), drafted behind `token`, int64 of shape (...)."""
         if self.links and level:
             x = x + self.links[level - 1](torch.cat([x, self.embed(token)], dim=-1))
         return self.norms[level](x)
 
     def level_states(self, tokens: Tensor, states: States) -> list[Tensor]:
-        """See the base class; one causal pass. Level i has i rows fewer, whose tokens would lie beyond the sequence."""
+        """Compute all levels in one causal pass; level i has i rows fewer, as their tokens lie beyond the sequence."""
         positions = torch.arange(tokens.shape[1] - 1, device=tokens.device).unsqueeze(0)
         attends = [causal_attention()] * len(self.layers)
         outputs = self._cascade(states.features[:, :-1], tokens[:, 1:], positions, attends)
@@ -96,11 +96,11 @@ class FastEagle(TrainableDrafter):
         return [self._context(i, x[:, : x.shape[1] - i], tokens[:, 1 + i :]) for i, x in within]
 
     def new_cache(self, batch: int, capacity: int) -> Any:
-        """One cache with a layer per layer."""
+        """Return one cache with a layer per layer."""
         return self.layer_cache(len(self.layers), batch, capacity)
 
     def propose(self, context: DraftContext) -> Draft:
-        """One pass over the newly committed positions; the last of each row predicts every level."""
+        """Return one pass over the newly committed positions; the last of each row predicts every level."""
         cache: KVCache = context.cache
         shape = self.target.shape
         this = DecodingPass.run(cache, context.next_tokens.shape[1], groups=shape.heads // shape.kv_heads)

@@ -23,7 +23,7 @@ class ResidualBlock(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Output of the same shape as x."""
+        """Return the output of the same shape as x."""
         return x + F.silu(self.linear(x))
 
 
@@ -57,16 +57,16 @@ class Medusa(TrainableDrafter):
             head.load_state_dict({"weight": self.frozen_head()})
 
     def level_states(self, tokens: Tensor, states: States) -> list[Tensor]:
-        """See the base class."""
+        """Apply every head to the target's last state."""
         final = states.final[:, :-1].to(self.dtype)
         return [block(final) for block in self.blocks]
 
     def level_logits(self, level: int, states: Tensor) -> Tensor:
-        """Logits through the level's own head."""
+        """Return the logits through the level's own head."""
         return self.heads[level](states)
 
     def propose(self, context: DraftContext) -> Draft:
-        """All levels from the last committed position."""
+        """Draft all levels from the last committed position."""
         final = last_rows(context.states.final, context.counts).to(self.dtype)
         levels = [block(final) for block in list(self.blocks)[: tree_depth(context.tree)]]
         logits = torch.stack([self.level_logits(i, x) for i, x in enumerate(levels)], dim=1)

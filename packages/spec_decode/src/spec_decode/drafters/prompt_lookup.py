@@ -13,7 +13,7 @@ from spec_decode.models import CausalLM
 
 
 class NgramIndex:
-    """Where every n-gram of a growing text last ended, for n up to `longest`; an entry per token and n.
+    """Index of the last place at which every n-gram of a growing text ended, for n up to `longest`.
 
     Args:
         longest: Largest n.
@@ -24,7 +24,7 @@ class NgramIndex:
         self._indexed = 0
 
     def continuation(self, text: list[int], count: int) -> list[int]:
-        """Up to `count` tokens that followed the longest, then latest, earlier match of the end of the text.
+        """Return up to `count` tokens that followed the longest, then latest, earlier match of the end of the text.
 
         Args:
             text: The text given before with tokens appended.
@@ -62,15 +62,18 @@ class PromptLookup(Drafter):
         self.longest = longest
 
     def new_cache(self, batch: int, capacity: int) -> Any:
-        """One index per row."""
+        """Return one index per row."""
         return [NgramIndex(self.longest) for _ in range(batch)]
 
     def branches(self, context: DraftContext, count: int) -> list[list[list[int]]]:
-        """Branch of every row, at most `count` tokens, none where nothing matches; the cache holds the indexes."""
+        """Return the branch of every row: at most `count` tokens, none without a match.
+
+        The cache holds the indexes.
+        """
         return [[index.continuation(list(c), count)] for index, c in zip(context.cache, context.contexts, strict=True)]
 
     def propose(self, context: DraftContext) -> Draft:
-        """Chain of at most as many tokens as the tree has levels."""
+        """Return the chain of at most as many tokens as the tree has levels."""
         return merge_branches(root_tree(context.root), self.branches(context, tree_depth(context.tree)), 1 << 30)
 
 
@@ -93,23 +96,23 @@ class WithLookup(Drafter):
         self.capabilities = replace(own, samples=False, extra_branches=own.extra_branches + 1)
 
     def serves(self, target: CausalLM) -> bool:
-        """Whether the other drafter does."""
+        """Return whether the other drafter does."""
         return self.drafter.serves(target)
 
     def pack(self) -> None:
-        """See the base class."""
+        """Pack the weights of the wrapped drafter."""
         self.drafter.pack()
 
     def weights(self) -> list[Tensor]:
-        """Those of the other drafter."""
+        """Return the caches of the wrapped drafter."""
         return self.drafter.weights()
 
     def new_cache(self, batch: int, capacity: int) -> Any:
-        """The caches of both."""
+        """Return the caches of both."""
         return self.drafter.new_cache(batch, capacity), self.lookup.new_cache(batch, capacity)
 
     def propose(self, context: DraftContext) -> Draft:
-        """The drafter's tree, and a branch that fills its pass (`verified_slots`)."""
+        """Return the drafter's tree, and a branch that fills its pass (`verified_slots`)."""
         inner, indexes = context.cache
         draft = self.drafter.propose(replace(context, cache=inner))
         assert not isinstance(draft, SampledTree)

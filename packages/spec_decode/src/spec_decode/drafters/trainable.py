@@ -105,7 +105,7 @@ class TrainableDrafter(nn.Module, Drafter):
         return self._target[0]
 
     def serves(self, target: CausalLM) -> bool:
-        """Whether it was built for this target."""
+        """Return whether it was built for this target."""
         return target is self.target
 
     @property
@@ -132,10 +132,10 @@ class TrainableDrafter(nn.Module, Drafter):
         self.initialize_head()
 
     def initialize_head(self) -> None:
-        """Hook for drafters with a head of their own, called when the draft vocabulary is known."""
+        """Prepare the drafter's own head, if it has one, once the draft vocabulary is known."""
 
     def frozen_head(self) -> Tensor:
-        """Rows of the target's LM head for the draft tokens, shape (C, h).
+        """Return the rows of the target's LM head for the draft tokens, shape (C, h).
 
         Raises:
             RuntimeError: If the draft vocabulary has not been chosen or loaded.
@@ -154,22 +154,22 @@ class TrainableDrafter(nn.Module, Drafter):
         self._forget_head_rows()
 
     def _forget_head_rows(self) -> None:
-        """They belong to the vocabulary there was before."""
+        """Drop the packed head, which belongs to the former vocabulary."""
         self._head_rows, self._packed_rows = None, []
 
     def pack(self) -> None:
-        """See the base class; the draft tokens' rows of the target's head are packed, too, if they are read."""
+        """Pack the layers; the draft tokens' rows of the target's head are packed, too, if they are read."""
         pack_linears(self)
         reads_frozen_head = type(self).level_logits is TrainableDrafter.level_logits
         if reads_frozen_head and self.vocabulary is not None and not self._packed_rows and packable(self.frozen_head()):
             self._packed_rows = [PackedLinear(self.frozen_head())]
 
     def weights(self) -> list[Tensor]:
-        """See the base class."""
+        """Return all tensors, the packed head among them."""
         return [*super().weights(), *(t for rows in self._packed_rows for t in rows.buffers())]
 
     def frozen_logits(self, x: Tensor) -> Tensor:
-        """Logits of shape (..., C) through the frozen head, for the few rows of a draft, shape (..., h)."""
+        """Return the logits of shape (..., C) through the frozen head, for the few rows of a draft, shape (..., h)."""
         x = x.to(self.target.dtype)  # a drafter in training has its own
         if self._packed_rows:
             return self._packed_rows[0](x)
@@ -178,15 +178,15 @@ class TrainableDrafter(nn.Module, Drafter):
         return linear_in_eights(x, self.frozen_head())
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """The target's frozen embeddings in the drafter's type; -1 is allowed."""
+        """Return the target's frozen embeddings in the drafter's type; -1 is allowed."""
         return self.target.embed_tokens(tokens.clamp(min=0)).to(self.dtype)
 
     def rotation(self, positions: Tensor) -> Rotation:
-        """The target's rotary cosines and sines in the drafter's type."""
+        """Return the target's rotary cosines and sines in the drafter's type."""
         return rotation(positions, self.target.frequencies, self.target.rope_scale, self.dtype)
 
     def layer_cache(self, layers: int, batch: int, capacity: int) -> KVCache:
-        """Cache of the drafter's own layers, which have the target's shape."""
+        """Return the cache of the drafter's own layers, which have the target's shape."""
         shape = self.target.shape
         return KVCache(
             layers, batch, capacity, shape.kv_heads, shape.head_dim, dtype=self.dtype, device=self.target.device
@@ -194,7 +194,7 @@ class TrainableDrafter(nn.Module, Drafter):
 
     @abstractmethod
     def level_states(self, tokens: Tensor, states: States) -> list[Tensor]:
-        """States of every level in one teacher-forced pass over right-padded sequences.
+        """Return the states of every level in one teacher-forced pass over right-padded sequences.
 
         Args:
             tokens: int64 of shape (B, T).
@@ -205,13 +205,16 @@ class TrainableDrafter(nn.Module, Drafter):
         """
 
     def level_logits(self, level: int, states: Tensor) -> Tensor:
-        """Logits of shape (..., C) of one level's states of shape (..., h); by default through the frozen head."""
+        """Return the logits (..., C) of one level's states (..., h); by default through the frozen head."""
         weight = self.frozen_head()
         return F.linear(states.to(weight.dtype), weight)
 
 
 def linear_in_eights(x: Tensor, weight: Tensor) -> Tensor:
-    """X @ weight^T with the rows padded to a multiple of 8: MKL's fp32 kernels halve their speed at 3 or 7 rows."""
+    """Return x @ weight^T with the rows padded to a multiple of 8.
+
+    MKL's fp32 kernels halve their speed at 3 or 7 rows.
+    """
     flat = x.flatten(0, -2)
     padded = F.pad(flat, (0, 0, 0, -len(flat) % 8))
     return F.linear(padded, weight)[: len(flat)].unflatten(0, x.shape[:-1])

@@ -122,24 +122,24 @@ class DecodingPass:
             self._window_mask = self._additive(mask & recent, groups)
 
     def _additive(self, mask: Tensor, groups: int) -> Tensor:
-        """Mask for `grouped_attention`; a boolean one would be converted anew in every layer."""
+        """Return the mask for `grouped_attention`; a boolean one would be converted anew in every layer."""
         bias = torch.zeros(mask.shape, dtype=self.cache.keys.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
         return bias.unsqueeze(1).repeat(1, 1, groups, 1)
 
     @classmethod
     def run(cls, cache: KVCache, size: int, **settings: Any) -> "DecodingPass":
-        """Pass of `size` tokens each of which follows the one before."""
+        """Return the pass of `size` tokens each of which follows the one before."""
         order = torch.arange(size, device=cache.lengths.device)
         return cls(cache, order, (order.unsqueeze(1) >= order).unsqueeze(0), **settings)
 
     @classmethod
     def tree(cls, cache: KVCache, parents: Tensor, **settings: Any) -> "DecodingPass":
-        """Pass of a draft tree given as a parent array of shape (B, n), whose root follows the committed tokens."""
+        """Return the pass of a draft tree given as a parent array (B, n), whose root follows the committed tokens."""
         seen = ancestor_mask(parents)
         return cls(cache, seen.sum(-1) - 1, seen, **settings)
 
     def attend(self, layer: int, *, windowed: bool = False) -> Attend:
-        """Attention of one layer: writes the nodes' keys and values, then reads the cache through the mask."""
+        """Return the attention of one layer: write the nodes' keys and values, then read the cache through the mask."""
         mask = self._window_mask if windowed else self._mask
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

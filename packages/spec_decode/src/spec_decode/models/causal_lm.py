@@ -30,7 +30,7 @@ _PART = 1 << 22  # weights that are rounded and hashed at once
 
 @dataclass(eq=False)  # not frozen, since Lightning's precision plugins replace the fields of a batch
 class States:
-    """What a pass computes at every node.
+    """Outputs of a pass at every node.
 
     Args:
         features: Inputs of the layers `feature_layers`, concatenated, shape (B, n, 3h): pre-norm hidden states.
@@ -41,13 +41,13 @@ class States:
     final: Tensor
 
     def gather(self, nodes: Tensor) -> "States":
-        """States of the given nodes, int64 of shape (B, m)."""
+        """Return the states of the given nodes, int64 of shape (B, m)."""
         index = nodes.unsqueeze(-1)
         return States(*(x.gather(1, index.expand(-1, -1, x.shape[-1])) for x in (self.features, self.final)))
 
 
 def default_feature_layers(layers: int) -> tuple[int, int, int]:
-    """EAGLE-3's low, middle and high layer, whose *inputs* are the features: 2, L // 2 and L - 3.
+    """Return EAGLE-3's low, middle and high layer, whose *inputs* are the features: 2, L // 2 and L - 3.
 
     Shallow models, as in tests, get the nearest layers that exist; index L is the output of the last layer.
     """
@@ -106,7 +106,7 @@ class CausalLM(nn.Module):
 
     @classmethod
     def from_transformers(cls, model: Any, feature_layers: tuple[int, int, int] | None = None) -> "CausalLM":
-        """Runner that shares the weights of a transformers causal language model.
+        """Return a runner that shares the weights of a transformers causal language model.
 
         Args:
             model: Model of one of the `SUPPORTED` types.
@@ -158,7 +158,7 @@ class CausalLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model lives."""
+        """Return the model's device."""
         return self.lm_head.weight.device
 
     @property
@@ -179,7 +179,7 @@ class CausalLM(nn.Module):
         )
 
     def rotation(self, positions: Tensor) -> Rotation:
-        """Rotary cosines and sines at positions of shape (B, n)."""
+        """Return the rotary cosines and sines at positions of shape (B, n)."""
         return rotation(positions, self.frequencies, self.rope_scale, self.dtype)
 
     def _run(self, tokens: Tensor, positions: Tensor, attends: Sequence[Attend]) -> States:
@@ -193,7 +193,9 @@ class CausalLM(nn.Module):
 
     @torch.no_grad()
     def step(self, tokens: Tensor, cache: KVCache, parents: Tensor | None = None) -> States:
-        """States of new nodes behind the committed tokens; the cache holds them until the next pass or commit.
+        """Return the states of new nodes behind the committed tokens.
+
+        The cache holds them until the next pass or commit.
 
         Args:
             tokens: int64 of shape (B, n); -1 (absent nodes, padding) is allowed and its states mean nothing.
@@ -222,7 +224,7 @@ class CausalLM(nn.Module):
         return states
 
     def prefill(self, tokens: Tensor, counts: Tensor, cache: KVCache, chunk: int = 512) -> States:
-        """`extend` for long runs, a chunk at a time to bound the size of the mask; same arguments and result."""
+        """Return `extend` for long runs, a chunk at a time to bound the size of the mask; same arguments and result."""
         parts = [
             self.extend(part, (counts - start).clamp(0, part.shape[1]), cache)
             for start, part in ((s, tokens[:, s : s + chunk]) for s in range(0, tokens.shape[1], chunk))
@@ -231,7 +233,7 @@ class CausalLM(nn.Module):
 
     @torch.no_grad()
     def forward(self, tokens: Tensor) -> States:
-        """States of whole right-padded sequences, int64 of shape (B, n), without a cache."""
+        """Return the states of whole right-padded sequences, int64 of shape (B, n), without a cache."""
         positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
         attends = [causal_attention(self.window if w else None) for w in self.windowed]
         return self._run(tokens, positions, attends)
@@ -288,16 +290,16 @@ class CausalLM(nn.Module):
         self.to(device)
 
     def logits(self, final: Tensor) -> Tensor:
-        """Logits of shape (..., V) at final states of shape (..., h)."""
+        """Return the logits of shape (..., V) at final states of shape (..., h)."""
         return self._packed_head[0](final) if self._packed_head else self.lm_head(final)
 
     def tree_logits(self, tree: DraftTree, cache: KVCache) -> tuple[Tensor, States]:
-        """Logits of shape (B, n, V) and states at every node of a draft tree behind the committed tokens."""
+        """Return the logits of shape (B, n, V) and states at every node of a draft tree behind the committed tokens."""
         states = self.step(tree.tokens, cache, tree.parents)
         return self.logits(states.final), states
 
     def fingerprint(self, dtype: torch.dtype = torch.bfloat16) -> str:
-        """Digest of all that the states depend on, every weight included; a second per one or two gigabytes.
+        """Return the digest of all that the states depend on, every weight included; a second per one or two gigabytes.
 
         Args:
             dtype: Precision that the weights are rounded to first. In bfloat16 they are the same however they were

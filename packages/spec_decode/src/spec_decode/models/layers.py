@@ -65,7 +65,7 @@ class RMSNorm(nn.Module):
 
 
 def rotation(positions: Tensor, frequencies: Tensor, scale: float, dtype: torch.dtype) -> Rotation:
-    """Cosines and sines of rotary position embeddings, computed in fp32.
+    """Return the cosines and sines of rotary position embeddings, computed in fp32.
 
     Args:
         positions: int64 of shape (B, n).
@@ -85,7 +85,7 @@ def rotate(x: Tensor, by: Rotation) -> Tensor:
 
 
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention of few queries to a cache; the query heads that share a key head become further rows of it.
+    """Return the attention of few queries to a cache; the query heads that share a key head become further rows of it.
 
     Args:
         q: Queries of shape (B, n, H, d).
@@ -106,7 +106,10 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 def causal_attention(window: int | None = None) -> Attend:
-    """Attention within a whole sequence of right-padded rows; a window limits it to that many last positions."""
+    """Return the attention within whole right-padded sequences.
+
+    A window limits it to that many last positions.
+    """
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         mask = None
@@ -151,7 +154,7 @@ class Attention(nn.Module):
         self.fuses = {} if shape.qk_norm else {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
 
     def forward(self, x: Tensor, by: Rotation, attend: Attend) -> Tensor:
-        """Attention output of shape (B, n, h) for inputs of shape (B, n, in_features)."""
+        """Return the attention output of shape (B, n, h) for inputs of shape (B, n, in_features)."""
         if self.qkv_proj is None:
             q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
             q, k = rotate(self.q_norm(q), by), rotate(self.k_norm(k), by)
@@ -172,7 +175,7 @@ class GatedMLP(nn.Module):
         self.activation = ACT2FN[shape.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Output of the same shape as x."""
+        """Return the output of the same shape as x."""
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -191,6 +194,6 @@ class DecoderLayer(nn.Module):
         self.mlp = GatedMLP(shape)
 
     def forward(self, x: Tensor, by: Rotation, attend: Attend) -> Tensor:
-        """Output of the same shape (B, n, h) as x."""
+        """Return the output of the same shape (B, n, h) as x."""
         x = x + self.self_attn(self.input_layernorm(x), by, attend)
         return x + self.mlp(self.post_attention_layernorm(x))

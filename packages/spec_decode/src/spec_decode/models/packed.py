@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 def packable(weight: Tensor) -> bool:
-    """Whether packing this weight pays: frozen, bfloat16, on a CPU whose kernels read packed weights."""
+    """Return whether packing this weight pays: frozen, bfloat16, on a CPU whose kernels read packed weights."""
     return (
         weight.device.type == "cpu"
         and weight.dtype == torch.bfloat16
@@ -44,7 +44,7 @@ class PackedLinear(nn.Module):
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map shape (..., k) to (..., m): x W^T + bias."""
+        """Map shape (..., k) to (..., m) by x W^T + bias."""
         if x.shape[:-1].numel() == 1:
             return nn.functional.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")

@@ -10,7 +10,9 @@ from spec_decode.models import CausalLM
 
 
 def fast_dtype() -> str:
-    """Precision in which this machine checks drafts fastest: bfloat16 on a GPU or a CPU with AVX-512, else float32.
+    """Return the precision in which this machine checks drafts fastest.
+
+    This is bfloat16 on a GPU or a CPU with AVX-512, else float32.
 
     Without AVX-512 the cost of a bfloat16 matrix product grows with its rows, so that checking a draft costs about as
     much as decoding plainly; `spec_decode.benchmark` writes the times of passes by size as `pass_seconds`.
@@ -34,7 +36,7 @@ class TargetSpec:
     feature_layers: tuple[int, int, int] | None = None
 
     def load(self) -> CausalLM:
-        """Runner on the CPU.
+        """Return a runner on the CPU.
 
         Raises:
             ModelNotFoundError: If the model cannot be found.
@@ -44,5 +46,5 @@ class TargetSpec:
         return CausalLM.from_transformers(load_causal_lm(self.name, dtype), self.feature_layers)
 
     def tokenizer(self) -> Any:
-        """The model's tokenizer."""
+        """Return the model's tokenizer."""
         return load_tokenizer(self.name)

@@ -40,7 +40,7 @@ class Passes:
 
 
 def plot_training(runs: Mapping[str, Mapping[str, Series]]) -> Figure:
-    """Acceptance per level on validation text, and the loss of the first level in training, over the updates."""
+    """Draw the acceptance per level on validation text and the first level's training loss over the updates."""
     figure = Figure(figsize=(9.6, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for number, (name, metrics) in enumerate(runs.items()):
@@ -63,7 +63,7 @@ def plot_training(runs: Mapping[str, Mapping[str, Series]]) -> Figure:
 
 
 def plot_acceptance(measured: Mapping[str, Measurement]) -> Figure:
-    """Acceptance of every level while decoding."""
+    """Return the acceptance of every level while decoding."""
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     axes = figure.subplots()
     drafted = {name: found.acceptance for name, found in measured.items() if found.acceptance}
@@ -78,7 +78,7 @@ def plot_acceptance(measured: Mapping[str, Measurement]) -> Figure:
 
 
 def plot_time(measured: Mapping[str, Measurement]) -> Figure:
-    """Milliseconds per emitted token by phase."""
+    """Return the milliseconds per emitted token by phase."""
     figure = Figure(figsize=(7.2, 0.5 * len(measured) + 1.5), layout="constrained")
     axes = figure.subplots()
     left = np.zeros(len(measured))
@@ -95,14 +95,14 @@ def plot_time(measured: Mapping[str, Measurement]) -> Figure:
 
 
 def milliseconds(found: Measurement) -> dict[str, float]:
-    """Time per emitted token of every phase, and of what lies between them."""
+    """Return the time per emitted token of every phase, and of what lies between them."""
     phases = {phase: found.phases[phase] for phase in DECODING}
     phases["overhead"] = found.seconds - sum(phases.values())
     return {phase: 1000 * seconds / max(found.tokens, 1) for phase, seconds in phases.items()}
 
 
 def node_places(tree: DraftTree) -> dict[int, tuple[int, int]]:
-    """Column (levels below the root) and row (from 0, downwards) of every node of a batch's first tree."""
+    """Return the column (levels below the root) and row (from 0, downwards) of every node of a batch's first tree."""
     depth, used = depths(tree.parents)[0].tolist(), Counter[int]()
     places = {}
     for node, present in enumerate(tree.present[0].tolist()):
@@ -113,7 +113,7 @@ def node_places(tree: DraftTree) -> dict[int, tuple[int, int]]:
 
 
 def plot_trees(passes: Sequence[tuple[DraftTree, Verified]], tokenizer: Any) -> Figure:
-    """Draft trees of consecutive passes: tokens, edges, and the accepted path in thick green; the bonus token above."""
+    """Draw the trees of consecutive passes: tokens, edges, the accepted path in thick green, the bonus token above."""
 
     def word(token: int) -> str:
         return repr(tokenizer.decode([token]))[1:-1]

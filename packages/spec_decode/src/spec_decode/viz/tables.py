@@ -16,7 +16,7 @@ PHASES = ("draft", "target", "verify", "commit", "overhead")
 
 
 def print_tables(rows: Sequence[Row], console: Console) -> None:
-    """What was measured, and what is behind it: one line per decoder under its prompt set and temperature.
+    """Return the lines of a report: one per decoder under its prompt set and temperature.
 
     Args:
         rows: `benchmark`'s, those of a set and temperature together.

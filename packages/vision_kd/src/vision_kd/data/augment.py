@@ -33,11 +33,11 @@ class ImageDraws:
 
     @classmethod
     def from_generator(cls, count: int, generator: torch.Generator) -> "ImageDraws":
-        """Draws for `count` images on the generator's device."""
+        """Return the draws for `count` images on the generator's device."""
         return cls(torch.randint(SEED_RANGE, (count,), generator=generator, device=generator.device))
 
     def below(self, base: int) -> Tensor:
-        """The next uniform integer in [0, base) of every image, shape (N,), int64."""
+        """Return the next uniform integer in [0, base) of every image, shape (N,), int64."""
         digit = self._rest % base
         self._rest = self._rest // base
         return digit
@@ -47,12 +47,12 @@ Augment = Callable[[Tensor, ImageDraws], Tensor]
 
 
 def identity(images: Tensor, draws: ImageDraws) -> Tensor:
-    """The images as they are: the view used for validation."""
+    """Return the images as they are: the view used for validation."""
     return images
 
 
 def random_crop_flip(images: Tensor, draws: ImageDraws, *, padding: int = 4, flip: bool = True) -> Tensor:
-    """Crops of the zero-padded images at uniform offsets, mirrored with probability one half.
+    """Return the crops of the zero-padded images at uniform offsets, mirrored with probability one half.
 
     The distribution is that of torchvision's `RandomCrop(size, padding=padding)` followed by `RandomHorizontalFlip()`.
 
@@ -86,7 +86,10 @@ def random_crop_flip(images: Tensor, draws: ImageDraws, *, padding: int = 4, fli
 
 
 def _operations(magnitude: int, height: int, width: int) -> list[Callable[[Tensor], Tensor]]:
-    """The 14 RandAugment operations, each twice: with positive and negative sign, or repeated where it has none."""
+    """Return the 14 RandAugment operations, each twice.
+
+    The second has the opposite sign, or repeats an operation without a sign.
+    """
 
     def level(first: float, last: float) -> float:
         return torch.linspace(first, last, BINS)[magnitude].item()  # rounded to float32 as torchvision does
@@ -114,7 +117,7 @@ def _operations(magnitude: int, height: int, width: int) -> list[Callable[[Tenso
 
 
 def rand_augment(images: Tensor, draws: ImageDraws, *, num_ops: int = 2, magnitude: int = 10) -> Tensor:
-    """RandAugment with torchvision's operations and magnitudes (31 bins), drawn for every image on its own.
+    """Return RandAugment with torchvision's operations and magnitudes (31 bins), drawn for every image on its own.
 
     The images that drew the same operation are transformed together, which keeps this to a few dozen calls a batch
     and away from torch's global random state.
@@ -141,7 +144,7 @@ def rand_augment(images: Tensor, draws: ImageDraws, *, num_ops: int = 2, magnitu
 
 
 def cutout(images: Tensor, draws: ImageDraws, *, size: int) -> Tensor:
-    """Images with a grey square whose centre is uniform over the image; the part outside is lost.
+    """Return the images with a grey square whose centre is uniform over the image; the part outside is lost.
 
     Args:
         images: Shape (N, C, H, W), uint8.
@@ -164,10 +167,10 @@ def cutout(images: Tensor, draws: ImageDraws, *, size: int) -> Tensor:
 
 
 def distort(images: Tensor, draws: ImageDraws) -> Tensor:
-    """What the strong view adds to the weak one: RandAugment(2, 10), then a cutout of half the image's side."""
+    """Distort a weak view by RandAugment(2, 10), then cut out a square of half the image's side."""
     return cutout(rand_augment(images, draws), draws, size=images.shape[-1] // 2)
 
 
 def strong(images: Tensor, draws: ImageDraws, *, weak: Augment) -> Tensor:
-    """The strong view of MLKD and CRLD: the weak augmentation, then `distort`."""
+    """Return the strong view of MLKD and CRLD: the weak augmentation, then `distort`."""
     return distort(weak(images, draws), draws)

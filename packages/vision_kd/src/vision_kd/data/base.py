@@ -1,4 +1,4 @@
-"""What every image data set offers: its recipe, its views, and loaders that shard themselves."""
+"""Base class of image data: recipe, views, and loaders that shard themselves."""
 
 import copy
 import errno
@@ -31,7 +31,7 @@ UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def data_root(root: str | None = None) -> Path:
-    """Where data sets lie: `root` if given, else the environment variable KD_DATA, else ~/.cache/kd_data."""
+    """Return the folder of data sets: `root` if given, else the environment variable KD_DATA, else ~/.cache/kd_data."""
     return Path(root or os.environ.get("KD_DATA") or "~/.cache/kd_data").expanduser()
 
 
@@ -40,7 +40,7 @@ class MissingDataError(UserError):
 
 
 def missing_data(name: str, places: Sequence[Path], hint: str) -> MissingDataError:
-    """The error for a data set that is in none of the places searched."""
+    """Return the error for a data set that is in none of the places searched."""
     listed = "\n".join(f"  {place}" for place in places)
     return MissingDataError(f"{name} not found. Looked in:\n{listed}\nGet it with: {hint}")
 
@@ -64,7 +64,7 @@ def fetching(name: str, folder: Path) -> Iterator[None]:
 
 
 def stratified_order(labels: Tensor, seed: int = 0) -> Tensor:
-    """A random order of the samples whose every prefix has the classes in proportion, up to one sample.
+    """Return a random order of the samples whose every prefix has the classes in proportion, up to one sample.
 
     Args:
         labels: Shape (N,), int64.
@@ -146,7 +146,7 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def rank(self) -> int:
-        """This process among those of the trainer; 0 without a trainer."""
+        """Return the rank of this process in the trainer; 0 without a trainer."""
         return self.trainer.global_rank if self.trainer else 0
 
     @property
@@ -171,7 +171,7 @@ class ImageDataModule(LightningDataModule):
         check_batch_size(len(single.train_dataloader().sampler), "training images", self.batch_size, world_size)
 
     def training_digest(self) -> str:
-        """What tells the training data from others by their content, once they are set up.
+        """Return a digest of the training data's content, once it is set up.
 
         A data set that does not say it in a cheaper way is known by its first batches.
         """
@@ -203,7 +203,7 @@ class TensorDataModule(ImageDataModule):
         self._splits: dict[bool, tuple[Tensor, Tensor]] = {}
 
     def load(self, train: bool) -> tuple[Tensor, Tensor]:
-        """Images of one split, shape (N, C, H, W), uint8, and their labels, shape (N,), int64."""
+        """Return the images of one split, shape (N, C, H, W), uint8, and their labels, shape (N,), int64."""
         raise NotImplementedError
 
     def setup(self, stage: str | None = None) -> None:
@@ -222,7 +222,7 @@ class TensorDataModule(ImageDataModule):
                 self._splits[train] = images, labels
 
     def training_digest(self) -> str:
-        """See `ImageDataModule.training_digest`: every pixel and label."""
+        """Return the digest of every pixel and label."""
         return tensors_digest(self._splits[True])
 
     def _loader(self, train: bool) -> DeviceLoader:
@@ -247,5 +247,5 @@ class TensorDataModule(ImageDataModule):
         return self._loader(train=True)
 
     def val_dataloader(self) -> DeviceLoader:
-        """The validation images of this rank, each exactly once over all ranks."""
+        """Return the validation images of this rank, each exactly once over all ranks."""
         return self._loader(train=False)

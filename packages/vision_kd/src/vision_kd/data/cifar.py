@@ -68,7 +68,7 @@ class CIFAR10(TensorDataModule):
                 self.archive(self.folder, download=True)
 
     def load(self, train: bool) -> tuple[Tensor, Tensor]:
-        """One split, from the archive if it is there, else from the image tree."""
+        """Return one split, from the archive if it is there, else from the image tree."""
         unpacked, tree = self._places()
         if unpacked.is_dir():
             return self._load_archive(train)

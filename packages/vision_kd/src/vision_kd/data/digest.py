@@ -1,4 +1,4 @@
-"""What tells training data from others: their content, whatever it is called and wherever it lies."""
+"""Digests of training data that depend on its content alone, not on names or places."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ FILES_READ = 20_000
 
 
 def tensors_digest(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 of tensors: their types, shapes and values."""
+    """Return the SHA-256 of tensors: their types, shapes and values."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
@@ -25,7 +25,7 @@ def tensors_digest(tensors: Iterable[Tensor]) -> str:
 
 
 def files_digest(root: Path, files: Sequence[Path], values: Any = None) -> str:
-    """SHA-256 of the names, sizes and bytes of files.
+    """Return the SHA-256 of the names, sizes and bytes of files.
 
     All bytes count as long as they are no more than `BYTES_READ` in at most `FILES_READ` files. Of more, every n-th
     file is read, and of the others the name and the size count.
@@ -46,7 +46,7 @@ def files_digest(root: Path, files: Sequence[Path], values: Any = None) -> str:
 
 
 def batches_digest(batches: Iterable[Any]) -> str:
-    """SHA-256 of the batches of a loader, up to `BYTES_READ`."""
+    """Return the SHA-256 of the batches of a loader, up to `BYTES_READ`."""
     digest, read = hashlib.sha256(), 0
     for batch in batches:
         tensors = list(_tensors(batch))

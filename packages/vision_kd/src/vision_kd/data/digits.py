@@ -24,7 +24,7 @@ class Digits(TensorDataModule):
     weak = staticmethod(partial(random_crop_flip, padding=1, flip=False))
 
     def load(self, train: bool) -> tuple[Tensor, Tensor]:
-        """The digits with their 17 grey levels spread over 0..255."""
+        """Return the digits with their 17 grey levels spread over 0..255."""
         digits = load_digits()
         images = torch.from_numpy(digits.images).mul(255 / 16).round().to(torch.uint8)[:, None]
         labels = torch.from_numpy(digits.target).long()

@@ -23,7 +23,7 @@ FILES = {
 
 
 def read_idx(path: Path) -> Tensor:
-    """The array of unsigned bytes in an idx file, gzip-packed when its name ends in .gz.
+    """Return the array of unsigned bytes in an idx file, gzip-packed when its name ends in .gz.
 
     Args:
         path: The file.
@@ -104,7 +104,7 @@ class FashionMNIST(TensorDataModule):
                 torchvision.datasets.FashionMNIST(folder, download=True)
 
     def load(self, train: bool) -> tuple[Tensor, Tensor]:
-        """One split, read from the first place that has both of its files."""
+        """Return one split, read from the first place that has both of its files."""
         paths = self._find(train)
         if paths is None:
             raise missing_data(

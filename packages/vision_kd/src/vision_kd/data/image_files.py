@@ -33,12 +33,12 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What brings the stored pixels of an EXIF orientation upright."""
+"""Transpositions that turn the stored pixels of each EXIF orientation upright."""
 
 
 @cache
 def endings() -> frozenset[str]:
-    """The endings of the files that are read, in lower case."""
+    """Return the endings of the files that are read, in lower case."""
     return frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS)
 
 
@@ -49,12 +49,12 @@ def _decoders() -> tuple[str, ...]:
 
 
 def is_clutter(name: str) -> bool:
-    """Whether a file manager wrote the file of this name."""
+    """Return whether a file manager wrote the file of this name."""
     return name in CLUTTER or name.startswith("._")
 
 
 def find_images(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> tuple[list[Path], list[Path]]:
-    """The images in a folder and in its sub-folders, linked ones included, and the paths that are left out.
+    """Return the images in a folder and in its sub-folders, linked ones included, and the paths that are left out.
 
     Left out are files without the ending of an image, hidden files and folders, and broken links. The clutter of file
     managers is in neither list.
@@ -125,7 +125,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What brings the pixels upright. Damaged EXIF data turn nothing, as in viewers."""
+    """Return the transposition that turns the pixels upright. Damaged EXIF data turn nothing, as in viewers."""
     try:
         # Pillow's PNG reader would decode all pixels here, to find what may follow them.
         exif = Image.Image.getexif(image) if image.format == "PNG" else image.getexif()
@@ -135,7 +135,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 
 def header_size(path: Path) -> tuple[int, int]:
-    """Width and height of the upright image, from the file's header.
+    """Return the width and height of the upright image, from the file's header.
 
     Raises:
         UserError: If the header is damaged, or the file no single image.
@@ -148,12 +148,12 @@ def header_size(path: Path) -> tuple[int, int]:
 
 
 def spread(count: int) -> range:
-    """At most `CHECKED` evenly spaced numbers below `count`, or all of them."""
+    """Return at most `CHECKED` evenly spaced numbers below `count`."""
     return range(0, count, max(1, -(-count // CHECKED)))
 
 
 def read_rgb(path: Path) -> Tensor:
-    """The image in a file as a viewer shows it: upright by its EXIF orientation, transparent parts on white.
+    """Return the image in a file as a viewer shows it: upright by its EXIF orientation, transparent parts on white.
 
     Greys of 16 bits keep their upper 8. Colour profiles are not applied.
 
@@ -182,7 +182,7 @@ def read_rgb(path: Path) -> Tensor:
 
 
 def _has_16_bits(image: Image.Image) -> bool:
-    """Whether an image is grey from 0, black, to 65,535, white."""
+    """Return whether an image is grey from 0, black, to 65,535, white."""
     tags = getattr(image, "tag_v2", {})
     black_is_zero = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 1) == 1
     filled = tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,)) == (16,)
@@ -191,5 +191,5 @@ def _has_16_bits(image: Image.Image) -> bool:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """An image of one byte a channel; Pillow's own conversion cuts 16 bits off at 255."""
+    """Return an image of one byte a channel; Pillow's own conversion cuts 16 bits off at 255."""
     return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if image.mode.startswith("I") else image

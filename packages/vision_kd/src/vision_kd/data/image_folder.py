@@ -28,7 +28,7 @@ from vision_kd.data.loader import EpochSampler
 
 
 def class_folders(split: Path) -> tuple[str, ...]:
-    """The sorted names of the folders in a split, one per class; hidden folders are no classes.
+    """Return the sorted names of the folders in a split, one per class; hidden folders are no classes.
 
     Raises:
         UserError: When there is none.
@@ -48,7 +48,7 @@ def class_folders(split: Path) -> tuple[str, ...]:
 
 
 def list_images(split: Path, class_names: Sequence[str]) -> tuple[list[Path], list[int]]:
-    """The image files of a split in a fixed order, with their labels; what is left out is named in a warning.
+    """Return the image files of a split in a fixed order, with their labels; what is left out is named in a warning.
 
     Raises:
         UserError: When the class folders are not the expected ones, or the header of an image is damaged.
@@ -103,7 +103,7 @@ class ImageFiles(Dataset[tuple[dict[str, Tensor], int]]):
 
 
 def training_views(image: Tensor, seed: int, *, size: int, views: Sequence[str]) -> dict[str, Tensor]:
-    """The standard ImageNet crop and mirror as the weak view; the strong view distorts another such crop.
+    """Return the standard ImageNet crop and mirror as the weak view; the strong view distorts another such crop.
 
     Args:
         image: Shape (3, H, W), uint8.
@@ -128,7 +128,10 @@ def training_views(image: Tensor, seed: int, *, size: int, views: Sequence[str])
 
 
 def clean_view(image: Tensor, seed: int, *, size: int) -> dict[str, Tensor]:
-    """The centre crop used for validation, from the image with its short side at 8/7 of the crop (256 for 224)."""
+    """Return the centre crop used for validation.
+
+    The image's short side is first scaled to 8/7 of the crop (256 for 224).
+    """
     # The ends of a long strip are not seen; scaled with the rest they could fill the memory.
     height, width = image.shape[-2:]
     image = F.center_crop(image, [min(height, STRIP * width), min(width, STRIP * height)])
@@ -191,7 +194,7 @@ class ImageFolder(ImageDataModule):
         }
 
     def training_digest(self) -> str:
-        """See `ImageDataModule.training_digest` and `files_digest`."""
+        """Return the digest of the image files; see `files_digest`."""
         paths, labels = self._files["train"]
         return files_digest(self.root, paths, labels)
 
@@ -216,9 +219,9 @@ class ImageFolder(ImageDataModule):
         )
 
     def train_dataloader(self) -> WorkerLoader:
-        """Batches of this rank's share, in a new order every epoch."""
+        """Return the batches of this rank's share, in a new order every epoch."""
         return self._loader("train", self.batch_size, partial(training_views, size=self.image_size, views=self.views))
 
     def val_dataloader(self) -> WorkerLoader:
-        """The validation images of this rank, each exactly once over all ranks."""
+        """Return the validation images of this rank, each exactly once over all ranks."""
         return self._loader("val", self.val_batch_size, partial(clean_view, size=self.image_size))

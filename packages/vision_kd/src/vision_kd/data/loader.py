@@ -62,7 +62,7 @@ class EpochSampler(DistributedSampler):
         self.num_samples = len(range(rank, self.total_size, world_size))
 
     def rows(self, streams: int = 1) -> tuple[Tensor, Tensor]:
-        """This rank's image numbers of the epoch, shape (n,), and their seeds, shape (streams, n)."""
+        """Return this rank's image numbers of the epoch, shape (n,), and their seeds, shape (streams, n)."""
         state = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1).item()
         generator = torch.Generator().manual_seed(state)
         order = self.order(generator)
@@ -71,7 +71,7 @@ class EpochSampler(DistributedSampler):
         return order[self.rank :: self.num_replicas], seeds[:, self.rank :: self.num_replicas]
 
     def order(self, generator: torch.Generator) -> Tensor:
-        """All image numbers in the order of this epoch, shape (count,)."""
+        """Return all image numbers in the order of this epoch, shape (count,)."""
         return torch.randperm(self.count, generator=generator) if self.shuffle else torch.arange(self.count)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
@@ -134,7 +134,7 @@ class DeviceLoader(ResumableLoader):
         return -(-len(self.sampler) // self.batch_size)
 
     def batches(self, first: int) -> Iterator[Batch]:
-        """The batches of the chosen epoch from one of them on."""
+        """Return the batches of the chosen epoch from one of them on."""
         order, seeds = (part.to(self.images.device) for part in self.sampler.rows(len(self.augment)))
         for start in range(first * self.batch_size, len(order), self.batch_size):
             batch = slice(start, start + self.batch_size)
@@ -146,11 +146,11 @@ class DeviceLoader(ResumableLoader):
             yield views, self.labels.index_select(0, order[batch])
 
     def sample(self, count: int) -> Batch:
-        """See `ResumableLoader`."""
+        """Return the first samples of epoch 0 as one batch."""
         few = copy.copy(self)
         few.batch_size = count
         return next(few.batches(0))
 
     def fingerprint(self) -> str:
-        """See `ResumableLoader`."""
+        """Return the sizes and the seed that decide on the batches."""
         return repr((len(self.images), self.batch_size, self.sampler.num_replicas, self.sampler.seed))

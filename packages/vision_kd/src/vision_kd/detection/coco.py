@@ -59,13 +59,13 @@ class Split:
         return len(self.image_ids)
 
     def truth(self, row: int) -> tuple[Tensor, Tensor]:
-        """Boxes (G, 4) and labels (G,) of an image."""
+        """Return the boxes (G, 4) and labels (G,) of an image."""
         here = slice(int(self.starts[row]), int(self.starts[row + 1]))
         return self.boxes[here], self.labels[here]
 
 
 def open_annotations(path: Path) -> CocoApi:
-    """Pycocotools' view of an annotation file, every value of which has the type that it should have.
+    """Return the pycocotools' view of an annotation file, every value of which has the type that it should have.
 
     Raises:
         UserError: If there is no such file.
@@ -107,13 +107,13 @@ def open_annotations(path: Path) -> CocoApi:
 
 
 def repeated(values: Sequence[Any]) -> list[Any]:
-    """What occurs more than once, in the order of the second occurrences."""
+    """Return the values that occur more than once, in the order of their second occurrences."""
     seen: set[Any] = set()
     return [value for value in values if value in seen or seen.add(value)]  # type: ignore[func-returns-value]
 
 
 def categories(api: CocoApi, path: Path) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Ids and names of the categories in the order of their ids, gaps left out.
+    """Return the ids and names of the categories in the order of their ids, gaps left out.
 
     Raises:
         UserError: If there is none, if two share an id or a name, or if one is called as unused outputs are.
@@ -128,7 +128,7 @@ def categories(api: CocoApi, path: Path) -> tuple[tuple[int, ...], tuple[str, ..
 
 
 def read_split(path: Path, folder: Path, *, train: bool) -> Split:
-    """Images and boxes of a split. Training leaves out images without a box, which teach a detector little.
+    """Return the images and boxes of a split. Training leaves out images without a box, which teach a detector little.
 
     Boxes are clipped to their image. Those without area inside it are left out of training with a warning; the
     scores are computed by pycocotools from the file as it is. The headers of some images are read, to compare sizes.
@@ -186,7 +186,7 @@ def read_split(path: Path, folder: Path, *, train: bool) -> Split:
 
 
 def clipped(corners: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Boxes x1, y1, x2, y2 cut off at the borders of images of width and height, (B, 4), float32."""
+    """Return the boxes x1, y1, x2, y2 cut off at the borders of images of width and height, (B, 4), float32."""
     return np.clip(corners, 0, sizes[:, [0, 1, 0, 1]]).astype(np.float32)
 
 
@@ -234,7 +234,7 @@ def check_boxes(
 
 
 def read_image(split: Split, row: int) -> Tensor:
-    """The upright image of a row, (3, H, W), uint8.
+    """Return the upright image of a row, (3, H, W), uint8.
 
     Raises:
         UserError: If it has another size than the annotations say, or cannot be read.

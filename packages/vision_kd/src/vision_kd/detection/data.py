@@ -44,7 +44,7 @@ class ShapeSampler(EpochSampler):
         self.global_batch = batch_size * world_size
 
     def order(self, generator: torch.Generator) -> Tensor:
-        """All image numbers, the whole batches first."""
+        """Return all image numbers, the whole batches first."""
         shuffled = super().order(generator)
         groups = [shuffled[self.portrait[shuffled] == shape] for shape in (False, True)]
         whole = [len(group) - len(group) % self.global_batch for group in groups]
@@ -57,7 +57,7 @@ class ShapeSampler(EpochSampler):
 
 
 def scaled_size(width: int, height: int, short: int, longest: int) -> tuple[int, int]:
-    """Width and height with the short side at `short`, or the long one at `longest` where that is smaller."""
+    """Return width and height with the short side at `short`, or the long one at `longest` if that is smaller."""
     scale = min(short / min(width, height), longest / max(width, height))
     return max(1, round(width * scale)), max(1, round(height * scale))
 
@@ -101,7 +101,7 @@ class DetectionImages(Dataset[Sample]):
 
 
 def collate(samples: Sequence[Sample]) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    """Images of different sizes cannot be stacked: two lists."""
+    """Return two lists, because images of different sizes cannot be stacked."""
     images, targets = zip(*samples, strict=True)
     return list(images), list(targets)
 
@@ -172,7 +172,7 @@ class COCO(ImageDataModule):
         return self.split("val").class_names
 
     def split(self, name: str) -> Split:
-        """The images of `train` or `val`, read once."""
+        """Return the images of `train` or `val`, read once."""
         if name not in self._splits:
             annotations, images = (self.root / part for part in self.files[name])
             self._splits[name] = read_split(annotations, images, train=name == "train")
@@ -195,13 +195,13 @@ class COCO(ImageDataModule):
             )
 
     def training_digest(self) -> str:
-        """See `ImageDataModule.training_digest` and `files_digest`: images, boxes and labels."""
+        """Return the digest of images, boxes and labels; see `files_digest`."""
         split = self.split("train")
         truth = tensors_digest([split.sizes, split.boxes, split.labels, split.starts])
         return files_digest(split.folder, [split.folder / name for name in split.files], [split.files, truth])
 
     def train_dataloader(self) -> WorkerLoader:
-        """Batches of this rank's share, in a new order every epoch."""
+        """Return the batches of this rank's share, in a new order every epoch."""
         split = self.split("train")
         shapes = split.sizes[: self.train_subset]
         ranks = {"seed": self.seed, "rank": self.rank, "world_size": self.world_size}
@@ -210,7 +210,7 @@ class COCO(ImageDataModule):
         return self._loader(images, self.batch_size, sampler)
 
     def val_dataloader(self) -> WorkerLoader:
-        """The validation images of this rank, each exactly once over all ranks."""
+        """Return the validation images of this rank, each exactly once over all ranks."""
         images = DetectionImages(self.split("val"), [self.val_size], self.longest, flip=False)
         ranks = {"rank": self.rank, "world_size": self.world_size}
         sampler = EpochSampler(len(images), self.val_batch_size, shuffle=False, drop_last=False, **ranks)
@@ -272,7 +272,7 @@ class DigitScenes(COCO):
         )
 
     def split(self, name: str) -> Split:
-        """The images of a split, built when they are not there."""
+        """Return the images of a split, built when they are not there."""
         build_scenes(self.root)
         return super().split(name)
 

@@ -30,7 +30,7 @@ class WideRPNHead(RPNHead):
     """RPN head whose outputs are at least float32: box coordinates do not survive bfloat16's 8 bits."""
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Objectness and box deltas of every level."""
+        """Return the objectness and box deltas of every level."""
         logits, deltas = super().forward(x)
         return [at_least_fp32(level) for level in logits], [at_least_fp32(level) for level in deltas]
 
@@ -39,7 +39,7 @@ class WideAnchorGenerator(AnchorGenerator):
     """Anchors in at least float32, whatever the precision of the maps: bfloat16 counts in steps of 8 above 1,024."""
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
-        """Anchors of every image, (A, 4) as x1, y1, x2, y2 in pixels."""
+        """Return the anchors of every image, (A, 4) as x1, y1, x2, y2 in pixels."""
         # Only sizes, precision and device of the maps are looked at.
         wide = [m.new_empty(m.shape[-2:], dtype=torch.promote_types(m.dtype, torch.float32)) for m in feature_maps]
         return super().forward(image_list, wide)
@@ -49,14 +49,14 @@ class WidePredictor(FastRCNNPredictor):
     """Classes and boxes of a ROI in at least float32."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Class logits and box deltas."""
+        """Return the class logits and box deltas."""
         logits, deltas = super().forward(x)
         return at_least_fp32(logits), at_least_fp32(deltas)
 
 
 @dataclass(frozen=True)
 class TrainingPass:
-    """What a detector computes from a training batch, attached to its graph where it is differentiable.
+    """Training outputs of a detector, attached to its graph where they are differentiable.
 
     Attributes:
         features: FPN maps by level, each (N, channels, h, w).
@@ -124,7 +124,7 @@ class Detector(NormalizedNetwork):
         return [0, *(known[name] for name in class_names)]
 
     def batch(self, images: Sequence[Tensor]) -> ImageList:
-        """Normalised images, padded with zeros on the right and below to a common multiple of 32 pixels.
+        """Return the normalised images, padded with zeros on the right and below to a common multiple of 32 pixels.
 
         Raises:
             ValueError: If an image is not floating point of shape (3, H, W).
@@ -140,11 +140,11 @@ class Detector(NormalizedNetwork):
         return ImageList(padded.contiguous(memory_format=torch.channels_last), sizes)
 
     def features(self, batch: ImageList) -> dict[str, Tensor]:
-        """FPN maps by level."""
+        """Return the FPN maps by level."""
         return self.network.backbone(batch.tensors)
 
     def forward(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-        """Detections of every image, in evaluation mode.
+        """Return the detections of every image, in evaluation mode.
 
         Args:
             images: Images in [0, 1], each (3, H, W).
@@ -165,7 +165,7 @@ class Detector(NormalizedNetwork):
         return detections
 
     def training_pass(self, images: Sequence[Tensor], targets: Sequence[Target]) -> TrainingPass:
-        """One forward pass in training mode: sampled proposals, their class logits, and the other losses.
+        """Return one forward pass in training mode: sampled proposals, their class logits, and the other losses.
 
         Args:
             images: Images in [0, 1], each (3, H, W).
@@ -194,7 +194,7 @@ class Detector(NormalizedNetwork):
     def classify(
         self, features: dict[str, Tensor], proposals: list[Tensor], image_sizes: list[tuple[int, int]]
     ) -> Tensor:
-        """Class logits (R, C) of given proposals, in at least float32; boxes are not computed."""
+        """Return the class logits (R, C) of given proposals, in at least float32; boxes are not computed."""
         return at_least_fp32(
             self.network.roi_heads.box_predictor.cls_score(self._roi_features(features, proposals, image_sizes))
         )

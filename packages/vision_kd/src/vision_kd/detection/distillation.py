@@ -104,17 +104,17 @@ class DetectionModule(ComponentTraining):
 
     @staticmethod
     def build(spec: ModelSpec, **data_spec: Any) -> Detector:
-        """See `vision_kd.detection.build_detector`."""
+        """Build a detector with `vision_kd.detection.build_detector`."""
         return build_detector(spec, **data_spec)
 
     @staticmethod
     def load(path: Path) -> Detector:
-        """See `vision_kd.detection.load_detector`."""
+        """Load a detector with `vision_kd.detection.load_detector`."""
         return load_detector(path)
 
     @staticmethod
     def measure(network: NormalizedNetwork, data: ImageDataModule, device: torch.device | str) -> dict[str, float]:
-        """COCO's average precisions; see `vision_kd.detection.evaluate_detector`."""
+        """Return COCO's average precisions; see `vision_kd.detection.evaluate_detector`."""
         assert isinstance(network, Detector)
         assert isinstance(data, COCO)
         record = evaluate_detector(network, data, device)
@@ -126,7 +126,7 @@ class DetectionModule(ComponentTraining):
         return (*self.method.components, FEATURE) if self.features is not None else self.method.components
 
     def check_teacher(self, teacher: NormalizedNetwork) -> None:
-        """The teacher must know the student's categories and, to distil features, have the channels it announced."""
+        """Check that the teacher knows the student's categories and has the announced number of feature channels."""
         if not isinstance(teacher, Detector):
             raise UserError(f"the teacher of a detector must be one, got a {type(teacher).__name__}")
         self._class_indices = teacher.class_indices(self.student.class_names)
@@ -141,7 +141,7 @@ class DetectionModule(ComponentTraining):
     def component_step(
         self, batch: Batch, params: Sequence[nn.Parameter], *, epoch: float, k: int | None, **settings: Any
     ) -> StepOutput:
-        """See `vision_kd.detection.step.detection_step`."""
+        """Compute the gradients with `vision_kd.detection.step.detection_step`."""
         images, targets = batch
         teacher: Any = self.teacher
         fusion: Any = self.auxiliary[0] if self.auxiliary else None
@@ -161,7 +161,7 @@ class DetectionModule(ComponentTraining):
         )
 
     def _floating(self, image: Tensor) -> Tensor:
-        """A uint8 image in [0, 1], in the precision of the weights."""
+        """Return a uint8 image in [0, 1], in the precision of the weights."""
         return image.to(next(self.student.parameters()).dtype) / 255
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -173,7 +173,7 @@ class DetectionModule(ComponentTraining):
         self._record.update(self([self._floating(image) for image in images]), targets)
 
     def validation_metrics(self) -> dict[str, float]:
-        """COCO's average precisions over all ranks.
+        """Return COCO's average precisions over all ranks.
 
         Raises:
             NonFiniteLossError: If a parameter is not finite, which no score would show.

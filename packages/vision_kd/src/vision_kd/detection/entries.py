@@ -101,6 +101,6 @@ def read_entries(entries: list[Any], kind: str, path: Path) -> None:
 
 
 def _shown(value: Any) -> str:
-    """A value as JSON writes it, cut short."""
+    """Return a value as JSON writes it, cut short."""
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:60]}..."

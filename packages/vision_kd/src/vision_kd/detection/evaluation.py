@@ -58,7 +58,7 @@ class DetectionRecord:
             self._seen.append(target["image_id"])
 
     def gather(self, device: torch.device | str = "cpu") -> tuple[Tensor, list[int]]:
-        """Detections (D, 7) of all ranks in the order of the image ids, and the ids of all images seen.
+        """Return the detections (D, 7) of all ranks in the order of the image ids, and the ids of all images seen.
 
         A row holds image id, left, top, width, height, score and category id.
 
@@ -73,7 +73,7 @@ class DetectionRecord:
 
 
 def average_precision(split: Split, rows: Tensor, image_ids: Sequence[int]) -> dict[str, float]:
-    """COCO's AP, AP50, AP75, APs, APm and APl in [0, 1], as pycocotools computes them.
+    """Return COCO's AP, AP50, AP75, APs, APm and APl in [0, 1], as pycocotools computes them.
 
     Args:
         split: The ground truth.
@@ -97,7 +97,7 @@ def average_precision(split: Split, rows: Tensor, image_ids: Sequence[int]) -> d
 
 
 def _annotations(rows: Tensor) -> list[dict[str, Any]]:
-    """Detections as pycocotools' `loadRes` enters them, which takes no empty list."""
+    """Return the detections as pycocotools' `loadRes` enters them, which takes no empty list."""
     return [
         {
             "id": number,
@@ -113,7 +113,7 @@ def _annotations(rows: Tensor) -> list[dict[str, Any]]:
 
 
 def evaluate_detector(detector: Detector, data: COCO, device: torch.device | str = "cpu") -> DetectionRecord:
-    """Detections of the validation images, in this process alone.
+    """Return the detections of the validation images, in this process alone.
 
     Args:
         detector: Put in evaluation mode.

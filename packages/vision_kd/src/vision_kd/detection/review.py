@@ -31,7 +31,7 @@ class AttentionFusion(nn.Module):
         self.expand = nn.Sequential(nn.Conv2d(middle, out, 3, padding=1, bias=False), nn.BatchNorm2d(out))
 
     def forward(self, student: Tensor, deeper: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Map to compare with the teacher's, and the one to pass to the next shallower level.
+        """Return the map to compare with the teacher's, and the one to pass to the next shallower level.
 
         Args:
             student: Map (N, channels, H, W).
@@ -65,7 +65,7 @@ class ReviewFusion(nn.Module):
         )
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Maps to compare with the teacher's; both lists go from the shallowest level to the deepest."""
+        """Return the maps to compare with the teacher's; both lists go from the shallowest level to the deepest."""
         results: list[Tensor] = []
         deeper: Tensor | None = None
         for fusion, student in zip(reversed(self.fusions), reversed(features), strict=True):
@@ -75,7 +75,7 @@ class ReviewFusion(nn.Module):
 
 
 def pyramid_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference of two maps at full size and pooled to 4 x 4, 2 x 2 and 1 x 1, a scalar.
+    """Return the mean squared difference of two maps at full size and pooled to 4 x 4, 2 x 2 and 1 x 1, a scalar.
 
     The terms weigh 1, 1/2, 1/4 and 1/8, normalised to sum to 1; a pooled size not below the map's height is left out.
 
@@ -108,5 +108,5 @@ def pyramid_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def review_distance(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:
-    """Sum over the levels of `pyramid_distance`."""
+    """Return the sum over the levels of `pyramid_distance`."""
     return torch.stack([pyramid_distance(student[level], teacher[level]) for level in student]).sum()

@@ -1,4 +1,4 @@
-"""Which anchors and proposals of an image a detector is trained on: a function of the image's seed alone."""
+"""Sampling of anchors and proposals for training, as a function of the image's seed alone."""
 
 from collections.abc import Sequence
 
@@ -25,7 +25,7 @@ class SeededSampler(BalancedPositiveNegativeSampler):
         self.seeds: Sequence[int] = ()
 
     def __call__(self, matched_idxs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Masks of the chosen foreground and background.
+        """Return the masks of the chosen foreground and background.
 
         Args:
             matched_idxs: Per image the class of every box, shape (B,): 0 is background, below 0 is ignored.

@@ -91,7 +91,7 @@ def write_split(folder: Path, split: str, count: int, draw: np.random.Generator)
 
 
 def background(photograph: np.ndarray, width: int, height: int, train: bool, draw: np.random.Generator) -> np.ndarray:
-    """A random crop of the split's part of a photograph, scaled to (height, width, 3), float."""
+    """Return a random crop of the split's part of a photograph, scaled to (height, width, 3), float."""
     border = round(photograph.shape[1] * TRAIN_SHARE)
     part = photograph[:, :border] if train else photograph[:, border:]
     largest = min(part.shape[1] / width, part.shape[0] / height)

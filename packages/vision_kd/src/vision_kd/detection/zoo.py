@@ -105,7 +105,7 @@ BACKBONES.register("fasterrcnn_mobilenet_v2_fpn")(
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
-    """At most 16 groups, fewer where the channels do not divide into them."""
+    """Return at most 16 groups, fewer where the channels do not divide into them."""
     return nn.GroupNorm(math.gcd(GROUPS, channels), channels)
 
 
@@ -121,7 +121,7 @@ def build_network(
     anchor_sizes: Sequence[int] = (32, 64, 128, 256, 512),
     **settings: Any,
 ) -> FasterRCNN:
-    """Faster R-CNN with FPN levels p2 to p6.
+    """Return Faster R-CNN with FPN levels p2 to p6.
 
     Args:
         name: Key of `BACKBONES`.
@@ -255,14 +255,14 @@ def _load_backbone(body: nn.Module, backbone: Backbone, name: str, weights: str)
     used = {module for stage in backbone.stages for module in stage}
 
     def surplus(name: str) -> bool:
-        """Layers of the classifier that feed no level, and what frozen BatchNorm does not count."""
+        """Return the layers of the classifier that feed no level, and what frozen BatchNorm does not count."""
         return name.split(".")[0] not in used or name.endswith("num_batches_tracked")
 
     load_weights(body, checkpoint, model=f"the backbone of {name}", surplus=surplus)
 
 
 def _read(path: str) -> Checkpoint:
-    """A checkpoint in torchvision's layout, current or old.
+    """Return a checkpoint in torchvision's layout, current or old.
 
     Raises:
         CheckpointError: For detectron2's networks, whose function differs from that of torchvision's.

@@ -1,4 +1,4 @@
-"""What a distillation method is: a pure map from logits to named per-sample loss components.
+"""Base class of methods: a pure map from logits to named per-sample loss components.
 
 A method knows nothing about optimizers, momenta or trainers. It returns one value per sample for every component it
 declares, and the gradient policy (`vision_kd.policies`) decides how the gradients of the components become an
@@ -37,7 +37,7 @@ class Method(ABC):
     def __call__(
         self, student: Views, teacher: Views, target: Tensor, *, epoch: float = 0.0, k: int | None = None
     ) -> dict[str, Tensor]:
-        """Loss components of one batch.
+        """Return the loss components of one batch.
 
         Args:
             student: Logits of shape (N, C) for every view in `views`.
@@ -58,24 +58,24 @@ class Method(ABC):
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy to the label, per sample, shape (N,)."""
+    """Return the cross-entropy to the label, per sample, shape (N,)."""
     return F.cross_entropy(logits, target, reduction="none")
 
 
 def standardized(logits: Views, enabled: bool) -> Views:
-    """The logits of every view, z-scored over the classes when `enabled` (LSKD, arXiv 2403.01427)."""
+    """Return the logits of every view, z-scored over the classes when `enabled` (LSKD, arXiv 2403.01427)."""
     return {view: standardize_logits(z) for view, z in logits.items()} if enabled else logits
 
 
 def surviving_classes(teacher: Tensor, target: Tensor, k: int | None) -> Tensor | None:
-    """Dynamic top-k mask of shape (N, C), or None when all classes take part."""
+    """Return the dynamic top-k mask of shape (N, C), or None when all classes take part."""
     return None if k is None else topk_class_mask(teacher, target, k)
 
 
 def dkd_components(
     student: Tensor, teacher: Tensor, target: Tensor, temperature: float, class_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """TCKD and NCKD times T^2 (DKD, arXiv 2203.08679).
+    """Return the TCKD and NCKD times T^2 (DKD, arXiv 2203.08679).
 
     Args:
         student: Logits, shape (N, C).
@@ -94,7 +94,7 @@ def dkd_components(
 def kd_components(
     student: Tensor, teacher: Tensor, target: Tensor, temperature: float, class_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The two summands of the classical distillation loss, times T^2; arguments as in `dkd_components`.
+    """Return the two summands of the classical distillation loss, times T^2; arguments as in `dkd_components`.
 
     KL(teacher || student) = TCKD + (1 - p_target) * NCKD holds for every sample (arXiv 2203.08679, eq. 5), so without
     a mask the gradients of the two add up to the gradient of KD.

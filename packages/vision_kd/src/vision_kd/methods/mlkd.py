@@ -90,13 +90,13 @@ def at_most_median(values: Tensor) -> Tensor:
 
 
 def batch_relation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Row sums of the squared difference of the (N, N) Gram matrices of the predictions, shape (N,)."""
+    """Return the row sums of the squared difference of the (N, N) Gram matrices of the predictions, shape (N,)."""
     student_p, teacher_p = (torch.softmax(z / temperature, dim=-1) for z in (student, teacher))
     return (teacher_p @ teacher_p.T - student_p @ student_p.T).square().sum(-1)
 
 
 def class_relation(student: Tensor, teacher: Tensor, temperature: float, classes: Tensor) -> Tensor:
-    """Mean over classes of the masked squared difference of the (C, C) Gram matrices, a scalar.
+    """Return the mean over classes of the masked squared difference of the (C, C) Gram matrices, a scalar.
 
     Args:
         student: Logits, shape (N, C).

@@ -26,7 +26,7 @@ class CheckpointError(UserError):
 
 
 class Checkpoint(NamedTuple):
-    """What a weight file holds.
+    """Content of a weight file.
 
     Attributes:
         path: The file.
@@ -75,7 +75,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _read(path: Path) -> Any:
-    """Content of a weight file; only tensors, plain containers and `argparse.Namespace` are unpickled."""
+    """Return the content of a weight file; only tensors, plain containers and `argparse.Namespace` are unpickled."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -98,7 +98,7 @@ def _read(path: Path) -> Any:
 
 
 def _state_dicts(fields: Mapping[Any, Any], name: str = "", depth: int = DEPTH) -> Iterator[tuple[str, dict]]:
-    """Every mapping of names to tensors, by the name of its entry; what stands beside its tensors is no part of it."""
+    """Return every mapping of names to tensors by the name of its entry, without entries that are not tensors."""
     if not all(isinstance(key, str) for key in fields):
         return
     if tensors := {key: value for key, value in fields.items() if isinstance(value, Tensor)}:
@@ -109,7 +109,7 @@ def _state_dicts(fields: Mapping[Any, Any], name: str = "", depth: int = DEPTH) 
 
 
 def _class_names(fields: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of the classes, under the keys that training scripts commonly write; empty if there are none."""
+    """Return the names of the classes, under the keys that training scripts commonly write; empty if there are none."""
     numbers = fields.get("class_to_idx")
     if isinstance(numbers, Mapping) and sorted(numbers.values()) == list(range(len(numbers))):
         return tuple(sorted(numbers, key=numbers.__getitem__))

@@ -21,12 +21,12 @@ STUDENT_FORMAT = "vision_kd.student/1"
 
 
 DATA_SPEC = ("num_classes", "in_channels", "class_names", "image_size")
-"""What data and classifiers have to agree on, as both call it."""
+"""Fields on which data and classifiers have to agree."""
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Which network to build and where its weights come from.
+    """Choice of a network and of its weights.
 
     Args:
         name: A built-in network, "timm/<name>" or "torchvision/<name>".
@@ -143,7 +143,7 @@ class Classifier(NormalizedNetwork):
             self.train(training)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits of images.
+        """Return the logits of images.
 
         Args:
             images: (N, C, H, W), floating point in [0, 1].
@@ -172,7 +172,7 @@ class Classifier(NormalizedNetwork):
 
 
 def main_output(output: Any) -> Tensor | None:
-    """The logits among what a network returns, without auxiliary ones; None if nothing says which they are."""
+    """Return the logits among what a network returns, without auxiliary ones; None if nothing says which they are."""
     if isinstance(output, Tensor):
         return output
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
@@ -276,7 +276,7 @@ def choose_normalization(
     *,
     usual: bool,
 ) -> Normalization:
-    """Mean and standard deviation with which the weights were trained.
+    """Return the mean and standard deviation with which the weights were trained.
 
     Args:
         spec: Network and weights.

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    """Bias-free convolution that keeps the map size at stride 1."""
+    """Return a bias-free convolution that keeps the map size at stride 1."""
     padding = kernel // 2
     return nn.Conv2d(in_channels, out_channels, kernel, stride, padding, groups=groups, bias=False)
 
@@ -17,12 +17,15 @@ def conv_bn_relu(in_channels: int, out_channels: int, kernel: int, stride: int =
 
 
 def relu(x: Tensor) -> Tensor:
-    """ReLU in place: safe after batch norm and after a sum, whose backward passes do not read their output."""
+    """Return an in-place ReLU.
+
+    It is safe after batch norm and after a sum, whose backward passes do not read their output.
+    """
     return F.relu(x, inplace=True)
 
 
 def pooled(name: str, classifier: nn.Module) -> dict[str, nn.Module]:
-    """Global average pool in front of a classifier, ready to end an `nn.Sequential`.
+    """Return a global average pool in front of a classifier, ready to end an `nn.Sequential`.
 
     Args:
         name: Name of the classifier, which becomes its state-dict key.
@@ -35,7 +38,7 @@ def pooled(name: str, classifier: nn.Module) -> dict[str, nn.Module]:
 
 
 def small_linear(features: int, num_classes: int) -> nn.Linear:
-    """Linear classifier drawn from N(0, 0.01^2) with zero bias, so that the first logits are nearly equal."""
+    """Return a linear classifier drawn from N(0, 0.01^2) with zero bias, so that the first logits are nearly equal."""
     layer = nn.Linear(features, num_classes)
     nn.init.normal_(layer.weight, std=0.01)
     nn.init.zeros_(layer.bias)

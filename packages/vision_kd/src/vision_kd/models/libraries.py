@@ -27,7 +27,7 @@ OLD_DENSENET = re.compile(r"(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.\w+)")
 
 
 class Published(NamedTuple):
-    """What a library says of the weights that it publishes for a network.
+    """Description by a library of the weights that it publishes for a network.
 
     Attributes:
         normalization: Mean and standard deviation of the images.
@@ -74,12 +74,12 @@ class Built(NamedTuple):
     auxiliary: tuple[str, ...] = ()
 
     def surplus(self, name: str) -> bool:
-        """Whether a tensor of a file belongs to an auxiliary head."""
+        """Return whether a tensor of a file belongs to an auxiliary head."""
         return name.split(".")[0] in self.auxiliary
 
 
 def current_name(name: str) -> str:
-    """The name that libraries give a tensor today."""
+    """Return the name that libraries give a tensor today."""
     found = OLD_DENSENET.fullmatch(name)
     return found[1] + found[2] if found else name
 
@@ -93,7 +93,7 @@ def build_network(
     pretrained: bool | str,
     download: bool,
 ) -> Built:
-    """A network by name, with its published weights if asked for, and what the library publishes for it.
+    """Return a network by name, with its published weights if asked for, and what the library publishes for it.
 
     Args:
         full_name: A built-in network, "timm/<name>" or "torchvision/<name>".

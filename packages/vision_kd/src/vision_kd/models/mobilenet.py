@@ -52,7 +52,7 @@ V2_STAGES = [
 
 @MODELS.register("MobileNetV2")
 def mobilenet_v2(num_classes: int, in_channels: int = 3) -> nn.Sequential:
-    """MobileNetV2 at half width, total stride 16, plain ReLU (after Sandler et al., arXiv 1801.04381).
+    """Return MobileNetV2 at half width, total stride 16, plain ReLU (after Sandler et al., arXiv 1801.04381).
 
     Args:
         num_classes: Number of logits.
@@ -83,7 +83,7 @@ V1_PAIRS = [(64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1
 
 @MODELS.register("MobileNetV1")
 def mobilenet_v1(num_classes: int, in_channels: int = 3) -> nn.Sequential:
-    """MobileNetV1 at full width, total stride 32 (Howard et al., arXiv 1704.04861).
+    """Return MobileNetV1 at full width, total stride 32 (Howard et al., arXiv 1704.04861).
 
     Args:
         num_classes: Number of logits.

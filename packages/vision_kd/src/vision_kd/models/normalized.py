@@ -85,7 +85,7 @@ class NormalizedNetwork(nn.Module):
         self.register_buffer("_std", torch.tensor(self.std).view(-1, 1, 1), persistent=False)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Images (..., C, H, W), floating point in [0, 1], with zero mean and unit standard deviation."""
+        """Return the images (..., C, H, W), floating point in [0, 1], with zero mean and unit standard deviation."""
         return (images - self._mean) / self._std
 
     def metadata(self) -> dict[str, Any]:

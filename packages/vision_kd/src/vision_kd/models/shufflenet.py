@@ -110,7 +110,7 @@ def stem(in_channels: int) -> dict[str, nn.Module]:
 
 @MODELS.register("ShuffleV1")
 def shufflenet_v1(num_classes: int, in_channels: int = 3) -> nn.Sequential:
-    """ShuffleNet with three groups, total stride 8 (Zhang et al., arXiv 1707.01083).
+    """Return ShuffleNet with three groups, total stride 8 (Zhang et al., arXiv 1707.01083).
 
     Args:
         num_classes: Number of logits.
@@ -130,7 +130,7 @@ def shufflenet_v1(num_classes: int, in_channels: int = 3) -> nn.Sequential:
 
 @MODELS.register("ShuffleV2")
 def shufflenet_v2(num_classes: int, in_channels: int = 3) -> nn.Sequential:
-    """ShuffleNetV2 at width 1, total stride 8 (Ma et al., arXiv 1807.11164).
+    """Return ShuffleNetV2 at width 1, total stride 8 (Ma et al., arXiv 1807.11164).
 
     Args:
         num_classes: Number of logits.

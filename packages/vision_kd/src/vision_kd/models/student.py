@@ -49,7 +49,7 @@ def save_student(
 
 
 def describe(network: NormalizedNetwork, spec: ModelSpec) -> dict[str, Any]:
-    """What rebuilds a network around its weights, in plain values."""
+    """Return the plain values that rebuild a network around its weights."""
     return dict(format=network.format, name=spec.name, args=spec.args, **network.metadata())
 
 

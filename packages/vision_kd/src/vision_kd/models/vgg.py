@@ -29,7 +29,7 @@ class LateMaxPool(nn.MaxPool2d):
 
 
 def vgg(depths: tuple[int, ...], num_classes: int, in_channels: int = 3) -> nn.Sequential:
-    """VGG with batch norm for small images (Simonyan and Zisserman, arXiv 1409.1556).
+    """Return VGG with batch norm for small images (Simonyan and Zisserman, arXiv 1409.1556).
 
     Args:
         depths: 3x3 convolutions in each of the five blocks, whose widths are 64, 128, 256, 512, 512.

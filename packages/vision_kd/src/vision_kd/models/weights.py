@@ -15,7 +15,7 @@ from vision_kd.models.checkpoints import Checkpoint, CheckpointError
 logger = logging.getLogger(__name__)
 
 INNER_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-"""What torch.compile, FSDP and activation checkpointing put into names, at the front or in the middle."""
+"""Parts that torch.compile, FSDP and activation checkpointing put into names, at the front or in the middle."""
 
 BESIDE = ("student.", "teacher.", "ema.", "auxiliary.")
 """Modules of a training checkpoint that stand beside the network which is read."""
@@ -101,13 +101,13 @@ def load_weights(
 
 
 def rows(checkpoint: Checkpoint, key: str) -> int | None:
-    """Length of the tensor of this name, behind whatever prefix; None without one."""
+    """Return the length of the tensor of this name, behind whatever prefix; None without one."""
     tensors = (state[name] for state in checkpoint.states.values() for name in state if f".{name}".endswith(f".{key}"))
     return next((len(tensor) for tensor in tensors if tensor.ndim), None)
 
 
 def _candidates(checkpoint: Checkpoint, expected: State) -> list[Found]:
-    """What may be the network: every state dict under the prefixes behind which most of the names stand."""
+    """Return every candidate for the network: a state dict under each prefix that most of its names share."""
     found = []
     for entry, raw in checkpoint.states.items():
         state = _unwrapped(raw)
@@ -122,14 +122,14 @@ def _candidates(checkpoint: Checkpoint, expected: State) -> list[Found]:
 
 
 def _unwrapped(state: State) -> State:
-    """The tensors under names without the wrappers that may stand anywhere in them."""
+    """Return the tensors under names without the wrappers that may stand anywhere in them."""
     pattern = "|".join(rf"(?<![^.]){re.escape(wrapper)}" for wrapper in INNER_WRAPPERS)
     bare = {re.sub(pattern, "", name): tensor for name, tensor in state.items()}
     return bare if len(bare) == len(state) else state
 
 
 def _differences(state: State, expected: State, surplus: Callable[[str], bool]) -> tuple[list[str], ...]:
-    """Names that are missing, left over, and of another shape."""
+    """Return the names that are missing, left over, and of another shape."""
     missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in expected and not key.endswith("n_averaged") and not surplus(key)]
     reshaped = [
@@ -145,7 +145,7 @@ def _shape(tensor: Tensor) -> tuple[int, ...] | str:
 
 
 def _one_of(fitting: list[Found], path: Path) -> Found:
-    """The network to take: the only one, one of equals, or a moving average, which is then said."""
+    """Return the network to take: the only one, one of equals, or a moving average, which is then said."""
     distinct: list[Found] = []
     for found in fitting:
         if not any(_equal(found.state, other.state) for other in distinct):
@@ -173,7 +173,7 @@ def _equal(one: State, other: State) -> bool:
 
 
 def _left_over(found: Found, fitting: list[Found], surplus: Callable[[str], bool]) -> list[str]:
-    """Names beside the network's that neither another network which fits nor a known module explains."""
+    """Return the names beside the network's that neither another network which fits nor a known module explains."""
     own = found.root.removeprefix("module.")
     others = [other.root for other in fitting if other.entry == found.entry and other.root not in ("", found.root)]
     explained = (*(start for start in BESIDE if not own.startswith(start)), *others)
@@ -188,7 +188,7 @@ def _left_over(found: Found, fitting: list[Found], surplus: Callable[[str], bool
 
 
 def _unusable(state: State, expected: State) -> list[str]:
-    """What cannot be copied without a loss: no values, another kind of numbers, or no numbers."""
+    """Return the names of tensors that cannot be copied without a loss: missing values, or another kind of numbers."""
     reasons = {key: _reason(state[key], expected[key]) for key in expected if key in state}
     return [f"{key} ({reason})" for key, reason in reasons.items() if reason]
 
@@ -216,7 +216,7 @@ def _misfit(
     num_classes: int | None,
     surplus: Callable[[str], bool],
 ) -> str:
-    """What a file that does not fit holds instead."""
+    """Describe the content of a file that does not fit."""
     missing, unexpected, reshaped = _differences(best.state, expected, surplus)
     where = f"under {best.name!r} " if best.name else ""
     differences = (
@@ -246,6 +246,6 @@ def _misfit(
 
 
 def _first(items: list[str]) -> str:
-    """The first three items and how many there are, or "none"."""
+    """Return the first three items and how many there are, or "none"."""
     more = f" and {len(items) - 3} more" if len(items) > 3 else ""
     return ", ".join(items[:3]) + more if items else "none"

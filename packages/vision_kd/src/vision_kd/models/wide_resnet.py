@@ -38,7 +38,7 @@ class PreActivationBlock(nn.Module):
 
 
 def wide_resnet(depth: int, widen: int, num_classes: int, in_channels: int = 3) -> nn.Sequential:
-    """Wide residual network of three stages (Zagoruyko and Komodakis, arXiv 1605.07146).
+    """Return a wide residual network of three stages (Zagoruyko and Komodakis, arXiv 1605.07146).
 
     Args:
         depth: Number of convolutions counted as in the paper, 6 n + 4 for n blocks a stage.

@@ -23,7 +23,7 @@ class GradientPolicy(ABC):
     def optimizer(
         self, student: nn.Module, components: Sequence[str], *, lr: float, momentum: float, weight_decay: float
     ) -> ComponentOptimizer:
-        """Optimizer over the student's parameters.
+        """Return the optimizer over the student's parameters.
 
         Args:
             student: Network to train.
@@ -59,7 +59,7 @@ def require_parts(policy: GradientPolicy, components: Sequence[str]) -> dict[str
 
 
 def decay_matrices_only(student: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups that decay weight matrices and spare what transformers leave alone.
+    """Return the parameter groups that decay weight matrices and spare what transformers leave alone.
 
     Spared are parameters with fewer than two axes (biases, normalisation weights) and those a timm network lists in
     `no_weight_decay()` (class token, position embedding).

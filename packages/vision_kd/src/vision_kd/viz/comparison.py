@@ -32,7 +32,7 @@ def curve(histories: Sequence[Sequence[Mapping[str, float]]], key: str) -> Curve
 
 
 def draw_gsnr(axes: Axes, curves: Mapping[str, Curve], samples: Curve) -> dict[str, Line2D]:
-    """Vector GSNR of the components, on a logarithmic axis; returns the lines by name.
+    """Draw the vector GSNR of the components on a logarithmic axis and return the lines by name.
 
     Args:
         axes: Where to draw.
@@ -78,7 +78,7 @@ def plot_accuracy(variants: Histories, judged: str, header: str, path: Path) -> 
 
 
 def plot_gsnr(variants: Histories, path: Path) -> None:
-    """Vector GSNR of each component over epochs, one panel per variant that measured it."""
+    """Return the vector GSNR of each component over epochs, one panel per variant that measured it."""
     measured = {
         variant: histories
         for variant, histories in variants.items()

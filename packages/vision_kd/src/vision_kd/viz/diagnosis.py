@@ -1,4 +1,4 @@
-"""What a classifier's logits say beyond the accuracy. Shapes: N samples, C classes."""
+"""Diagnosis of a classifier from its logits. Shapes: N samples, C classes."""
 
 from collections.abc import Iterable
 
@@ -16,7 +16,7 @@ def collect_logits(
     device: torch.device | str,
     limit: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Logits float32 (N, C) and labels (N,) of a validation set, on the CPU.
+    """Return the logits float32 (N, C) and labels (N,) of a validation set, on the CPU.
 
     Args:
         network: Images to logits; put in evaluation mode.
@@ -37,22 +37,25 @@ def collect_logits(
 
 
 def class_correlation(logits: Tensor) -> Tensor:
-    """Pearson correlation of every two classes' logits over the samples, (C, C); 0 where a class never varies."""
+    """Return the Pearson correlation of every two classes' logits, (C, C); 0 if a class never varies."""
     return torch.corrcoef(logits.T).nan_to_num(0.0)
 
 
 def class_accuracy(logits: Tensor, target: Tensor) -> Tensor:
-    """Share of each class's samples that are classified correctly, (C,); 0 for a class without samples."""
+    """Return the share of each class's samples that are classified correctly, (C,); 0 for a class without samples."""
     return multiclass_accuracy(logits, target, num_classes=logits.shape[1], average=None)
 
 
 def calibration_error(logits: Tensor, target: Tensor) -> float:
-    """Expected calibration error: mean gap between confidence and accuracy over `BINS` bins, weighted by samples."""
+    """Return the expected calibration error.
+
+    It is the mean gap between confidence and accuracy over `BINS` bins, weighted by samples.
+    """
     return float(multiclass_calibration_error(logits.softmax(-1), target, logits.shape[1], n_bins=BINS, norm="l1"))
 
 
 def reliability(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean confidence, accuracy and number of samples of every bin of confidence that holds any; shapes (b,)."""
+    """Return the mean confidence, accuracy and number of samples of every non-empty bin of confidence; shapes (b,)."""
     confidence, predicted = logits.softmax(-1).max(-1)
     bins = (confidence * BINS).long().clamp(max=BINS - 1)
     counts = torch.bincount(bins, minlength=BINS)

@@ -14,7 +14,7 @@ Directions = dict[str, Tensor]
 
 
 def filter_direction(parameters: Mapping[str, Tensor], generator: torch.Generator) -> Directions:
-    """Random direction whose filters are as long as the network's own.
+    """Return a random direction whose filters are as long as the network's own.
 
     Args:
         parameters: Parameters by name; a filter is a slice along the first axis.
@@ -43,7 +43,7 @@ def loss_surface(
     target: Tensor,
     batch_size: int = 256,
 ) -> Tensor:
-    """Mean cross-entropy at theta + a d_1 + b d_2.
+    """Return the mean cross-entropy at theta + a d_1 + b d_2.
 
     The network is put in evaluation mode; its parameters are not touched.
 

@@ -17,7 +17,7 @@ Metrics = Mapping[str, Series]
 def _panels(
     count: int, *, height: float = 3.0, columns: int = 2, sharex: bool = False, sharey: bool = False
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of that many panels, a few side by side."""
+    """Return a figure of that many panels, a few side by side."""
     columns = min(columns, count)
     lines = -(-count // columns)
     figure = Figure(figsize=(4.8 * columns, height * lines + 0.3), layout="constrained")
@@ -30,12 +30,12 @@ def _panels(
 
 
 def _turn(names: Sequence[str]) -> int:
-    """Rotation of tick labels in degrees: upright where they are too long to stand side by side."""
+    """Return the rotation of tick labels in degrees: upright where they are too long to stand side by side."""
     return 90 if max(map(len, names)) > 2 else 0
 
 
 def plot_progress(runs: Mapping[str, Metrics], metric: str, header: str) -> Figure:
-    """Validation metric of every run, and below it the classes that the mask lets through, over the updates."""
+    """Draw the validation metric of every run, and below it the number of unmasked classes, over the updates."""
     masked = {name: metrics["train/k"] for name, metrics in runs.items() if "train/k" in metrics}
     figure, panels = _panels(2 if masked else 1, columns=1, sharex=True)
     for number, (name, metrics) in enumerate(runs.items()):
@@ -52,7 +52,7 @@ def plot_progress(runs: Mapping[str, Metrics], metric: str, header: str) -> Figu
 
 
 def plot_signal_to_noise(runs: Mapping[str, Metrics], momenta: Mapping[str, Mapping[str, float]]) -> Figure | None:
-    """Vector GSNR of every component, a panel per run; the legend gives the momentum. None if no run measured it."""
+    """Draw the vector GSNR of every component, a panel per run, with the momentum in the legend; None without data."""
     measured = {name: m for name, m in runs.items() if any(key.startswith("gsnr/") for key in m)}
     if not measured:
         return None
@@ -70,7 +70,7 @@ def plot_signal_to_noise(runs: Mapping[str, Metrics], momenta: Mapping[str, Mapp
 
 
 def plot_component_gradients(runs: Mapping[str, Metrics]) -> Figure | None:
-    """Norms of the components' gradients and the cosines between them, a row per run; None if no run measured them."""
+    """Draw the norms of the components' gradients and the cosines between them, a row per run; None without data."""
     measured = {name: m for name, m in runs.items() if any(key.startswith("grad_norm/") for key in m)}
     if not measured:
         return None
@@ -98,7 +98,7 @@ def plot_component_gradients(runs: Mapping[str, Metrics]) -> Figure | None:
 
 
 def plot_correlations(correlations: Mapping[str, np.ndarray], classes: Sequence[str]) -> Figure:
-    """Correlation of the classes' logits, a panel per network, on one scale; a student's distance to the teacher's."""
+    """Draw the correlation of the classes' logits, a panel per network, with the distance to the teacher's."""
     figure, panels = _panels(len(correlations), height=4.0)
     for axes, (name, matrix) in zip(panels, correlations.items(), strict=True):
         image = axes.imshow(matrix, vmin=-1, vmax=1, cmap="RdBu_r")
@@ -121,7 +121,7 @@ def plot_correlations(correlations: Mapping[str, np.ndarray], classes: Sequence[
 
 
 def plot_reliability(networks: Mapping[str, tuple[Tensor, Tensor]]) -> Figure:
-    """Accuracy against confidence; the area of a dot is its share of the samples.
+    """Draw the accuracy against confidence; the area of a dot is its share of the samples.
 
     Args:
         networks: Logits and labels of every network.
@@ -139,7 +139,7 @@ def plot_reliability(networks: Mapping[str, tuple[Tensor, Tensor]]) -> Figure:
 
 
 def plot_class_changes(changes: Mapping[str, np.ndarray], classes: Sequence[str], reference: str) -> Figure:
-    """Accuracy of each class minus that of the reference run, in points, sorted by the first run's change."""
+    """Draw each class's accuracy minus that of the reference run, in points, sorted by the first run's change."""
     order = np.argsort(-next(iter(changes.values())))
     figure = Figure(figsize=(9.6, 3.6), layout="constrained")
     axes = figure.subplots()
@@ -160,7 +160,7 @@ def plot_class_changes(changes: Mapping[str, np.ndarray], classes: Sequence[str]
 
 
 def plot_landscapes(surfaces: Mapping[str, np.ndarray], offsets: np.ndarray) -> Figure:
-    """Contours of the loss around every student, with the same levels and colours for all."""
+    """Draw contours of the loss around every student, with the same levels and colours for all."""
     figure, panels = _panels(len(surfaces), height=4.2, sharex=True, sharey=True)
     low = min(float(surface.min()) for surface in surfaces.values())
     high = min(float(np.percentile(surface, 90)) for surface in surfaces.values())
