@@ -98,14 +98,7 @@ class DistillationModule(TokenNormalizedModule):
                 "model.teacher.cache holds the teacher's distributions for the data's responses only, and "
                 f"model.rollout {type(self.rollout).__name__} writes new ones; set model.teacher.cache to null"
             )
-        student_name = student.name or teacher.name
-        # The teacher's: the data are written in its chat template, so the student is saved with it.
-        self.tokenizer = load_tokenizer(teacher.name)
-        self._teachers_ends = model_ends(teacher.name, self.tokenizer)
-        self._pad_id = padding_token(self.tokenizer, Encoder(self.tokenizer).eos_ids)
-        self.vocab_size = shared_vocabulary(
-            self.tokenizer, load_tokenizer(student_name), load_config(teacher.name), load_config(student_name)
-        )
+        self._open_tokenizer()
         if isinstance(selector, SpecK) and selector.seed is None:
             selector.seed = seed
         head = KDHead(
@@ -129,6 +122,16 @@ class DistillationModule(TokenNormalizedModule):
         self._teacher: list[Teacher] = []
         self.sharded = False
         self._val: dict[str, Any] = {}
+
+    def _open_tokenizer(self) -> None:
+        """Read the shared tokenizer. It is the teacher's: the data are written in its chat template."""
+        teacher, student = self.teacher_spec.name, self.student_spec.name or self.teacher_spec.name
+        self.tokenizer = load_tokenizer(teacher)
+        self._teachers_ends = model_ends(teacher, self.tokenizer)
+        self._pad_id = padding_token(self.tokenizer, Encoder(self.tokenizer).eos_ids)
+        self.vocab_size = shared_vocabulary(
+            self.tokenizer, load_tokenizer(student), load_config(teacher), load_config(student)
+        )
 
     # ------------------------------------------------------------------------------------------------ set-up
 
