@@ -647,12 +647,12 @@ def test_a_checkpoint_of_the_user_may_have_the_settings_of_ours(build, tmp_path)
 
 
 def test_a_run_ends_with_the_files_that_it_wrote(tmp_path):
-    assert list(files_of_run(tmp_path)) == ["configuration"]
+    assert list(files_of_run(tmp_path, "student_{}")) == ["student weights", "configuration"]
     for name in ("checkpoints/last.ckpt", "metrics.csv"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert list(files_of_run(tmp_path)) == ["to resume", "logs", "configuration"]
-    assert str(tmp_path / "checkpoints" / "last.ckpt") in files_of_run(tmp_path)["to resume"]
+    assert list(files_of_run(tmp_path, "student_{}")) == ["student weights", "to resume", "logs", "configuration"]
+    assert str(tmp_path / "checkpoints" / "last.ckpt") in files_of_run(tmp_path, "student_{}")["to resume"]
 
 
 def test_the_checkpoint_monitors_what_the_model_says(build):

@@ -7,7 +7,7 @@ import pytest
 from lightning.pytorch import callbacks
 
 from kd_common.run.rehearsal import check_monitors
-from kd_common.run.trainer_settings import check_batches, check_trainer, limited
+from kd_common.run.trainer_settings import check_batches, check_precision_and_length, check_trainer, limited
 
 
 class Automatic(pl.LightningModule):
@@ -31,14 +31,10 @@ def trainer(**settings):
         ({"limit_val_batches": 0}, r"trainer\.limit_val_batches"),
         ({"limit_train_batches": 0.0}, r"trainer\.limit_train_batches"),
         ({"overfit_batches": 2}, r"trainer\.overfit_batches"),
-        ({"max_epochs": 0}, r"trainer\.max_epochs"),
-        ({"max_epochs": -1}, r"trainer\.max_epochs or trainer\.max_steps"),
-        ({"max_steps": 0}, r"trainer\.max_steps"),
         ({"min_epochs": 3}, r"trainer\.min_epochs 3"),
         ({"max_steps": 5, "min_steps": 6}, r"trainer\.min_steps 6"),
         ({"check_val_every_n_epoch": 0}, r"trainer\.check_val_every_n_epoch"),
         ({"val_check_interval": 0}, r"trainer\.val_check_interval"),
-        ({"precision": "16-true"}, r"trainer\.precision 16-true"),
         ({"strategy": "ddp_spawn", "devices": 2}, r"trainer\.strategy"),
         ({"callbacks": [callbacks.GradientAccumulationScheduler({0: 1, 1: 2})]}, "GradientAccumulationScheduler"),
         ({"callbacks": [callbacks.StochasticWeightAveraging(0.1)]}, "StochasticWeightAveraging"),
@@ -52,6 +48,22 @@ def trainer(**settings):
 def test_what_cannot_be_respected_is_refused(settings, named):
     with pytest.raises(ValueError, match=named):
         check_trainer(trainer(**settings), Automatic())
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (("16-mixed", 2, -1), "precision"),
+        ((16, 2, -1), "precision"),
+        (("32-true", 0, 5), "max_epochs"),
+        (("32-true", -1, -1), "max_epochs"),
+        (("32-true", None, -1), "max_epochs"),
+        (("32-true", 2, 0), "max_steps"),
+    ],
+)
+def test_fp16_and_an_unknown_length_are_refused(settings, named):
+    with pytest.raises(ValueError, match=rf"trainer\.{named}"):
+        check_precision_and_length(*settings)
 
 
 def test_barebones_is_refused():

@@ -491,7 +491,7 @@ def test_a_student_that_a_kill_caught_between_two_names_is_put_in_place(argument
 @pytest.mark.parametrize(
     ("extra", "match"),
     [
-        (["--trainer.precision=16-mixed"], "overflows in fp16"),
+        (["--trainer.precision=16-mixed"], "trainer.precision 16-mixed"),
         (["--trainer.max_epochs=-1"], "trainer.max_epochs or trainer.max_steps"),
         (["--model.teacher.name=nowhere"], "no such folder, and no name on the Hub"),
         (["--model.student.layers=7"], r"student.layers must lie in \[1, 3\]"),

@@ -19,7 +19,7 @@ from vision_kd.methods.vanilla import Vanilla
 from vision_kd.models import ModelSpec, build_classifier
 from vision_kd.policies import DOT, SGD, DeepKD
 from vision_kd.training.classification import DistillationModule
-from vision_kd.training.guards import FiniteGuard, check_trainer
+from vision_kd.training.guards import FiniteGuard
 from vision_kd.training.metrics import accuracy
 from vision_kd.training.specs import DynamicTopK, TeacherSpec
 
@@ -311,15 +311,9 @@ def test_method_with_teacher_needs_a_specification(toy):
         DistillationModule(ModelSpec("test_tiny"), toy.classes, 1, (0.0,), (1.0,), method=DKD())
 
 
-@pytest.mark.parametrize("precision", ["16-mixed", "16", 16])
-def test_loss_scaling_is_refused(precision):
-    with pytest.raises(ValueError, match="bf16-mixed or 32-true"):
-        check_trainer(precision, 1)
-
-
 def test_a_run_of_unknown_length_is_refused(toy):
-    with pytest.raises(ValueError, match=r"trainer\.max_epochs must be at least 1"):
-        toy.train(toy.module(), toy.batches(4), epochs=None, max_steps=1)
+    with pytest.raises(ValueError, match=r"trainer\.max_epochs"):
+        toy.train(toy.module(), toy.batches(4), epochs=-1)
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])

@@ -62,14 +62,9 @@ class LanguageCLI(FitCLI):
         """Refuse what would only fail, or silently do something else, once models are loaded.
 
         Raises:
-            UserError: For a precision that the loss or the weights do not bear, or a number of answers below 0.
+            UserError: For a precision that the weights do not bear, or a number of answers below 0.
         """
         trainer = self.config["trainer"]
-        if str(trainer["precision"]).startswith("16"):
-            raise UserError(
-                f"trainer.precision {trainer['precision']}: the loss is summed over tokens before it is normalised, "
-                "which overflows in fp16; use bf16-mixed or 32-true"
-            )
         dtype = self.config["model"]["init_args"]["student"]["dtype"]
         if trainer["precision"] == "bf16-true" and dtype != "bfloat16":
             raise UserError(

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from kd_common.errors import UserError
 from kd_common.files import read_json, write_atomically
 from kd_common.hub.language_models import model_ends, model_source, note_unapplied
-from kd_common.run.compare import environment
+from kd_common.run.environment import environment
 from kd_common.run.errors import run_command
 from kd_common.run.messages import CommandParser, check_device, check_folder
 from kd_common.text import Row

@@ -53,18 +53,13 @@ class DrafterCLI(FitCLI):
         """Refuse what would fail, or silently do something else, once the target is loaded.
 
         Raises:
-            UserError: For fp16, a run of unknown length, or a sharded target with stored features.
+            UserError: For a sharded target with stored features.
         """
         if (
             self.config["model"]["init_args"]["shard_target"]
             and self.config["data"]["init_args"].get("features") != "online"
         ):
             raise UserError("model.shard_target spreads the target for passes in the loop; set data.features online")
-        trainer = self.config["trainer"]
-        if str(trainer["precision"]).startswith("16"):
-            raise UserError(f"trainer.precision {trainer['precision']}: use bf16-mixed or 32-true")
-        if (trainer["max_epochs"] or 0) < 1:
-            raise UserError("set trainer.max_epochs: the learning-rate schedule runs over it")
 
 
 def build(args: ArgsType = None) -> DrafterCLI:

@@ -28,7 +28,6 @@ from kd_common.run.result import count_parameters
 from kd_common.run.run_lock import holding_folder
 from vision_kd.data import ImageDataModule
 from vision_kd.training.component_training import ComponentTraining
-from vision_kd.training.guards import check_trainer
 from vision_kd.training.rehearsal import limited_validation, rehearse
 from vision_kd.training.result import Result
 from vision_kd.training.summary import print_summary
@@ -59,10 +58,9 @@ class VisionCLI(FitCLI):
         """Refuse what Lightning would replace silently, or refuse with advice that does not fit manual optimisation.
 
         Raises:
-            UserError: For fp16 scaling, an unknown length, and accumulation or clipping by the trainer.
+            UserError: For accumulation or clipping by the trainer.
         """
         trainer = self.config["trainer"]
-        check_trainer(trainer["precision"], trainer["max_epochs"])
         if trainer["accumulate_grad_batches"] not in (None, 1):
             raise UserError("trainer.accumulate_grad_batches does not see component gradients; set model.accumulate")
         if trainer["gradient_clip_val"] is not None:

@@ -54,7 +54,7 @@ from kd_common.run.messages import (
     null_settings,
 )
 from kd_common.run.run_lock import NAME, hold
-from kd_common.run.trainer_settings import check_trainer
+from kd_common.run.trainer_settings import check_precision_and_length, check_trainer
 from kd_common.run.training import FitTrainer, TrainingModule
 
 
@@ -163,6 +163,7 @@ class FitCLI(LightningCLI):
         saved = check_resumable(path) if path else {}
         check_accelerator(self.config["trainer"]["accelerator"])
         check_strategy(self.config["trainer"]["strategy"])
+        check_precision_and_length(*(self.config["trainer"][name] for name in ("precision", "max_epochs", "max_steps")))
         check_folder("--run_dir", self.config["run_dir"] or "runs")
         try:
             super().instantiate_classes()

@@ -5,8 +5,6 @@ What a run is and which numbers it yields is the caller's; a method package wrap
 
 import json
 import multiprocessing
-import os
-import platform
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +19,7 @@ from tqdm import tqdm
 from kd_common.errors import UserError
 from kd_common.files import read_json, write_atomically
 from kd_common.run.cli import resolve_config_names
+from kd_common.run.environment import environment
 from kd_common.run.imports import asked_for, import_asked_for, refuse_imports
 from kd_common.run.messages import CommandParser, check_folder
 from kd_common.run.summary import print_table
@@ -200,19 +199,6 @@ def _start(threads: int, imports: Sequence[str]) -> None:
     """Prepare a fresh process."""
     torch.set_num_threads(threads)
     import_asked_for(imports)
-
-
-def environment() -> dict[str, Any]:
-    """Hardware and versions the numbers belong to."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return {
-        "device": device,
-        "processor": platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
 
 
 def by_variant(runs: Sequence[R]) -> dict[str, list[R]]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 from torch import nn
@@ -53,3 +54,8 @@ class RunResult:
     def best(self) -> dict[str, Any]:
         """Metrics of the best validation. It was chosen on the validation data, so it is optimistic."""
         return best_epoch(self.history, self.metric, self.mode)
+
+    @property
+    def seconds_per_epoch(self) -> float:
+        """Mean training time between validations."""
+        return fmean(epoch["seconds"] for epoch in self.history)

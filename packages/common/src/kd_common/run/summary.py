@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kd_common.run.checkpoints import CHECKPOINT_DIR, CONFIG
+from kd_common.run.export import exported
 from kd_common.terminal import printable
 
 
@@ -36,16 +37,19 @@ def print_lines(lines: Mapping[str, str], console: Console | None = None) -> Non
         console.print(f"{name:<{width}}  {escape(printable(value))}", soft_wrap=True, highlight=False)
 
 
-def files_of_run(run_dir: Path | None) -> dict[str, str]:
-    """Lines for the end of a run: how to go on, and where logs and settings lie, as far as they were asked for.
+def files_of_run(run_dir: Path | None, model: str) -> dict[str, str]:
+    """Lines for the end of a run: where model, logs and settings lie, and how to go on, as far as they were asked for.
 
     Args:
         run_dir: Folder of the run; None for one that wrote nothing.
+        model: Name of an exported model; see `TrainingModule.export_name`.
     """
     if run_dir is None:
         return {}
     last, metrics = run_dir / CHECKPOINT_DIR / "last.ckpt", run_dir / "metrics.csv"
-    lines = {"to resume": f"--ckpt_path {last} --trainer.max_epochs ..."} if last.is_file() else {}
+    lines = {f"{model.partition('_')[0]} weights": exported(run_dir, model)}
+    if last.is_file():
+        lines["to resume"] = f"--ckpt_path {last} --trainer.max_epochs ..."
     if metrics.is_file():
         lines["logs"] = f"{metrics}, tensorboard --logdir {run_dir}"
     return lines | {"configuration": str(run_dir / CONFIG)}

@@ -24,6 +24,21 @@ _CALLBACKS: Mapping[type[pl.Callback], str] = {
 }
 
 
+def check_precision_and_length(precision: Any, max_epochs: int | None, max_steps: int) -> None:
+    """Refuse fp16 and a run of unknown length, before models are loaded for it.
+
+    Raises:
+        UserError: Naming the setting.
+    """
+    if str(precision).startswith("16"):
+        raise UserError(
+            f"trainer.precision {precision}: gradients are neither scaled nor summed in a way that fp16 bears; use "
+            "bf16-mixed or 32-true"
+        )
+    if 0 in (max_epochs, max_steps) or max(max_epochs or -1, max_steps) < 1:
+        raise UserError("set trainer.max_epochs or trainer.max_steps to 1 or more: the schedules run over them")
+
+
 def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """Refuse settings under which something else would be trained, validated or kept than the run reports.
 
@@ -47,29 +62,17 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
             "trainer.overfit_batches would take the order of the batches from the data; set "
             "trainer.limit_train_batches, or a small training set"
         )
-    _check_length(trainer)
     for name in ("check_val_every_n_epoch", "val_check_interval"):
         # A time of validation is kept elsewhere, in seconds.
         if (value := getattr(trainer, name, None)) is not None and value <= 0:
             raise UserError(f"trainer.{name} must be > 0, got {value}")
-    if str(trainer.precision).startswith("16"):
-        raise UserError(
-            f"trainer.precision {trainer.precision}: fp16 needs a scaled loss, which this training does not make; use "
-            "bf16-mixed or 32-true"
-        )
+    for unit in ("epochs", "steps"):
+        least, most = getattr(trainer, f"min_{unit}"), getattr(trainer, f"max_{unit}") or -1
+        if least and 0 < most < least:
+            raise UserError(f"trainer.min_{unit} {least} is more than trainer.max_{unit} {most}")
     _check_strategy(trainer, module)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
         _check_callback(callback, trainer, module)
-
-
-def _check_length(trainer: pl.Trainer) -> None:
-    epochs, steps = trainer.max_epochs, trainer.max_steps
-    if epochs == 0 or steps == 0 or (epochs or -1, steps) == (-1, -1):
-        raise UserError("set trainer.max_epochs or trainer.max_steps to 1 or more: the schedules run over them")
-    for unit, most in (("epochs", epochs or -1), ("steps", steps)):
-        least = getattr(trainer, f"min_{unit}")
-        if least and 0 < most < least:
-            raise UserError(f"trainer.min_{unit} {least} is more than trainer.max_{unit} {most}")
 
 
 def _check_strategy(trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 
 from rich.console import Console
 
-from kd_common.run.export import exported
 from kd_common.run.summary import files_of_run, print_lines, print_table
 from llm_kd.data import TextDataModule
 from llm_kd.evaluation.answers import display_text
@@ -68,10 +67,8 @@ def print_summary(
         for when, given in result.answers.items():
             lines[f"answer, {when}"] = one_line(display_text(given.responses[0], given.written[0]))
     if result.run_dir is not None:
-        students = exported(result.run_dir, model.export_name)
-        lines["student"] = f"{students}, for AutoModelForCausalLM.from_pretrained"
         lines["to try it"] = f"python -m llm_kd.generate --model {result.run_dir}/student_last --prompt ..."
-    print_lines(lines | files_of_run(result.run_dir), console)
+    print_lines(lines | files_of_run(result.run_dir, model.export_name), console)
 
 
 def is_whole(values: Mapping[str, float]) -> bool:

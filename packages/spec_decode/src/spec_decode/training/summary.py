@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from kd_common.run.export import exported
 from kd_common.run.summary import files_of_run, print_lines, print_table
 from spec_decode.training.drafter_module import DrafterModule
 from spec_decode.training.result import Result
@@ -41,12 +40,10 @@ def print_summary(result: Result, model: DrafterModule, console: Console | None 
         "acceptance of a level": "given that all above were accepted (validation: best token, text of the target)",
         "tau": "tokens per target pass: accepted + 1 (validation: chain of all levels)",
         "parameters": f"drafter {result.parameters['drafter']:,}, target {result.parameters['target']:,} (frozen)",
-        "seconds per epoch": f"{sum(e['seconds'] for e in result.history) / len(result.history):.1f}",
+        "seconds per epoch": f"{result.seconds_per_epoch:.1f}",
     }
     if result.measured:
         count = len(plain.texts) if plain else 0
         lines["speed-up"] = f"over plain decoding on the same runner, held-out prompts: {count}, greedy"
         lines["tree for this machine"] = str(result.tree or "none: plain decoding is expected to be faster")
-    if result.run_dir is not None:
-        lines["drafter"] = exported(result.run_dir, model.export_name)
-    print_lines(lines | files_of_run(result.run_dir), console)
+    print_lines(lines | files_of_run(result.run_dir, model.export_name), console)

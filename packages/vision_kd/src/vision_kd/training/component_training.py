@@ -14,6 +14,7 @@ from kd_common.errors import UserError
 from kd_common.grads import accumulate, all_reduce_mean, clip_components, component_cosines, component_norms
 from kd_common.gsnr import GradientSNR
 from kd_common.optim import ComponentOptimizer
+from kd_common.run.trainer_settings import check_precision_and_length
 from kd_common.schedules import CosineDecay, Schedule, TopKSchedule
 from vision_kd.methods import Method
 from vision_kd.methods.kd import KD
@@ -21,7 +22,7 @@ from vision_kd.models import ModelSpec, NormalizedNetwork, save_student
 from vision_kd.models.checkpoints import DESCRIPTION, read_checkpoint
 from vision_kd.models.student import describe
 from vision_kd.policies import DeepKD, GradientPolicy
-from vision_kd.training.guards import FiniteGuard, check_trainer
+from vision_kd.training.guards import FiniteGuard
 from vision_kd.training.specs import DynamicTopK, TeacherSpec
 from vision_kd.training.step import ComponentGradients
 from vision_kd.training.task import Task
@@ -204,7 +205,7 @@ class ComponentTraining(Task):
     def setup(self, stage: str) -> None:
         """Check what the schedules and the precision need."""
         if stage == "fit":
-            check_trainer(self.trainer.precision, self.trainer.max_epochs)
+            check_precision_and_length(self.trainer.precision, self.trainer.max_epochs, self.trainer.max_steps)
 
     def on_fit_start(self) -> None:
         """Bring the teacher to the device."""

@@ -1,4 +1,4 @@
-"""Refuse what cannot work before work starts, and stop when a loss is no longer a number."""
+"""Notice a loss that is no longer a number."""
 
 from collections.abc import Mapping
 
@@ -7,7 +7,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kd_common.distributed import world_size
-from kd_common.errors import UserError
 
 
 class FiniteGuard:
@@ -34,18 +33,3 @@ class FiniteGuard:
         if world_size() > 1:
             dist.all_reduce(first, op=dist.ReduceOp.MAX)
         return None if first < 0 else int(first)
-
-
-def check_trainer(precision: str | int | None, max_epochs: int | None) -> None:
-    """Refuse trainer settings that component gradients or the schedules cannot work with.
-
-    Raises:
-        UserError: For fp16 with loss scaling, and for a run without a known length.
-    """
-    if str(precision) in ("16", "16-mixed"):
-        raise UserError(
-            f"trainer.precision {precision} scales the loss, and component gradients bypass the scaler; "
-            "use bf16-mixed or 32-true"
-        )
-    if max_epochs is None or max_epochs < 1:
-        raise UserError(f"trainer.max_epochs must be at least 1, got {max_epochs}: the schedules run over it")

@@ -1,7 +1,6 @@
 """What a vision run achieved."""
 
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any, Optional
 
 from kd_common.run.result import RunResult
@@ -28,8 +27,3 @@ class Result(RunResult):
     def gsnr(self) -> dict[str, float]:
         """Vector GSNR per component in the last epoch; empty when it was not measured."""
         return {key.removeprefix("gsnr/"): value for key, value in self.last.items() if key.startswith("gsnr/")}
-
-    @property
-    def seconds_per_epoch(self) -> float:
-        """Mean training time of an epoch."""
-        return fmean(epoch["seconds"] for epoch in self.history)

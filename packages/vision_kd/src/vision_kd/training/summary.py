@@ -4,7 +4,6 @@ from collections.abc import Mapping
 
 from rich.console import Console
 
-from kd_common.run.export import exported
 from kd_common.run.summary import files_of_run, print_lines, print_table
 from vision_kd.training.component_training import ComponentTraining
 from vision_kd.training.result import Result
@@ -46,9 +45,7 @@ def print_summary(result: Result, model: ComponentTraining, console: Console | N
     lines["seconds per epoch"] = f"{result.seconds_per_epoch:.2f}"
     if result.teacher:
         lines["teacher weights"] = result.teacher["origin"]
-    if result.run_dir is not None:
-        lines["student weights"] = exported(result.run_dir, model.export_name)
-    print_lines(lines | files_of_run(result.run_dir), console)
+    print_lines(lines | files_of_run(result.run_dir, model.export_name), console)
 
 
 def title(model: ComponentTraining) -> str:
