@@ -89,4 +89,4 @@ def _is_of(exported: Mapping[str, Any], epoch: Mapping[str, Any], metric: str) -
 def exported(run_dir: Path, name: str) -> str:
     """The exported models of a run, as one path for the shell; a resumed run may have no best one."""
     found = [which for which in (LAST, BEST) if (run_dir / name.format(which)).exists()]
-    return str(run_dir / name.format("{" + ",".join(found) + "}"))
+    return str(run_dir / name.format(found[0] if len(found) == 1 else "{" + ",".join(found) + "}"))
