@@ -1,9 +1,9 @@
 """Does selection help when the teacher is wrong? ``uv run python benchmarks/selection_noise.py``, half a minute.
 
 A synthetic next-token problem whose truth is known: contexts are random vectors x, the truth is softmax(W x). The
-teacher tells the truth, but in a share of the training contexts it gives the law of some other context: a confident
-mistake. The student is linear like the truth (``--rank`` narrows it: a gap in capacity), starts at random and minimises
-the forward KL to the teacher over all training contexts at once, weighted as `llm_kd` weights tokens:
+teacher tells the truth, but in a share of the training contexts it gives the distribution of some other context: a
+confident mistake. The student is linear like the truth (``--rank`` narrows it: a gap in capacity), starts at random
+and minimises the forward KL to the teacher over all training contexts at once, weighted as `llm_kd` weights tokens:
 beta + (1 - beta) * accepted.
 
 Printed are the KL from the truth to the student and the agreement of their likeliest tokens on fresh contexts, and the
@@ -65,11 +65,11 @@ def train(select: Callable[[Tensor, Tensor], Tensor], noise: float, seed: int, a
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        right_law, law = fresh @ truth.T, student(fresh)
+        truth_logits, logits = fresh @ truth.T, student(fresh)
         accepted = select(student(x), teacher)
         return [
-            float(forward_kl(law, right_law).mean()),
-            100 * float((law.argmax(-1) == right_law.argmax(-1)).float().mean()),
+            float(forward_kl(logits, truth_logits).mean()),
+            100 * float((logits.argmax(-1) == truth_logits.argmax(-1)).float().mean()),
             100 * float(accepted[~wrong].mean()),
             100 * float(accepted[wrong].mean()),  # NaN where none is wrong
         ]

@@ -238,7 +238,9 @@ ax.set_title("Lines: 1 − TV^k", fontsize=9)
 ax.grid(alpha=0.3)
 ax.legend(fontsize=8, loc="lower left")
 plt.show()
-write_table(rows, output / "closed_form.md", f"{DRAWS:,} repetitions per token; with the right law the rms z is near 1")
+write_table(
+    rows, output / "closed_form.md", f"{DRAWS:,} repetitions per token; if the formula holds, the rms z is near 1"
+)
 
 # %% [markdown]
 # ## 4. Does selection help a student learn?

@@ -116,7 +116,7 @@ MUTATIONS = [
     Mutation(
         "GSNR without the correction of the variance",
         "kd_common/gsnr.py",
-        "1 - moments.squares if self.unbiased else 1.0",
+        "1 - 1 / moments.count",
         "1.0",
         "common/test_gsnr.py::test_all_samples",
     ),
@@ -567,18 +567,18 @@ MUTATIONS = [
         "spec_decode/test_verify_exact.py::test_path_acceptance_and_tested_levels",
     ),
     Mutation(
-        "the residual law not renormalised",
+        "the residual distribution not renormalised",
         "spec_decode/decoding/verify.py",
         "left / mass, p)",
         "left, p)",
-        "spec_decode/test_verify_exact.py::test_package_rejection_has_the_target_law",
+        "spec_decode/test_verify_exact.py::test_package_rejection_has_the_target_distribution",
     ),
     Mutation(
-        "rejected candidates stay in the draft law",
+        "rejected candidates stay in the draft distribution",
         "spec_decode/decoding/verify.py",
         "rest = q.scatter(1, x, 0.0)",
         "rest = q",
-        "spec_decode/test_verify_exact.py::test_package_rejection_has_the_target_law",
+        "spec_decode/test_verify_exact.py::test_package_rejection_has_the_target_distribution",
     ),
     Mutation(
         "the noise of the position before",
@@ -630,11 +630,11 @@ MUTATIONS = [
         "spec_decode/test_autotune.py::test_a_draft_after_a_pause_has_read_what_it_missed",
     ),
     Mutation(
-        "the target's law read one position late",
+        "the target's distribution read one position late",
         "spec_decode/training/drafter_module.py",
         "before = wanted.reached[known] - 1",
         "before = wanted.reached[known]",
-        "spec_decode/test_losses.py::test_every_level_is_compared_with_the_targets_law_of_the_token_it_predicts",
+        "spec_decode/test_losses.py::test_every_level_is_compared_with_the_targets_distribution_of_the_token_it_predicts",
     ),
     Mutation(
         "the levels' weights reversed",

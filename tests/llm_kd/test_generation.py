@@ -177,8 +177,8 @@ def test_ends_of_the_models_own_settings_are_those_of_transformers(place):
     assert respond(network, eos_ids=[more]) == [plain_greedy(network, p, eos_ids=[*ends, more]) for p in PROMPTS]
     if place == "generation_config":
         ids = torch.tensor([PROMPTS[0]])
-        theirs = network.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
-        assert theirs[0, len(PROMPTS[0]) :].tolist() == expected[0]
+        reference = network.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+        assert reference[0, len(PROMPTS[0]) :].tolist() == expected[0]
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21 asks for it

@@ -38,12 +38,12 @@ class _Fixed(Selector):
 def test_student_and_teacher_may_differ_in_precision(objective, teacher, student):
     """The loss is the one of a teacher that was rounded to its precision, in the student's."""
     inputs = Inputs(dtype=student)
-    theirs = LMHead(inputs.teacher.weight.to(teacher), inputs.teacher.bias.to(teacher))
+    teacher_head = LMHead(inputs.teacher.weight.to(teacher), inputs.teacher.bias.to(teacher))
     hidden = inputs.teacher_hidden.to(teacher)
-    logits = torch.nn.functional.linear(hidden, theirs.weight, theirs.bias).to(student)
+    logits = torch.nn.functional.linear(hidden, teacher_head.weight, teacher_head.bias).to(student)
     for selector in ("TopK", "SpecKExpected", "AdaKD"):
         head = KDHead(OBJECTIVES[objective](), SELECTORS[selector]())
-        found = head(inputs.hidden, inputs.student, TeacherHiddenStates(hidden, theirs)).loss
+        found = head(inputs.hidden, inputs.student, TeacherHiddenStates(hidden, teacher_head)).loss
         same = TeacherHiddenStates(logits, LMHead(torch.eye(V, dtype=student)))
         again = KDHead(OBJECTIVES[objective](), SELECTORS[selector]())
         expected = again(inputs.hidden, inputs.student, same).loss

@@ -34,18 +34,18 @@ def test_every_column_by_hand(make_model):
         for place, answered in enumerate(example.loss_mask):
             if not answered:
                 continue
-            mine, theirs, token = z[place - 1], p[place - 1], example.input_ids[place]
-            law, other = theirs.softmax(-1), mine.softmax(-1)
+            student_logits, teacher_logits, token = z[place - 1], p[place - 1], example.input_ids[place]
+            p_teacher, p_student = teacher_logits.softmax(-1), student_logits.softmax(-1)
             expected = {
                 "token": token,
-                "student_top": int(mine.argmax()),
-                "teacher_top": int(theirs.argmax()),
-                "accepted": int(mine.argmax()) in theirs.topk(3).indices.tolist(),
-                "speck": 1 - (1 - float(torch.minimum(law, other).sum())) ** 3,
-                "kl": float((law * (law.log() - other.log())).sum()),
-                "nll": float(F.cross_entropy(mine, torch.tensor(token))),
-                "teacher_nll": float(F.cross_entropy(theirs, torch.tensor(token))),
-                "teacher_entropy": float(-(law * law.log()).sum()),
+                "student_top": int(student_logits.argmax()),
+                "teacher_top": int(teacher_logits.argmax()),
+                "accepted": int(student_logits.argmax()) in teacher_logits.topk(3).indices.tolist(),
+                "speck": 1 - (1 - float(torch.minimum(p_teacher, p_student).sum())) ** 3,
+                "kl": float((p_teacher * (p_teacher.log() - p_student.log())).sum()),
+                "nll": float(F.cross_entropy(student_logits, torch.tensor(token))),
+                "teacher_nll": float(F.cross_entropy(teacher_logits, torch.tensor(token))),
+                "teacher_entropy": float(-(p_teacher * p_teacher.log()).sum()),
             }
             for name, value in expected.items():
                 assert float(table[name][row]) == pytest.approx(float(value), rel=1e-4, abs=1e-5), name
@@ -111,10 +111,10 @@ def test_report_of_two_runs(tmp_path, save_model, assert_live, monkeypatch):
     main([runs[1], f"--output={tmp_path / 'report'}", "--limit=1", "--texts=0"])
     assert used == ["eager", "eager"], "teacher and student as in the run"
     config.write_text(before.replace("max_length: ", "max_length: 1"))
-    with pytest.raises(ValueError, match=r"other held-out texts \(data\.max_length differ\)"):
+    with pytest.raises(ValueError, match=r"p_student held-out texts \(data\.max_length differ\)"):
         main(runs)
     config.write_text(before)
-    config.write_text(config.read_text().replace("teacher:\n      name:", "teacher:\n      name: other"))
+    config.write_text(config.read_text().replace("teacher:\n      name:", "teacher:\n      name: p_student"))
     with pytest.raises(ValueError, match="different teachers"):
         main(runs)
     shutil.rmtree(Path(runs[0]) / "student_last")

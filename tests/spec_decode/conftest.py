@@ -19,9 +19,9 @@ from spec_decode.models import CausalLM
 
 
 def fractions(*hundredths):
-    law = [Fraction(h, 100) for h in hundredths]
-    assert sum(law) == 1
-    return law
+    distribution = [Fraction(h, 100) for h in hundredths]
+    assert sum(distribution) == 1
+    return distribution
 
 
 def normalised(weights):
@@ -65,26 +65,26 @@ def match(proposals):
 def reject(proposals, *, tested=lambda draws, q: draws, shrink=True, final="residual", skip_repeats=False, ratio=None):
     """Recursive rejection; the defaults are the correct rule for draws without replacement, the options its variants.
 
-    tested: order in which the draws are tested. shrink: remove a rejected token from q. final: law of the token after
-    the last rejection. skip_repeats: ignore a token drawn again. ratio: law used in place of q.
+    tested: order in which the draws are tested. shrink: remove a rejected token from q. final: distribution of the
+    token after the last rejection. skip_repeats: ignore a token drawn again. ratio: distribution used in place of q.
     """
 
     def rule(p, q, k):
         for weight, drawn in proposals(q, k):
-            law, draft, alive, seen = list(p), list(ratio(q) if ratio else q), Fraction(1), set()
+            distribution, draft, alive, seen = list(p), list(ratio(q) if ratio else q), Fraction(1), set()
             for x in tested(drawn, q):
                 if skip_repeats and x in seen:
                     continue
                 seen.add(x)
-                accept = min(Fraction(1), law[x] / draft[x])
+                accept = min(Fraction(1), distribution[x] / draft[x])
                 yield weight * alive * accept, drawn, x, True
                 alive *= 1 - accept
                 if alive == 0:
                     break
-                law = normalised([max(a - b, Fraction(0)) for a, b in zip(law, draft, strict=True)])
+                distribution = normalised([max(a - b, Fraction(0)) for a, b in zip(distribution, draft, strict=True)])
                 if shrink and sum(draft) > draft[x]:
                     draft = normalised([Fraction(0) if y == x else b for y, b in enumerate(draft)])
-            for token, mass in enumerate(p if final == "target" else law):
+            for token, mass in enumerate(p if final == "target" else distribution):
                 yield weight * alive * mass, drawn, token, False
 
     return rule
@@ -92,28 +92,28 @@ def reject(proposals, *, tested=lambda draws, q: draws, shrink=True, final="resi
 
 def one_level(rule, p, q, k):
     """Law of the emitted token and the probability that it was accepted."""
-    law, accepted = [0] * len(p), 0
+    distribution, accepted = [0] * len(p), 0
     for weight, _, token, from_draft in rule(p, q, k):
-        law[token] += weight
+        distribution[token] += weight
         accepted += weight * from_draft
-    return law, accepted
+    return distribution, accepted
 
 
 def two_levels(rule, p1, p2, q1, q2, k):
-    """Joint law of the first two tokens under a constrained tree of two levels; the likeliest draw is the backbone."""
-    law = dict.fromkeys(product(range(len(p1)), repeat=2), 0)
+    """Joint distribution of two tokens under a constrained tree of two levels; the likeliest draw is the backbone."""
+    distribution = dict.fromkeys(product(range(len(p1)), repeat=2), 0)
     for weight, draws, first, accepted in rule(p1, q1, k):
         backbone = min(draws, key=lambda x: (-q1[x], x))
         # A leaf ends in a bonus token; after a rejection the next pass starts below the emitted token. Its own draft
-        # is verified by the same rule, which its one-level law covers; here it is plain decoding.
+        # is verified by the same rule, which its one-level distribution covers; here it is plain decoding.
         follow = rule(p2[first], q2, k) if accepted and first == backbone else match(best)(p2[first], q2, k)
         for inner, _, second, _ in follow:
-            law[first, second] += weight * inner
-    return law
+            distribution[first, second] += weight * inner
+    return distribution
 
 
-def total_variation(law, target):
-    return sum(abs(a - b) for a, b in zip(law, target, strict=True)) / 2
+def total_variation(distribution, target):
+    return sum(abs(a - b) for a, b in zip(distribution, target, strict=True)) / 2
 
 
 class TableModel:
@@ -183,7 +183,7 @@ def random_tree(batch, size, vocab_size, generator, roots):
 
 @pytest.fixture
 def exact():
-    """Rational enumeration: proposals, rules, laws."""
+    """Rational enumeration: proposals, rules, distributions."""
     return SimpleNamespace(
         p=fractions(40, 25, 20, 10, 5),
         q=fractions(55, 10, 5, 25, 5),

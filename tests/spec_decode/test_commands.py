@@ -325,7 +325,7 @@ def test_settings_of_generation_that_are_not_applied_are_named(standin, tmp_path
     assert "temperature" not in said
 
 
-def test_transformers_peers_decode_by_the_same_law(standin, tmp_path, monkeypatch):
+def test_transformers_peers_decode_by_the_same_distribution(standin, tmp_path, monkeypatch):
     shutil.copytree(standin, tmp_path / "target")
     (tmp_path / "target/generation_config.json").write_text(json.dumps({"repetition_penalty": 1.5}))
     texts, run = [], transformers.GenerationMixin.generate

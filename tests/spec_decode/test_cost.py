@@ -46,11 +46,11 @@ def test_expected_tokens_equal_enumeration_of_outcomes():
 
 
 def test_expected_tokens_equal_the_measured_mean_of_the_verifier():
-    """Constant laws: the acceptance of a rank is then its token's probability."""
-    count, branching, law = 20_000, (2, 1, 2), torch.tensor([0.5, 0.3, 0.15, 0.05])
+    """Constant distributions: the acceptance of a rank is then its token's probability."""
+    count, branching, distribution = 20_000, (2, 1, 2), torch.tensor([0.5, 0.3, 0.15, 0.05])
     zeros = torch.zeros(count, dtype=torch.int64)
     tree = backbone_tree(zeros, torch.tensor([[[0, 1], [1, 0], [0, 2]]]).expand(count, -1, -1), branching)
-    logits = law.log().expand(count, tree.tokens.shape[1], -1)
+    logits = distribution.log().expand(count, tree.tokens.shape[1], -1)
     verified = verify_matching(tree, logits, Sampling(), seeds=row_seeds(0, count), root_positions=zeros)
     tau = expected_tokens([[0.5, 0.3], [0.3, 0.5], [0.5, 0.15]], branching)
     assert float(verified.accepted.double().mean()) + 1 == pytest.approx(tau, abs=0.03)

@@ -12,7 +12,7 @@ from spec_decode.drafters import Drafter, DynamicTree, FastEagle, PromptLookup, 
 from spec_decode.drafters.prompt_lookup import NgramIndex
 
 PROMPTS = [[5, 7, 9, 5, 7], [1], [3, 8, 3, 8, 3, 8, 3, 8, 2, 2, 6]]
-LAWS = [Sampling(0.0), Sampling(1.0), Sampling(0.7, top_k=9), Sampling(1.3, top_p=0.8)]
+SAMPLINGS = [Sampling(0.0), Sampling(1.0), Sampling(0.7, top_k=9), Sampling(1.3, top_p=0.8)]
 SEED = 11
 
 
@@ -49,28 +49,28 @@ class Oracle(Drafter):
         return DraftTree(torch.tensor(tokens), torch.tensor(parents))
 
 
-def expected(tiny, law, count=24, stop_tokens=(), prompts=PROMPTS):
+def expected(tiny, sampling, count=24, stop_tokens=(), prompts=PROMPTS):
     seeds = row_seeds(SEED, len(prompts))
-    return [tiny.plain(tiny.model, p, law, s, count, stop_tokens) for p, s in zip(prompts, seeds, strict=True)]
+    return [tiny.plain(tiny.model, p, sampling, s, count, stop_tokens) for p, s in zip(prompts, seeds, strict=True)]
 
 
-def generate(tiny, drafter, law, count=24, prompts=PROMPTS, tree=(4, 4, 4), **options):
+def generate(tiny, drafter, sampling, count=24, prompts=PROMPTS, tree=(4, 4, 4), **options):
     if isinstance(drafter, PromptLookup):
         tree = (1,) * len(tree)
     decoder = SpeculativeDecoder(tiny.target, drafter, tree=tree)
-    settings = {"temperature": law.temperature, "top_k": law.top_k, "top_p": law.top_p, "seed": SEED}
+    settings = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p, "seed": SEED}
     return decoder.generate(prompts, max_new_tokens=count, **settings, **options)
 
 
 @pytest.fixture(scope="module")
 def answers(tiny):
-    return [expected(tiny, law) for law in LAWS]
+    return [expected(tiny, sampling) for sampling in SAMPLINGS]
 
 
-@pytest.mark.parametrize("law", range(4))
+@pytest.mark.parametrize("sampling", range(4))
 @pytest.mark.parametrize("kind", ["none", "random", "oracle", "adversarial", "lookup", "merged"])
-def test_coupling(tiny, toy, answers, kind, law):
-    full = [p + a for p, a in zip(PROMPTS, answers[law], strict=True)]
+def test_coupling(tiny, toy, answers, kind, sampling):
+    full = [p + a for p, a in zip(PROMPTS, answers[sampling], strict=True)]
     drafter = {
         "none": lambda: None,
         "random": lambda: RandomTrees(toy),
@@ -79,8 +79,8 @@ def test_coupling(tiny, toy, answers, kind, law):
         "lookup": PromptLookup,
         "merged": lambda: WithLookup(RandomTrees(toy)),
     }[kind]()
-    out = generate(tiny, drafter, LAWS[law])
-    assert out.new_tokens == answers[law]
+    out = generate(tiny, drafter, SAMPLINGS[sampling])
+    assert out.new_tokens == answers[sampling]
     assert [sum(row) + 1 for row in out.acceptance_lengths] == [24] * 3
     if kind in ("none", "adversarial"):
         assert out.tau == 1
@@ -101,19 +101,19 @@ def test_greedy_text_is_that_of_transformers_generate(tiny):
 
 
 def test_a_row_does_not_depend_on_its_batch(tiny, toy):
-    together = generate(tiny, RandomTrees(toy), LAWS[1])
-    alone = generate(tiny, RandomTrees(toy), LAWS[1], prompts=PROMPTS[:1])
+    together = generate(tiny, RandomTrees(toy), SAMPLINGS[1])
+    alone = generate(tiny, RandomTrees(toy), SAMPLINGS[1], prompts=PROMPTS[:1])
     assert alone.new_tokens[0] == together.new_tokens[0]
 
 
 def test_stop_tokens_inside_accepted_runs_and_rows_that_end_at_different_steps(tiny, answers):
-    for law, answer in zip(LAWS, answers, strict=True):
+    for sampling, answer in zip(SAMPLINGS, answers, strict=True):
         stops = (answer[0][6], answer[1][2])
         wanted = [row[: next((i + 1 for i, t in enumerate(row) if t in stops), 24)] for row in answer]
         assert len({len(row) for row in wanted}) > 1
         full = [p + a for p, a in zip(PROMPTS, answer, strict=True)]
         for drafter in (None, Oracle(full), PromptLookup()):
-            out = generate(tiny, drafter, law, stop_tokens=stops, pad_token=39)
+            out = generate(tiny, drafter, sampling, stop_tokens=stops, pad_token=39)
             assert out.new_tokens == wanted
             if isinstance(drafter, Oracle):  # each of whose drafts has candidates in the first level
                 assert out.tested[0] == sum(map(len, out.acceptance_lengths))
@@ -125,7 +125,7 @@ def test_stop_tokens_inside_accepted_runs_and_rows_that_end_at_different_steps(t
 
 
 def test_a_stop_token_as_the_very_first_token(tiny, answers):
-    out = generate(tiny, PromptLookup(), LAWS[0], stop_tokens=[row[0] for row in answers[0]])
+    out = generate(tiny, PromptLookup(), SAMPLINGS[0], stop_tokens=[row[0] for row in answers[0]])
     assert out.new_tokens == [row[:1] for row in answers[0]]
     assert out.acceptance_lengths == [[], [], []]
     assert out.tau == 1
@@ -134,16 +134,18 @@ def test_a_stop_token_as_the_very_first_token(tiny, answers):
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_length_limits(tiny, answers, count):
     full = [p + a for p, a in zip(PROMPTS, answers[1], strict=True)]
-    out = generate(tiny, Oracle(full), LAWS[1], count=count)
+    out = generate(tiny, Oracle(full), SAMPLINGS[1], count=count)
     assert out.new_tokens == [row[:count] for row in answers[1]]
 
 
 def test_the_context_is_filled_to_its_last_token(tiny, toy):
     prompts = [list(range(40)) + [3] * 22, [4] * 55]
-    law = LAWS[1]
-    answer = [tiny.plain(tiny.model, p, law, s, 64 - len(p)) for p, s in zip(prompts, row_seeds(SEED, 2), strict=True)]
+    sampling = SAMPLINGS[1]
+    answer = [
+        tiny.plain(tiny.model, p, sampling, s, 64 - len(p)) for p, s in zip(prompts, row_seeds(SEED, 2), strict=True)
+    ]
     for drafter in (None, RandomTrees(toy), Oracle([p + a for p, a in zip(prompts, answer, strict=True)])):
-        out = generate(tiny, drafter, law, count=None, prompts=prompts)
+        out = generate(tiny, drafter, sampling, count=None, prompts=prompts)
         assert out.lengths == [64, 64]
         assert out.new_tokens == answer
 
@@ -153,7 +155,7 @@ def test_padded_input(tiny, answers):
     for row, prompt in enumerate(PROMPTS):  # on the left, as transformers pads prompts
         ids[row, 11 - len(prompt) :] = torch.tensor(prompt)
         mask[row, 11 - len(prompt) :] = 1
-    assert generate(tiny, None, LAWS[0], prompts=ids, attention_mask=mask).new_tokens == answers[0]
+    assert generate(tiny, None, SAMPLINGS[0], prompts=ids, attention_mask=mask).new_tokens == answers[0]
 
 
 class Letters:
@@ -173,7 +175,7 @@ def test_stop_strings(tiny, answers):
     out = decoder.generate(PROMPTS, max_new_tokens=24, temperature=1.0, seed=SEED, stop_strings=[stop])
     assert Letters.decode(out.new_tokens[0]) == text[:end]
     with pytest.raises(ValueError, match="stop_strings need"):
-        generate(tiny, None, LAWS[0], stop_strings=["x"])
+        generate(tiny, None, SAMPLINGS[0], stop_strings=["x"])
     with pytest.raises(ValueError, match="must not be empty"):
         decoder.generate(PROMPTS, stop_strings=[""])
 
@@ -186,7 +188,7 @@ def test_streaming(tiny, answers):
         received[row] += tokens
         flags[row] += drafted
 
-    out = generate(tiny, Oracle(full), LAWS[0], on_tokens=on_tokens)
+    out = generate(tiny, Oracle(full), SAMPLINGS[0], on_tokens=on_tokens)
     assert received == out.new_tokens == answers[0]
     for row in range(3):
         # The prefill's token, then three drafted ones and the target's own.
@@ -194,7 +196,7 @@ def test_streaming(tiny, answers):
 
 
 def test_timings_add_up(tiny):
-    out = generate(tiny, PromptLookup(), LAWS[0])
+    out = generate(tiny, PromptLookup(), SAMPLINGS[0])
     assert set(out.timings) == {"prefill", "draft", "target", "verify", "commit", "total"}
     phases = sum(v for k, v in out.timings.items() if k != "total")
     assert 0 < phases <= out.timings["total"]

@@ -59,16 +59,21 @@ def make(target, name, noise=0.1, **options):
     return drafter
 
 
-def decode(target, drafter, law, count=20, prompts=PROMPTS, **settings):
+def decode(target, drafter, sampling, count=20, prompts=PROMPTS, **settings):
     decoder = SpeculativeDecoder(target, drafter, **settings)
     return decoder.generate(
-        prompts, max_new_tokens=count, temperature=law.temperature, top_k=law.top_k, top_p=law.top_p, seed=SEED
+        prompts,
+        max_new_tokens=count,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        seed=SEED,
     )
 
 
 @pytest.fixture(scope="module")
 def plain(tiny):
-    return {law: decode(tiny.target, None, law).new_tokens for law in (GREEDY, HOT)}
+    return {sampling: decode(tiny.target, None, sampling).new_tokens for sampling in (GREEDY, HOT)}
 
 
 @pytest.mark.parametrize("name", [*OPTIONS, "PromptLookup"])
@@ -98,22 +103,25 @@ def test_every_trained_drafter_is_tested_here():
     }
 
 
-@pytest.mark.parametrize("law", [GREEDY, HOT], ids=["greedy", "sampling"])
+@pytest.mark.parametrize("sampling", [GREEDY, HOT], ids=["greedy", "sampling"])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_coupling(tiny, plain, name, law):
+def test_coupling(tiny, plain, name, sampling):
     """Token for token, chain and tree, full and reduced vocabulary, alone and with lookup."""
     for options in ({}, {"draft_vocab": 17}):
         drafter = make(tiny.target, name, **options)
         for tree in ((1, 1, 1, 1), (4, 2), (3, 1, 2, 1)):
-            assert decode(tiny.target, drafter, law, tree=tree).new_tokens == plain[law]
-        assert decode(tiny.target, WithLookup(drafter), law, tree=(2, 1, 1)).new_tokens == plain[law]
+            assert decode(tiny.target, drafter, sampling, tree=tree).new_tokens == plain[sampling]
+        assert decode(tiny.target, WithLookup(drafter), sampling, tree=(2, 1, 1)).new_tokens == plain[sampling]
 
 
-@pytest.mark.parametrize("law", [GREEDY, HOT], ids=["greedy", "sampling"])
-def test_dynamic_tree(tiny, plain, law):
+@pytest.mark.parametrize("sampling", [GREEDY, HOT], ids=["greedy", "sampling"])
+def test_dynamic_tree(tiny, plain, sampling):
     for shape in (DynamicTree(4, 3, 10), DynamicTree(3, 4, 4), DynamicTree(1, 2, 5)):
         for options in ({}, {"draft_vocab": 17}):
-            assert decode(tiny.target, make(tiny.target, "Eagle3", **options), law, tree=shape).new_tokens == plain[law]
+            assert (
+                decode(tiny.target, make(tiny.target, "Eagle3", **options), sampling, tree=shape).new_tokens
+                == plain[sampling]
+            )
 
 
 def test_pretrained_draft_model(tiny, plain):
@@ -168,7 +176,7 @@ def test_a_drafter_of_another_target_is_refused_whatever_is_around_it(tiny, kind
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_rejection_runs_and_keeps_greedy_text(tiny, plain, name):
-    """With drawn candidates the law is tested in test_verify_exact; at temperature 0 it must be the greedy text."""
+    """With drawn candidates the distribution is tested in test_verify_exact; temperature 0 gives the greedy text."""
     drafter = make(tiny.target, name, draft_vocab=17)
     assert decode(tiny.target, drafter, GREEDY, tree=(1, 1, 1), rejection=True).new_tokens == plain[GREEDY]
     out = decode(tiny.target, drafter, HOT, tree=(3, 2, 2), rejection=True)
@@ -302,7 +310,7 @@ def test_training_time_test_attends_like_a_mask():
 def test_dynamic_tree_is_the_best_of_all_considered_nodes(tiny, temperature):
     """Brute force: the beam's candidates recomputed path by path in teacher-forced passes.
 
-    Above temperature 0 the target's noise at the position is known, so that it belongs to the law.
+    Above temperature 0 the target's noise at the position is known, so that it belongs to the distribution.
     """
     drafter, shape = make(tiny.target, "Eagle3", noise=0.3), DynamicTree(4, 3, 12)
     text = torch.randint(40, (8,)).tolist()
@@ -462,15 +470,15 @@ def test_known_noise_counts_in_the_confidence(tiny):
     assert disagree > 5
 
 
-@pytest.mark.parametrize("law", [GREEDY, HOT], ids=["greedy", "sampling"])
+@pytest.mark.parametrize("sampling", [GREEDY, HOT], ids=["greedy", "sampling"])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_coupling_holds_under_pruning(tiny, plain, name, law):
+def test_coupling_holds_under_pruning(tiny, plain, name, sampling):
     """Token for token, and fewer nodes are verified than without."""
     drafter = make(tiny.target, name, draft_vocab=17)
     nodes = []
     for threshold in (0.0, 0.1):
-        out = decode(tiny.target, drafter, law, tree=(6, 5, 4, 3), min_confidence=threshold)
-        assert out.new_tokens == plain[law]
+        out = decode(tiny.target, drafter, sampling, tree=(6, 5, 4, 3), min_confidence=threshold)
+        assert out.new_tokens == plain[sampling]
         nodes.append(sum(size * count for size, count in out.pass_sizes.items()) / sum(out.pass_sizes.values()))
     assert nodes[1] < nodes[0] == 24
 

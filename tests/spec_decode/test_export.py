@@ -45,8 +45,8 @@ def eagle3_steps(weights, config, embeddings, features):
         values.append(v.repeat_interleave(heads // kv, dim=1))
         seen = [torch.ones(rows, size).tril().bool(), *[torch.eye(rows, size - 1).bool()] * step]
         scores = torch.einsum("qhd,khd->hqk", q, torch.cat(keys)) * q.shape[-1] ** -0.5
-        laws = scores.masked_fill(~torch.cat(seen, 1), -torch.inf).softmax(-1)
-        context = torch.einsum("hqk,khd->qhd", laws, torch.cat(values)).flatten(1)
+        distributions = scores.masked_fill(~torch.cat(seen, 1), -torch.inf).softmax(-1)
+        context = torch.einsum("hqk,khd->qhd", distributions, torch.cat(values)).flatten(1)
         g = g + context @ w(m + "self_attn.o_proj").T
         y = rms(g, w(m + "post_attention_layernorm"), eps)
         gate = y @ w(m + "mlp.gate_proj").T

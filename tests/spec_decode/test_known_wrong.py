@@ -53,7 +53,7 @@ def wrong_rules(exact):
         top = next(exact.best(q, 3))[1]
         return exact.normalised([mass if x in top else 0 for x, mass in enumerate(q)])
 
-    def squared(q):  # the law at temperature 0.5
+    def squared(q):  # the distribution at temperature 0.5
         return exact.normalised([mass**2 for mass in q])
 
     return {
@@ -76,23 +76,23 @@ NAMES = [f"X{i}" for i in range(1, 10)] + ["Y1", "Y2", "Y9"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_one_level_law_rejects(exact, name):
+def test_one_level_distribution_rejects(exact, name):
     rule, distance = next(entry for full, entry in wrong_rules(exact).items() if full.startswith(name))
-    law, _ = exact.one_level(rule, exact.p, exact.q, 3)
-    assert sum(law) == 1  # a law, but another one
-    assert law != exact.p
-    assert float(exact.total_variation(law, exact.p)) == pytest.approx(distance, abs=6e-4)
+    distribution, _ = exact.one_level(rule, exact.p, exact.q, 3)
+    assert sum(distribution) == 1  # a distribution, but another one
+    assert distribution != exact.p
+    assert float(exact.total_variation(distribution, exact.p)) == pytest.approx(distance, abs=6e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_two_level_law_rejects(exact, name):
+def test_two_level_distribution_rejects(exact, name):
     rule = next(entry for full, entry in wrong_rules(exact).items() if full.startswith(name))[0]
     p1, q1, q2 = exact.fractions(50, 25, 15, 10), exact.fractions(20, 50, 20, 10), exact.fractions(55, 30, 10, 5)
     p2 = [exact.normalised([p1[(x + shift) % 4] for x in range(4)]) for shift in range(4)]
     expected = [p1[a] * p2[a][b] for a, b in product(range(4), repeat=2)]
-    law = list(exact.two_levels(rule, p1, p2, q1, q2, 3).values())
-    assert sum(law) == 1
-    assert law != expected
+    distribution = list(exact.two_levels(rule, p1, p2, q1, q2, 3).values())
+    assert sum(distribution) == 1
+    assert distribution != expected
 
 
 def test_a_wrong_rule_may_look_faster(exact):

@@ -187,8 +187,8 @@ def training_module(tiny, name, options, **settings):
     ("name", "draft_vocab"),
     [("FastEagle", None), ("FastEagle", 17), ("Eagle3", 17), ("Medusa", None), ("DraftModel", 17)],
 )
-def test_every_level_is_compared_with_the_targets_law_of_the_token_it_predicts(tiny, name, draft_vocab):
-    """Token by token: transformers' law of token t is that at t - 1, the draft's stands in row t - 2 - i."""
+def test_every_level_is_compared_with_the_targets_distribution_of_the_token_it_predicts(tiny, name, draft_vocab):
+    """Token by token: transformers' distribution of token t is that at t - 1, the draft's stands in row t - 2 - i."""
     options = {"depth": 3, "draft_vocab": draft_vocab}
     module, batch = training_module(tiny, name, options, acceptance_weight=0.7, feature_weight=0.3, chunk=5)
     drafter = module.drafter

@@ -145,7 +145,7 @@ def test_order_is_temperature_then_top_k_then_top_p():
     # After top-k the two survivors have 4/7 and 3/7, so that 0.5 is reached by the first alone.
     assert kept_tokens(Sampling(top_k=2, top_p=0.5).log_probs(logits)) == [[0]]
     assert kept_tokens(Sampling(top_p=0.5).log_probs(logits)) == [[0, 1]]
-    # At temperature 0.5 the law is 16:9:4:1, the first has 0.53.
+    # At temperature 0.5 the distribution is 16:9:4:1, the first has 0.53.
     assert kept_tokens(Sampling(temperature=0.5, top_p=0.5).log_probs(logits)) == [[0]]
     torch.testing.assert_close(
         Sampling(top_k=2).log_probs(logits).exp(), torch.tensor([[4 / 7, 3 / 7, 0, 0]]).double(), rtol=1e-6, atol=0
@@ -155,22 +155,22 @@ def test_order_is_temperature_then_top_k_then_top_p():
 def test_log_probs_are_float64_and_normalised_in_any_dtype():
     logits = torch.randn(2, 3, 50)
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
-        law = Sampling(0.7, 20, 0.9).log_probs(logits.to(dtype))
-        assert law.dtype == torch.float64
-        torch.testing.assert_close(law.exp().sum(-1), torch.ones(2, 3).double())
+        distribution = Sampling(0.7, 20, 0.9).log_probs(logits.to(dtype))
+        assert distribution.dtype == torch.float64
+        torch.testing.assert_close(distribution.exp().sum(-1), torch.ones(2, 3).double())
 
 
 # --- draws ---
 
 
-def test_draws_follow_the_law_and_never_leave_its_support():
+def test_draws_follow_the_distribution_and_never_leave_its_support():
     logits, sampling = torch.tensor([1.0, 0.5, 0.0, -0.5, -3.0, 2.0]), Sampling(0.8, 5, 0.95)
-    law, count = sampling.log_probs(logits).exp(), 40_000
+    distribution, count = sampling.log_probs(logits).exp(), 40_000
     rows, seeds = logits.expand(count, -1), torch.tensor(7).expand(count)
     observed = sampling.draw(rows, seeds, torch.arange(count)).bincount(minlength=6)
-    assert observed[law == 0].sum() == 0
-    assert 0 < (law == 0).sum() < 5
-    assert p_value(observed[law > 0], count * law[law > 0]) > 1e-3
+    assert observed[distribution == 0].sum() == 0
+    assert 0 < (distribution == 0).sum() < 5
+    assert p_value(observed[distribution > 0], count * distribution[distribution > 0]) > 1e-3
 
 
 def test_greedy_draw_equals_the_general_rule_at_temperature_0():

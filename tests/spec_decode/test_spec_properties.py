@@ -1,4 +1,4 @@
-"""Properties of draft trees, verification, sampling and the cost model on random trees, laws and extreme logits."""
+"""Properties of draft trees, verification, sampling and the cost model on random trees and extreme logits."""
 
 from itertools import pairwise, permutations
 
@@ -233,7 +233,7 @@ def test_a_drafter_equal_to_the_target_is_accepted_until_the_drafts_are_used_up(
 
 
 @st.composite
-def laws(draw):
+def distributions(draw):
     """Probabilities, some of them 0 or tiny."""
     weights = torch.tensor(
         draw(st.lists(st.sampled_from([0.0, 1e-12, 0.1, 1.0, 3.0]), min_size=VOCAB, max_size=VOCAB)),
@@ -245,8 +245,8 @@ def laws(draw):
 
 
 @props
-@given(p=laws(), q=laws(), count=st.integers(1, 3))
-def test_rejection_emits_the_targets_law_whatever_is_drafted(p, q, count):
+@given(p=distributions(), q=distributions(), count=st.integers(1, 3))
+def test_rejection_emits_the_targets_distribution_whatever_is_drafted(p, q, count):
     support = q.nonzero().flatten().tolist()
     orders = torch.tensor(list(permutations(support, min(count, len(support)))))
     weight, left = torch.ones(len(orders), dtype=torch.float64), torch.ones(len(orders), dtype=torch.float64)
@@ -256,13 +256,13 @@ def test_rejection_emits_the_targets_law_whatever_is_drafted(p, q, count):
     assert ((acceptance >= 0) & (acceptance <= 1)).all()
     assert (residual >= 0).all()
     torch.testing.assert_close(residual.sum(1), torch.ones(len(orders), dtype=torch.float64))
-    alive, law = weight, torch.zeros_like(p)
+    alive, distribution = weight, torch.zeros_like(p)
     for j, x in enumerate(orders.T):
-        law.index_add_(0, x, alive * acceptance[:, j])
+        distribution.index_add_(0, x, alive * acceptance[:, j])
         alive = alive * (1 - acceptance[:, j])
-    law += alive @ residual
+    distribution += alive @ residual
     if weight.sum() > 0.999:  # tiny masses cancel in 1 - q
-        torch.testing.assert_close(law, p, rtol=0, atol=1e-3 if (q[q > 0] < 1e-9).any() else 1e-9)
+        torch.testing.assert_close(distribution, p, rtol=0, atol=1e-3 if (q[q > 0] < 1e-9).any() else 1e-9)
     same, _ = recursive_rejection(q.expand(len(orders), -1), q.expand(len(orders), -1), orders)
     torch.testing.assert_close(same[:, 0], torch.ones_like(same[:, 0]))
 
@@ -298,18 +298,18 @@ def test_a_row_keeps_a_prefix_up_to_its_limit_and_its_first_stop(rows, stops):
     seed=st.integers(0, 99),
     position=st.integers(0, 99),
 )
-def test_processed_laws_of_any_logits(data, sampling, shift, seed, position):
+def test_processed_distributions_of_any_logits(data, sampling, shift, seed, position):
     z = data.draw(logits(3, VOCAB))
-    law = sampling.log_probs(z)
-    torch.testing.assert_close(law.exp().sum(-1), torch.ones(3, dtype=torch.float64))
-    support = law > -torch.inf
+    distribution = sampling.log_probs(z)
+    torch.testing.assert_close(distribution.exp().sum(-1), torch.ones(3, dtype=torch.float64))
+    support = distribution > -torch.inf
     assert (support.sum(-1) <= (sampling.top_k or VOCAB)).all()
     assert support.gather(-1, z.argmax(-1, keepdim=True)).all()
     drawn = sampling.draw(z, row_seeds(seed, 3), torch.full((3,), position))
     assert support.gather(-1, drawn.unsqueeze(-1)).all()
     plain = Sampling(sampling.temperature).log_probs(z)
     # What survives keeps its proportions, and nothing that survives is less likely than what does not.
-    ratio = (law - plain).masked_fill(~support, 0.0)
+    ratio = (distribution - plain).masked_fill(~support, 0.0)
     assert (ratio.amax(-1) - ratio.masked_fill(~support, torch.inf).amin(-1) <= 1e-9).all()
     least = plain.masked_fill(~support, torch.inf).amin(-1)
     assert (least >= plain.masked_fill(support, -torch.inf).amax(-1)).all()
@@ -322,7 +322,7 @@ def test_processed_laws_of_any_logits(data, sampling, shift, seed, position):
         smallest = mass.masked_fill(~support, 2.0).amin(-1)
         assert ((mass.where(support, 0).sum(-1) - smallest < sampling.top_p) | (support.sum(-1) == 1)).all()
     if z.dtype == torch.float64 and sampling.temperature >= 0.7 and sampling.top_p == 1 and sampling.top_k is None:
-        torch.testing.assert_close(sampling.log_probs(z + shift), law, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(sampling.log_probs(z + shift), distribution, rtol=1e-9, atol=1e-9)
 
 
 @props

@@ -14,8 +14,8 @@ from spec_decode.decoding.verify import count_kept, recursive_rejection, verify_
 GREEDY = Sampling(0.0)
 
 
-def as_tensor(law):
-    return torch.tensor([float(x) for x in law], dtype=torch.float64)
+def as_tensor(distribution):
+    return torch.tensor([float(x) for x in distribution], dtype=torch.float64)
 
 
 def p_value(observed, expected):
@@ -23,7 +23,7 @@ def p_value(observed, expected):
     return float(torch.special.gammaincc(torch.tensor((len(expected) - 1) / 2).double(), statistic / 2))
 
 
-# --- exact laws ---
+# --- exact distributions ---
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def package_rejection(exact):
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
-def test_correct_rules_have_the_target_law_exactly(exact, k):
+def test_correct_rules_have_the_target_distribution_exactly(exact, k):
     proposals = (exact.best, exact.iid, exact.without_replacement)
     rules = [exact.match(p) for p in proposals]
     rules += [exact.reject(exact.without_replacement), exact.reject(exact.iid, shrink=False)]
@@ -67,11 +67,11 @@ def test_acceptance_of_the_correct_rules(exact):
 
 
 @pytest.mark.parametrize("k", [0, 1, 2, 3, 5])
-def test_package_rejection_has_the_target_law(exact, package_rejection, k):
+def test_package_rejection_has_the_target_distribution(exact, package_rejection, k):
     cases = [(exact.p, exact.q), (exact.q, exact.p), (exact.p, exact.p), (exact.fractions(0, 0, 100, 0, 0), exact.q)]
     for p, q in cases:
-        law, accepted = exact.one_level(package_rejection, p, q, k)
-        assert exact.total_variation(law, p) < 1e-15
+        distribution, accepted = exact.one_level(package_rejection, p, q, k)
+        assert exact.total_variation(distribution, p) < 1e-15
         reference = exact.one_level(exact.reject(exact.without_replacement), p, q, k)[1]
         assert accepted == pytest.approx(float(reference), abs=1e-14)
         assert accepted >= float(exact.one_level(exact.match(exact.without_replacement), p, q, k)[1]) - 1e-12
@@ -81,18 +81,18 @@ def test_package_rejection_over_two_levels(exact, package_rejection):
     p1, q1, q2 = exact.fractions(50, 30, 20), exact.fractions(20, 50, 30), exact.fractions(60, 30, 10)
     p2 = [exact.fractions(10, 20, 70), exact.fractions(40, 40, 20), exact.fractions(80, 15, 5)]
     expected = [p1[a] * p2[a][b] for a, b in product(range(3), repeat=2)]
-    law = exact.two_levels(exact.reject(exact.without_replacement), p1, p2, q1, q2, 2)
-    assert list(law.values()) == expected
-    law = exact.two_levels(package_rejection, p1, p2, q1, q2, 2)
-    assert exact.total_variation(law.values(), expected) < 1e-15
+    distribution = exact.two_levels(exact.reject(exact.without_replacement), p1, p2, q1, q2, 2)
+    assert list(distribution.values()) == expected
+    distribution = exact.two_levels(package_rejection, p1, p2, q1, q2, 2)
+    assert exact.total_variation(distribution.values(), expected) < 1e-15
 
 
 @pytest.mark.parametrize("parents", [[-1, 0], [-1, 0, 1], [-1, 0, 0, 1], [-1, 0, 1, 0], [-1, 0, 0, 2, -1]])
-def test_package_matching_has_the_target_law_over_three_tokens(exact, parents):
+def test_package_matching_has_the_target_distribution_over_three_tokens(exact, parents):
     """Every assignment of draws to nodes goes through verify_matching; weights are products of rationals."""
-    laws = [exact.fractions(50, 30, 20), exact.fractions(10, 20, 70), exact.fractions(40, 40, 20)]
+    distributions = [exact.fractions(50, 30, 20), exact.fractions(10, 20, 70), exact.fractions(40, 40, 20)]
     start, size, vocab_size = 1, len(parents), 3
-    tokens = [start, 0, 2, 2, -1][:size]  # a node's token is its law's context
+    tokens = [start, 0, 2, 2, -1][:size]  # a node's token is its distribution's context
     scripts = list(product(range(vocab_size), repeat=size))
     logits = torch.nn.functional.one_hot(torch.tensor(scripts), vocab_size).float()
     tree = DraftTree(torch.tensor([tokens] * len(scripts)), torch.tensor([parents] * len(scripts)))
@@ -103,17 +103,17 @@ def test_package_matching_has_the_target_law_over_three_tokens(exact, parents):
     for script, emitted in zip(scripts, verified.tokens.tolist(), strict=True):
         weight = 1
         for context, token in zip(tokens, script, strict=True):
-            weight *= laws[context][token] if context >= 0 else exact.fractions(20, 30, 50)[token]
+            weight *= distributions[context][token] if context >= 0 else exact.fractions(20, 30, 50)[token]
         runs = [(weight, tuple(token for token in emitted if token >= 0)[:3])]
         while len(runs[0][1]) < 3:  # what the next passes add is drawn from the target by the same rule
-            runs = [(w * laws[run[-1]][y], (*run, y)) for w, run in runs for y in range(vocab_size)]
+            runs = [(w * distributions[run[-1]][y], (*run, y)) for w, run in runs for y in range(vocab_size)]
         for w, run in runs:
             joint[run] += w
     for a, b, c in product(range(vocab_size), repeat=3):
-        assert joint[a, b, c] == laws[start][a] * laws[a][b] * laws[b][c]
+        assert joint[a, b, c] == distributions[start][a] * distributions[a][b] * distributions[b][c]
 
 
-def test_rejection_survives_extreme_laws():
+def test_rejection_survives_extreme_distributions():
     p = torch.tensor([[0.5, 0.5, 0.0]] * 3).double()
     q = torch.tensor([[1.0, 0.0, 0.0], [1 - 2e-308, 1e-308, 1e-308], [0.5, 0.5, 0.0]]).double()
     draws = torch.tensor([[0, -1, -1], [0, 1, 2], [1, 0, -1]])
@@ -238,7 +238,7 @@ def two_level_counts(exact, order, count=100_000, **settings):
     """Joint counts of the first two tokens over `count` rows of one batch, under two drafted levels."""
     p1, q = exact.fractions(50, 30, 20), torch.tensor([[0.2, 0.5, 0.3], [0.6, 0.3, 0.1]])
     p2 = [exact.fractions(10, 20, 70), exact.fractions(40, 40, 20), exact.fractions(80, 15, 5)]
-    laws = torch.stack([as_tensor(law) for law in (*p2, p1)]).log()
+    distributions = torch.stack([as_tensor(distribution) for distribution in (*p2, p1)]).log()
     sampling, seeds = Sampling(**settings), row_seeds(11, count)
     zeros = torch.zeros(count, dtype=torch.int64)
     arguments = {"sampling": sampling, "seeds": seeds, "root_positions": zeros}
@@ -246,17 +246,17 @@ def two_level_counts(exact, order, count=100_000, **settings):
     draft = SampledTree(draft.tree, order(draft), draft.log_probs)
     context = draft.tree.tokens.clone()
     context[:, 0] = 3
-    verified = verify_sampled(draft, laws[context], **arguments)
+    verified = verify_sampled(draft, distributions[context], **arguments)
     first, second = verified.tokens[:, 0], verified.tokens[:, 1]
-    following = sampling.draw(laws[first], seeds, zeros + 2)  # plain decoding goes on where the pass ended
+    following = sampling.draw(distributions[first], seeds, zeros + 2)  # plain decoding goes on where the pass ended
     second = torch.where(second >= 0, second, following)
-    process = [sampling.log_probs(law).exp() for law in laws]
+    process = [sampling.log_probs(distribution).exp() for distribution in distributions]
     expected = torch.stack([process[3][a] * process[a] for a in range(3)]).flatten() * count
     return (3 * first + second).bincount(minlength=9), expected, verified
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_k": 2}], ids=["plain", "top-k"])
-def test_rejection_follows_the_target_law_end_to_end(exact, settings):
+def test_rejection_follows_the_target_distribution_end_to_end(exact, settings):
     observed, expected, verified = two_level_counts(exact, lambda draft: draft.draws, **settings)
     assert observed[expected == 0].sum() == 0
     assert p_value(observed[expected > 0], expected[expected > 0]) > 1e-3
@@ -277,18 +277,18 @@ def test_chi_square_rejects_draws_tested_in_the_wrong_order(exact):
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_rejection_of_one_level_end_to_end(exact, k):
     """Residuals with several tokens: their noise must not be that of the candidates."""
-    count, law = 100_000, as_tensor(exact.p)
+    count, distribution = 100_000, as_tensor(exact.p)
     zeros = torch.zeros(count, dtype=torch.int64)
     arguments = {"sampling": Sampling(), "seeds": row_seeds(6, count), "root_positions": zeros}
     draft = sampled_tree(zeros, as_tensor(exact.q).log().expand(count, 1, -1), (k,), vocab_size=5, **arguments)
-    verified = verify_sampled(draft, law.log().expand(count, k + 1, -1), **arguments)
-    assert p_value(verified.tokens[:, 0].bincount(minlength=5), count * law) > 1e-3
+    verified = verify_sampled(draft, distribution.log().expand(count, k + 1, -1), **arguments)
+    assert p_value(verified.tokens[:, 0].bincount(minlength=5), count * distribution) > 1e-3
     rate = exact.one_level(exact.reject(exact.without_replacement), exact.p, exact.q, k)[1]
     assert float(verified.accepted.double().mean()) == pytest.approx(float(rate), abs=0.006)
 
 
 def test_rejection_with_a_smaller_draft_vocabulary(exact):
-    """Tokens outside it are emitted through the residual; laws with fewer tokens than candidates leave gaps."""
+    """Tokens outside it come from the residual; distributions with fewer tokens than candidates leave gaps."""
     count, vocabulary = 50_000, torch.tensor([4, 1])
     zeros, seeds = torch.zeros(count, dtype=torch.int64), row_seeds(2, count)
     arguments = {"sampling": Sampling(), "seeds": seeds, "root_positions": zeros}
@@ -302,16 +302,16 @@ def test_rejection_with_a_smaller_draft_vocabulary(exact):
     )
     assert set(draft.draws.unique().tolist()) == {1, 4}
     assert draft.log_probs.isfinite().sum(-1).unique().tolist() == [2]
-    law = as_tensor(exact.p)
-    verified = verify_sampled(draft, law.log().expand(count, 3, -1), **arguments)
-    assert p_value(verified.tokens[:, 0].bincount(minlength=5), count * law) > 1e-3
+    distribution = as_tensor(exact.p)
+    verified = verify_sampled(draft, distribution.log().expand(count, 3, -1), **arguments)
+    assert p_value(verified.tokens[:, 0].bincount(minlength=5), count * distribution) > 1e-3
     one = sampled_tree(zeros, torch.randn(count, 1, 5), (3,), vocab_size=5, **(arguments | {"sampling": GREEDY}))
     assert one.tree.present.sum(1).unique().tolist() == [2]
-    first = verify_sampled(one, law.log().expand(count, 4, -1), **arguments).tokens[:, 0]
-    assert p_value(first.bincount(minlength=5), count * law) > 1e-3
+    first = verify_sampled(one, distribution.log().expand(count, 4, -1), **arguments).tokens[:, 0]
+    assert p_value(first.bincount(minlength=5), count * distribution) > 1e-3
 
 
-def test_draws_without_replacement_have_the_law_of_sequential_draws(exact):
+def test_draws_without_replacement_have_the_distribution_of_sequential_draws(exact):
     count = 50_000
     zeros, seeds = torch.zeros(count, dtype=torch.int64), row_seeds(8, count)
     logits = as_tensor(exact.q).log().expand(count, 2, -1)

@@ -51,7 +51,7 @@ UNWRAPPED = {WRAPPER + count * "(?:)": "" for count in range(4)}
 CONFIG_WITHOUT_EFFECT = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
 """Entries of a model's configuration that change neither its logits nor, beyond the weights, their precision."""
 
-CHANGES_THE_LAW: dict[str, Any] = {
+CHANGES_THE_DISTRIBUTION: dict[str, Any] = {
     "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
     "bad_words_ids": None,
@@ -154,8 +154,12 @@ def note_unapplied(name: str) -> None:
         name: The model; see `load_causal_lm` for the names and errors.
     """
     config = _load(_generation_config, name)
-    found = {setting: getattr(config, setting, None) for setting in CHANGES_THE_LAW}
-    named = [f"{setting} {value}" for setting, value in found.items() if value not in (None, CHANGES_THE_LAW[setting])]
+    found = {setting: getattr(config, setting, None) for setting in CHANGES_THE_DISTRIBUTION}
+    named = [
+        f"{setting} {value}"
+        for setting, value in found.items()
+        if value not in (None, CHANGES_THE_DISTRIBUTION[setting])
+    ]
     if named:
         note = f"note: {name} has settings in generation_config.json that are not applied here: {', '.join(named)}"
         print(printable(note), file=sys.stderr)

@@ -39,10 +39,11 @@ def shared_vocabulary(
     Raises:
         UserError: If a token has different ids in the two tokenizers, or a model has fewer rows than tokens.
     """
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    if ours != theirs:
-        differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
-        shown = ", ".join(f"{t!r} ({theirs.get(t)} against {ours.get(t)})" for t in differing[:3])
+    of_student, of_teacher = student.get_vocab(), teacher.get_vocab()
+    if of_student != of_teacher:
+        tokens = of_student.keys() | of_teacher.keys()
+        differing = sorted(token for token in tokens if of_student.get(token) != of_teacher.get(token))
+        shown = ", ".join(f"{t!r} ({of_teacher.get(t)} against {of_student.get(t)})" for t in differing[:3])
         raise UserError(
             f"{roles[0]} and {roles[1]} must share a tokenizer, but {len(differing)} tokens differ: {shown}. Choose a "
             f"{roles[0]} and a {roles[1]} of one family"

@@ -59,9 +59,9 @@ class CacheHeader:
         return json.dumps(asdict(self))
 
     def differences(self, other: "CacheHeader") -> list[str]:
-        """Return the differences as "field: value, not the other's value"; the teacher's name does not count."""
+        """Return the differences as "field: value, not the expected one"; the teacher's name does not count."""
         pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self) if f.name != "teacher")
-        return [f"{name}: {ours!r}, not {theirs!r}" for name, ours, theirs in pairs if ours != theirs]
+        return [f"{name}: {value!r}, not {expected!r}" for name, value, expected in pairs if value != expected]
 
 
 class Shard(NamedTuple):

@@ -46,10 +46,10 @@ class Measurement:
         self.seconds += out.timings["total"] - out.timings["prefill"]
         for phase in PHASES:
             self.phases[phase] += out.timings[phase]
-        for mine, theirs in ((self.tested, out.tested), (self.matched, out.matched)):
-            mine.extend([0] * (len(theirs) - len(mine)))
-            for level, count in enumerate(theirs):
-                mine[level] += count
+        for total, counts in ((self.tested, out.tested), (self.matched, out.matched)):
+            total.extend([0] * (len(counts) - len(total)))
+            for level, count in enumerate(counts):
+                total[level] += count
         self.pass_sizes.update(out.pass_sizes)
         self.texts += out.new_tokens
 

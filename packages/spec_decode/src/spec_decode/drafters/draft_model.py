@@ -63,8 +63,8 @@ class DraftModel(TrainableDrafter, Autoregressive):
         """Make the stack, which starts from the target's first layers and its norm."""
         self.stack = nn.ModuleList(DecoderLayer(target.shape) for _ in range(self.layers))
         self.norm = RMSNorm(target.shape.hidden_size, target.shape.norm_eps)
-        for own, theirs in zip(self.stack, target.layers, strict=False):
-            own.load_state_dict(theirs.state_dict())
+        for layer, source in zip(self.stack, target.layers, strict=False):
+            layer.load_state_dict(source.state_dict())
         self.norm.load_state_dict(target.norm.state_dict())
 
     def level_states(self, tokens: Tensor, states: States) -> list[Tensor]:

@@ -63,8 +63,8 @@ class FastEagle(TrainableDrafter):
         self.norms = nn.ModuleList(RMSNorm(shape.hidden_size, shape.norm_eps) for _ in range(self.depth))
         self.links = nn.ModuleList(_Link(shape.hidden_size) for _ in range(self.depth - 1 if self.sequential else 0))
         if self.from_target:
-            for own, theirs in zip(reversed(self.layers), reversed(target.layers), strict=False):
-                own.load_state_dict(theirs.state_dict())
+            for layer, source in zip(reversed(self.layers), reversed(target.layers), strict=False):
+                layer.load_state_dict(source.state_dict())
             for norm in self.norms:
                 norm.load_state_dict(target.norm.state_dict())
             with torch.no_grad():

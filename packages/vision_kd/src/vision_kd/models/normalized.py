@@ -30,11 +30,12 @@ def check_class_names(what: str, known: Sequence[str], asked: Sequence[str]) -> 
     """
     if not known or not asked or tuple(known) == tuple(asked):
         return
-    theirs, ours = ([name for name in one if name not in set(other)] for one, other in ((known, asked), (asked, known)))
-    if theirs or ours:
+    extra = [name for name in known if name not in set(asked)]
+    missing = [name for name in asked if name not in set(known)]
+    if extra or missing:
         raise UserError(
-            f"{what} was trained on other classes than the data's {len(asked)}: only there {_first(theirs)}; only in "
-            f"the data {_first(ours)}. Take weights trained on these classes"
+            f"{what} was trained on other classes than the data's {len(asked)}: only there {_first(extra)}; only in "
+            f"the data {_first(missing)}. Take weights trained on these classes"
         )
     place = next(n for n, (one, other) in enumerate(zip(known, asked, strict=True)) if one != other)
     raise UserError(
