@@ -30,7 +30,7 @@ from llm_kd.data import read_rows, responses
 from llm_kd.selection.acceptance import TruncatedDistribution
 from llm_kd.teacher import CacheHeader, CacheWriter, TeacherCache
 from spec_decode.benchmark import checksum, read_results
-from spec_decode.data.corpus import Writing, encode_prompts, write_corpus
+from spec_decode.data.corpus import Writing, corpus, encode_prompts, write_corpus
 from spec_decode.data.features import DATA, PROGRESS, FeatureStore
 from spec_decode.data.prompts import read_prompts
 from spec_decode.drafters import FastEagle, load_drafter, save_drafter
@@ -208,16 +208,16 @@ def drafter_file(name):
     return make
 
 
-def corpus(tmp_path, target):
+def target_text(tmp_path, target):
     runner = CausalLM.from_transformers(load_causal_lm(str(target)))
-    path, asked = tmp_path / "text-0123.jsonl", [[5, 7, 9], [1, 2], [3, 8, 3, 8], [11]]
+    writing, asked = Writing(max_new_tokens=4, batch_size=2), [[5, 7, 9], [1, 2], [3, 8, 3, 8], [11]]
+    cache = corpus(tmp_path, runner, asked, writing, (257,))
 
-    def load():  # lines that are missing are written again
-        samples = write_corpus(path, runner, asked, Writing(max_new_tokens=4, batch_size=2), (257,), progress=False)
-        return [vars(sample) for sample in samples]
+    def load():
+        return [vars(sample) for sample in write_corpus(cache, runner, writing, (257,), progress=False)]
 
     load()
-    return Case(path, load)
+    return Case(cache.path, load)
 
 
 def feature_file(name):
@@ -292,7 +292,7 @@ CASES = {
     "prompts.jsonl": prompts,
     "drafter.json": drafter_file(CONFIG),
     "drafter weights": drafter_file(WEIGHTS),
-    "corpus": corpus,
+    "corpus": target_text,
     "features": feature_file(DATA),
     "progress of features": feature_file(PROGRESS),
     "COCO annotations": annotations,

@@ -17,7 +17,7 @@ from llm_kd.models.generation import Sampling
 from llm_kd.models.save import save_student as save_language_student
 from llm_kd.selection.acceptance import TruncatedDistribution
 from llm_kd.teacher import CacheHeader, CacheWriter, TeacherCache
-from spec_decode.data.corpus import Writing, write_corpus
+from spec_decode.data.corpus import Writing, corpus, write_corpus
 from spec_decode.data.features import FeatureStore
 from spec_decode.drafters import Eagle3, save_drafter
 from spec_decode.export import export as export_drafter
@@ -122,10 +122,9 @@ def test_what_is_replaced_stays_as_it_was(writer, tmp_path, target, full_disk):
 def texts(folder, target):
     runner = CausalLM.from_transformers(load_causal_lm(str(target)))
     asked = [[n % 50 + 1] * (5 + n) for n in range(12)]
-    path = folder / "text.jsonl"
-    return lambda: write_corpus(
-        path, runner, asked, Writing(max_new_tokens=30, batch_size=3), (257,), progress=False
-    ), path
+    writing = Writing(max_new_tokens=30, batch_size=3)
+    cache = corpus(folder, runner, asked, writing, (257,))
+    return lambda: write_corpus(cache, runner, writing, (257,), progress=False), cache.path.with_suffix(".partial")
 
 
 def features(folder, target):

@@ -11,20 +11,18 @@ from filelock import FileLock, Timeout
 
 from kd_common.hub import load_tokenizer
 from kd_common.text import Message, Row
-from spec_decode.data import datamodule
 from spec_decode.data import features as features_module
 from spec_decode.data.corpus import (
     Writing,
-    corpus_path,
+    as_samples,
+    corpus,
     encode_answers,
     encode_prompts,
-    read_corpus,
     write_corpus,
 )
 from spec_decode.data.datamodule import Sequences, StreamSampler, TargetText, collate
 from spec_decode.data.features import FeatureStore, split_states
 from spec_decode.data.prompts import read_answers, read_asked, read_prompts
-from spec_decode.decoding.decoder import SpeculativeDecoder
 from spec_decode.decoding.sampling import Sampling, row_seeds
 from spec_decode.models import CausalLM
 
@@ -33,55 +31,39 @@ WRITING = Writing(max_new_tokens=8, batch_size=2)
 
 
 def write(tiny, folder, prompts=PROMPTS, writing=WRITING, stops=(6,)):
-    path = corpus_path(folder, tiny.target, prompts, writing, stops)
-    return path, write_corpus(path, tiny.target, prompts, writing, stops, progress=False)
+    cache = corpus(folder, tiny.target, prompts, writing, stops)
+    return cache, write_corpus(cache, tiny.target, writing, stops, progress=False)
 
 
 # --- text ---
 
 
 def test_the_text_is_the_targets_own(tiny, tmp_path):
-    path, samples = write(tiny, tmp_path)
+    cache, samples = write(tiny, tmp_path)
     for prompt, sample in zip(PROMPTS, samples, strict=True):
         assert sample.tokens[: sample.answer_start] == prompt
         expected = tiny.plain(tiny.model, prompt, Sampling(0.0), row_seeds(0, 1)[0], 8, (6,))
         assert sample.tokens[sample.answer_start :] == expected
-    assert read_corpus(path) == dict(enumerate(samples))
+    assert as_samples(PROMPTS, cache.read()) == samples
 
 
-@pytest.mark.parametrize("cut", [1, 60, 300])
-def test_a_killed_writer_goes_on_where_it_was(tiny, tmp_path, monkeypatch, cut):
+def test_a_killed_writer_draws_what_it_would_have_drawn(tiny, tmp_path):
     sampled = Writing(max_new_tokens=8, temperature=1.0, batch_size=2)
-    path, samples = write(tiny, tmp_path, writing=sampled)
-    order = [2, 0, 1, 4, 3]  # longest prompt first
-    path.write_bytes(path.read_bytes()[:-cut])
-    kept = read_corpus(path)
-    assert len(kept) < 5
-    assert list(kept) == sorted(order[: len(kept)])
-    assert all(samples[i] == sample for i, sample in kept.items())
-    calls, generate = [], SpeculativeDecoder.generate
-
-    def counting(self, prompts, **settings):
-        calls.extend(prompts)
-        return generate(self, prompts, **settings)
-
-    monkeypatch.setattr(SpeculativeDecoder, "generate", counting)
+    cache, samples = write(tiny, tmp_path, writing=sampled)
+    lines = cache.path.read_bytes().splitlines(keepends=True)
+    cache.path.with_suffix(".partial").write_bytes(b"".join(lines[:3]) + lines[3][:20])
+    cache.path.unlink()
     assert write(tiny, tmp_path, writing=sampled)[1] == samples
-    assert calls == [PROMPTS[i] for i in order[len(kept) // 2 * 2 :]]  # whole batches, so that draws stay numbered
-    calls.clear()
-    assert write(tiny, tmp_path, writing=sampled)[1] == samples
-    assert calls == []
 
 
 def test_other_settings_are_another_file(tiny, tmp_path):
-    path, _ = write(tiny, tmp_path)
-    paths = {
-        path,
-        corpus_path(tmp_path, tiny.target, PROMPTS[:4], WRITING, (6,)),
-        corpus_path(tmp_path, tiny.target, PROMPTS, WRITING, (7,)),
-        corpus_path(tmp_path, tiny.target, PROMPTS, Writing(max_new_tokens=9, batch_size=2), (6,)),
-    }
-    assert len(paths) == 4
+    caches = [
+        corpus(tmp_path, tiny.target, PROMPTS, WRITING, (6,)),
+        corpus(tmp_path, tiny.target, PROMPTS[:4], WRITING, (6,)),
+        corpus(tmp_path, tiny.target, PROMPTS, WRITING, (7,)),
+        corpus(tmp_path, tiny.target, PROMPTS, Writing(max_new_tokens=9, batch_size=2), (6,)),
+    ]
+    assert len({cache.path for cache in caches}) == 4
 
 
 def test_prompts_become_turns_of_the_chat_template(byte_tokenizer):
@@ -287,17 +269,6 @@ def test_a_full_disk_is_refused_before_anything_is_written(tiny, texts, tmp_path
     assert not (tmp_path / "f").exists()
 
 
-def test_text_that_answers_the_prompts_in_another_order_or_without_checksums_is_refused(tiny, tmp_path):
-    path, samples = write(tiny, tmp_path)
-    lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join([*lines[:-1], lines[0]]))
-    with pytest.raises(ValueError, match=rf"{path} is damaged: it does not answer the prompts.*delete it"):
-        write(tiny, tmp_path)
-    path.write_text("".join(json.dumps({"prompt": n, **vars(sample)}) + "\n" for n, sample in enumerate(samples)))
-    with pytest.raises(ValueError, match=rf"{path}.*checksum"):
-        write(tiny, tmp_path)
-
-
 @pytest.mark.parametrize("size", [0, 100, None])
 def test_a_store_that_lost_its_states_is_refused_and_not_filled_with_zeros(tiny, texts, tmp_path, size):
     store = FeatureStore(tmp_path / "f", texts, 32)
@@ -360,12 +331,13 @@ def test_machines_that_share_a_cache_write_one_after_the_other(tiny, tmp_path, m
     monkeypatch.setattr(data, "encoded", PROMPTS)
     monkeypatch.setattr(data, "_target", [tiny.target])
 
-    def locked(path, *args, **kwargs):
-        with pytest.raises(Timeout), FileLock(f"{path}.lock", timeout=0):
+    def locked(store, *args, **kwargs):
+        with pytest.raises(Timeout), FileLock(f"{store.folder}.lock", timeout=0):
             pass
-        return write_corpus(path, *args, **kwargs)
+        return write_features(store, *args, **kwargs)
 
-    monkeypatch.setattr(datamodule, "write_corpus", locked)
+    write_features = FeatureStore.write
+    monkeypatch.setattr(FeatureStore, "write", locked)
     data.progress = False
     data.prepare_data()
     assert [s.tokens[: s.answer_start] for s in data.samples] == PROMPTS
@@ -386,7 +358,7 @@ def test_a_cache_that_holds_everything_is_not_written(tiny, tmp_path, monkeypatc
         data.setup()
         samples.append(data.samples)
     assert samples[0] == samples[1]
-    data._corpus.write_bytes(b"")
+    data._corpus.path.unlink()
     with pytest.raises(TypeError):
         data.prepare_data()  # what is missing is written under the lock
 

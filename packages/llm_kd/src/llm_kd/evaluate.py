@@ -224,7 +224,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         for is left out.
 
     Raises:
-        CacheError, EncodingError, UserError, ResponsesError, RowsError: From the data.
+        CacheError, EncodingError, UserError, RowsError: From the data.
         ModelNotFoundError: If there is no such model.
         UserError: If the harness is asked for and not installed.
         UserError: For settings that cannot be used.

@@ -178,7 +178,7 @@ class TextDataModule(LightningDataModule):
             progress_bar: Show one while writing.
 
         Raises:
-            UserError, RowsError, EncodingError, ResponsesError: From data or cache.
+            UserError, RowsError, EncodingError: From data or cache.
         """
         if self.responses == "dataset":
             return

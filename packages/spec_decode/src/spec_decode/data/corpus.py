@@ -1,22 +1,12 @@
-"""Text that the target itself wrote: generated in batches on the step runner, resumable, cached.
+"""Text that the target itself wrote, on the step runner, or that a file holds."""
 
-A corpus is a JSONL file with one line per prompt; a line is complete or absent. The longest prompt comes first, so that
-the prompts of a batch are about equally long. The file's name is a digest of all that determines the text: changed
-settings never meet old text.
-"""
-
-import hashlib
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tqdm import tqdm
-
 from kd_common.errors import UserError
-from kd_common.files import checksummed_line, complete_lines, naming, read_checksummed_line
-from kd_common.text import ChatEncoder, EncodingError, Message, Row, encode_each
+from kd_common.text import AnswerCache, ChatEncoder, EncodingError, Message, Row, encode_each
 from spec_decode.data.prompts import Answer
 from spec_decode.decoding.decoder import SpeculativeDecoder
 from spec_decode.decoding.sampling import Sampling
@@ -65,98 +55,49 @@ class Sample:
     answer_start: int
 
 
-def corpus_path(
+def corpus(
     folder: Path, target: CausalLM, prompts: Sequence[Sequence[int]], writing: Writing, stops: Sequence[int]
-) -> Path:
-    """File of the corpus that these settings determine."""
+) -> AnswerCache:
+    """The target's answers as these settings determine them."""
     weights = (target.fingerprint(target.dtype), str(target.dtype))
-    content = json.dumps([*weights, list(map(list, prompts)), asdict(writing), [*stops]])
-    return folder / f"text-{hashlib.sha256(content.encode()).hexdigest()[:16]}.jsonl"
-
-
-def _samples(lines: Iterable[bytes], path: Path) -> dict[int, Sample]:
-    samples = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = read_checksummed_line(line)
-            tokens, start = record["tokens"], record["answer_start"]
-            if not isinstance(tokens, list) or not isinstance(start, int):
-                raise ValueError(f"tokens {tokens!r:.50}, answer_start {start!r:.50}")
-            samples[record["prompt"]] = Sample(tokens, start)
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}, line {number}: damaged ({error}); delete it to write the text again") from error
-    return samples
-
-
-def read_corpus(path: Path) -> dict[int, Sample]:
-    """Samples by the index of their prompt, in this order.
-
-    Raises:
-        ValueError: If a line is damaged.
-    """
-    return dict(sorted(_samples(complete_lines(path), path).items()))
+    settings = {"weights": weights, "writing": asdict(writing), "stops": [*stops]}
+    return AnswerCache(folder, "text", settings, prompts, writing.batch_size)
 
 
 def write_corpus(
-    path: Path,
-    target: CausalLM,
-    prompts: Sequence[Sequence[int]],
-    writing: Writing,
-    stops: Sequence[int],
-    *,
-    progress: bool = True,
+    cache: AnswerCache, target: CausalLM, writing: Writing, stops: Sequence[int], *, progress: bool = True
 ) -> list[Sample]:
-    """Let the target answer the prompts that have no line yet; returns all samples, in the order of the prompts.
+    """Let the target answer the prompts that are not answered yet; returns all samples, in the order of the prompts.
 
     Args:
-        path: File from `corpus_path`.
+        cache: What `corpus` returned for these settings.
         target: Target, on the device to generate on.
-        prompts: Prompts as token ids.
         writing: How to write.
         stops: Tokens that end an answer.
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: If a line is damaged.
+        UserError: If a line is damaged.
         OSError: If it cannot be written; what is complete stays and is continued.
     """
-    lines = complete_lines(path)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
-    done = _samples(lines, path)
-    if list(done) != order[: len(lines)] or any(
-        s.tokens[: s.answer_start] != list(prompts[i]) for i, s in done.items()
-    ):
-        raise UserError(
-            f"{path} is damaged: it does not answer the prompts in order; delete it to write the text again"
-        )
-    if len(lines) == len(prompts):
-        return [done[i] for i in range(len(prompts))]
-    # Only whole batches are kept: the draws of a batch are numbered from its start.
-    lines = lines[: len(lines) // writing.batch_size * writing.batch_size]
-    done = {i: done[i] for i in order[: len(lines)]}
-    path.parent.mkdir(parents=True, exist_ok=True)
     decoder = SpeculativeDecoder(target)
-    bar = tqdm(total=len(prompts), initial=len(done), desc="target writes", unit="answer", disable=not progress)
-    advice = "the answers before are complete; start again to go on from there"
-    with naming(path, advice), path.open("r+b" if path.exists() else "wb") as file, bar:
-        file.truncate(file.seek(sum(map(len, lines))))
-        for start in range(len(done), len(prompts), writing.batch_size):
-            batch = order[start : start + writing.batch_size]
-            out = decoder.generate(
-                [prompts[i] for i in batch],
-                max_new_tokens=writing.max_new_tokens,
-                temperature=writing.temperature,
-                top_p=writing.top_p,
-                seed=writing.seed + start,
-                stop_tokens=stops,
-            )
-            answers = zip(batch, out.new_tokens, strict=True)
-            samples = {i: Sample([*prompts[i], *new], len(prompts[i])) for i, new in answers}
-            file.write(b"".join(checksummed_line({"prompt": i, **asdict(s)}) for i, s in samples.items()))
-            file.flush()
-            done |= samples
-            bar.update(len(samples))
-    return [done[i] for i in range(len(prompts))]
+
+    def write_batch(asked: list[list[int]], start: int) -> list[list[int]]:
+        return decoder.generate(
+            asked,
+            max_new_tokens=writing.max_new_tokens,
+            temperature=writing.temperature,
+            top_p=writing.top_p,
+            seed=writing.seed + start,
+            stop_tokens=stops,
+        ).new_tokens
+
+    return as_samples(cache.prompts, cache.write(write_batch, "the target's text", progress=progress))
+
+
+def as_samples(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[Sample]:
+    """Prompts with their answers behind them."""
+    return [Sample([*prompt, *answer], len(prompt)) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
 def encode_prompts(

@@ -15,14 +15,14 @@ from kd_common.errors import UserError
 from kd_common.files import cache_root, locked
 from kd_common.run.loading import WorkerLoader
 from kd_common.run.messages import check_batch_size
-from kd_common.text import Row
+from kd_common.text import AnswerCache, Row
 from spec_decode.data.corpus import (
     Sample,
     Writing,
-    corpus_path,
+    as_samples,
+    corpus,
     encode_answers,
     encode_prompts,
-    read_corpus,
     write_corpus,
 )
 from spec_decode.data.features import FeatureStore, split_states
@@ -257,14 +257,14 @@ class TargetText(LightningDataModule):
         return self.encoded[-self.val_prompts :]
 
     @property
-    def _corpus(self) -> Path:
+    def _corpus(self) -> AnswerCache:
         read, how = (self.encoded, self.writing)
         if self.answers is not None:  # how the target would have written them does not matter
             read, how = [sample.tokens for sample in self.samples], Writing()
-        return corpus_path(cache_root() / "spec_decode", self.target, read, how, self.stops)
+        return corpus(cache_root() / "spec_decode", self.target, read, how, self.stops)
 
     def _store(self) -> FeatureStore:
-        folder = self._corpus.with_suffix("")
+        folder = self._corpus.path.with_suffix("")
         return FeatureStore(folder, [s.tokens for s in self.samples], self.target.shape.hidden_size)
 
     def prepare_data(self) -> None:
@@ -279,14 +279,11 @@ class TargetText(LightningDataModule):
             self.target.to(self.trainer.strategy.root_device)
         if self._stored():
             return
-        path = self._corpus
-        with locked(path, "the target's text"):
-            if self.answers is None:
-                self.samples = write_corpus(
-                    path, self.target, self.encoded, self.writing, self.stops, progress=self.progress
-                )
-            if self.features == "cached":
-                store = self._store()
+        if self.answers is None:
+            self.samples = write_corpus(self._corpus, self.target, self.writing, self.stops, progress=self.progress)
+        if self.features == "cached":
+            store = self._store()
+            with locked(store.folder, "the target's features"):
                 if store.done < len(self.samples):
                     rank_zero_info(f"Feature cache: {store.size / 1e9:.2f} GB in {store.folder}")
                 store.write(self.target, progress=self.progress)
@@ -301,7 +298,7 @@ class TargetText(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Read the text that the target wrote."""
         if self.answers is None:
-            self.samples = list(read_corpus(self._corpus).values())
+            self.samples = as_samples(self.encoded, found) if (found := self._corpus.read()) is not None else []
 
     def token_counts(self) -> Tensor:
         """Occurrences of every token in the training answers, int64 of shape (V,)."""
