@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +82,9 @@ def write_responses(
 
     name = Path(model.config.name_or_path).name or "model"
     cache = AnswerCache(cache_root() / "responses", name, settings, prompts, batch_size)
-    decode = partial(tokenizer.decode, skip_special_tokens=True)
+
+    def decode(tokens: list[int]) -> str:
+        return str(tokenizer.decode(tokens, skip_special_tokens=True))
+
     found = cache.write(write_batch, "the teacher's responses", reuse=True, decode=decode, progress=progress_bar)
-    return [Response(tokens, str(decode(tokens))) for tokens in found]
+    return [Response(tokens, decode(tokens)) for tokens in found]
