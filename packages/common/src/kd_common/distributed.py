@@ -57,12 +57,12 @@ def batchnorm_buffers(module: nn.Module) -> dict[str, Tensor]:
 def average_batchnorm_buffers(module: nn.Module) -> None:
     """Replace the running means and variances of all BatchNorm layers by their mean over the ranks.
 
-    Under Lightning's manual optimisation DDP broadcasts buffers on the first step only, so the running statistics
-    of the ranks drift apart; call this before validation and before a checkpoint. `num_batches_tracked` counts
-    the same steps on every rank and stays. Does nothing in a single process.
+    Under Lightning's manual optimisation DDP broadcasts buffers on the first step only, so the statistics of the ranks
+    drift apart. Call this before validation and before a checkpoint. `num_batches_tracked` counts the same steps on
+    every rank and stays. A single process does nothing.
 
     Args:
-        module: Network whose buffers are changed in place; every rank must call this.
+        module: Network to change in place; every rank must call this.
     """
     buffers = [
         buffer

@@ -23,19 +23,19 @@ CHECKSUM = "crc32"
 
 
 def cache_root() -> Path:
-    """Return the folder of what is made once and kept: `$KD_CACHE`, else `~/.cache/kd`."""
+    """Return the cache folder: `$KD_CACHE`, else `~/.cache/kd`."""
     return Path(os.environ.get("KD_CACHE") or "~/.cache/kd").expanduser()
 
 
 @contextmanager
 def locked(path: Path, what: str, variable: str = "KD_CACHE") -> Iterator[None]:
-    """Let one process at a time make what is kept at a path; one that has to wait says so.
+    """Let one process at a time create a cached file or folder; a waiting process logs that it waits.
 
-    What is complete needs no lock: a caller looks for it first, so that a read-only folder which holds it serves it.
+    A finished entry needs no lock. Callers look for it first, so that a read-only cache works.
 
     Args:
-        path: File or folder that is made; the lock is a file beside it.
-        what: What it is, for the messages, such as "the teacher resnet20".
+        path: File or folder to create; the lock file stands next to it.
+        what: Description for the messages, such as "the teacher resnet20".
         variable: Environment variable that names another place, for the message.
 
     Raises:
@@ -64,11 +64,11 @@ def locked(path: Path, what: str, variable: str = "KD_CACHE") -> Iterator[None]:
 
 @contextmanager
 def naming(path: Path, advice: str) -> Iterator[None]:
-    """Let errors of the disk name the file: what the system says of a failed write does not.
+    """Add the file's name to errors of the disk, which the system leaves out for failed writes.
 
     Args:
         path: The file that is written inside.
-        advice: What its state is and what to do, for the message.
+        advice: State of the file and remedy, for the message.
 
     Raises:
         OSError: As raised inside, with the file's name and the advice.
@@ -82,7 +82,7 @@ def naming(path: Path, advice: str) -> Iterator[None]:
 
 
 def write_temporary(path: Path, content: str | bytes | memoryview, partial: Path) -> None:
-    """Write what is to become a file beside it, down to the disk.
+    """Write the temporary file that will replace a file, and flush it to the disk.
 
     Args:
         path: The file, for the message.
@@ -98,7 +98,7 @@ def write_temporary(path: Path, content: str | bytes | memoryview, partial: Path
             file.flush()
             os.fsync(file.fileno())
     except OSError:
-        # What stands in the way may be no file.
+        # The path may be taken by something other than a file.
         if partial.is_file() or partial.is_symlink():
             partial.unlink()
         raise
@@ -154,7 +154,7 @@ def replacing_stopped(folder: Path) -> bool:
 
 
 def finish_replacing(folder: Path) -> None:
-    """End what a killed program left in `replace_folder`; does nothing else."""
+    """Finish a replacement that a killed program left in `replace_folder`; do nothing otherwise."""
     if replacing_stopped(folder):
         partial, old = staging_paths(folder)
         partial.rename(folder)
@@ -166,7 +166,7 @@ def read_json(path: Path, hint: str) -> dict[str, Any]:
 
     Args:
         path: The file.
-        hint: What to do about a damaged one, for the message.
+        hint: Remedy for a damaged file, for the message.
 
     Raises:
         UserError: It is not one JSON object in UTF-8; the message names the file and the hint.

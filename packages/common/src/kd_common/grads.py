@@ -53,8 +53,8 @@ def output_gradients(
 
     Args:
         components: Loss per component, per sample with shape (N,) or already reduced with shape ().
-        outputs: Detached outputs of the network that require a gradient and from which the losses were computed,
-            so that no pass through the network is paid here.
+        outputs: Detached outputs that require a gradient and from which the losses were computed; no pass through the
+            network takes place.
 
     Returns:
         One gradient per output and component, in the shape of the output; None where the loss does not use it.
@@ -105,18 +105,21 @@ def component_gradients(
 ) -> dict[str, list[Tensor | None]]:
     """Return the gradient of every component with respect to the parameters.
 
-    Costs one backward pass per entry that has a gradient; merge entries that share a momentum first. Frees the
-    graph. Plain parameters: `.grad` is neither read nor written, and the gradients are those of this rank, so
-    follow with `all_reduce_mean`. The forward pass must not have armed DDP's own reduction: it has not under
-    Lightning's manual optimisation; with a bare `DistributedDataParallel` run it inside `no_sync()`.
-    FSDP2 parameters: `torch.autograd.grad` cannot reach them, so every pass runs `torch.autograd.backward` and
-    takes `.grad` away; the gradients are DTensors, already averaged over the ranks.
+    This costs one backward pass per entry that has a gradient, so merge entries that share a momentum first. It frees
+    the graph.
+
+    Plain parameters: `.grad` is neither read nor written. The gradients belong to this rank, so follow with
+    `all_reduce_mean`. The forward pass must not have armed DDP's own reduction. Lightning's manual optimisation does
+    not arm it; with a bare `DistributedDataParallel` run the forward pass inside `no_sync()`.
+
+    FSDP2 parameters: `torch.autograd.grad` cannot reach them. Every pass runs `torch.autograd.backward` and takes
+    `.grad` away. The gradients are DTensors, already averaged over the ranks.
 
     Args:
         outputs: Outputs of the network, attached to its graph.
         output_grads: Per component one gradient per output, in the shape of the output, or None.
-        params: Parameters; under FSDP2 all those of the optimizer, as every pass fills them all and the module lists
-            gathered parameters between forward and backward.
+        params: Parameters. Under FSDP2 pass all parameters of the optimizer: every pass fills them all, and the module
+            lists gathered parameters between forward and backward.
 
     Returns:
         Gradients per component, aligned with `params`; None for frozen parameters and for those the component
@@ -208,8 +211,8 @@ def accumulate(
 def clip_components(components: Mapping[str, Gradients], max_norm: float) -> Tensor:
     """Return the L2 norm of the summed gradient; scales all components in place so that it is at most `max_norm`.
 
-    One common factor keeps the components' proportions, so the sum is clipped as
-    `torch.nn.utils.clip_grad_norm_` clips the gradient of a plain loss (with the same 1e-6 in the denominator).
+    One common factor keeps the components' proportions. It clips the sum as `torch.nn.utils.clip_grad_norm_` clips the
+    gradient of a plain loss, with the same 1e-6 in the denominator.
 
     Args:
         components: Gradients per component, changed in place.

@@ -62,8 +62,8 @@ class GradientSNR:
         """Add one sample to each component given; the gradients are read, never kept.
 
         Args:
-            gradients: Per component a gradient or a sequence of them, with the same shapes in every call. None stands
-                for zeros, from the second sample of the component on.
+            gradients: A gradient or a sequence of gradients per component, with the same shapes in every call. None
+                counts as zeros, from the component's second sample on.
 
         Raises:
             ValueError: If a component is empty, its shapes change, or its first sample contains None.
@@ -86,7 +86,7 @@ class GradientSNR:
         if known is not None and any(g.shape != m.shape for g, m in zip(tensors, known.mean, strict=True)):
             raise ValueError(f"the gradients of component {name!r} changed shape; call reset() for a new model")
         moments = self._moments.setdefault(name, known or _Moments.zeros_like(tensors))
-        # Loaded statistics lie where the checkpoint was mapped to; the gradients show where they belong.
+        # Loaded statistics are on the checkpoint's device; the gradients show the right one.
         moments.mean = [m.to(g.device) for m, g in zip(moments.mean, tensors, strict=True)]
         moments.variance = [v.to(g.device) for v, g in zip(moments.variance, tensors, strict=True)]
         moments.add(tensors)

@@ -18,8 +18,8 @@ def suggest(name: str, names: Iterable[str]) -> str:
     """Close matches of a misspelt name, compared without regard to case.
 
     Args:
-        name: What the user wrote.
-        names: What exists.
+        name: Name as written by the user.
+        names: Existing names.
 
     Returns:
         "; did you mean a, b?" with at most three names, or the empty string when nothing is close.
@@ -36,7 +36,7 @@ def subclasses(base: type[T]) -> dict[str, type[T]]:
         base: A class, itself among the result unless it is abstract.
 
     Returns:
-        The classes by name, in alphabetical order, without abstract ones and those whose name starts with "_".
+        The classes by name in alphabetical order, without abstract ones and names that start with "_".
     """
     found = {} if inspect.isabstract(base) or base.__name__.startswith("_") else {base.__name__: base}
     for derived in base.__subclasses__():
@@ -48,7 +48,7 @@ class Registry(Generic[T]):
     """An exact-key table that decorated classes and functions enter themselves.
 
     Args:
-        kind: What the entries are ("model", "method"); used in messages.
+        kind: Kind of the entries ("model", "method"), for messages.
     """
 
     def __init__(self, kind: str) -> None:

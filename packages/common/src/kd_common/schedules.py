@@ -24,8 +24,9 @@ class TopKSchedule:
         total_steps: Length of training in steps; steps beyond it (or below 0) count as its end (or start).
         k_start: First k: a float is a fraction of C in (0, 1], rounded and kept in [1, C - 1]; an int is a count.
         k_opt: K of the transition phase, given like k_start and not below it.
-        phase_ends: Shares of training in (0, 1], strictly increasing: the ends of the easy and the transition phase,
-            and optionally the point where k reaches C - 1 (then held); without it that is the end of training.
+        phase_ends: Two or three strictly increasing shares of training in (0, 1]: the ends of the easy and the
+            transition phase, and the point where k reaches C - 1. Without the third, k reaches C - 1 at the end of
+            training.
 
     Raises:
         UserError: If a setting is out of its range.

@@ -2,7 +2,7 @@
 
 import re
 
-# All but tab and line ends, also the eight-bit controls, what turns the direction of writing, and half characters.
+# All but tab and line ends, the eight-bit controls, marks of writing direction, and half surrogate pairs.
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]|\r(?!\n)")
 
 

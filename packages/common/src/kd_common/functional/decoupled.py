@@ -34,9 +34,9 @@ def decoupled_kl(
 ) -> tuple[Tensor, Tensor]:
     """Return the target-class and non-target-class parts of forward KL: KL(p || q) = TCKD + (1 - p_target) * NCKD.
 
-    TCKD is the KL divergence of the binary distributions (target, rest). NCKD is that of the non-target classes
-    renormalised among themselves; a class mask restricts both its softmaxes to the surviving classes and leaves TCKD
-    alone. There is no hidden T^2 factor.
+    TCKD is the KL divergence of the binary distributions (target, rest). NCKD is the KL divergence of the non-target
+    classes, renormalised among themselves. A class mask restricts both softmaxes of NCKD to the surviving classes and
+    leaves TCKD alone. There is no hidden T^2 factor.
 
     Args:
         student_logits: Student logits of shape (..., V).

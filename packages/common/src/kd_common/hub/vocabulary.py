@@ -13,8 +13,8 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
 
     This is the largest token id + 1. The rows beyond it are padding.
 
-    Not the number of tokens, `len(tokenizer)`: ids may have holes (tokens removed, or added behind a reserved block),
-    and the last tokens, often those that end a turn, would then be taken for padding.
+    The number of tokens, `len(tokenizer)`, would be wrong. Ids may have holes, as tokens were removed or added behind a
+    reserved block. The last tokens, often those that end a turn, would then count as padding.
     """
     return max(tokenizer.get_vocab().values()) + 1
 
@@ -34,7 +34,7 @@ def shared_vocabulary(
         student: The student's tokenizer.
         teacher_config: Configuration of the teacher, with `vocab_size`.
         student_config: Configuration of the student.
-        roles: What the two models are called in messages.
+        roles: Names of the two models in messages.
 
     Raises:
         UserError: If a token has different ids in the two tokenizers, or a model has fewer rows than tokens.
@@ -61,8 +61,8 @@ def end_tokens(tokenizer: Any, *settings: Any) -> tuple[int, ...]:
 
     Args:
         tokenizer: Its end of text counts, and the special token by which its chat template closes an answer.
-        settings: Configurations (`config.json`, `generation_config.json`) whose `eos_token_id` counts, too: a
-            number, a list of numbers or nothing.
+        settings: Configurations (`config.json`, `generation_config.json`) whose `eos_token_id` also counts: a number, a
+            list of numbers or nothing.
 
     Raises:
         UserError: If a configuration names something else, or the template does not end.

@@ -43,7 +43,7 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class ModelFilesError(UserError):
-    """A model's folder whose files are damaged, would run code, or do not fit; the message names it."""
+    """A model's folder is damaged, would run code, or does not fit; the message names it."""
 
 
 class StoredWeights(NamedTuple):
@@ -59,12 +59,12 @@ class StoredWeights(NamedTuple):
 
     @property
     def wrapped(self) -> bool:
-        """Whether names carry what a wrapper puts into them."""
+        """Whether the tensors' names contain parts that a wrapper adds."""
         return any(re.search(WRAPPER, name) for name in self.files)
 
 
 def check_no_adapter(folder: Path) -> None:
-    """Refuse the folder of an adapter, which peft writes; transformers reads it as a model or not, as it happens.
+    """Raise for the folder of an adapter, as peft writes it; transformers may or may not read it as a model.
 
     Raises:
         ModelFilesError: Naming the base model and how to merge the adapter into it.
@@ -89,7 +89,7 @@ def stored_weights(folder: Path) -> StoredWeights:
 
     Raises:
         ModelFilesError: If a shard is missing or left over, a tensor is stored twice, complex or without values, or the
-            folder holds two sets of weights with other values.
+            folder holds two different sets of weights.
     """
     found = [name for name in WEIGHTS if (folder / name).is_file()]
     if not found:
@@ -117,13 +117,13 @@ def stored_weights(folder: Path) -> StoredWeights:
 
 
 def check_whole(name: str, model: Any, report: Mapping[str, Any], stored: StoredWeights) -> None:
-    """Refuse a model that is not made of exactly the tensors that were stored.
+    """Raise unless a model is made of exactly the stored tensors.
 
     Args:
         name: The model's, for the message.
-        model: What transformers made.
-        report: What it says of the loading (`output_loading_info`), with tensors of other shapes left out.
-        stored: What the files hold; may be empty if that is not known.
+        model: Model as loaded by transformers.
+        report: Its loading report (`output_loading_info`), without tensors of other shapes.
+        stored: Tensors in the files; empty if they are not known.
 
     Raises:
         ModelFilesError: Listing tensors that are missing, left over, of another shape or type, or not finite.
@@ -150,7 +150,7 @@ def check_whole(name: str, model: Any, report: Mapping[str, Any], stored: Stored
 
 def not_finite(state: Mapping[str, Any]) -> list[str]:
     """Return the names of tensors that hold NaN or infinity; takes about a second for a billion numbers."""
-    # The extremes cost a tenth of what a look at every entry costs; NaN is both.
+    # The extremes cost a tenth of a look at every entry; both are NaN if any entry is.
     extremes = {
         name: torch.stack(tensor.aminmax())
         for name, tensor in state.items()
@@ -245,7 +245,7 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
 
 
 def _first_difference(first: Mapping[str, Path], second: Mapping[str, Path]) -> str | None:
-    """Return a tensor whose shape or first row differs between two sets of files; None if none does."""
+    """Return the name of a tensor whose shape or first row differs between two sets of files; None if all agree."""
     ones, others = _samples(first), _samples(second)
     for name in sorted(ones.keys() & others.keys()) or [next(iter(others), "every tensor")]:
         (shape, one), (shape_, other) = (samples.get(name, ((), torch.empty(0))) for samples in (ones, others))

@@ -16,10 +16,10 @@ from kd_common.optim.base import ComponentOptimizer
 class DecoupledAdamW(ComponentOptimizer):
     """AdamW with a first moment and a beta1 per component, and one second moment of the summed gradient.
 
-    `m_c <- b_c m_c + (1 - b_c) g_c`, `v <- beta2 v + (1 - beta2) (sum_c g_c)^2`, then
-    `theta <- (1 - lr wd) theta - lr sum_c mhat_c / (sqrt(vhat) + eps)`; every moment has its own bias correction,
-    which counts the steps in which it had a gradient. Equals `torch.optim.AdamW` on the summed gradient when all beta1
-    are equal. Cost of a step: one backward pass and one buffer per distinct beta1, plus one buffer.
+    One step computes `m_c <- b_c m_c + (1 - b_c) g_c` and `v <- beta2 v + (1 - beta2) (sum_c g_c)^2`, then `theta <- (1
+    - lr wd) theta - lr sum_c mhat_c / (sqrt(vhat) + eps)`. Every moment has its own bias correction, which counts the
+    steps with a gradient. With equal beta1 it equals `torch.optim.AdamW` on the summed gradient. A step costs one
+    backward pass and one buffer per distinct beta1, plus one buffer.
 
     Args:
         params: Parameters or parameter groups with their own lr and weight_decay.

@@ -42,8 +42,8 @@ class ComponentOptimizer(Optimizer):
         defaults: Settings of the groups, among them `coefficient`.
 
     Raises:
-        ValueError: If a coefficient is outside [0, 1), a component name contains "+", lr or weight_decay is
-            negative, or a group brings a setting that all groups share.
+        ValueError: If a coefficient is outside [0, 1), a component name contains "+", lr or weight_decay is negative,
+            or a group brings a shared setting.
     """
 
     coefficient: ClassVar[str]
@@ -78,7 +78,7 @@ class ComponentOptimizer(Optimizer):
 
     @property
     def gradient_components(self) -> frozenset[str]:
-        """Components whose gradient `step` asks for."""
+        """Components for which `step` requires a gradient."""
         return frozenset(self.param_groups[0][self.coefficient])
 
     @torch.no_grad()

@@ -21,8 +21,8 @@ def deepkd_momenta(
     Args:
         base_momentum: Momentum mu of the baseline, in [0, 1).
         delta: Distance d from it; one number, or one for each of "task", "target" and "nontarget".
-        preset: "paper": mu + d, mu - d, mu + d. "released": mu - d_target, mu - d_target, mu + d_nontarget, as in the
-            published optimizer, whose task buffer decays with the target's momentum.
+        preset: "paper" uses mu + d, mu - d, mu + d. "released" uses mu - d_target, mu - d_target, mu + d_nontarget, as
+            in the published optimizer: its task buffer decays with the target's momentum.
 
     Returns:
         Momentum per component; extend it for further components.
@@ -79,9 +79,8 @@ def deepkd_sgd(
         weight_decay: L2 coefficient, >= 0.
         decay_component: Component that carries the weight decay; None for the preset's own: "weight_decay" in the
             paper's, "target" in the released one.
-        components: Those of "task", "target" and "nontarget" that the loss has.
-        aliases: Further components, each with the name of the one whose momentum it takes, as
-            `{"relation": "nontarget"}`.
+        components: Components of the loss among "task", "target" and "nontarget".
+        aliases: Further components, each with the component that has its momentum, as in `{"relation": "nontarget"}`.
 
     Returns:
         The optimizer; `DecoupledSGD.step` takes the gradients of `components` and `aliases`.

@@ -21,9 +21,9 @@ class DecoupledSGD(ComponentOptimizer):
     when all momenta are equal. Components that share a momentum share a buffer, see `ComponentOptimizer`. Cost of a
     step: one backward pass and one buffer per distinct momentum.
 
-    Weight decay adds `weight_decay * theta` to the gradient of one component, at every parameter that is touched
-    by any component. A component named "weight_decay" consists of it alone: `step` takes no gradient for it, and it
-    rests in groups whose weight_decay is 0.
+    Weight decay adds `weight_decay * theta` to the gradient of one component, at every parameter with a gradient in any
+    component. A component named "weight_decay" consists of the decay alone: `step` takes no gradient for it. It is
+    inactive in groups whose weight_decay is 0.
 
     Args:
         params: Parameters or parameter groups with their own lr and weight_decay.
@@ -81,7 +81,7 @@ class DecoupledSGD(ComponentOptimizer):
 
     @property
     def gradient_components(self) -> frozenset[str]:
-        """Components whose gradient `step` asks for: all but "weight_decay"."""
+        """Components for which `step` requires a gradient: all but "weight_decay"."""
         return super().gradient_components - {WEIGHT_DECAY}
 
     def _update(self, group: dict[str, Any], params: list[Tensor], gradients: dict[str, list[Tensor | None]]) -> None:

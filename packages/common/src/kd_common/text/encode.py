@@ -35,13 +35,13 @@ class Encoded:
 class ChatEncoder:
     """Tokens of conversations.
 
-    An answer is what the template writes behind the prompt that a model would answer, up to the token that closes the
-    turn. It must hold the text as it stands in the file, but for white space around it, which templates may cut. The
-    text is found by marking its end and rendering once more. Where a template rewrites the last answer, the text
-    follows its prompt as it is; a row with another answer that is rewritten is refused.
+    An answer is the text that the template writes behind the prompt, up to the token that closes the turn. It must hold
+    the file's text unchanged; templates may cut white space around it. The text is located by marking its end and
+    rendering once more. If the template rewrites the last answer, the given text follows the prompt instead. A row in
+    which another answer is rewritten raises `EncodingError`.
 
-    Where a token would span the place at which an answer starts, the text is cut there: a generation starts behind the
-    tokens of its prompt. Special tokens in the texts of the user, of tools and of the system are encoded as text.
+    If a token would span the start of an answer, the text is cut there, as a generation starts behind the tokens of its
+    prompt. Special tokens in the texts of user, tools and system are encoded as text.
 
     Args:
         tokenizer: Tokenizer, with or without a chat template.
@@ -70,7 +70,7 @@ class ChatEncoder:
             check_template(self._template(), self._apply, tokenizer.name_or_path)
         except ValueError as error:
             raise EncodingError(str(error)) from error
-        self._frames: dict[tuple[str, str], None] = {}  # what was found to stand before and behind answers
+        self._frames: dict[tuple[str, str], None] = {}  # texts that were found before and behind answers
         self._written: set[tuple[str, ...]] = set()  # roles of conversations of which all turns were found written
         self.closing_id = self._find_closing()
         self._ends = [str(tokenizer.convert_ids_to_tokens(number)) for number in self.eos_ids]
@@ -87,7 +87,7 @@ class ChatEncoder:
         """Return the tokens of a conversation before its last answer, with the generation prompt.
 
         Raises:
-            EncodingError: If the template refuses the conversation, or leaves out a part of it.
+            EncodingError: If the template rejects the conversation or leaves out a part of it.
         """
         row = self._safe(row)
         turns = self._turns(row.messages[:-1] if row.answered else row.messages, row)
@@ -119,11 +119,11 @@ class ChatEncoder:
         return Encoded(ids, [(*span, row.messages[place].content) for span, place in zip(spans, learnt, strict=True)])
 
     def check_learnable(self) -> None:
-        """Refuse a template whose answers cannot be learnt from.
+        """Raise for a template whose answers cannot be learnt from.
 
         Raises:
-            EncodingError: If it closes an assistant's turn with no special token, so that a student could not learn to
-                stop, or does not open one in a prompt, so that its opening would be learnt.
+            EncodingError: If the template closes an assistant's turn with no special token, so that a student could not
+                learn to stop, or does not open the turn in a prompt, so that its opening would be learnt.
         """
         answered = self._render(PROBE, self._probe, prompt=False)
         if self.closing_id is None:
@@ -186,13 +186,13 @@ class ChatEncoder:
         if behind := [start for start in starts if start >= len(before)]:
             if not turns[place].keys() - {"role", "content"} and len(self._frames) < FRAMES:
                 self._frames[text[len(before) : behind[0]], close] = None
-        # The prompt may open the answer, as one that ends with <think> does.
+        # The prompt may open the answer, as a prompt that ends with <think> does.
         elif not starts or max(starts) < len(self._render(turns[:place], row, prompt=False)) or stop < len(before):
             return None
         return stop + len(close)
 
     def _composed(self, turns: Turns, before: str, row: Row) -> str:
-        """Return a conversation whose last answer the template rewrites, with that answer as it is given."""
+        """Return a conversation whose rewritten last answer is replaced by the given one."""
         place, content = len(turns) - 1, turns[-1]["content"]
         head, found, tail = self._render(_with(turns, place, MARK), row, prompt=False).partition(MARK)
         if not found or MARK in tail or turns[place].keys() - {"role", "content"}:
@@ -221,7 +221,7 @@ class ChatEncoder:
         return sum(min(found))
 
     def _check_written(self, turns: Turns, text: str, row: Row) -> None:
-        """Refuse a rendering that lacks what the user, a tool or the system said, or what the row holds besides."""
+        """Raise for a rendering that lacks text of the user, a tool or the system, or other content of the row."""
         roles = (*(turn["role"] for turn in turns), *row.more)
         known = roles in self._written  # else a short text may stand there by chance
         for place, turn in enumerate(turns):
@@ -243,7 +243,7 @@ class ChatEncoder:
                 )
 
     def _check_more(self, turns: Turns, place: int, answer: str, row: Row) -> None:
-        """Refuse an answer whose reasoning or calls the template leaves out."""
+        """Raise for an answer whose reasoning or calls the template leaves out."""
         turn = turns[place]
         calls = turn.get("tool_calls", [])
         names = [call.get("function", call)["name"] for call in calls]
@@ -304,7 +304,7 @@ class ChatEncoder:
         return {"role": message.role, **each_text({**texts, **message.more}, change)}
 
     def _safe(self, row: Row) -> Row:
-        """Return the row with what it holds beside its turns as `_safe_text`."""
+        """Return the row with everything in addition to its turns as `_safe_text`."""
         return replace(row, more=each_text(row.more, partial(self._safe_text, place=f"{row.source}: the row")))
 
     def _safe_answer(self, text: str, place: str) -> str:
@@ -323,7 +323,7 @@ class ChatEncoder:
     # --- from text to tokens ---
 
     def _tokenised(self, text: str, befores: Mapping[int, str], row: Row) -> tuple[list[int], dict[int, int]]:
-        """Return the tokens of a rendering, and the number of them before each answer whose prompt it begins with."""
+        """Return the tokens of a rendering, and the number of them before each answer."""
         head: list[int] = []
         starts, cut, rest = {}, 0, self._tokens(text)
         for place, before in befores.items():
@@ -368,7 +368,7 @@ class ChatEncoder:
             raise EncodingError(f"{row.source}: an answer holds characters that the tokenizer has no token for")
         return end
 
-    # --- what a template writes ---
+    # --- reading what a template writes ---
 
     def _find_closing(self) -> int | None:
         _, found, tail = self._probed(PROBE, prompt=False).rpartition(PROBE[1]["content"])

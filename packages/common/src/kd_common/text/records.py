@@ -78,7 +78,7 @@ def encode_each(rows: Sequence[S], encode: Callable[[S], T]) -> list[T]:
     """Apply a function to every row, or to every row with its companion.
 
     Raises:
-        EncodingError: For all rows that it refuses; the message counts them and shows the first.
+        EncodingError: For all rejected rows; the message counts them and shows the first.
     """
     found, problems = [], []
     for row in rows:
@@ -103,7 +103,7 @@ def check_text(value: Any, what: str) -> str:
     """Return a value that must be text; none at all is empty text.
 
     Raises:
-        MalformedError: If it is something else, or holds what is no character.
+        MalformedError: If it is no text, or holds half a surrogate pair.
     """
     if value is None:
         return ""

@@ -19,7 +19,7 @@ LEARNT = ("weight", "train", "training", "loss", "loss_weight")
 """Keys of a turn that say whether the loss falls on it: 0 or false, 1 or true."""
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Keys of an assistant's turn that hold what it thought before it answered."""
+"""Keys of an assistant's turn that hold its reasoning."""
 
 REFUSED_IN_TURNS = {
     "prefix": "an answer that is to be continued cannot be learnt from",
@@ -62,7 +62,7 @@ class Message:
         content: The text.
         input: Material that a user's instruction refers to, kept apart because some layouts head it separately.
         learnt: Whether the loss may fall on it; an assistant's turn of weight 0 is only read.
-        more: What else the chat template is given: `tool_calls`, `reasoning_content`, `name` and so on.
+        more: Further fields for the chat template: `tool_calls`, `reasoning_content`, `name` and so on.
     """
 
     role: str
@@ -81,7 +81,7 @@ class Row:
         source: File and line.
         alternatives: Further answers to its last question. The loss never falls on them; they are references that
             generations are compared with.
-        more: What else the chat template is given: `tools` and `documents`.
+        more: Further fields for the chat template: `tools` and `documents`.
     """
 
     messages: tuple[Message, ...]
@@ -106,9 +106,9 @@ def read_rows(path: Path, fields: Mapping[str, str] | None = None) -> list[Row]:
       list of answers: the first is the one to learn from, all are references.
     * `instruction` and `instances`, a list of `{input, output}`: one row per instance.
 
-    Beside these, `system` (or `system_prompt`, `system_message`) is a system turn, and `tools` and
-    `documents` are for the chat template. An `output` beside messages that end with a user's turn answers it.
-    Fields that ask for what cannot be done are refused by name, all others ignored.
+    In addition, `system` (or `system_prompt`, `system_message`) is a system turn; `tools` and `documents` go to the
+    chat template. An `output` answers messages that end with a user's turn. Fields that ask for something unsupported
+    raise; all others are ignored.
 
     Args:
         path: File ending in .jsonl or .parquet.
@@ -133,7 +133,7 @@ def conversations(record: Mapping[str, Any], source: str, fields: Mapping[str, s
     """Return the conversations of a record, one but for several instances; see `read_rows`.
 
     Raises:
-        MalformedError: If it holds none, or asks for what cannot be done.
+        MalformedError: If it holds no conversation, or asks for something unsupported.
     """
     more = _row_settings(record, fields)
     system = _system(record, fields)
@@ -193,11 +193,11 @@ def _field(record: Mapping[str, Any], name: str, fields: Mapping[str, str]) -> A
 def chat(turns: Any) -> tuple[Message, ...]:
     """Return the turns of a conversation.
 
-    An assistant's turn before the first user's answers nothing, so the loss does not fall on it; nothing is left of
-    answers of weight 0 at the end.
+    An assistant's turn before the first user's answers nothing, so the loss does not fall on it. Answers of weight 0 at
+    the end are dropped.
 
     Raises:
-        MalformedError: If it is no conversation, or asks for what cannot be done.
+        MalformedError: If it is no conversation, or asks for something unsupported.
     """
     if not isinstance(turns, list) or not turns:
         raise MalformedError("messages must be a list of turns, at least one")
@@ -303,7 +303,7 @@ def _content(value: Any, what: str) -> str:
 
 
 def _answered(turns: Any, messages: tuple[Message, ...], output: Any) -> tuple[Message, ...]:
-    """Return the conversation with the answer that the record holds beside it, if its last turn is not an answer."""
+    """Return the conversation with the record's separate answer, if its last turn is not an answer."""
     if not output or messages[-1].role == "assistant" or len(messages) < len(turns):
         return messages
     if isinstance(output, list) and all(isinstance(turn, dict) for turn in output):
@@ -312,7 +312,7 @@ def _answered(turns: Any, messages: tuple[Message, ...], output: Any) -> tuple[M
 
 
 def _system(record: Mapping[str, Any], fields: Mapping[str, str]) -> str:
-    """Return the system turn that a record holds beside the others."""
+    """Return the separate system turn of a record."""
     if "system" in fields:
         return check_text(_field(record, "system", fields), "system")
     found = {key: text for key in SYSTEMS if (text := check_text(record.get(key), key))}
@@ -322,7 +322,7 @@ def _system(record: Mapping[str, Any], fields: Mapping[str, str]) -> str:
 
 
 def _with_system(messages: tuple[Message, ...], system: str) -> tuple[Message, ...]:
-    """Return the conversation behind a system turn that the record holds beside it."""
+    """Return the conversation behind the separate system turn of its record."""
     if not system.strip():
         return messages
     if messages[0].role != "system":

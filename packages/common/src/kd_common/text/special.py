@@ -17,8 +17,8 @@ def special_tokens(
 ) -> tuple[re.Pattern[str], re.Pattern[str], dict[int, str]]:
     """Tokens that an answer may not hold, those that are text wherever others hold them, and the numbers of these.
 
-    The first are those that structure a conversation. An answer may hold others, such as the marks of thoughts and
-    calls, because the model itself writes them there; in the texts of others all special tokens are text.
+    The first group structures a conversation. An answer may hold others, such as the marks of thoughts and calls,
+    because the model itself writes them there. In all other texts special tokens are plain text.
 
     Args:
         tokenizer: The tokenizer.
@@ -30,7 +30,7 @@ def special_tokens(
     named = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token]
     structure = {*filter(None, named), *ends, *(token.content for token in tokens if token.content in asked)}
     foreign = structure | {token.content for token in tokens if token.special or token.content in opened}
-    # That of what is unknown stands for other texts, too.
+    # The id of the unknown token encodes other texts, too.
     counted = {token for token in foreign if len(token) > 1 and token != tokenizer.unk_token}
     added = {number: token.content for number, token in tokenizer.added_tokens_decoder.items()}
     return _pattern(structure), _pattern(foreign), {n: token for n, token in added.items() if token in counted}
@@ -46,7 +46,7 @@ def each_text(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def check_characters(text: str, place: str) -> None:
-    """Refuse half a character, and the two noncharacters that are kept for marks.
+    """Raise for half a surrogate pair, and for the two noncharacters that are reserved as marks.
 
     Raises:
         EncodingError: Naming the place of the text.

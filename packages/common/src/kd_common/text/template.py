@@ -1,4 +1,4 @@
-"""Chat templates: one for tokenizers without, a fixed date, and bounds on what a downloaded one may use."""
+"""Chat templates: a default one, a fixed date, and limits for downloaded ones."""
 
 import datetime
 import multiprocessing
@@ -26,11 +26,11 @@ INSTRUCTION_TEMPLATE = (
 as it is."""
 
 DATE = datetime.datetime(2025, 1, 1)
-"""The date in every prompt whose template prints today's: else all sequences and cache keys would change overnight."""
+"""Date in every prompt whose template prints today's; otherwise all sequences and cache keys would change overnight."""
 
 _CODES = [f"%{flag}{letter}" for flag in ("", "-") for letter in "AaBbCcDdeFGgHhIjklMmPpRrSTUuVWwXxYyZz"]
 _FORMATTED = "".join(f".replace('{code}', '{DATE.strftime(code)}')" for code in _CODES)
-# The line end keeps what a template begins with as it is: jinja cuts one behind a block, and blanks before one.
+# The line end keeps the start of a template as it is: jinja cuts one behind a block, and blanks before one.
 FIXED_DATE = f"{{% macro strftime_now(format) %}}{{{{ format{_FORMATTED} }}}}{{% endmacro %}}\n"
 """Prefix that makes a template print `DATE`."""
 
@@ -45,14 +45,14 @@ _tried: set[str] = set()
 
 
 def check_template(template: str, render: Callable[..., str], name: str) -> None:
-    """Refuse a template that does not end, writes without end or by chance: it is a program that comes with a model.
+    """Raise for a template that does not end, writes without end or depends on chance: it is a program of others.
 
     It is tried in a process of its own, with bounds on time and memory.
 
     Args:
         template: The template, by which it is remembered.
         render: Renders a conversation with it, as `render(turns, prompt=True)`.
-        name: Whose template it is, for the message.
+        name: Name of the template's model, for the message.
 
     Raises:
         UserError: If it exceeds a bound, or writes the same conversation in several ways; the model is named.
@@ -60,7 +60,7 @@ def check_template(template: str, render: Callable[..., str], name: str) -> None
     if template in _tried or "fork" not in multiprocessing.get_all_start_methods():
         return
     child = multiprocessing.get_context("fork").Process(target=_try, args=(render,))
-    with warnings.catch_warnings():  # the child computes nothing with what other threads may hold
+    with warnings.catch_warnings():  # the child touches no state that other threads may hold
         warnings.simplefilter("ignore", DeprecationWarning)
         child.start()
     child.join(WAIT)
@@ -84,7 +84,7 @@ def check_template(template: str, render: Callable[..., str], name: str) -> None
 
 
 def _try(render: Callable[..., str]) -> None:
-    """Render some conversations under limits on time and memory; the exit code says what was exceeded."""
+    """Render some conversations under limits on time and memory; the exit code names the exceeded one."""
     if sys.platform == "linux":
         with open("/proc/self/statm") as file:
             limit = int(file.read().split()[0]) * resource.getpagesize() + BYTES
@@ -96,7 +96,7 @@ def _try(render: Callable[..., str]) -> None:
                 text, again = (render(turns, prompt=prompt) for _ in range(2))
             except MemoryError:
                 os._exit(_TOO_MUCH_MEMORY)
-            except Exception:  # what it refuses is said where it is asked for
+            except Exception:  # the caller reports errors
                 continue
             if len(text) > CHARACTERS:
                 os._exit(_TOO_MUCH_TEXT)

@@ -33,7 +33,7 @@ def display_text(response: str, written: str) -> str:
 
     Args:
         response: The text.
-        written: What was written, special tokens and white space included.
+        written: Text with special tokens and white space.
     """
     return response or f"(no text, only {written!r})"
 
@@ -44,7 +44,7 @@ class Answers:
 
     Attributes:
         prompts: The last user turn of every prompt.
-        responses: What the model answered.
+        responses: Responses of the model.
         references: One or more reference answers of every prompt.
         scores: ROUGE-L of every answer in per cent.
         written: The responses as they were written, special tokens and white space included.
@@ -65,7 +65,7 @@ class Answers:
 
 
 def questions(data: TextDataModule) -> list[Question]:
-    """Return the validation prompts, each with its references; rows with the same prompt become one with those of all.
+    """Return the validation prompts with their references; rows with equal prompts are merged.
 
     Args:
         data: The data; the teacher's response, if it wrote one, is the reference of a row without an answer.
@@ -111,7 +111,7 @@ def answer_prompts(
         data: The data; rows of the file with the same prompt are several references of one question.
         limit: Answer only the first prompts.
         sampling: How tokens are drawn; None takes the most likely ones, at most as many as the data's sampling allows.
-        max_prompt: Largest number of tokens of a prompt; None allows what the data and the model's positions allow.
+        max_prompt: Largest number of tokens of a prompt; None takes the limit of the data and of the model's positions.
         seed: Seed of the drawing.
         batch_size: Prompts per batch.
 

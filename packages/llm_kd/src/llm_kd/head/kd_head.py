@@ -1,8 +1,8 @@
 """LM heads, token selection and loss in one module, chunk by chunk.
 
-It never holds the logits of all tokens: it walks over chunks of rows, forms loss and gradient in closed form while the
-chunk's logits exist, and keeps only the gradients with respect to hidden states and head. Shapes: N tokens, n rows of a
-chunk, H hidden, V vocabulary.
+It never holds the logits of all tokens. It walks over chunks of rows and forms loss and gradient in closed form while
+the chunk's logits exist. It keeps only the gradients with respect to hidden states and head. Shapes: N tokens, n rows
+of a chunk, H hidden, V vocabulary.
 """
 
 import math
@@ -29,12 +29,12 @@ TeacherRows = Callable[[Tensor], TeacherLogits]
 
 
 class HeadOutput(NamedTuple):
-    """Loss of a batch and what is logged about it; tensors per token have shape (N,), N valid tokens, no gradient.
+    """Loss of a batch and its metrics; tensors per token have shape (N,), N valid tokens, no gradient.
 
     Attributes:
         loss_sum: Sum over tokens of weight * divergence (times T^2 if so set), the scalar to differentiate.
-        denominator: What the sum is to be divided by: the number of valid tokens, or the sum of the weights.
-        row_loss: The summands of loss_sum; 0 for a token of weight 0, whose divergence is not computed.
+        denominator: Divisor of the sum: the number of valid tokens, or the sum of the weights.
+        row_loss: Summands of loss_sum; 0 for a token of weight 0, for which no divergence is computed.
         weights: Loss weights.
         accepted: 1 where the token was accepted, 0 where not, or the probability.
     """
@@ -157,15 +157,15 @@ class KDHead(nn.Module):
         return HeadOutput(loss_sum, denominator, row_loss, weights, accepted)
 
     def check_truncated(self, size: int, vocab_size: int) -> None:
-        """Refuse a stored teacher that does not determine the loss; call it before training.
+        """Raise for a stored teacher that does not determine the loss; call this before training.
 
         Args:
             size: Number K of stored tokens.
             vocab_size: Number V of tokens of the stored teacher's vocabulary.
 
         Raises:
-            ValueError: If the vocabularies differ, the selector needs more than is stored, or, with K < V, the
-                objective does not obey the data-processing inequality or the loss has a temperature.
+            ValueError: If the vocabularies differ, or if the selector needs more than is stored. With K < V, also if
+                the objective does not obey the data-processing inequality or the loss has a temperature.
         """
         if self.vocab_size not in (None, vocab_size):
             raise UserError(
@@ -194,8 +194,8 @@ class KDHead(nn.Module):
             loss: Mean loss of the step, reduced over accumulation and ranks.
             step: Number of optimizer steps done.
             total_steps: Length of training in optimizer steps.
-            selected_loss: The same, divided by the sum of the weights whatever `normalize` is: a mean over all tokens
-                falls when the selector selects fewer, which it must not take for progress. None if equal.
+            selected_loss: Sum divided by the sum of the weights for any `normalize`; None if equal. A mean over all
+                tokens falls when the selector selects fewer, which the selector must not take for progress.
         """
         self.objective.on_step(loss, step, total_steps)
         self.selector.on_step(loss if selected_loss is None else selected_loss, step, total_steps)
@@ -256,7 +256,7 @@ class KDHead(nn.Module):
             row_loss[chunk] = self._losses(student, z, z_teacher, tau, scale, with_gradient=gradients is not None)
             if gradients is not None:
                 gradients.add(chunk, z)
-            del z, z_teacher  # else the next chunk's logits would be made beside them
+            del z, z_teacher  # frees them before the next chunk's logits are made
         return row_loss, weights, accepted
 
     def _score(self, z: Tensor, z_teacher: TeacherLogits) -> Tensor:

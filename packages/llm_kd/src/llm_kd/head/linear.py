@@ -56,7 +56,7 @@ class Projection:
 
 
 def rows_per_chunk(projection: Projection, bytes_per_logit: float) -> int:
-    """Return the rows whose logits and temporaries take 64 MiB on a CPU and 1 GiB elsewhere, at least one."""
+    """Return the number of rows whose logits and temporaries take 64 MiB on a CPU and 1 GiB elsewhere, at least one."""
     budget = 2**26 if projection.hidden.device.type == "cpu" else 2**30
     return max(1, int(budget / (projection.weight.shape[0] * bytes_per_logit)))
 
@@ -94,7 +94,7 @@ class Gradients:
 
 
 class ValueWithGradients(torch.autograd.Function):
-    """A value whose gradients are known already: `apply(value, gradients, hidden, weight, bias)`."""
+    """Value with known gradients: `apply(value, gradients, hidden, weight, bias)`."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: Gradients, *inputs: Tensor | None) -> Tensor:

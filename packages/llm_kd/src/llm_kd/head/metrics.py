@@ -26,8 +26,8 @@ def token_metrics(
         teacher: The teacher's N rows.
         labels: The tokens of the text, shape (N,).
         vocab_size: Number of tokens of the tokenizer; rows of the heads beyond it are left out.
-        k: The teacher accepts the student's most likely token if it is among its own k most likely ones (or among those
-            stored, if they are fewer), whatever the selector of the run: so that runs can be compared.
+        k: The teacher accepts the student's most likely token if it is among its own k most likely ones, or among the
+            stored ones if they are fewer. It does not depend on the run's selector, so that runs can be compared.
 
     Returns:
         Scalars in at least float32: `nll`, the student's negative log-likelihood in nats; `kl`, KL(teacher ||
@@ -48,7 +48,7 @@ def token_metrics(
             stored = teacher[chunk]
             whole = stored.size == vocab_size
             z_teacher = stored.dense_log_probs().to(z.dtype) if whole else None  # sums in float16 keep three digits
-            # The stored order is the rank: rounding made equal what was not.
+            # The stored order is the rank, because rounding made unequal probabilities equal.
             best, accepted = stored.indices[:, 0], topk_accept(z, stored, min(k, stored.size))
         if z_teacher is None:
             values["kl"] = truncated_loss(ForwardKL(), z, stored, with_gradient=False)[0].sum()

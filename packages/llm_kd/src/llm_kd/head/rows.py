@@ -38,9 +38,9 @@ def truncated_loss(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the divergence at temperature 1 on K + 1 categories: the K stored tokens and all the others as one.
 
-    The student's logit of the last category is the logsumexp over the other tokens, so that no 1 - sum has to be taken;
-    by the chain rule its gradient is shared among them in proportion to their probabilities. The stored probabilities,
-    rounded as they may be, are normalised; a tail mass below `TAIL_FLOOR` is raised to it.
+    The student's logit of the last category is the logsumexp over the other tokens, which avoids 1 - sum. By the chain
+    rule its gradient is shared among them in proportion to their probabilities. The stored, rounded probabilities are
+    normalised. A tail mass below `TAIL_FLOOR` is raised to it.
 
     Args:
         objective: The divergence.
@@ -68,6 +68,6 @@ def truncated_loss(
 
 
 def _through_softmax(gradient: Tensor, log_q: Tensor) -> Tensor:
-    """Turn the gradient h with respect to log q into h - q * sum_v h, that of logits; both arguments are used up."""
+    """Turn the gradient h with respect to log q into h - q * sum_v h, the gradient of the logits, overwriting both."""
     total = gradient.sum(dim=-1, keepdim=True)
     return gradient.addcmul_(log_q.exp_(), total, value=-1)

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 class Objective(nn.Module, ABC):
     """A divergence between the teacher's and the student's distribution, as a sum over tokens of f(log p, log q).
 
-    The value is differentiable; the gradient h = df/dlog q lets the head form the gradient with respect to the logits,
-    (h - q * sum_v h) / T, without autograd. An objective with a state that follows training keeps it in the module's
-    extra state and changes it in `on_step` only.
+    The value is differentiable. From the gradient h = df/dlog q the head forms the gradient with respect to the logits,
+    (h - q * sum_v h) / T, without autograd. An objective keeps state that follows training in the module's extra state
+    and changes it in `on_step` only.
 
     Attributes:
         data_processing: Whether merging tokens can only lower the divergence (the data-processing inequality, which
             every f-divergence obeys). Then a truncated teacher, whose missing tokens are one category, gives a lower
-            bound; an objective without the property is refused one.
+            bound. Without the property a truncated teacher raises an error.
     """
 
     data_processing: ClassVar[bool] = False
@@ -49,7 +49,7 @@ class Objective(nn.Module, ABC):
         """
 
     def value_and_grad(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the results of `forward` and `grad_log_q`; an objective whose two share terms computes them once.
+        """Return the results of `forward` and `grad_log_q`; override it where they share terms.
 
         Args:
             log_q: Student log-probabilities of shape (..., V).
@@ -70,7 +70,7 @@ class Objective(nn.Module, ABC):
         """
 
     def _check_settings(self) -> None:
-        """Raise what the divergence says about its settings now instead of at the first batch."""
+        """Raise the divergence's errors about its settings now instead of at the first batch."""
         self(torch.zeros(1, 2), torch.zeros(1, 2))
 
 

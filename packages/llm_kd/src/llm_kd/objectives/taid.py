@@ -13,10 +13,10 @@ from llm_kd.objectives.base import Objective
 class TAID(Objective):
     """Cross-entropy of q to p_t = softmax((1 - t) sg(z) + t z_teacher), t growing from t_start to t_end.
 
-    After optimizer step n with loss L_n: delta = (L_{n-1} - L_n) / (L_{n-1} + 1e-15),
-    m <- momentum * m + (1 - momentum) * delta, and t becomes the larger of the linear ramp
-    t_start + (t_end - t_start) * step / total and t + rate * sigmoid(m) * (1 - t), at most t_end. The first loss is
-    only remembered. The value is the method's cross-entropy, not a divergence: it ends at the entropy of p_t, not at 0.
+    After optimizer step n with loss L_n: delta = (L_{n-1} - L_n) / (L_{n-1} + 1e-15) and m <- momentum * m + (1 -
+    momentum) * delta. Then t becomes the larger of two values, at most t_end: the linear ramp t_start + (t_end -
+    t_start) * step / total, and t + rate * sigmoid(m) * (1 - t). The first loss is only stored. The value is the
+    method's cross-entropy, not a divergence: it ends at the entropy of p_t, not at 0.
 
     Args:
         t_start: First t, in (0, 1].

@@ -15,7 +15,7 @@ from kd_common.errors import UserError
 from kd_common.functional.logits import at_least_fp32, topk_mask
 
 BLOCK = 128
-"""Tokens whose largest logit is looked at first; the rest of the vocabulary's work is done on few such blocks."""
+"""Number of tokens in a block; only the few blocks with the largest logits are searched."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class TruncatedDistribution:
             rank.
         tail_mass: Probability of all tokens that are not stored, in [0, 1], shape (...).
         vocab_size: V.
-        check: Whether to look for wrong order and ids; False for what is known to be right.
+        check: Whether to check order and ids; False for values known to be right.
 
     Raises:
         ValueError: If the shapes disagree, K is not in [1, V], the log-probabilities are not in rank order or an id is
@@ -180,9 +180,8 @@ def _greedy(logits: Tensor) -> Tensor:
 def _ranks_below(logits: Tensor, token: Tensor, k: int) -> Tensor:
     """Return whether fewer than k tokens precede a token (..., 1) in the order of logits and then ids; shape (...).
 
-    Only k blocks of the vocabulary are looked at: blocks in the order of their largest logits, equal ones by number.
-    The blocks that hold a preceding token come first in that order, so the first k blocks hold all preceding tokens or
-    at least k of them.
+    Only k blocks of the vocabulary are searched, in the order of their largest logits, ties by number. The blocks with
+    a preceding token come first in that order. So the first k blocks hold all preceding tokens or at least k of them.
     """
     score = logits.gather(-1, token)
     whole = logits.shape[-1] // BLOCK * BLOCK
@@ -207,8 +206,8 @@ def speck_accept_probability(
 ) -> Tensor:
     """Return the probability 1 - TV(p, q)^k that at least one of k independent proposals of the student is accepted.
 
-    One draw y ~ q, accepted with probability min(1, p(y) / q(y)), is accepted with probability
-    sum_v min(p_v, q_v) = 1 - TV(p, q). That overlap is what is summed, so small probabilities keep their digits.
+    One draw y ~ q is accepted with probability min(1, p(y) / q(y)), in total sum_v min(p_v, q_v) = 1 - TV(p, q). The
+    overlap is summed directly, so that small probabilities keep their digits.
 
     Args:
         student_logits: Student logits of shape (..., V).

@@ -14,11 +14,14 @@ from llm_kd.selection.base import Selection, Selector, check_share, dense_logits
 class AdaKD(Selector):
     """Keep the share r of tokens with the largest Hellinger distance s; factor exp(-c tanh(log(s / median))) on T.
 
-    The median is that of the kept tokens (the lower one of two), so hard tokens get a low temperature. The scores carry
-    no gradient. The share starts at 1 and is fixed during the warm-up, at whose end the loss's running mean becomes the
-    reference. From then on, when the mean has fallen more than `tolerance` below the reference, r is multiplied by
-    1 - rate; when it has risen as much above it, by 1 + rate; in both cases the mean is the new reference. Tokens
-    compete within one call of the head: one micro-batch on one rank.
+    Hard tokens get a low temperature: the median is taken over the kept tokens, the lower of two. The scores carry no
+    gradient.
+
+    The share r starts at 1 and is fixed during the warm-up; at its end the loss's running mean becomes the reference.
+    Later, when the mean has fallen more than `tolerance` below the reference, r is multiplied by 1 - rate. When it has
+    risen as much, r is multiplied by 1 + rate. In both cases the mean is the new reference.
+
+    Tokens compete within one call of the head: one micro-batch on one rank.
 
     Args:
         c: Strength of the temperature's adaptation, >= 0; 0 keeps one temperature.

@@ -28,9 +28,9 @@ class Selection(NamedTuple):
 class Selector(nn.Module, ABC):
     """A rule that weights tokens, in two steps so that it never needs the logits of all tokens at once.
 
-    `score` reduces the logits of some rows to one number per row. `select` turns scores into weights. A
-    selector that compares tokens with each other sets `per_row` to False and is given the scores of the whole batch;
-    else it may be given any part of them. A state that follows training lives in the module's extra state.
+    `score` reduces the logits of some rows to one number per row. `select` turns scores into weights. A selector that
+    compares tokens with each other sets `per_row` to False and gets the scores of the whole batch. Others may get any
+    part. State that follows training belongs in the module's extra state.
 
     Attributes:
         per_row: Whether a token's weight depends on its own score (and noise) only.
@@ -60,7 +60,7 @@ class Selector(nn.Module, ABC):
 
         Args:
             score: Scores of shape (n,): all of the batch, or any part of it if `per_row`.
-            noise: What `draw` gave for these tokens.
+            noise: Result of `draw` for these tokens.
 
         Returns:
             Selection of the n tokens.
@@ -70,14 +70,14 @@ class Selector(nn.Module, ABC):
         """Raise ValueError for a setting that a vocabulary of this size does not allow."""
 
     def check_truncated(self, size: int, vocab_size: int) -> None:
-        """Refuse a stored teacher that does not determine the scores.
+        """Raise for a stored teacher that does not determine the scores.
 
         Args:
             size: Number K of stored tokens.
             vocab_size: Number V of all tokens.
 
         Raises:
-            UserError: If it does not; the message says what to do.
+            UserError: If it does not; the message names the remedy.
         """
         if self.whole_teacher and size < vocab_size:
             raise UserError(

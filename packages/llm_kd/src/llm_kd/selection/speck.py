@@ -15,8 +15,8 @@ from llm_kd.selection.speck_expected import SpecKExpected
 class SpecK(SpecKExpected):
     """Weight 1 where the teacher accepts one of k random proposals of the student, else beta.
 
-    The random numbers are a function of the seed, the rank and the number of training batches seen; that number is the
-    state, so a resumed run draws what an uninterrupted one would have drawn. Validation does not advance it: all its
+    The random numbers are a function of the seed, the rank and the number of training batches seen. That number is the
+    state, so a resumed run draws the same numbers as an uninterrupted one. Validation does not advance it: all its
     batches use the same numbers.
 
     Args:

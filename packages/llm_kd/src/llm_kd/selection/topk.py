@@ -30,12 +30,12 @@ class TopK(Selector):
         self.beta = beta
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Refuse a k beyond the vocabulary."""
+        """Raise for a k beyond the vocabulary."""
         if self.k > vocab_size:
             raise UserError(f"selector.k must be at most {vocab_size}, the tokens of the vocabulary, got {self.k}")
 
     def check_truncated(self, size: int, vocab_size: int) -> None:
-        """Refuse fewer than k stored tokens; see `Selector.check_truncated`."""
+        """Raise for fewer than k stored tokens; see `Selector.check_truncated`."""
         if self.k > size:
             raise UserError(
                 f"k={self.k} needs the teacher's first {self.k} tokens but only {size} are stored; lower k, or store "

@@ -17,7 +17,7 @@ class TSDKD(Selector):
     """
 
     def score(self, student_logits: Tensor, teacher_logits: Tensor | TruncatedDistribution) -> Tensor:
-        """Return the entropy of the student minus that of the teacher, in nats."""
+        """Return the student's entropy minus the teacher's, in nats."""
         return entropy(student_logits) - entropy(dense_logits(teacher_logits))
 
     def select(self, score: Tensor, noise: Tensor | None = None) -> Selection:

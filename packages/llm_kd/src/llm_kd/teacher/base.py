@@ -54,7 +54,7 @@ class Teacher(ABC):
         """
 
     def to(self, device: torch.device | str) -> "Teacher":
-        """Move what the teacher holds to a device; returns itself."""
+        """Move the teacher's tensors to a device and return the teacher."""
         return self
 
 

@@ -1,8 +1,8 @@
 """A teacher's truncated distributions on disk, and reading them.
 
-A cache is a folder: `manifest.json` says what it holds and lists the shards; a shard is a safetensors file of packed
-records with the index of its examples, read through a memory map. Every example carries a checksum that each read
-verifies, and the index of a shard carries one that opening verifies. Nothing is ever unpickled.
+A cache is a folder. `manifest.json` describes it and lists the shards. A shard is a safetensors file of packed records
+with the index of its examples, read through a memory map. Every read verifies an example's checksum, and opening a
+shard verifies its index. Nothing is ever unpickled.
 """
 
 import json
@@ -26,7 +26,7 @@ INDEX = ("keys", "offsets", "checksums")
 
 
 class CacheError(UserError):
-    """A cache that is damaged, lacks something, or belongs to something else; the message says what to do."""
+    """A cache is damaged, incomplete, or belongs to something else; the message names the remedy."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,11 @@ class Manifest:
     """Content of `manifest.json`.
 
     Attributes:
-        header: What the cache holds.
+        header: Description of the content.
         shards: Its files.
         complete: False while examples are still to be written.
-        source: What the teacher was loaded from, `llm_kd.models.TeacherSpec.source`, by which it is known without
-            being loaded; None if the writer was not told.
+        source: Source of the teacher, `llm_kd.models.TeacherSpec.source`, which identifies it without loading it; None
+            if unknown.
     """
 
     header: CacheHeader
@@ -184,7 +184,7 @@ class TeacherCache:
         return sum(shard.tokens for shard in self.shards)
 
     def check(self, *, weights: str | None = None, tokenizer: str | None = None, vocab_size: int | None = None) -> None:
-        """Compare the cache with what it is to be used for; None leaves a property out.
+        """Compare the cache with its intended use; None skips a property.
 
         Args:
             weights: Fingerprint of the teacher's weights.
@@ -204,10 +204,10 @@ class TeacherCache:
             )
 
     def check_source(self, source: str) -> None:
-        """Compare the teacher with the one that is to be distilled, without loading it.
+        """Compare the cache's teacher with the run's, without loading it.
 
         Args:
-            source: What that one would be loaded from, `llm_kd.models.TeacherSpec.source`.
+            source: Source of the run's teacher, `llm_kd.models.TeacherSpec.source`.
 
         Raises:
             CacheError: If it is another one.

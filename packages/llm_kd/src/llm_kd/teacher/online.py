@@ -1,4 +1,4 @@
-"""The teacher itself, run beside the student."""
+"""Online teacher: the model runs together with the student."""
 
 import torch
 

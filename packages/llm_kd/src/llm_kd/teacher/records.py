@@ -60,7 +60,7 @@ class RecordLayout:
 
         Args:
             tokens: Ids of the supervised tokens, shape (N,).
-            distribution: What the teacher says before each of them, N rows.
+            distribution: Distribution of the teacher before each token, N rows.
 
         Returns:
             Shape (N, bytes_per_token), uint8, on the CPU.

@@ -26,20 +26,20 @@ SHARD_OVERHEAD = 2048
 
 
 class DiskFullError(OSError):
-    """There is no room for the cache; what was written before is usable."""
+    """The disk is too small for the cache; everything written before is usable."""
 
 
 class CacheWriter:
     """Adds examples to a cache; a context manager.
 
-    Shards and manifest are written aside and renamed, the manifest last: whatever interrupts the writing, the folder
-    holds complete shards, and a new writer goes on from there. On an ordinary error or an interrupt from the keyboard
-    the examples of the unfinished shard are written too. Leaving the context without an error marks the cache complete.
+    Shards and manifest are written to temporary files and renamed, the manifest last. After any interruption the folder
+    holds complete shards, and a new writer continues from there. On an ordinary error or a keyboard interrupt the
+    examples of the unfinished shard are written too. Leaving the context without an error marks the cache complete.
 
     Args:
         folder: The cache's folder; made if need be.
-        header: What the cache holds.
-        source: What the teacher was loaded from; see `llm_kd.teacher.cache.Manifest`.
+        header: Description of the content.
+        source: Source of the teacher; see `llm_kd.teacher.cache.Manifest`.
         shard_bytes: Size at which a shard is written; about three times as much memory is used.
 
     Raises:
@@ -89,7 +89,7 @@ class CacheWriter:
         return key in self._stored
 
     def require_space(self, tokens: int, examples: int) -> None:
-        """Refuse to start what the disk cannot hold.
+        """Raise if the disk is too small for the cache.
 
         Args:
             tokens: Number of supervised tokens still to be written.
@@ -135,7 +135,7 @@ class CacheWriter:
             self._flush()
 
     def _resume(self) -> None:
-        """Take over what the folder holds already."""
+        """Continue from the shards in the folder."""
         for partial in self.folder.glob("*.tmp"):
             partial.unlink()
         if not (self.folder / MANIFEST).is_file():

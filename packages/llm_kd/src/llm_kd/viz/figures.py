@@ -1,4 +1,4 @@
-"""Figures of language distillation: how runs went, and what a token table shows. Reports and TensorBoard share them."""
+"""Figures of language distillation for reports and TensorBoard: the course of runs, and token tables."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -27,7 +27,7 @@ def plot_progress(runs: Mapping[str, Metrics]) -> Figure:
             steps, values = metrics[key]
             made = np.where(steps > 0, steps + 1, 0)  # the first validation is before training
             axes.plot(made, (100 if key == "val/tar" else 1) * values, label=name, **curve_style(number))
-        if "train/tar" in metrics:  # a run of fewer updates than lie between two entries of the log has none
+        if "train/tar" in metrics:  # a run shorter than the log's interval has no entry
             steps, values = metrics["train/tar"]
             panels[3].plot(steps + 1, 100 * values, label=name, **curve_style(number))
     for axes, label in zip(
@@ -96,7 +96,7 @@ def mark_tokens(table: Mapping[str, Tensor], tokenizer: Any, number: int) -> Mar
 
 
 def plot_tokens(table: Mapping[str, Tensor], tokenizer: Any, number: int) -> Figure:
-    """Draw the tokens of `mark_tokens`: a bar as long as its token stands for an entropy of 5 nats or more."""
+    """Draw the tokens of `mark_tokens`: a bar as long as its token is an entropy of 5 nats or more."""
     boxes, column, line = [], 0, 0
     for row in (table["example"] == number).nonzero().squeeze(1).tolist():
         text = repr(tokenizer.decode([int(table["token"][row])]))[1:-1]

@@ -1,4 +1,4 @@
-"""Student and teacher side by side, token by token: what reports and notebooks look at."""
+"""Comparison of student and teacher token by token, for reports and notebooks."""
 
 from collections.abc import Sequence
 

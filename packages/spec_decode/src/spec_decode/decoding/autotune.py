@@ -1,4 +1,4 @@
-"""Automatic tuning: measure what passes and drafts cost on this machine, and take the tree that pays most, if any does.
+"""Automatic tuning: measure the cost of passes and drafts on this machine and choose the tree that pays most, if any.
 
 The acceptance comes from the drafter's validation, the choice from `cost.best_tree`.
 """
@@ -26,7 +26,7 @@ def seconds(calls: Sequence[Callable[[], object]], device: torch.device, repeats
 
     Taking turns spreads a machine's slow moments over all calls.
 
-    Every turn is two calls, of which the second counts: the first finds the caches full of what other calls read.
+    Every turn is two calls, of which the second counts: the first loads the processor's caches.
     """
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(repeats + 1):
@@ -117,7 +117,7 @@ def measure_drafts(
 
     calls: list[Callable[[], object]] = []
     for levels in range(1, depth + 1):
-        # Every draft of `seconds`, two a turn, commits its two tokens again: room for all of them.
+        # Every draft of `seconds`, two a turn, commits its two tokens again, so the capacity covers all of them.
         cache = drafter.new_cache(batch, length + 4 * (repeats + 1) + tree_slots((width,) * levels))
         drafter.propose(state(levels, 0, cache))
         calls.append(partial(drafter.propose, state(levels, length - 3, cache)))
@@ -129,8 +129,8 @@ def autotune(
 ) -> TreeChoice:
     """Return the tree with the most expected tokens per second on this machine; empty where plain decoding is faster.
 
-    A drafter whose acceptance was never measured, such as prompt lookup, gets a chain of its `chain_depth`; whether
-    that pays is left to the `SpeedMonitor`.
+    A drafter without measured acceptance, such as prompt lookup, gets a chain of its `chain_depth`. The `SpeedMonitor`
+    then decides whether drafting pays.
     """
     can = drafter.capabilities
     if not drafter.acceptance:

@@ -1,8 +1,8 @@
 """Cost model of speculative decoding with a constrained draft tree, and the tree it recommends.
 
 tau, the mean acceptance length, counts all tokens emitted per target pass: accepted draft tokens + 1. Acceptance is a
-table `acceptance[level][rank]`: the probability that the target's next token is the candidate of this rank, given that
-the walk has reached this level on the backbone; rank 0 is the backbone's candidate.
+table `acceptance[level][rank]`: the probability that the target's next token is the candidate of this rank. The walk
+has then reached this level on the backbone, whose candidate has rank 0.
 """
 
 import math
@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class TreeChoice:
-    """Draft tree and what it is expected to bring.
+    """Draft tree and its expected gain.
 
     Args:
         branching: Candidates per level; empty for plain decoding without drafts.
@@ -28,7 +28,7 @@ class TreeChoice:
 
 
 def check_acceptance(acceptance: Sequence[Any]) -> None:
-    """Refuse a table that is no acceptance by level and rank.
+    """Raise for a table that is not acceptance by level and rank.
 
     Raises:
         ValueError: Naming the level.
@@ -86,8 +86,8 @@ def best_tree(
 ) -> TreeChoice:
     """Return the constrained tree with the most expected tokens per second, or none where drafting does not pay.
 
-    Exact: since only the backbone leads on, the gain of a level does not depend on the candidates of the others, and
-    the best branching for every depth and number of nodes follow from a knapsack over the levels.
+    This is exact. Only the backbone is expanded, so the gain of a level does not depend on the candidates of other
+        levels. The best branching for every depth and number of nodes follows from a knapsack over the levels.
 
     Args:
         acceptance: Acceptance by level and rank; its size bounds depth and width. The candidates of a rank must not
@@ -95,7 +95,7 @@ def best_tree(
         verify_times: Measured time of a target pass by number of nodes, root included; a tree of another size is
             padded to the next measured one. Must hold 1, the pass of plain decoding.
         draft_times: Time to draft 1, 2, ... levels, in the same unit.
-        branches: Further branches, as long as the tree is deep, that a pass has to have room for.
+        branches: Further branches, as long as the tree is deep, for which a pass needs capacity.
 
     Returns:
         The choice; of equally fast ones the shallowest, then the one of the fewest nodes.

@@ -28,7 +28,7 @@ from spec_decode.drafters.base import Draft, DraftContext, Drafter, DynamicTree,
 from spec_decode.models import CausalLM
 
 OnPass = Callable[[DraftTree, Verified], None]
-"""Called with the tree of every target pass and what became of it."""
+"""Callback that receives the tree of every target pass and its verification."""
 
 
 class SpeculativeDecoder:
@@ -39,10 +39,10 @@ class SpeculativeDecoder:
         drafter: Drafter for this target; None decodes plainly.
         tree: Candidates per level, such as (3, 2, 1), or a `DynamicTree`, for drafters that can. None means a chain of
             all the drafter's levels, of its `chain_depth` where it has no limit; `tuned` chooses by measurement.
-        rejection: Draw candidates from the drafter's distribution and verify by recursive rejection. The default,
-            sample-and-match, emits token for token what plain decoding with the same seed emits.
-        min_confidence: Leave out the nodes that the drafter takes to be reached with a smaller probability, in [0, 1):
-            the product along the path of its probabilities, which know the noise. 0 keeps them all.
+        rejection: Whether to draw candidates from the drafter's distribution and verify by recursive rejection. The
+            default, sample-and-match, emits exactly the tokens of plain decoding with the same seed.
+        min_confidence: Leave out nodes that the drafter reaches with a smaller probability, in [0, 1). This is the
+            product of its probabilities along the path, given the noise. 0 keeps all nodes.
         compile: Compile the target's passes (`CausalLM.compile_steps`): seconds to minutes for the first of every size.
         tokenizer: Needed for stop strings only.
 
@@ -157,8 +157,8 @@ class SpeculativeDecoder:
             on_pass: Called after every pass, for pictures and statistics.
 
         Raises:
-            UserError: For an empty prompt, one that fills the context, a token outside the vocabulary, a setting out
-                of range, or logits that are NaN.
+            UserError: For an empty prompt, one that fills the context, a token outside the vocabulary, a setting out of
+                range, or logits that are NaN.
         """
         prompts = prompt_lists(input_ids, attention_mask, self.target.vocab_size, self.target.context)
         check_length(max_new_tokens)
@@ -217,7 +217,7 @@ class SpeculativeDecoder:
         monitor = None if self.monitors is None else self.monitors[batch]
         if monitor is not None:
             monitor.begin()
-        # What a row missed while decoding was plain is read at once, padded to the longest run.
+        # A drafter reads the tokens of plain passes at once, padded to the longest run.
         missed = max(limits) if monitor is not None and batch > 1 else 0
         return DecodingState(
             rows=rows,

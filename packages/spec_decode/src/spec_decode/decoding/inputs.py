@@ -11,7 +11,7 @@ from kd_common.errors import UserError
 
 
 def check_whole(name: str, *values: Any) -> None:
-    """Refuse what is no whole number, such as 2.5, or True, which Python takes for 1.
+    """Raise unless the value is a whole number; 2.5 is none, and neither is True, which Python takes for 1.
 
     Raises:
         UserError: Naming the setting.
@@ -22,7 +22,7 @@ def check_whole(name: str, *values: Any) -> None:
 
 
 def check_length(max_new_tokens: int | None) -> None:
-    """Refuse a number of new tokens that is none.
+    """Raise for an invalid number of new tokens.
 
     Raises:
         UserError: If it is no whole number >= 1, and not None.
@@ -39,11 +39,11 @@ def prompt_lists(
     Args:
         input_ids: Prompts as lists of token ids, or int64 of shape (B, P).
         attention_mask: For a tensor only: 1 at the tokens that count, shape (B, P).
-        vocab_size: Tokens must lie below it.
+        vocab_size: Number of tokens; every token must be smaller.
         context: Prompts must be shorter.
 
     Raises:
-        UserError: If there is none, or one is empty, too long or holds what is no token of the vocabulary; for lists
+        UserError: If there is no prompt, one is empty, too long or holds a token outside the vocabulary, or lists come
             with a mask.
     """
     if isinstance(input_ids, Tensor):

@@ -80,7 +80,7 @@ class Measurement:
 
 
 def first_divergence(texts: Sequence[Sequence[int]], expected: Sequence[Sequence[int]]) -> list[int | None]:
-    """Return the index of the first token in which each text differs from what is expected, None where none does."""
+    """Return the index of the first token in which each text differs from the expected one; None if they agree."""
     found: list[int | None] = []
     for text, wanted in zip(texts, expected, strict=True):
         shared = min(len(text), len(wanted))
@@ -129,7 +129,7 @@ def measure(
 def margin(target: CausalLM, text: Sequence[int], sampling: Sampling, seed: int) -> float:
     """Return the gap between the two largest of log p + noise (of the logits at temperature 0) behind a text.
 
-    Where two ways of computing the same logits choose different tokens, this is what rounding had to bridge.
+    This is the rounding error that made two computations of the same logits choose different tokens.
     """
     logits = target.logits(target(torch.tensor([text], device=target.device)).final[:, -1]).double()
     if sampling.temperature:

@@ -19,7 +19,7 @@ RANKED = 256
 
 @dataclass(frozen=True, eq=False)
 class SampledTree:
-    """Constrained draft tree whose candidates were drawn from the drafter's distribution without replacement.
+    """Constrained draft tree with candidates drawn from the drafter's distribution without replacement.
 
     Args:
         tree: Tree in the order of `backbone_parents`.
@@ -63,9 +63,9 @@ def matching_tree(
 ) -> DraftTree:
     """Return the tree of the tokens likeliest to be the target's draw, for `verify_matching`.
 
-    The target will draw argmax(logits / temperature + noise) with noise that is already known here, so candidates are
-    ranked by the drafter's logits + temperature * the same noise; temperature 0 leaves plain top-k. Looking at the
-    noise is allowed: under `verify_matching` the emitted tokens do not depend on the tree at all.
+    The target will draw argmax(logits / temperature + noise) with noise that is already known here. So candidates are
+    ranked by the drafter's logits + temperature * the same noise; temperature 0 leaves plain top-k. This is exact:
+    under `verify_matching` the emitted tokens do not depend on the tree.
 
     Args:
         root: Last committed token per row, int64 of shape (B,).
@@ -102,7 +102,7 @@ class RankedTokens:
 
     Args:
         ids: Tokens, int64 of shape (B, N, c).
-        scores: What they are ranked by, float64 of the same shape.
+        scores: Scores of the ranking, float64 of the same shape.
         log_probs: How likely the drafter takes each to be the target's draw, as logarithms; the same shape.
     """
 
@@ -119,7 +119,7 @@ class RankedTokens:
         """Return the drafter's probability of reaching each node: the product of its probabilities along the path.
 
         Returns:
-            float64 of shape (B, n): 1 at the root; what stands at absent nodes means nothing.
+            Probabilities, float64 of shape (B, n): 1 at the root, meaningless at absent nodes.
         """
         above = ancestor_mask(tree.parents)
         rows = torch.arange(len(above), device=above.device).unsqueeze(1)
@@ -141,9 +141,9 @@ def rank_tokens(
 ) -> RankedTokens:
     """Return the score the drafter's likeliest tokens of every level; arguments as in `matching_tree`.
 
-    Only the `count` largest logits are looked at: noise for a whole vocabulary costs as much as a small target's pass.
-    At temperature 0 the probabilities are the drafter's. Above it the noise is known, and they are what doubt is left:
-    the softmax of logits / temperature + noise among these tokens.
+    Only the `count` largest logits are used, because noise for a whole vocabulary costs as much as a small target's
+    pass. At temperature 0 the probabilities are the drafter's. Above it the noise is known, and they are the softmax of
+    logits / temperature + noise among these tokens.
     """
     check_logits(draft_logits)
     logits, index = draft_logits.topk(min(count, draft_logits.shape[-1]), dim=-1)
@@ -169,8 +169,8 @@ def sampled_tree(
 ) -> SampledTree:
     """Draw a tree from the drafter's processed distribution without replacement, for `verify_sampled`.
 
-    Gumbel-top-k draws them in order. The backbone is the likeliest one drawn; any choice among the candidates is
-    allowed, while they must be tested in the order in which they were drawn.
+    Gumbel-top-k draws them in order. The backbone is the likeliest drawn token. Any choice among the candidates is
+    exact as long as they are tested in the order of drawing.
 
     Args:
         root: Last committed token per row, int64 of shape (B,).

@@ -1,7 +1,7 @@
 """Logit processors, and noise that is a pure function of seed and absolute position.
 
-All of it is computed in float64, row by row: a draw depends on the logits of its own row, the row's seed and the
-position of the drawn token, and on nothing else, so it comes out the same in plain and in speculative decoding.
+Everything is computed in float64, row by row. A draw depends only on the logits of its own row, the row's seed and the
+position of the drawn token. So it is the same in plain and in speculative decoding.
 Shapes: A rows of any kind, V tokens of the target's vocabulary.
 """
 
@@ -63,7 +63,7 @@ def uniform_noise(seeds: Tensor, positions: Tensor, ids: Tensor, stream: Stream)
     Args:
         seeds: int64 of shape (...), one seed per row.
         positions: Absolute position of the token in question, int64, broadcast against the seeds.
-        ids: What is numbered at one position, such as tokens of the vocabulary, int64 of shape (C,).
+        ids: Numbered items at one position, such as tokens of the vocabulary, int64 of shape (C,).
         stream: Use of the noise.
 
     Returns:
@@ -95,7 +95,7 @@ def gumbel_argmax(log_probs: Tensor, seeds: Tensor, positions: Tensor) -> Tensor
 
 
 def check_logits(logits: Tensor, present: Tensor | None = None) -> None:
-    """Refuse rows of logits that define no distribution.
+    """Raise for rows of logits that define no distribution.
 
     Args:
         logits: Logits of shape (..., V).
@@ -152,8 +152,8 @@ class Sampling:
     """Processors that turn logits into the distribution of the next token: temperature, then top-k, then top-p.
 
     Args:
-        temperature: Finite divisor of the logits, >= 0; 0 puts all probability on the largest logit, the one of the
-            lowest token id where several are equal.
+        temperature: Finite divisor of the logits, >= 0; 0 puts all probability on the largest logit, ties going to the
+            lowest token id.
         top_k: Number of tokens to keep, >= 1; None keeps all.
         top_p: Probability to keep, in (0, 1]; 1 keeps all. It refers to the distribution after temperature and top-k.
 

@@ -70,10 +70,10 @@ def drafter_folder(name: str) -> Path:
 
 
 def check_drafter(name: str) -> None:
-    """Refuse a drafter that `find_drafter` would not find, before anything is loaded for it.
+    """Raise for a drafter that `find_drafter` would not find, before anything is loaded for it.
 
     Raises:
-        UserError: For a name whose drafter must be trained, a lookup beside nothing, damaged settings, or another
+        UserError: For a name whose drafter must be trained, a lookup without a drafter, damaged settings, or another
             program's drafter.
         UserError: If it is neither a name nor a drafter's folder.
     """
@@ -96,7 +96,7 @@ def check_settings(
     seed: int = 0,
     stop_strings: Sequence[str] = (),
 ) -> None:
-    """Refuse what `SpeculativeDecoder.generate` would refuse, before anything is loaded for it.
+    """Raise for settings that `SpeculativeDecoder.generate` rejects, before anything is loaded.
 
     Raises:
         UserError: If a setting is out of range; the message names it.
@@ -119,8 +119,7 @@ def find_drafter(name: str, target: CausalLM, tokenizer: Any = None) -> Drafter 
         tokenizer: The target's, which a language model must share; without it only the sizes of the heads are compared.
 
     Raises:
-        UserError: What `check_drafter` refuses, a drafter of another target, or a language model of another
-            tokenizer.
+        UserError: As in `check_drafter`, and for a drafter of another target or a language model of another tokenizer.
         UserError: If it is neither a name nor a drafter's folder.
     """
     check_drafter(name)
@@ -155,7 +154,7 @@ def find_target(drafter: str, target: str | None, dtype: str) -> tuple[TargetSpe
         dtype: Precision of the target's weights.
 
     Raises:
-        UserError: If the target's sizes are not those of the one that the drafter was trained for.
+        UserError: If the target's sizes differ from the drafter's training target.
     """
     folder = drafter_folder(drafter)
     if not (folder / CONFIG).is_file():
@@ -228,7 +227,7 @@ class Session:
         """Return the tokens of a conversation that the model is to answer.
 
         Raises:
-            EncodingError: If the chat template refuses it.
+            EncodingError: If the chat template rejects it.
         """
         turns = tuple(Message(message["role"], message["content"]) for message in messages)
         return self.encoder.prompt(Row(turns, "the conversation"))
@@ -257,7 +256,7 @@ class TextStream:
 
     tokenizer: Any
     _tokens: list[int] = field(default_factory=list)
-    _shown: int = 0  # tokens whose text has been returned
+    _shown: int = 0  # number of tokens whose text has been returned
     _context: int = 0  # first token decoded together with new ones, which decides on spaces between words
 
     def push(self, token: int) -> str:

@@ -9,27 +9,26 @@ from statistics import median
 class SpeedMonitor:
     """Keeps an account of the time that drafting has saved, in plain passes, and lets it draft while there is some.
 
-    `SpeculativeDecoder.tuned` chooses by the acceptance on validation text and by measured times. Other text, or
-    a machine that has changed its speed, can make drafting slower than plain decoding. A drafted pass adds what it
-    saved, or takes what it lost; when nothing is left, decoding goes on plainly. Plain passes pay in a small share of
-    their time, and each time this has bought `retry` passes, drafting is tried again. So drafting costs at most the
-    first filling and that share.
+    `SpeculativeDecoder.tuned` chooses by acceptance on validation text and by measured times. Other text, or a change
+    of the machine's speed, can make drafting slower than plain decoding. The monitor keeps a balance: a drafted pass
+    adds its gain or subtracts its loss. When the balance is empty, decoding continues plainly. Plain passes add a small
+    share of their time. Once the balance holds `retry` passes, drafting is tried again. So drafting costs at most the
+    initial balance and that share.
 
-    What a plain pass takes is the median of the generation's last ones that followed another plain one: those it begins
-    with, and while drafting goes on the second of two in `interval`. The first of two may have to fetch weights that
-    drafted passes, which read a packed copy of them, have driven out of the processor's cache. Earlier generations may
-    have met a faster or slower machine, so they do not count, and one that changes its speed misleads the monitor for a
-    while only. A single pass during which it stalled is charged at most `max_charge` times what drafted passes took
-    of late; hundreds of plain tokens might be needed to pay for it.
+    The time of a plain pass is a median over recent plain passes of the generation that followed another plain one.
+    While drafting continues, the second of two plain passes in every `interval` counts. The first may have to reload
+    weights, as drafted passes read a packed copy that evicts them from the processor's cache. Earlier generations do
+    not count, because the machine may have been faster or slower. A stalled pass is charged at most `max_charge` times
+    the recent time of drafted passes.
 
     Args:
-        initial: What the account holds at the beginning, > 0.
-        limit: What it holds at most, >= `initial`: what a drafter that has paid may lose.
-        retry: What it must hold to draft again, > 0.
+        initial: Initial balance, > 0.
+        limit: Largest balance, >= `initial`; a drafter that has paid can lose this much.
+        retry: Balance at which drafting is tried again, > 0.
         saving: Share of the time of plain passes that is paid in, in (0, 1).
         interval: Passes of which two are plain, >= 3.
         warmup: Plain passes that are timed in every generation before it drafts, >= 1.
-        window: Most passes, plain and drafted, whose median is taken, >= `warmup`.
+        window: Largest number of passes, plain or drafted, in a median, >= `warmup`.
         max_charge: Most that a drafted pass is charged, in medians of the last `window` ones, >= 1.
     """
 

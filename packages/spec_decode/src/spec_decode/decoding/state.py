@@ -61,7 +61,7 @@ class Rows:
         return roots, torch.tensor([len(row) - 1 for row in self.contexts], device=device)
 
     def accept(self, tokens: Tensor, accepted: Tensor) -> Tensor:
-        """Append what each row keeps of the emitted tokens, (B, L); returns the numbers kept, (B,)."""
+        """Append each row's kept part of the emitted tokens, (B, L); return the numbers kept, (B,)."""
         kept, ended = count_kept(tokens, self._stop_tokens, self.remaining)
         counts, drafted = kept.tolist(), accepted.tolist()
         for row, (new, count) in enumerate(zip(tokens.tolist(), counts, strict=True)):
@@ -102,7 +102,7 @@ class Committed(NamedTuple):
 
     @classmethod
     def join(cls, parts: Sequence["Committed"]) -> "Committed":
-        """Return the positions of several passes as those of one, the padding of every row behind its last."""
+        """Join the positions of several passes into one pass, with the padding of every row at its end."""
         if len(parts) == 1:
             return parts[0]
         states, following, counts = zip(*parts, strict=True)
@@ -121,10 +121,10 @@ class DecodingState:
         sampling: The target's processors.
         seeds: One seed per row, int64 of shape (B,).
         cache: Keys and values of the target.
-        draft_cache: What the drafter remembers of the batch.
+        draft_cache: Cache of the drafter for the batch.
         monitor: Decides whether a pass drafts; None always drafts.
         clock: Seconds by phase.
-        statistics: What the passes brought.
+        statistics: Statistics of the passes.
         unread: Committed positions that the drafter has not seen.
     """
 
@@ -139,7 +139,7 @@ class DecodingState:
     unread: list[Committed] = field(default_factory=list)
 
     def commit(self, passed: States, verified: Verified) -> Committed:
-        """Keep what was verified, up to a stop or a limit.
+        """Keep the verified tokens up to a stop or a limit.
 
         The root of the next tree, a row's last kept token, is not among the committed ones: the target has not seen it.
         """

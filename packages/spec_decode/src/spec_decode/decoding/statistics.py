@@ -22,7 +22,7 @@ class Generation:
         lengths: Tokens of each row, prompt included.
         acceptance_lengths: Per row the tokens kept from each target pass: accepted draft tokens + 1, fewer where a
             stop or a limit cut the last pass. The prefill and its token are not counted.
-        tested: Passes, of all rows, whose walk met candidates at each level.
+        tested: Number of passes, over all rows, that tested candidates at each level.
         matched: Passes in which one of them was accepted; `matched / tested` is the acceptance of the level.
         pass_sizes: Target passes by their number of nodes, absent ones included.
         timings: Seconds of each phase in `PHASES`, and of everything under "total".
@@ -88,7 +88,7 @@ class Clock:
 
 
 class Statistics:
-    """Counts what every pass of a generation brings.
+    """Counts the tokens, acceptance and seconds of every pass of a generation.
 
     Args:
         rows: B.
@@ -105,7 +105,7 @@ class Statistics:
 
         Args:
             size: Nodes of its tree.
-            verified: What became of them.
+            verified: Result of the verification.
             kept: Tokens that each row keeps, int64 of shape (B,); 0 only where a row was finished before.
         """
         self.pass_sizes[size] += 1

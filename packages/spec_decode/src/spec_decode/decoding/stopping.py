@@ -7,10 +7,10 @@ from kd_common.errors import UserError
 
 
 def check_stop_strings(strings: Sequence[str]) -> None:
-    """Refuse what is no list of texts to stop at.
+    """Raise unless the value is a list of texts to stop at.
 
     Raises:
-        UserError: For a single text, whose letters would each be one, or an empty one.
+        UserError: For a single text, whose letters would count as one text each, or an empty one.
     """
     if isinstance(strings, str):
         raise UserError(f"stop_strings must be a list of texts, as in [{strings!r}], got {strings!r}")
@@ -27,7 +27,7 @@ class StopStrings:
         batch: Number of rows.
 
     Raises:
-        UserError: Without a tokenizer, or for what `check_stop_strings` refuses.
+        UserError: Without a tokenizer, or as in `check_stop_strings`.
     """
 
     def __init__(self, strings: Sequence[str], tokenizer: Any, batch: int) -> None:
@@ -40,7 +40,7 @@ class StopStrings:
         self.seen: list[list[int]] = [[] for _ in range(batch)]
 
     def cut(self, row: int, new: Sequence[int]) -> int | None:
-        """Return the number of new tokens up to the one that completes a stop string, or None while there is none."""
+        """Return the number of new tokens up to the one that completes a stop string; None without a match."""
         seen = self.seen[row]
         for count, token in enumerate(new, start=1):
             seen.append(token)

@@ -1,7 +1,7 @@
 """Draft trees as parent arrays: the root is the last committed token, every other node one drafted token.
 
-Parents precede their children, so that a node's ancestors in index order are its path from the root. A node with
-parent -1 (other than the root) is absent: it pads rows of a batch to one size, attends to itself only and is never
+Parents precede their children, so that a node's ancestors in index order are its path from the root. A node with parent
+-1, other than the root, is absent. It pads the rows of a batch to one size, attends to itself only and is never
 accepted. Shapes: B rows of a batch, n nodes, N levels below the root, K candidates per level.
 """
 
@@ -106,8 +106,8 @@ def paths(parents: Tensor) -> Tensor:
         parents: Parent array of shape (B, n) with largest depth D.
 
     Returns:
-        int64 of shape (B, n, D + 1): at [b, i, d] the ancestor of i (or i itself) at depth d, -1 below node i. The
-        path of an absent node is that node alone.
+        int64 of shape (B, n, D + 1): at [b, i, d] the ancestor of i (or i itself) at depth d, -1 below node i. The path
+        of an absent node is the node alone.
     """
     size = parents.shape[1]
     mask = ancestor_mask(parents)
@@ -118,10 +118,10 @@ def paths(parents: Tensor) -> Tensor:
 
 
 def backbone_parents(branching: Sequence[int]) -> Tensor:
-    """Return the parent array of the constrained draft tree, whose only expanded node per level is the backbone.
+    """Return the parent array of the constrained draft tree, in which only the backbone node of each level is expanded.
 
     Nodes are the root, the backbone from level 1 to N, then the remaining candidates level by level. An accepted path
-    therefore lies in rows 0, 1, 2, ... of the pass except possibly its last node.
+    therefore occupies rows 0, 1, 2, ... of the pass except possibly its last node.
 
     Args:
         branching: Candidates per level, each >= 1; empty for the root alone.
@@ -183,7 +183,7 @@ def backbone_tree(
 
 
 def prune_tree(tree: DraftTree, keep: Tensor) -> DraftTree:
-    """Return the same tree without some nodes and what lies below them; nodes absent from every row are cut out.
+    """Return the tree without some nodes and their descendants; nodes absent from every row are cut out.
 
     Args:
         tree: Tree to prune.
@@ -211,7 +211,7 @@ def merge_branches(tree: DraftTree, branches: Sequence[Sequence[Sequence[int]]],
         tree: Tree to extend.
         branches: For each row of the batch its branches, each a run of tokens that starts below the root. Earlier
             branches are served first.
-        max_nodes: Largest number of nodes, the tree's own and absent ones included; what does not fit is dropped.
+        max_nodes: Largest number of nodes, absent ones included; further continuations are dropped.
 
     Returns:
         Tree of at most max(max_nodes, n) nodes; shorter rows end in absent nodes.

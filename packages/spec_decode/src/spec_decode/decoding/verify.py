@@ -1,8 +1,8 @@
 """Lossless verification of a draft tree against the target's logits at its nodes.
 
-Both rules walk down from the root: at each node one token is drawn whose distribution is exactly the target's processed
-distribution there; while the tree holds the drawn token as a child, the walk moves on to it, otherwise that token is
-the bonus. They differ in how the token is drawn. Proofs and what is tested: docs/spec_exactness.md.
+Both rules walk down from the root. At each node one token is drawn whose distribution is exactly the target's processed
+distribution there. If the tree holds the drawn token as a child, the walk moves to it; otherwise that token is the
+bonus. The rules differ in how the token is drawn. For proofs and tests see docs/spec_exactness.md.
 Shapes: B rows of a batch, n nodes, D the tree's depth, V tokens, A rows still walking.
 """
 
@@ -75,10 +75,10 @@ def _walk(tree: DraftTree, logits: Tensor, draw: Callable[[Tensor, Tensor, int],
 def verify_matching(
     tree: DraftTree, logits: Tensor, sampling: Sampling, *, seeds: Tensor, root_positions: Tensor
 ) -> Verified:
-    """Sample and match: every token is the target's own draw, and the walk goes on while the tree holds it.
+    """Sample and match: draw every token from the target, and walk on while the tree holds the drawn token.
 
-    Exact for any tree, however its candidates were chosen, and token for token what plain decoding with
-    `Sampling.draw` emits from the same logits. Greedy decoding is temperature 0.
+    This is exact for any tree, however its candidates were chosen. It emits the same tokens as plain decoding with
+    `Sampling.draw` from the same logits. Greedy decoding is temperature 0.
 
     Args:
         tree: Draft tree.
@@ -103,8 +103,8 @@ def verify_matching(
 def recursive_rejection(p: Tensor, q: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
     """Return the acceptance probability of candidates drawn without replacement, and the residual distribution.
 
-    With R_1 = p and Q_1 = q, candidate x_j is accepted with probability min(1, R_j(x_j) / Q_j(x_j)); on rejection
-    R_{j+1} is the normalised positive part of R_j - Q_j and Q_{j+1} is Q_j without x_j, normalised.
+    With R_1 = p and Q_1 = q, candidate x_j is accepted with probability min(1, R_j(x_j) / Q_j(x_j)). On rejection
+    R_{j+1} is the normalised positive part of R_j - Q_j, and Q_{j+1} is Q_j without x_j, normalised.
 
     Args:
         p: Target distribution of shape (A, V).
@@ -112,8 +112,8 @@ def recursive_rejection(p: Tensor, q: Tensor, draws: Tensor) -> tuple[Tensor, Te
         draws: Candidates in the order in which they were drawn, int64 of shape (A, K), -1 where there are fewer.
 
     Returns:
-        Acceptance probability of each candidate given that all before it were rejected, shape (A, K), 0 at -1; and
-        the distribution of the token in case all are rejected, shape (A, V).
+        Acceptance probability of each candidate given that all before it were rejected, shape (A, K), 0 at -1; and the
+        distribution of the token if all are rejected, shape (A, V).
 
     References:
         Jeon et al., arXiv 2402.14160; Chen et al. (Sequoia), arXiv 2402.12374.

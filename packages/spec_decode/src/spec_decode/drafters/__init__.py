@@ -1,4 +1,4 @@
-"""Drafters behind one interface; adding one touches one file, whose class is then chosen by its name."""
+"""Drafters behind one interface; a new one is one file, and its class is chosen by its name."""
 
 import importlib
 import pkgutil

@@ -83,7 +83,7 @@ class DraftContext:
         sampling: The target's processors.
         seeds: The target's seeds, int64 of shape (B,).
         rejection: Whether the candidates must be drawn from the drafter's distribution, for `verify_sampled`.
-        cache: What the drafter's `new_cache` returned for this batch.
+        cache: Cache of the batch, from the drafter's `new_cache`.
         min_confidence: Nodes that the drafter takes to be reached with a smaller probability are left out.
     """
 
@@ -112,7 +112,7 @@ class Capabilities:
         samples: Whether it can draw its candidates, as `verify_sampled` needs.
         dynamic: Whether it can draft a `DynamicTree`.
         confident: Whether its nodes have probabilities, which `min_confidence` needs.
-        extra_branches: Further branches that its drafts may hold beside the tree, each as long as the tree is deep.
+        extra_branches: Number of further branches that a draft may add to the tree, each as long as the tree is deep.
     """
 
     max_depth: int | None = None
@@ -125,10 +125,12 @@ class Capabilities:
 
 
 class Drafter(ABC):
-    """Proposes trees. One instance serves any number of batches; what it remembers of one lives in its draft cache.
+    """Interface of drafters, which propose trees.
+
+    One instance serves any number of batches; each batch has its own draft cache.
 
     Attributes:
-        capabilities: What it can draft.
+        capabilities: Capabilities of the drafter.
         standalone: Whether its name says everything, for it needs no weights and no other drafter.
         acceptance: Acceptance by level and rank measured on validation text (see `cost`); None if not measured.
     """
@@ -138,7 +140,7 @@ class Drafter(ABC):
     acceptance: list[list[float]] | None = None
 
     def serves(self, target: CausalLM) -> bool:
-        """Return whether it drafts for this target; one that reads the text alone drafts for any."""
+        """Return whether it drafts for this target; a drafter that reads only the text drafts for any."""
         return True
 
     def new_cache(self, batch: int, capacity: int) -> Any:
@@ -149,7 +151,7 @@ class Drafter(ABC):
         """Prepare frozen weights for decoding when a decoder is made; see `models.packed`."""
 
     def weights(self) -> list[Tensor]:
-        """Return all its tensors, those of the target among them."""
+        """Return all its tensors, including the target's."""
         return [*self.parameters(), *self.buffers()] if isinstance(self, torch.nn.Module) else []
 
     @abstractmethod
@@ -161,7 +163,7 @@ class Drafter(ABC):
 
 
 def draft_from_levels(context: DraftContext, logits: Tensor, vocabulary: Tensor | None, vocab_size: int) -> Draft:
-    """Return the constrained tree of a drafter whose levels are independent of one another.
+    """Return the constrained tree of a drafter whose levels do not depend on one another.
 
     Args:
         context: Context with a constrained tree of N levels.
@@ -185,7 +187,7 @@ def draft_from_levels(context: DraftContext, logits: Tensor, vocabulary: Tensor 
 
 
 def ranked_tree(context: DraftContext, ranked: RankedTokens) -> DraftTree:
-    """Return the constrained tree of the best tokens of every level, without what is below `context.min_confidence`."""
+    """Return the constrained tree of the best tokens of every level, pruned below `context.min_confidence`."""
     assert isinstance(context.tree, tuple)
     tree = ranked.tree(context.root, context.tree)
     if context.min_confidence:

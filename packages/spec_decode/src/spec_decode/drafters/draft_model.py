@@ -100,8 +100,8 @@ class PretrainedDraft(Autoregressive):
     Args:
         target: Target.
         model: Step runner of the draft model, on the target's device.
-        shared: Number of tokens that both know (`kd_common.hub.vocabulary.shared_vocabulary`); what either has beyond
-            them is padding, and is never drafted. None means that neither is padded.
+        shared: Number of tokens that both models know (`kd_common.hub.vocabulary.shared_vocabulary`). Ids beyond are
+            padding and are never drafted. None means that neither vocabulary is padded.
 
     Raises:
         UserError: If the heads differ in size and it is not said how many tokens are shared, or one lacks some.

@@ -16,19 +16,19 @@ from spec_decode.drafters.base import DraftContext, DynamicTree, rank_levels
 class DynamicCandidates:
     """All nodes considered so far, and the frontier that is expanded next.
 
-    The first `expand` takes the root's logits, every later one those of the frontier: each of its nodes gets its k
-    likeliest children, and the k best of all children, by the probability of the whole path, are the next frontier.
-    Above temperature 0 these are the probabilities that are left once the target's noise is known (`rank_tokens`).
+    The first `expand` takes the root's logits, every later one the frontier's. Each frontier node gets its k likeliest
+    children. The k best of all children, by the probability of the whole path, are the next frontier. Above temperature
+    0 these are the probabilities given the target's noise (`rank_tokens`).
 
     Args:
-        context: Context whose tree is dynamic.
+        context: Context with a dynamic tree.
         tree: Shape of the tree.
         vocabulary: Target token of each draft token; None if they are the same.
 
     Attributes:
         expanded: For each node of the frontier its parent's place in the frontier before, int64 of shape (B, k).
-        seen: For each node of the frontier which nodes of all frontiers so far, oldest first, are its ancestors or
-            itself, boolean of shape (B, k, levels * k).
+        seen: Boolean of shape (B, k, levels * k), True where a node of the frontiers so far, oldest first, is an
+            ancestor of the frontier node or the node itself.
 
     References:
         EAGLE-2, arXiv 2406.16858.

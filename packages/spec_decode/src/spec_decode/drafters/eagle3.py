@@ -41,8 +41,8 @@ class EagleLayer(nn.Module):
 class TrainingTimeTest:
     """Return the attention of the unrolled training steps.
 
-    The query of step i at row p stands for the i-th drafted token behind position p: it sees the first step's keys up
-    to row p and, of every later step up to its own, the key of row p alone.
+    The query of step i at row p is the i-th drafted token behind position p. It sees the first step's keys up to row p
+    and, of every later step up to its own, the key of row p alone.
     """
 
     def __init__(self) -> None:
@@ -102,7 +102,7 @@ class Eagle3(TrainableDrafter):
             self.head.weight.copy_(self.frozen_head())
 
     def level_states(self, tokens: Tensor, states: States) -> list[Tensor]:
-        """Unroll the levels; level i has i rows fewer, whose last tokens would lie beyond the sequence."""
+        """Unroll the levels; level i has i rows fewer, because their tokens lie beyond the sequence."""
         test = TrainingTimeTest()
         feature, levels = self.fuse(states.features[:, :-1].to(self.dtype)), []
         for level in range(self.depth):

@@ -22,8 +22,8 @@ from spec_decode.models.layers import Attend, causal_attention
 class FastEagle(TrainableDrafter):
     """x_p = join(fuse(features_p), embedding of token p + 1); h_i = layer_i(h_{i-1}); level i = head(norm_i(h_i)).
 
-    Every layer has parameters and a key-value cache of its own, over committed positions only: a draft is one pass over
-    what was committed since the last one, and nothing speculative ever enters a cache. The head is the target's.
+    Every layer has its own parameters and its own key-value cache over committed positions. A draft is one pass over
+    the positions committed since the last one, and nothing speculative ever enters a cache. The head is the target's.
 
     Args:
         depth: Levels N, one layer each.

@@ -1,4 +1,4 @@
-"""Drafts copied from the text itself: what followed the longest earlier match of its last tokens."""
+"""Prompt lookup: drafts copied from the text behind the longest earlier match of its last tokens."""
 
 from dataclasses import replace
 from typing import Any
@@ -30,7 +30,7 @@ class NgramIndex:
             text: The text given before with tokens appended.
             count: Tokens wanted.
         """
-        # Only what has a successor is indexed, so the end of the text never finds itself.
+        # Only n-grams with a successor are indexed, so the end of the text never finds itself.
         for end in range(self._indexed + 1, len(text)):
             for n, ends in enumerate(self._ends[:end], start=1):
                 ends[tuple(text[end - n : end])] = end

@@ -1,8 +1,8 @@
-"""Drafters with parameters: their tie to one target, the reduced draft vocabulary, and what training asks of them.
+"""Drafters with parameters: their target, the reduced draft vocabulary, and the interface for training.
 
-Shapes: B rows, T tokens of a training sequence, N levels, h hidden size, C draft tokens, V tokens of the target.
-Row p of a training sequence is what is known after target position p: the target's features there and token p + 1.
-Level i (from 0) at row p predicts token p + 2 + i.
+Shapes: B rows, T tokens of a training sequence, N levels, h hidden size, C draft tokens, V tokens of the target. Row p
+    of a training sequence holds the target's features at position p and token p + 1. Level i (from 0) at row p predicts
+    token p + 2 + i.
 """
 
 import inspect
@@ -24,7 +24,7 @@ from spec_decode.models.packed import PackedLinear, pack_linears, packable
 
 
 def check_vocabulary(ids: Tensor, size: int, vocab_size: int) -> None:
-    """Refuse a mapping that is no ascending selection of the target's tokens.
+    """Raise unless a mapping is an ascending selection of the target's tokens.
 
     Args:
         ids: Target token of each draft token, int64 of shape (C,).
@@ -73,7 +73,7 @@ class TrainableDrafter(nn.Module, Drafter):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What it was made of, by name."""
+        """Constructor settings by name."""
         return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
     def bind(self, target: CausalLM) -> Self:

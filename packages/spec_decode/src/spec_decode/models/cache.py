@@ -1,8 +1,8 @@
-"""Static key-value cache whose rows have lengths of their own, and one pass of tree nodes or tokens over it.
+"""Static key-value cache whose rows differ in length, and one pass of tree nodes or tokens over it.
 
 Rows start at slot 0, so the slot of a committed token is its absolute position and no row is ever padded on the left.
-The nodes of a pass lie behind a row's committed length; whatever lies there is invisible to later passes until
-`commit` has counted it. Shapes: B rows, n nodes, S slots, K key-value heads of size d.
+The nodes of a pass follow a row's committed length. They are invisible to later passes until `commit` has counted them.
+Shapes: B rows, n nodes, S slots, K key-value heads of size d.
 """
 
 from typing import Any
@@ -64,7 +64,7 @@ class KVCache:
         """
         level = torch.arange(path.shape[1], device=path.device)
         rows, levels = ((path != level) & (level < kept.unsqueeze(1))).nonzero(as_tuple=True)
-        if len(rows):  # the backbone already lies where it belongs
+        if len(rows):  # the backbone is already in place
             start = self.lengths[rows]
             source, destination = start + path[rows, levels], start + levels
             for cached in (self.keys, self.values):
@@ -73,13 +73,13 @@ class KVCache:
 
 
 class DecodingPass:
-    """One pass of new nodes over a cache: their positions, where they are written and what they see.
+    """One pass of new nodes over a cache: their positions, their slots and their visibility.
 
     Args:
         cache: Cache to write to; its lengths do not change.
         ahead: Position of every node behind its row's committed tokens, int64 of shape (B, n) or (n,).
-        seen: Boolean of shape (B, n, first + n): which slots behind the committed tokens a node sees, those of earlier
-            passes first; the committed tokens are seen by all.
+        seen: Boolean of shape (B, n, first + n): the slots behind the committed tokens that a node sees, those of
+            earlier passes first. All nodes see the committed tokens.
         first: Slot of the first node behind the committed tokens; more than 0 keeps the nodes of earlier passes.
         groups: Query heads per key head.
         window: Number of last positions a windowed layer sees; None without such layers.

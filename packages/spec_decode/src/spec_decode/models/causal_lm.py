@@ -1,8 +1,8 @@
 """A lean step runner for Llama-, Mistral-, Qwen2- and Qwen3-style language models of transformers.
 
-It shares the weights of the transformers model, keeps a static cache with a length per row, takes draft trees as parent
-arrays, and exposes the low, middle and high features that drafters read. Plain decoding runs on it as well, so that a
-speed-up of speculative decoding is never the runner's. Shapes: B rows, n nodes, h hidden size, V vocabulary.
+It shares the weights of the transformers model, keeps a static cache with a length per row, and takes draft trees as
+parent arrays. It exposes the low, middle and high features that drafters read. Plain decoding runs on it as well, so
+that a speed-up is never due to the runner. Shapes: B rows, n nodes, h hidden size, V vocabulary.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ class States:
 
 
 def default_feature_layers(layers: int) -> tuple[int, int, int]:
-    """Return EAGLE-3's low, middle and high layer, whose *inputs* are the features: 2, L // 2 and L - 3.
+    """Return EAGLE-3's low, middle and high layer, 2, L // 2 and L - 3; their *inputs* are the features.
 
     Shallow models, as in tests, get the nearest layers that exist; index L is the output of the last layer.
     """
@@ -101,7 +101,7 @@ class CausalLM(nn.Module):
         self._compiled: list[Callable[..., States]] = []
         self._fingerprints: dict[tuple[torch.dtype, Any], str] = {}
         self._sharded = False
-        self._packed_head: list[PackedLinear] = []  # in a list, so that it is no submodule: lm_head is what is saved
+        self._packed_head: list[PackedLinear] = []  # in a list, so that it is no submodule: only lm_head is saved
         self.register_buffer("frequencies", frequencies.float(), persistent=False)
 
     @classmethod

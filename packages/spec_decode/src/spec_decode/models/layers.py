@@ -1,8 +1,8 @@
 """Layers of Llama-style decoders, shared by targets and drafters; parameters carry the names transformers gives them.
 
-A layer does not know where keys and values come from: it is handed an `Attend`, which closes over a cache and a mask,
-or over nothing when a whole sequence is trained on. Shapes: B rows, n positions, H query and K key-value heads of size
-d, h hidden size.
+A layer does not know where keys and values come from. It is given an `Attend`, which closes over a cache and a mask, or
+over nothing when a whole sequence is trained on. Shapes: B rows, n positions, H query and K key-value heads of size d,
+h hidden size.
 """
 
 from collections.abc import Callable

@@ -1,9 +1,9 @@
-"""Frozen bfloat16 weights in the layout that the CPU's matrix kernels read, beside the plain ones.
+"""Frozen bfloat16 weights in the layout of the CPU's matrix kernels, in addition to the plain ones.
 
-For a handful of rows, bringing a plain bfloat16 weight into oneDNN's blocked layout is a large part of the product, on
-every call; for a single row it is not, and plain weights are read faster than blocked ones. So both are kept, and what
-drafts need does not slow plain decoding down; `benchmarks/target_pass.py` measures it. Laying weights out once is
-what `torch.compile` does when it freezes them, without a compiler; the operators are those its generated code calls.
+For a few rows, converting a plain bfloat16 weight into oneDNN's blocked layout takes a large part of every product. For
+a single row plain weights are read faster than blocked ones. So both are kept, and packing does not slow plain decoding
+down; `benchmarks/target_pass.py` measures it. `torch.compile` also converts frozen weights once; the operators here are
+the ones that its generated code calls.
 """
 
 from typing import Any
@@ -39,7 +39,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         plain = weight.detach().contiguous()
         packed = torch.ops.mkldnn._reorder_linear_weight(plain, 8)  # laid out for 8 rows
-        self.register_buffer("packed", packed, persistent=False)  # first: a move that it refuses changes nothing
+        self.register_buffer("packed", packed, persistent=False)  # first, because a failed move then changes nothing
         self.register_buffer("weight", plain)
         self.register_buffer("bias", bias)
 
@@ -81,7 +81,7 @@ class FusedLinear(PackedLinear):
 
 
 def pack_linears(module: nn.Module) -> None:
-    """Replace the linear layers within a module whose weights are `packable`, in place.
+    """Replace a module's linear layers that have `packable` weights, in place.
 
     Those that a module's attribute `fuses` lists by the name of their union become one `FusedLinear` of that name.
     """

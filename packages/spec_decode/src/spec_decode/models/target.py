@@ -23,7 +23,7 @@ def fast_dtype() -> str:
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """The model whose decoding is sped up; it is never trained.
+    """Target model; it is never trained.
 
     Args:
         name: Local folder, Hub name, or `smollm2-135m-instruct`, which comes with the package index.

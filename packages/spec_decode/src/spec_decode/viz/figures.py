@@ -1,4 +1,4 @@
-"""Figures of drafting: how runs went, what decoding measured, draft trees. Reports and TensorBoard share them."""
+"""Figures of drafting for reports and TensorBoard: the course of runs, decoding measurements, draft trees."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from spec_decode.decoding.verify import Verified
 
 ACCEPTED, DRAFTED = "tab:green", "0.6"
 DECODING = [phase for phase in PHASES if phase != "prefill"]
-# One per phase and one for what is left; neighbours differ in lightness, for a grey print.
+# One per phase and one for the rest; neighbours differ in lightness, for a grey print.
 SHADES = mpl.colormaps["cividis"]([0.0, 0.5, 1.0, 0.25, 0.75])
 
 
@@ -95,7 +95,7 @@ def plot_time(measured: Mapping[str, Measurement]) -> Figure:
 
 
 def milliseconds(found: Measurement) -> dict[str, float]:
-    """Return the time per emitted token of every phase, and of what lies between them."""
+    """Return the time per emitted token of every phase, and of the rest."""
     phases = {phase: found.phases[phase] for phase in DECODING}
     phases["overhead"] = found.seconds - sum(phases.values())
     return {phase: 1000 * seconds / max(found.tokens, 1) for phase, seconds in phases.items()}

@@ -19,7 +19,7 @@ def print_tables(rows: Sequence[Row], console: Console) -> None:
     """Return the lines of a report: one per decoder under its prompt set and temperature.
 
     Args:
-        rows: `benchmark`'s, those of a set and temperature together.
+        rows: Rows of `benchmark`, grouped by set and temperature.
         console: Where to print.
     """
     speeds: dict[str, Callable[[Row], str]] = {

@@ -1,7 +1,7 @@
 """Random views of a batch of uint8 images, computed on the device where the images live.
 
-Every view is a pure function of the images and of one random integer per image. The loader can therefore draw the
-integers of a global batch once and hand each rank its rows: the views do not depend on how many processes share it.
+Every view is a pure function of the images and of one random integer per image. The loader draws the integers of a
+global batch once and hands each rank its rows. So the views do not depend on the number of processes.
 """
 
 import math
@@ -21,8 +21,8 @@ CUTOUT_GREY = 127  # the fill of the FixMatch policy, which MLKD and CRLD use
 class ImageDraws:
     """Uniform integers for every image of a batch, unrolled digit by digit from one seed per image.
 
-    Reading a seed as a mixed-radix number makes its digits independent and uniform, up to a bias of the order of
-    (product of the bases) / 2^62, which is below 1e-9 for every view here.
+    Reading a seed as a mixed-radix number makes its digits independent and uniform. The bias is of the order of
+    (product of the bases) / 2^62, below 1e-9 for every view here.
 
     Args:
         seeds: Shape (N,), int64, uniform in [0, 2^62).
@@ -54,7 +54,8 @@ def identity(images: Tensor, draws: ImageDraws) -> Tensor:
 def random_crop_flip(images: Tensor, draws: ImageDraws, *, padding: int = 4, flip: bool = True) -> Tensor:
     """Return the crops of the zero-padded images at uniform offsets, mirrored with probability one half.
 
-    The distribution is that of torchvision's `RandomCrop(size, padding=padding)` followed by `RandomHorizontalFlip()`.
+    The distribution is the same as in torchvision's `RandomCrop(size, padding=padding)` followed by
+    `RandomHorizontalFlip()`.
 
     Args:
         images: Shape (N, C, H, W), uint8.
@@ -76,8 +77,8 @@ def random_crop_flip(images: Tensor, draws: ImageDraws, *, padding: int = 4, fli
         left = torch.where(mirrored.bool(), 2 * padding - left, left)  # crop, then mirror: the offset is from the right
     padded = pad(images, [padding] * 4)
     rows, columns = padded.shape[-2:]
-    # Every output row is a run of `width` pixels somewhere in memory. Looking the runs up by where they start moves
-    # whole rows and needs one index a row, not one a pixel; measured 1.5 to 10 times faster than the other forms.
+    # Every output row is a run of `width` pixels in memory. Indexing the runs by their start moves whole rows and needs
+    # one index a row, not one a pixel; measured 1.5 to 10 times faster than the other forms.
     runs = padded.view(-1).as_strided((padded.numel() - width + 1, width), (1, 1))
     planes = chosen[:, None] * channels + torch.arange(channels, device=images.device)
     corner = planes * (rows * columns) + (top * columns + left)[:, None]
@@ -119,8 +120,8 @@ def _operations(magnitude: int, height: int, width: int) -> list[Callable[[Tenso
 def rand_augment(images: Tensor, draws: ImageDraws, *, num_ops: int = 2, magnitude: int = 10) -> Tensor:
     """Return RandAugment with torchvision's operations and magnitudes (31 bins), drawn for every image on its own.
 
-    The images that drew the same operation are transformed together, which keeps this to a few dozen calls a batch
-    and away from torch's global random state.
+    Images with the same operation are transformed together. This takes a few dozen calls a batch and leaves torch's
+    global random state alone.
 
     Args:
         images: Shape (N, C, H, W), uint8, C in {1, 3}.
@@ -144,7 +145,7 @@ def rand_augment(images: Tensor, draws: ImageDraws, *, num_ops: int = 2, magnitu
 
 
 def cutout(images: Tensor, draws: ImageDraws, *, size: int) -> Tensor:
-    """Return the images with a grey square whose centre is uniform over the image; the part outside is lost.
+    """Return the images with a grey square at a uniform centre, clipped at the image's borders.
 
     Args:
         images: Shape (N, C, H, W), uint8.

@@ -27,7 +27,7 @@ WORKERS = min(4, os.cpu_count() or 1)
 
 
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-"""Control characters, and what is no text in any encoding: names with them cannot be shown or stored."""
+"""Control characters and half surrogate pairs: names with them cannot be shown or stored."""
 
 
 def data_root(root: str | None = None) -> Path:
@@ -47,7 +47,7 @@ def missing_data(name: str, places: Sequence[Path], hint: str) -> MissingDataErr
 
 @contextmanager
 def fetching(name: str, folder: Path) -> Iterator[None]:
-    """Say of a download that fails inside what it was for, and where the files can be put instead.
+    """Add to the error of a failed download its purpose, and the folder in which to put the files instead.
 
     Raises:
         OSError: If it fails.
@@ -64,7 +64,7 @@ def fetching(name: str, folder: Path) -> Iterator[None]:
 
 
 def stratified_order(labels: Tensor, seed: int = 0) -> Tensor:
-    """Return a random order of the samples whose every prefix has the classes in proportion, up to one sample.
+    """Return a random order of the samples in which every prefix has the classes in proportion, up to one sample.
 
     Args:
         labels: Shape (N,), int64.
@@ -155,7 +155,7 @@ class ImageDataModule(LightningDataModule):
         return self.trainer.world_size if self.trainer else 1
 
     def check_batch(self, world_size: int) -> None:
-        """Refuse a batch that the training set does not fill; in Lightning's loop a teacher would be trained already.
+        """Raise for a batch that the training set does not fill, before a teacher is trained.
 
         Args:
             world_size: Number of processes.
@@ -167,7 +167,7 @@ class ImageDataModule(LightningDataModule):
         self.prepare_data()
         self.setup("fit")
         single = copy.copy(self)
-        single.batch_size = 1  # a loader of single images is refused by no data set, and knows how many there are
+        single.batch_size = 1  # every data set provides a loader of single images, which knows their number
         check_batch_size(len(single.train_dataloader().sampler), "training images", self.batch_size, world_size)
 
     def training_digest(self) -> str:

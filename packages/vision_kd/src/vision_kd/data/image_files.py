@@ -19,10 +19,10 @@ FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "PPM", "TIFF", "AV
 """Pillow's names of the formats that are read. Others, such as EPS, would start another program on the file."""
 
 CHECKED = 500
-"""Images of a split whose headers are read before a run; this takes less than a tenth of a second."""
+"""Number of images of a split whose headers are read before a run, in less than a tenth of a second."""
 
 CLUTTER = {".DS_Store", "Thumbs.db", "desktop.ini"}
-"""Files that file managers write into folders; those of macOS that start with `._` are others."""
+"""Files that file managers write into folders; macOS adds files that start with `._`."""
 
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -104,7 +104,7 @@ def warn_of_left_out(folder: Path, left_out: Sequence[Path]) -> None:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """An image file whose header has been read; what goes wrong with it inside names the file.
+    """Open an image file and read its header; errors inside name the file.
 
     Raises:
         OSError: If the file cannot be read.
@@ -127,7 +127,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 def _turn(image: Image.Image) -> Image.Transpose | None:
     """Return the transposition that turns the pixels upright. Damaged EXIF data turn nothing, as in viewers."""
     try:
-        # Pillow's PNG reader would decode all pixels here, to find what may follow them.
+        # Pillow's PNG reader would decode all pixels here to search for data behind them.
         exif = Image.Image.getexif(image) if image.format == "PNG" else image.getexif()
         return TURNS.get(exif.get(ExifTags.Base.Orientation, 1))
     except Exception:  # of any kind, as the data are

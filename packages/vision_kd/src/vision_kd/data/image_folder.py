@@ -48,7 +48,7 @@ def class_folders(split: Path) -> tuple[str, ...]:
 
 
 def list_images(split: Path, class_names: Sequence[str]) -> tuple[list[Path], list[int]]:
-    """Return the image files of a split in a fixed order, with their labels; what is left out is named in a warning.
+    """Return the image files of a split in a fixed order, with their labels; a warning names the skipped files.
 
     Raises:
         UserError: When the class folders are not the expected ones, or the header of an image is damaged.

@@ -1,4 +1,4 @@
-"""Batches whose order and augmentation depend on the seed and the epoch alone, for any number of processes."""
+"""Loaders with order and augmentation that depend only on seed and epoch, for any number of processes."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -83,8 +83,8 @@ class EpochSampler(DistributedSampler):
 class DeviceLoader(ResumableLoader):
     """Augmented batches of a small data set that lives on the training device as uint8.
 
-    Order and augmentation are drawn for a whole epoch at once; a batch is then a handful of tensor operations
-    without worker processes or work per image.
+    Order and augmentation are drawn for a whole epoch at once. A batch then takes a few tensor operations, without
+    worker processes or work per image.
 
     Args:
         images: Shape (N, C, H, W), uint8.

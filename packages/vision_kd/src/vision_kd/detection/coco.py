@@ -140,8 +140,8 @@ def read_split(path: Path, folder: Path, *, train: bool) -> Split:
 
     Raises:
         UserError: If the file, the folder or an image is missing.
-        UserError: If an annotation refers to an unknown image or category, the boxes are in another format (more than
-            1% without area inside their image, 10% beyond it, or all within one pixel), or no image is left.
+        UserError: If an annotation refers to an unknown image or category, no image is left, or the boxes are in
+            another format: more than 1% without area inside their image, 10% beyond it, or all within one pixel.
     """
     api = open_annotations(path)
     ids, names = categories(api, path)
@@ -193,13 +193,13 @@ def clipped(corners: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 def check_boxes(
     path: Path, corners: np.ndarray, sizes: np.ndarray, whole: np.ndarray, ids: np.ndarray, *, train: bool
 ) -> None:
-    """Refuse boxes in another format, and warn of single ones that no detector can find.
+    """Raise for boxes in another format, and warn of single ones that no detector can find.
 
     Args:
         path: Annotation file.
         corners: Boxes x1, y1, x2, y2 as the file has them, (B, 4).
         sizes: Width and height of their images, (B, 2).
-        whole: Whether some area of them lies inside the image, (B,).
+        whole: Whether part of each box lies inside the image, (B,).
         ids: Of their annotations, (B,).
         train: Whether they are trained on.
 

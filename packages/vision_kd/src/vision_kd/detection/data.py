@@ -23,10 +23,10 @@ Sample = tuple[Tensor, dict[str, Any]]
 
 
 class ShapeSampler(EpochSampler):
-    """An `EpochSampler` whose batches hold landscape or portrait images alone, so that padding wastes little.
+    """Sampler whose batches hold landscape or portrait images alone, so that padding wastes little.
 
-    Every whole batch of all ranks together has one shape; what is left over of both shapes makes mixed batches. The
-    order of the batches is random. No image is lost that `EpochSampler` keeps.
+    Every whole batch of all ranks together has one shape; the remaining images of both shapes make mixed batches. The
+    order of the batches is random. The images of an epoch are the same as in `EpochSampler`.
 
     Args:
         portrait: Whether each image is higher than wide, (N,), bool.
@@ -110,9 +110,9 @@ class COCO(ImageDataModule):
     """COCO, or any data in its format: `root/{train,val}2017` and `root/annotations/instances_*.json`.
 
     Batches are `(images, targets)`, two lists. Images are uint8 (3, H, W), scaled but not normalised. A target has
-    `boxes` (G, 4) as x1, y1, x2, y2 in pixels of the scaled image, `labels` (G,) from 1, `seed`, `image_id`,
-    and `ratio` (4,), scaled over original size in x, y, x, y. Crowd regions are not trained on; validation treats
-    them as pycocotools does. Order, scale, mirroring and the detector's sampling are a pure function of (seed, epoch).
+    `boxes` (G, 4) as x1, y1, x2, y2 in pixels of the scaled image, `labels` (G,) from 1, `seed`, `image_id`, and
+    `ratio` (4,), scaled over original size in x, y, x, y. Training ignores crowd regions; validation treats them as
+    pycocotools does. Order, scale, mirroring and the detector's sampling are a pure function of (seed, epoch).
 
     Args:
         root: Folder that the other paths are relative to; `$KD_DATA/coco` by default.
@@ -120,7 +120,7 @@ class COCO(ImageDataModule):
         train_images: Their folder.
         val_annotations: Annotation file of the validation images; it must have the same categories.
         val_images: Their folder.
-        train_sizes: Short sides in pixels, one of which is drawn for each training image.
+        train_sizes: Short sides in pixels; each training image draws one of them.
         val_size: Short side in validation.
         longest: Upper limit of the long side.
         flip: Mirror half of the training images.
@@ -131,7 +131,7 @@ class COCO(ImageDataModule):
         train_subset: Train on the first so many images only.
 
     Raises:
-        UserError: If a size is not positive, or the annotations are not what `read_split` takes.
+        UserError: If a size is not positive, or as in `read_split`.
         UserError: If the annotations are missing.
     """
 

@@ -27,7 +27,7 @@ UNUSED = "N/A"
 
 
 class WideRPNHead(RPNHead):
-    """RPN head whose outputs are at least float32: box coordinates do not survive bfloat16's 8 bits."""
+    """RPN head with outputs in at least float32, because bfloat16's 8 bits are too coarse for box coordinates."""
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Return the objectness and box deltas of every level."""
@@ -80,8 +80,8 @@ class TrainingPass:
 class Detector(NormalizedNetwork):
     """torchvision's Faster R-CNN with its normalisation and the names of its classes.
 
-    Images are taken at the size they have: the DataModule scales them, so that a teacher and a student see the same
-    pixels and can share proposals. In evaluation mode `forward` returns the detections of every image.
+    Images keep their size: the DataModule scales them, so that teacher and student see the same pixels and can share
+    proposals. In evaluation mode `forward` returns the detections of every image.
 
     Args:
         network: The network; its samplers and the precision of its outputs are replaced.
@@ -104,12 +104,12 @@ class Detector(NormalizedNetwork):
             part.fg_bg_sampler = SeededSampler(sampler.batch_size_per_image, sampler.positive_fraction)
 
     def metadata(self) -> dict[str, Any]:
-        """Extend the metadata of `NormalizedNetwork` by those of the task."""
+        """Add the metadata of detection to those of `NormalizedNetwork`."""
         frozen = (module.eps for module in self.network.modules() if isinstance(module, FrozenBatchNorm2d))
         return super().metadata() | {"class_names": list(self.class_names), "batchnorm_eps": next(frozen, None)}
 
     def class_indices(self, class_names: Sequence[str]) -> list[int]:
-        """Return the indices of the outputs for these classes, in their order, after that of the background.
+        """Return the output indices of these classes in their order, after the background's.
 
         Raises:
             ValueError: If this detector does not know one of them.
@@ -150,7 +150,7 @@ class Detector(NormalizedNetwork):
             images: Images in [0, 1], each (3, H, W).
 
         Returns:
-            Per image `boxes` (D, 4) as x1, y1, x2, y2 in its pixels, `labels` (D,) in [1, C - 1] and `scores`
+            A dictionary per image: `boxes` (D, 4) as x1, y1, x2, y2 in pixels, `labels` (D,) in [1, C - 1] and `scores`
             (D,), the highest first.
 
         Raises:

@@ -40,7 +40,7 @@ class FeatureDistillation:
 
 
 class DetectionModule(ComponentTraining):
-    """Distil a detector; batches are those of `vision_kd.detection.COCO`.
+    """LightningModule that distils a detector; batches come from `vision_kd.detection.COCO`.
 
     Args:
         student: Network to train.
@@ -93,7 +93,7 @@ class DetectionModule(ComponentTraining):
         self._detected: tuple[Tensor, list[int]] | None = None
 
     def setup(self, stage: str) -> None:
-        """Refuse what box coordinates do not survive.
+        """Raise for a precision that is too coarse for box coordinates.
 
         Raises:
             UserError: For trainer.precision bf16-true.
@@ -122,7 +122,7 @@ class DetectionModule(ComponentTraining):
 
     @property
     def components(self) -> tuple[str, ...]:
-        """The method's, and that of the features."""
+        """Components of the method, and the features' component."""
         return (*self.method.components, FEATURE) if self.features is not None else self.method.components
 
     def check_teacher(self, teacher: NormalizedNetwork) -> None:
@@ -187,7 +187,7 @@ class DetectionModule(ComponentTraining):
         return average_precision(record.split, *self._detected)
 
     def save_visualizations(self, folder: Path) -> None:
-        """Write `detections.json`, COCO results, and `detections.png`, some of them beside the ground truth."""
+        """Write `detections.json`, COCO results, and `detections.png`, some detections next to the ground truth."""
         if self._detected is None:  # a finished run that was resumed validates nothing
             return
         rows, image_ids = self._detected

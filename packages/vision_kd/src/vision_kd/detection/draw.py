@@ -1,4 +1,4 @@
-"""Pictures of detections beside the ground truth."""
+"""Pictures of detections next to the ground truth."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ from vision_kd.detection.coco import Split, read_image
 def draw_detections(
     path: Path, split: Split, rows: Tensor, image_ids: Sequence[int], *, threshold: float = 0.5
 ) -> None:
-    """Save a figure with a line for each image: its ground truth on the left, what was detected on the right.
+    """Save a figure with a line for each image: the ground truth on the left, the detections on the right.
 
     Args:
         path: The figure's file.

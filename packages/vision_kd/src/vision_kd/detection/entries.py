@@ -72,7 +72,7 @@ FIELDS: dict[str, dict[str, tuple[Callable[[Any], Any], str]]] = {
     },
     "categories": {"id": (_whole, WHOLE), "name": (_text, TEXT)},
 }
-"""Entries of each list with their keys, a function that reads the value or fails, and what it expects."""
+"""Keys of the entries of each list, with a function that reads the value or fails, and the expected type."""
 
 
 def read_entries(entries: list[Any], kind: str, path: Path) -> None:

@@ -28,7 +28,7 @@ class DetectionRecord:
     """Detections of a pass over the validation images, in the images' original pixels and COCO's category ids.
 
     Args:
-        split: The images and what is in them.
+        split: Images and their annotations.
         class_names: Names of the detector's outputs from 1 on; detections of names the data do not have are dropped.
     """
 
@@ -81,7 +81,7 @@ def average_precision(split: Split, rows: Tensor, image_ids: Sequence[int]) -> d
         image_ids: Images to score.
 
     Returns:
-        The metrics; one for whose size the images have no box is left out.
+        The metrics; a metric of a size of which the images have no box is left out.
     """
     results = CocoApi()
     results.dataset = split.api.dataset | {"annotations": _annotations(rows)}

@@ -68,7 +68,7 @@ def detection_step(
             logits = teacher.classify(teacher_maps, own.proposals, own.image_sizes)
             soft = {view: logits[:, list(class_indices)] for view in method.views}
 
-    # The other losses enter as one output whose gradient is 1: they have no part in the decomposition.
+    # The other losses enter as one output with gradient 1, because they take no part in the decomposition.
     outputs = {CLASSES: own.class_logits, REST: own.box_loss + sum(own.rpn_losses.values())}
     if fusion is not None:
         names = list(teacher_maps)

@@ -45,7 +45,7 @@ Norm = Literal["frozen", "group"]
 
 @dataclass(frozen=True)
 class Backbone:
-    """A classifier whose stages feed a pyramid.
+    """Classifier whose stages feed a pyramid.
 
     Attributes:
         build: Makes the network, given `norm_layer`.
@@ -255,7 +255,7 @@ def _load_backbone(body: nn.Module, backbone: Backbone, name: str, weights: str)
     used = {module for stage in backbone.stages for module in stage}
 
     def surplus(name: str) -> bool:
-        """Return the layers of the classifier that feed no level, and what frozen BatchNorm does not count."""
+        """Return the layers of the classifier that feed no level, and the counters that frozen BatchNorm lacks."""
         return name.split(".")[0] not in used or name.endswith("num_batches_tracked")
 
     load_weights(body, checkpoint, model=f"the backbone of {name}", surplus=surplus)
@@ -265,7 +265,7 @@ def _read(path: str) -> Checkpoint:
     """Return a checkpoint in torchvision's layout, current or old.
 
     Raises:
-        CheckpointError: For detectron2's networks, whose function differs from that of torchvision's.
+        CheckpointError: For detectron2's networks, which compute another function than torchvision's.
     """
     hint = (
         f"{path} is a detectron2 checkpoint. Its networks stride in the 1x1 convolutions, read BGR images in [0, 255] "

@@ -1,8 +1,8 @@
 """Base class of methods: a pure map from logits to named per-sample loss components.
 
 A method knows nothing about optimizers, momenta or trainers. It returns one value per sample for every component it
-declares, and the gradient policy (`vision_kd.policies`) decides how the gradients of the components become an
-update. So every method runs with every policy, and adding a method is adding one file to this package.
+declares. The gradient policy (`vision_kd.policies`) turns the gradients of the components into an update. So every
+method runs with every policy, and a new method is one new file in this package.
 """
 
 import math
@@ -96,8 +96,8 @@ def kd_components(
 ) -> tuple[Tensor, Tensor]:
     """Return the two summands of the classical distillation loss, times T^2; arguments as in `dkd_components`.
 
-    KL(teacher || student) = TCKD + (1 - p_target) * NCKD holds for every sample (arXiv 2203.08679, eq. 5), so without
-    a mask the gradients of the two add up to the gradient of KD.
+    KL(teacher || student) = TCKD + (1 - p_target) * NCKD holds for every sample (arXiv 2203.08679, eq. 5). So without a
+    mask the two gradients add up to the gradient of KD.
     """
     tckd, nckd = dkd_components(student, teacher, target, temperature, class_mask)
     # Summed over the other classes instead of 1 - p_target, which would cancel for a confident teacher.
@@ -111,7 +111,7 @@ def check_settings(
     non_negative: Mapping[str, float] = {},
     probabilities: Mapping[str, float] = {},
 ) -> None:
-    """Refuse out-of-range settings when a method is built, not at its first batch.
+    """Raise for out-of-range settings when a method is built, not at its first batch.
 
     Raises:
         UserError: If a value is out of range, infinite or NaN; the message names the setting.

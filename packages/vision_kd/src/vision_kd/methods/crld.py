@@ -20,8 +20,8 @@ class CRLD(Method):
     """KD within and across a weak and a strong view, each on the samples the teacher is sure of.
 
     Within-view terms (weak to weak, strong to strong) count where the teacher's confidence on the weak view reaches
-    `weak_threshold`; cross-view terms (teacher weak to student strong and the reverse) where its confidence on the
-    strong view reaches `strong_threshold`. Both masks are per sample; released DeepKD code applies them to batch
+    `weak_threshold`. Cross-view terms (teacher weak to student strong and the reverse) count where its confidence on
+    the strong view reaches `strong_threshold`. Both masks are per sample. Released DeepKD code applies them to batch
     scalars, which turns them into constants.
 
     Args:

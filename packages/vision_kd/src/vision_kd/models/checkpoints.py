@@ -1,4 +1,4 @@
-"""Reading weight files safely: every state dict in them, and what is said of it."""
+"""Safe reading of weight files: every state dict in them, and the reports about them."""
 
 import argparse
 import pickle
@@ -81,7 +81,7 @@ def _read(path: Path) -> Any:
             return load_file(path)
         if zipfile.is_zipfile(path) and (damaged := damaged_entry(path)):
             raise CheckpointError(f"{path} cannot be read: damaged ({damaged}). Fetch or write it again")
-        # The reference training scripts of the CIFAR bundle store their options beside the weights.
+        # The reference training scripts of the CIFAR bundle store their options next to the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:

@@ -58,7 +58,7 @@ class Classifier(NormalizedNetwork):
         num_classes: Number of logits.
         class_names: Names of the classes in the order of the logits; empty if they are not known.
         image_size: Side in pixels of the images it is trained on; None if it is not known.
-        name: What messages call it; the network's class by default.
+        name: Name in messages; the network's class by default.
 
     Raises:
         ValueError: Mean and std do not fit, or there are more or fewer names than logits.
@@ -84,7 +84,7 @@ class Classifier(NormalizedNetwork):
         self.name = name or type(network).__name__
 
     def metadata(self) -> dict[str, Any]:
-        """Extend the metadata of `NormalizedNetwork` by those of the task."""
+        """Add the metadata of classification to those of `NormalizedNetwork`."""
         known = {"class_names": list(self.class_names), "image_size": self.image_size}
         return (
             super().metadata()
@@ -95,12 +95,12 @@ class Classifier(NormalizedNetwork):
     def check_data(
         self, what: str, *, num_classes: int, in_channels: int, class_names: Sequence[str], image_size: int | None
     ) -> None:
-        """Refuse data on which the logits would mean something else, or that the network cannot take.
+        """Raise for data on which the logits would have another meaning, or that the network cannot take.
 
-        Another image size is said, not refused: convolutional networks take it, with another accuracy.
+        Another image size only gives a warning: convolutional networks take it, with another accuracy.
 
         Args:
-            what: What to call this classifier, such as a file or "the teacher".
+            what: Name of this classifier, such as a file or "the teacher".
             num_classes: Classes of the data.
             in_channels: Channels of their images.
             class_names: Names of the classes; empty if they are not known.
@@ -152,8 +152,8 @@ class Classifier(NormalizedNetwork):
             Logits (N, num_classes).
 
         Raises:
-            ValueError: The images are not floating point, or have another number of channels; or the network returns
-                several outputs of which none is known to be the logits.
+            ValueError: If the images are not floating point or have another number of channels, or if the network
+                returns several outputs of which none is known to be the logits.
         """
         if not images.is_floating_point() or images.ndim != 4 or images.shape[1] != self.in_channels:
             raise ValueError(
@@ -172,7 +172,7 @@ class Classifier(NormalizedNetwork):
 
 
 def main_output(output: Any) -> Tensor | None:
-    """Return the logits among what a network returns, without auxiliary ones; None if nothing says which they are."""
+    """Return the logits among a network's outputs, without auxiliary ones; None if they cannot be told apart."""
     if isinstance(output, Tensor):
         return output
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
@@ -198,9 +198,9 @@ def build_classifier(
 ) -> Classifier:
     """Build a network, load its weights and attach the classes and the normalisation that belong to them.
 
-    The normalisation is that of the file (written by `save_student`, or stated as `spec.mean` and `spec.std`), of the
-    published weights (`pretrained`), or that with which the library trains such a network (other files of timm and
-    torchvision networks). Networks without weights, and other files of built-in ones, take `mean` and `std`.
+    The normalisation has several sources. A file of `save_student`, or `spec.mean` and `spec.std`, state it. Published
+    weights (`pretrained`) have their own. Other files of timm and torchvision networks use the library's training
+    default. Networks without weights, and other files of built-in ones, take `mean` and `std`.
 
     Args:
         spec: Network and weights.
@@ -208,7 +208,7 @@ def build_classifier(
         in_channels: Channels of the images.
         mean: Mean of each channel of the data, for intensities in [0, 1].
         std: Standard deviation of each channel of the data.
-        class_names: Names of the classes of the data, with which those of the file are compared.
+        class_names: Names of the data's classes, to compare with those of the file.
         image_size: Side of the data's images in pixels, which the network is then tried on.
 
     Raises:
@@ -255,7 +255,7 @@ def build_classifier(
         STUDENT_FORMAT,
         library,
         Normalization(tuple(mean), tuple(std)),
-        usual=spec.name.startswith("timm/"),  # whose training takes the network's own unless told otherwise
+        usual=spec.name.startswith("timm/"),  # training defaults to the network's own normalisation
     )
     if len(normalization.mean) != in_channels:
         raise UserError(f"model {spec.name!r}: mean {normalization.mean} does not fit {in_channels} image channels")
@@ -281,9 +281,9 @@ def choose_normalization(
     Args:
         spec: Network and weights.
         file: The weight file, if there is one.
-        own_format: What marks a file whose description holds them.
-        library: Those of the weights that the network's library publishes; None for a built-in one.
-        data: Those of the data, for networks without weights and files that do not say.
+        own_format: Key that marks a file whose description holds them.
+        library: Normalisation of the weights published by the network's library; None for a built-in one.
+        data: Normalisation of the data, for networks without weights and files without one.
         usual: Whether files that do not say were trained with the library's.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Networks by name: the built-in ones, and those of timm and torchvision with what their weights were trained with."""
+"""Networks by name: the built-in ones, and those of timm and torchvision with the settings of their training."""
 
 import logging
 import re
@@ -40,7 +40,7 @@ class Published(NamedTuple):
     class_names: tuple[str, ...] = ()
 
     def check_classes(self, what: str, asked: Sequence[str]) -> None:
-        """Refuse data that have the published classes in another order; say so where names cannot be compared.
+        """Raise for data that have the published classes in another order; report if names cannot be compared.
 
         Raises:
             UserError: The data's classes are in another order.
@@ -65,7 +65,7 @@ class Built(NamedTuple):
 
     Attributes:
         network: The network.
-        published: What its library says of the published weights; None for built-in networks.
+        published: Description of the published weights by their library; None for built-in networks.
         auxiliary: Names of heads that files may hold and this network does not have or need.
     """
 
@@ -93,7 +93,7 @@ def build_network(
     pretrained: bool | str,
     download: bool,
 ) -> Built:
-    """Return a network by name, with its published weights if asked for, and what the library publishes for it.
+    """Return a network by name, with published weights if requested, and the library's description of these weights.
 
     Args:
         full_name: A built-in network, "timm/<name>" or "torchvision/<name>".

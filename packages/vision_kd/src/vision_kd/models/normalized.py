@@ -18,10 +18,10 @@ class Normalization(NamedTuple):
 
 
 def check_class_names(what: str, known: Sequence[str], asked: Sequence[str]) -> None:
-    """Refuse a network whose outputs stand for other classes than the data's; unknown names pass.
+    """Raise for a network whose outputs belong to other classes than the data's; unknown names pass.
 
     Args:
-        what: What to call the network, such as its file.
+        what: Name of the network, such as its file.
         known: Names of its classes in the order of its outputs; empty if they are not known.
         asked: Names of the data's classes in the order of their labels; empty if they are not known.
 
@@ -51,7 +51,7 @@ def _first(names: Sequence[str]) -> str:
 class NormalizedNetwork(nn.Module):
     """A network behind its own input normalisation, so that any two can share one stream of images.
 
-    The state dict holds the network alone: normalisation is a fact about the weights, not one of them.
+    The state dict holds the network alone, because the normalisation is metadata of the weights.
 
     Args:
         network: Takes normalised images.

@@ -18,13 +18,13 @@ from vision_kd.models.normalized import NormalizedNetwork
 def save_student(
     path: str | Path, student: NormalizedNetwork, spec: ModelSpec, extra: dict[str, Any] | None = None
 ) -> None:
-    """Write the network's weights and what is needed to rebuild it; an interrupted call leaves the old file.
+    """Write the network's weights and the metadata to rebuild it; an interrupted call leaves the old file.
 
     Plain PyTorch reads it: `network.load_state_dict(torch.load(path, weights_only=True)["model"])`.
 
     Args:
         path: The file; missing folders are made.
-        student: Classifier or detector whose network to write.
+        student: Classifier or detector; its network is written.
         spec: How that network was built.
         extra: Further plain values (text, numbers, lists, dicts) for the "meta" entry, such as the accuracy.
 
@@ -85,7 +85,7 @@ def load_classifier(path: str | Path) -> Classifier:
 
 
 def check_program(path: str | Path) -> None:
-    """Refuse a name under which no exported program can be written.
+    """Raise for a name under which no exported program can be written.
 
     Raises:
         UserError: The file does not end in ".pt2".
@@ -102,7 +102,7 @@ def export(classifier: Classifier, path: str | Path, example: Tensor) -> None:
     Args:
         classifier: The classifier, left unchanged.
         path: The file, ending in ".pt2".
-        example: Images (N, C, H, W) whose C, H and W the program will take.
+        example: Images (N, C, H, W); the program takes their C, H and W.
 
     Raises:
         UserError: The file does not end in ".pt2".

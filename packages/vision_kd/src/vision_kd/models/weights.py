@@ -1,4 +1,4 @@
-"""Putting the tensors of a weight file into a network: all of them, or an error that lists what does not fit."""
+"""Loading of a weight file into a network: all tensors, or an error that lists the misfits."""
 
 import logging
 import re
@@ -18,7 +18,7 @@ INNER_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_mo
 """Parts that torch.compile, FSDP and activation checkpointing put into names, at the front or in the middle."""
 
 BESIDE = ("student.", "teacher.", "ema.", "auxiliary.")
-"""Modules of a training checkpoint that stand beside the network which is read."""
+"""Modules of a training checkpoint next to the network."""
 
 AVERAGE = re.compile(r"(^|[._])(ema|swa|avg|averaged?)([._]|$)", re.IGNORECASE)
 """Marks the name of a moving average, such as state_dict_ema."""
@@ -33,7 +33,7 @@ class Found(NamedTuple):
 
     Attributes:
         entry: The state dict that they are of, such as "state_dict"; "" for the file itself.
-        root: What stands before the network's names there, such as "module.model.".
+        root: Prefix of the network's names there, such as "module.model.".
         state: The tensors by the network's names.
         beside: Names of the entry's other tensors.
     """
@@ -60,23 +60,23 @@ def load_weights(
 ) -> None:
     """Copy a checkpoint's tensors into a network; names and shapes must agree exactly.
 
-    The network may stand behind any prefix that all of its tensors share, such as `module.` or `model.`, and wrappers
-    of torch.compile and FSDP may stand anywhere in a name. Of several state dicts the one that fits is taken. A moving
-    average goes before the weights that it averages, which is said; `entry` chooses otherwise.
+    The network may have any prefix that all of its tensors share, such as `module.` or `model.`. Wrappers of
+    torch.compile and FSDP may occur anywhere in a name. Of several state dicts the fitting one is taken. A moving
+    average is preferred to the weights that it averages, and a message reports it; `entry` chooses otherwise.
 
     Files from before batch norm counted its batches lack `num_batches_tracked`; they load with zero counts.
 
     Args:
         network: The network, changed in place.
-        checkpoint: What `read_checkpoint` returned.
+        checkpoint: Content returned by `read_checkpoint`.
         model: The network's name, for the message.
         num_classes: Classes of the data, for the message; None for a network without classes.
         entry: Name of the entry or prefix to read, for a file that holds several networks.
         surplus: Whether a tensor of this name may be left over.
 
     Raises:
-        CheckpointError: Nothing in the file fits, or more than one thing does, or tensors are left over or cannot be
-            used; the message gives the file and lists them.
+        CheckpointError: If nothing in the file fits, several things fit, or tensors are left over or cannot be used;
+            the message gives the file and lists them.
     """
     expected = network.state_dict()
     candidates = _candidates(checkpoint, expected)
@@ -173,7 +173,7 @@ def _equal(one: State, other: State) -> bool:
 
 
 def _left_over(found: Found, fitting: list[Found], surplus: Callable[[str], bool]) -> list[str]:
-    """Return the names beside the network's that neither another network which fits nor a known module explains."""
+    """Return the names next to the network's that no other fitting network and no known module explains."""
     own = found.root.removeprefix("module.")
     others = [other.root for other in fitting if other.entry == found.entry and other.root not in ("", found.root)]
     explained = (*(start for start in BESIDE if not own.startswith(start)), *others)

@@ -1,8 +1,8 @@
 """Gradient policies, one file each: how the gradients of named loss components become one update.
 
-A policy gives every component a momentum. That is all it has to do: the optimizers of `kd_common.optim` keep one
-buffer per distinct momentum, and the training step runs one backward pass per buffer. `SGD` costs one pass, `DOT`
-two, `DeepKD` two (`preset="paper"`) or three (`preset="released"`).
+A policy gives every component a momentum. The optimizers of `kd_common.optim` keep one buffer per distinct momentum,
+and the training step runs one backward pass per buffer. `SGD` costs one pass, `DOT` two, `DeepKD` two
+(`preset="paper"`) or three (`preset="released"`).
 
 Every module of this package is imported, so a new file is a new policy.
 """

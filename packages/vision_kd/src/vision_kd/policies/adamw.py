@@ -11,7 +11,7 @@ from vision_kd.policies.base import GradientPolicy, decay_matrices_only
 class AdamW(GradientPolicy):
     """AdamW on the summed loss, in one backward pass, for transformer students.
 
-    Biases, normalisation weights and what timm lists in `no_weight_decay()` are not decayed.
+    Biases, normalisation weights and the parameters of timm's `no_weight_decay()` are not decayed.
 
     Args:
         beta2: Decay of the second moment, in [0, 1).

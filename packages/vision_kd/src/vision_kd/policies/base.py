@@ -1,4 +1,4 @@
-"""Interface of the gradient policies, and what several of them need."""
+"""Interface of the gradient policies, and their shared functions."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -59,7 +59,7 @@ def require_parts(policy: GradientPolicy, components: Sequence[str]) -> dict[str
 
 
 def decay_matrices_only(student: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return the parameter groups that decay weight matrices and spare what transformers leave alone.
+    """Return parameter groups that decay weight matrices, but no biases, norms or embeddings of transformers.
 
     Spared are parameters with fewer than two axes (biases, normalisation weights) and those a timm network lists in
     `no_weight_decay()` (class token, position embedding).

@@ -17,8 +17,9 @@ class DeepKD(GradientPolicy):
             paper.
         preset: `paper` follows the text. `released` reproduces the published optimizer: the task buffer decays
             with the target's momentum and the weight decay is part of the target gradient.
-        decay_component: Component that carries the weight decay; None for the preset's own, which under `paper` is
-            one of its own at mu that acts exactly as in the SGD baseline (the text is silent).
+        decay_component: Component that carries the weight decay. None takes the preset's own. Under `paper` it is a
+            separate component with momentum mu that acts exactly as in the SGD baseline (the paper does not specify
+            it).
     """
 
     def __init__(

@@ -11,7 +11,7 @@ from vision_kd.policies.base import Delta, GradientPolicy, decay_matrices_only, 
 class DeepKDAdamW(GradientPolicy):
     """DeepKD's rule applied to beta1 of AdamW: mu + delta, mu - delta, mu + delta; two backward passes.
 
-    Biases, normalisation weights and what timm lists in `no_weight_decay()` are not decayed.
+    Biases, normalisation weights and the parameters of timm's `no_weight_decay()` are not decayed.
 
     Args:
         delta: As in `DeepKD`.

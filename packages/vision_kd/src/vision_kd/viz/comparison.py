@@ -37,7 +37,7 @@ def draw_gsnr(axes: Axes, curves: Mapping[str, Curve], samples: Curve) -> dict[s
     Args:
         axes: Where to draw.
         curves: Abscissa, mean and spread by component; those that were not measured may be missing or all NaN.
-        samples: The same of the number of samples; the dashed line is what pure noise reads with as many.
+        samples: Number of samples behind each value; the dashed line is the value of pure noise.
     """
     lines = {}
     for name, style in COMPONENT_STYLES.items():

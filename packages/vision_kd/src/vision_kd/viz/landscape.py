@@ -14,7 +14,7 @@ Directions = dict[str, Tensor]
 
 
 def filter_direction(parameters: Mapping[str, Tensor], generator: torch.Generator) -> Directions:
-    """Return a random direction whose filters are as long as the network's own.
+    """Return a random direction with filters as long as the network's.
 
     Args:
         parameters: Parameters by name; a filter is a slice along the first axis.

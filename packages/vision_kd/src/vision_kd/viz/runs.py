@@ -1,4 +1,4 @@
-"""Figures of a report: how runs went, component by component, and what their students are like."""
+"""Figures of a report: the course of runs, component by component, and diagnoses of their students."""
 
 from collections.abc import Mapping, Sequence
 
