@@ -9,12 +9,12 @@ from kd_common.run.early import answer_early
 if __name__ == "__main__":
     answer_early("llm_kd.cache_teacher")  # before the imports below, which take seconds
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from jsonargparse import Namespace
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser
+from lightning.pytorch.cli import LightningArgumentParser
 from tqdm.auto import tqdm
 
 from kd_common.hub.language_models import load_config
@@ -135,7 +135,7 @@ class CacheCLI(LanguageCLI):
         self.datamodule = self.parser.instantiate_classes(Namespace(data=self.config["data"]))["data"]
 
 
-def main(args: ArgsType = None) -> TeacherCache:
+def main(args: Sequence[str] | None = None) -> TeacherCache:
     """Write the cache for the training and validation examples, and say how to use it."""
     cli = build(args, CacheCLI)
     settings, data = cli.config, cli.datamodule

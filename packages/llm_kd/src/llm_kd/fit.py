@@ -9,11 +9,12 @@ from kd_common.run.early import answer_early
 if __name__ == "__main__":
     answer_early("llm_kd.fit")  # before the imports below, which take seconds
 
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
 import torch
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser
+from lightning.pytorch.cli import LightningArgumentParser
 
 import llm_kd.objectives
 import llm_kd.selection
@@ -75,25 +76,14 @@ class LanguageCLI(FitCLI):
             raise UserError(f"--answers must be at least 0, got {self.config['answers']}")
 
 
-def build(args: ArgsType = None, cli_class: type[LanguageCLI] = LanguageCLI) -> LanguageCLI:
+def build(args: Sequence[str] | None = None, cli_class: type[LanguageCLI] = LanguageCLI) -> LanguageCLI:
     """Parse the configuration and instantiate model, data and trainer; runs nothing.
 
     Args:
-        args: Command line as a list, configuration as a dict, or None for ``sys.argv``.
+        args: Command line as a list, or None for ``sys.argv``.
         cli_class: Of what is built; :mod:`llm_kd.cache_teacher` parses the same and builds less.
     """
-    return cli_class(
-        DistillationModule,
-        TextDataModule,
-        config_dir=CONFIG_DIR,
-        args=args,
-        class_defaults={
-            "model.init_args.objective": "ForwardKL",
-            "model.init_args.selector": "TopK",
-            "model.init_args.rollout": "OffPolicy",
-            "model.init_args.lr_schedule": "CosineDecay",
-        },
-    )
+    return cli_class(DistillationModule, TextDataModule, config_dir=CONFIG_DIR, args=args)
 
 
 @holding_folder
@@ -231,7 +221,7 @@ def validate(cli: LanguageCLI) -> dict[str, float]:
     return {name.removeprefix("val/"): value for name, value in found.items()}
 
 
-def main(args: ArgsType = None) -> Result:
+def main(args: Sequence[str] | None = None) -> Result:
     """Build, run and print the table."""
     cli = build(args)
     result = run(cli)

@@ -9,10 +9,11 @@ from kd_common.run.early import answer_early
 if __name__ == "__main__":
     answer_early("spec_decode.fit")  # before the imports below, which take seconds
 
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser
+from lightning.pytorch.cli import LightningArgumentParser
 
 import spec_decode.training.callbacks  # noqa: F401  (makes its class names known to the command line)
 from kd_common.errors import UserError
@@ -62,19 +63,13 @@ class DrafterCLI(FitCLI):
             raise UserError("model.shard_target spreads the target for passes in the loop; set data.features online")
 
 
-def build(args: ArgsType = None) -> DrafterCLI:
+def build(args: Sequence[str] | None = None) -> DrafterCLI:
     """Parse the configuration and instantiate model, data and trainer; runs nothing.
 
     Args:
-        args: Command line as a list, configuration as a dict, or None for ``sys.argv``.
+        args: Command line as a list, or None for ``sys.argv``.
     """
-    return DrafterCLI(
-        DrafterModule,
-        TargetText,
-        config_dir=CONFIG_DIR,
-        args=args,
-        class_defaults={"model.init_args.lr_schedule": "CosineDecay"},
-    )
+    return DrafterCLI(DrafterModule, TargetText, config_dir=CONFIG_DIR, args=args)
 
 
 @holding_folder
@@ -130,7 +125,7 @@ def measure_held_out(
     return auto.tree, measured
 
 
-def main(args: ArgsType = None) -> Result:
+def main(args: Sequence[str] | None = None) -> Result:
     """Build, run and print the table."""
     cli = build(args)
     result = run(cli)

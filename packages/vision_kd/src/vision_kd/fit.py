@@ -9,12 +9,13 @@ from kd_common.run.early import answer_early
 if __name__ == "__main__":
     answer_early("vision_kd.fit")  # before the imports below, which take seconds
 
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser
+from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -70,23 +71,13 @@ class VisionCLI(FitCLI):
         refuse_imports("baseline", self.config["baseline"] or ())
 
 
-def build(args: ArgsType = None) -> VisionCLI:
+def build(args: Sequence[str] | None = None) -> VisionCLI:
     """Parse the configuration and instantiate model, data and trainer; runs nothing.
 
     Args:
-        args: Command line as a list, configuration as a dict, or None for ``sys.argv``.
+        args: Command line as a list, or None for ``sys.argv``.
     """
-    return VisionCLI(
-        ComponentTraining,
-        ImageDataModule,
-        config_dir=CONFIG_DIR,
-        args=args,
-        class_defaults={
-            "model.init_args.method": "KD",
-            "model.init_args.policy": "DeepKD",
-            "model.init_args.lr_schedule": "CosineDecay",
-        },
-    )
+    return VisionCLI(ComponentTraining, ImageDataModule, config_dir=CONFIG_DIR, args=args)
 
 
 @holding_folder
@@ -168,7 +159,7 @@ def measure_teacher(cli: VisionCLI) -> dict[str, float]:
     return result
 
 
-def main(args: ArgsType = None) -> Result:
+def main(args: Sequence[str] | None = None) -> Result:
     """Build, run and print the table."""
     cli = build(args)
     result = run(cli)

@@ -19,12 +19,11 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import StrategyRegistry
@@ -57,9 +56,25 @@ from kd_common.run.run_lock import NAME, hold
 from kd_common.run.trainer_settings import check_precision_and_length, check_trainer
 from kd_common.run.training import FitTrainer, TrainingModule
 
+DEFAULTS = "default.yaml"
+
 
 class FitParser(CommandParser, LightningArgumentParser):
-    """Lightning's parser with short errors."""
+    """Lightning's parser with short errors.
+
+    Args:
+        defaults: File of the settings that ``--help`` shows.
+        settings: Those of Lightning's parser.
+    """
+
+    def __init__(self, *, defaults: Path | None = None, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.defaults = defaults
+
+    def format_help(self) -> str:
+        """Return the help, with the packaged defaults."""
+        self.default_config_files = [str(self.defaults)] if self.defaults else []
+        return super().format_help()
 
 
 class FitCLI(LightningCLI):
@@ -68,9 +83,8 @@ class FitCLI(LightningCLI):
     Args:
         model_class: Base class of the models the configuration may name.
         datamodule_class: Base class of the data modules the configuration may name.
-        config_dir: Folder of packaged YAML files; ``default.yaml`` in it is always applied first.
-        args: Command line as a list of strings or configuration as a dict; None reads ``sys.argv``. Notebooks and
-            tests pass a list.
+        config_dir: Folder of packaged YAML files; its ``default.yaml`` is always applied first.
+        args: Command line; None reads ``sys.argv``. Notebooks and tests pass a list.
 
     Raises:
         SystemExit: With code 2 and a message when the configuration does not parse (unknown key, wrong type, no file).
@@ -82,13 +96,11 @@ class FitCLI(LightningCLI):
         datamodule_class: type[LightningDataModule],
         *,
         config_dir: Path,
-        args: ArgsType = None,
-        class_defaults: Mapping[str, str] = MappingProxyType({}),
+        args: Sequence[str] | None = None,
     ) -> None:
         self.config_dir = config_dir
         silence_known_noise()
         limit_primitive_cache()
-        self.class_defaults = dict(class_defaults)
         self.run_dir: Path | None = None
         super().__init__(
             model_class,
@@ -98,13 +110,13 @@ class FitCLI(LightningCLI):
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             run=False,
-            args=args,
+            args=None if args is None else list(args),
             parser_class=FitParser,
             seed_everything_default=0,
             save_config_callback=SaveSettings,
             parser_kwargs={
                 "allow_abbrev": False,  # a mistyped flag must not be taken for a longer one
-                "default_config_files": [str(config_dir / "default.yaml")],
+                "defaults": config_dir / DEFAULTS,
             },
         )
 
@@ -119,37 +131,26 @@ class FitCLI(LightningCLI):
         )
         parser.add_argument("--name", type=str, default="default", help="Experiment name, a folder under runs/.")
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse the command line after resolving the names of packaged configurations."""
-        if isinstance(args, dict):
-            self.config = parser.parse_object(args)
-        else:
-            command_line = sys.argv[1:] if args is None else list(args)
-            try:
-                command_line = resumed_config(command_line) + command_line
-                command_line = resolve_config_names(command_line, self.config_dir)
-            except UserError as error:
-                parser.error(str(error))
-            configs = [place for place, arg in enumerate(command_line) if arg.startswith("--config")]
-            if any(arg.startswith(("--data.", "--model.")) for arg in command_line[: max(configs, default=0)]):
-                assert isinstance(parser, FitParser)
-                parser.note = "; what stands before --config is read without that file: put --config first"
-            # A setting of a class that nobody chose belongs to the default one; a later choice still wins.
-            command_line = [
-                *(f"--{key}={name}" for key, name in self.class_defaults.items() if _sets_inside(command_line, key)),
-                *command_line,
-            ]
-            plain = [arg for arg in command_line if not arg.startswith("--print_config")]
-            chosen = parser.parse_args(plain)
-            missing = [f"--{key}={name}" for key, name in self.class_defaults.items() if chosen.get(key) is None]
-            self.config = parser.parse_args([*command_line, *missing])
+    def parse_arguments(self, parser: LightningArgumentParser, args: Sequence[str] | None) -> None:  # type: ignore[override]
+        """Parse the command line behind the packaged defaults, with the names of packaged configurations resolved."""
+        command_line = sys.argv[1:] if args is None else list(args)
+        try:
+            command_line = resumed_config(command_line) + command_line
+            command_line = resolve_config_names(command_line, self.config_dir)
+        except UserError as error:
+            parser.error(str(error))
+        configs = [place for place, arg in enumerate(command_line) if arg.startswith("--config")]
+        if any(arg.startswith(("--data.", "--model.")) for arg in command_line[: max(configs, default=0)]):
+            assert isinstance(parser, FitParser)
+            parser.note = "; what stands before --config is read without that file: put --config first"
+        # As a default_config_file it would come with all settings of its classes, which other classes then inherit.
+        self.config = parser.parse_args([f"--config={self.config_dir / DEFAULTS}", *command_line])
         if not isinstance(self.config["trainer"], Mapping | Namespace) or "max_epochs" not in self.config["trainer"]:
             parser.error(f"trainer: expected its settings, such as {{max_epochs: 3}}, got {self.config['trainer']!r}")
         try:
             check_environment()
             check_groups(self.config)
-            if not isinstance(args, dict):
-                check_effect(self.config, command_line)
+            check_effect(self.config, command_line)
         except UserError as error:
             parser.error(str(error))
 
@@ -259,12 +260,6 @@ def check_strategy(name: Any) -> None:
             f"--trainer.strategy {name}: no such strategy{suggest(name, known)} (known: {', '.join(known)}; others as "
             "a class_path)"
         )
-
-
-def _sets_inside(command_line: Sequence[str], key: str) -> bool:
-    """Whether a flag sets something inside the class at ``key``, with or without ``init_args`` in its name."""
-    prefixes = (f"--{key}.", f"--{key.replace('.init_args.', '.')}.")
-    return any(arg.startswith(prefixes) for arg in command_line)
 
 
 def fixed_seed(seed: bool | int) -> int:
