@@ -18,15 +18,20 @@ MATRIX = {
 
 @dataclass(frozen=True, kw_only=True)
 class Run(ComparedRun):
+    title = "runs"
     headline = "done"
 
+    @classmethod
+    def train(cls, args, **place):
+        return cls(args=args, history=[], parameters={}, **place)
 
-def run_one(variant, seed, args):
-    return Run(variant=variant, seed=seed, args=args, history=[], parameters={})
+    @classmethod
+    def cells(cls, runs):
+        return {"seed": str([run.seed for run in runs])}
 
 
 def test_every_variant_with_every_seed_in_order(tmp_path):
-    found = run_matrix(Run, run_one, output=tmp_path, **MATRIX)
+    found = run_matrix(Run, output=tmp_path, **MATRIX)
     assert [(run.variant, run.seed) for run in found] == [("B", 0), ("B", 1), ("A", 0), ("A", 1)]
     given = ["--config=default", "--config=b", "--x=1", f"--run_dir={tmp_path / 'runs/B-0'}", "--seed_everything=0"]
     assert found[0].args == [*given, "--trainer.enable_progress_bar=false"]
@@ -36,22 +41,24 @@ def test_every_variant_with_every_seed_in_order(tmp_path):
 def test_finished_runs_are_kept_and_not_repeated(tmp_path):
     calls = []
 
-    def interrupted(*arguments):
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        calls.append(arguments[:2])
-        return run_one(*arguments)
+    class Interrupted(Run):
+        @classmethod
+        def train(cls, args, **place):
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            calls.append(tuple(place.values()))
+            return super().train(args, **place)
 
     with pytest.raises(KeyboardInterrupt):
-        run_matrix(Run, interrupted, output=tmp_path, **MATRIX)
+        run_matrix(Interrupted, output=tmp_path, **MATRIX)
     saved = json.loads((tmp_path / "results.json").read_text())
     assert len(saved["runs"]) == 3
     assert saved["environment"]["cores"] >= 1
     calls.clear()
-    assert len(run_matrix(Run, interrupted, output=tmp_path, **MATRIX)) == 4
+    assert len(run_matrix(Interrupted, output=tmp_path, **MATRIX)) == 4
     assert calls == [("A", 1)]
     with pytest.raises(ValueError, match=r"holds B, seed 0, run with other settings"):
-        run_matrix(Run, run_one, output=tmp_path, **(MATRIX | {"overrides": ["--y=3"]}))
+        run_matrix(Run, output=tmp_path, **(MATRIX | {"overrides": ["--y=3"]}))
 
 
 @pytest.mark.parametrize(
@@ -68,7 +75,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(tmp_path, setti
     (tmp_path / "file").touch()
     output = tmp_path / ("file" if settings.pop("file", False) else "new")
     with pytest.raises(ValueError, match=message):
-        run_matrix(Run, lambda *arguments: pytest.fail("ran"), output=output, **(MATRIX | settings))
+        run_matrix(Run, output=output, **(MATRIX | settings))
     assert not (tmp_path / "new").exists()
 
 
@@ -77,7 +84,7 @@ def test_the_command_without_a_comparison_names_the_packaged_ones(tmp_path, caps
     for name in ("small", "large"):
         (tmp_path / "compare" / f"{name}.yaml").touch()
     with pytest.raises(SystemExit, match="2"):
-        compare_command(Run, run_one, print, package="x", description=None, config_dir=tmp_path, args=["--jobs=2"])
+        compare_command(Run, package="x", description=None, config_dir=tmp_path, args=["--jobs=2"])
     advice = "--config FILE of base, variants and output, packaged: compare/large, compare/small\n"
     assert f" is required, as in: python -m x.compare {advice}" in capsys.readouterr().err
 

@@ -163,7 +163,7 @@ def test_a_configuration_cannot_ask_for_imports(parse, module, tmp_path, capsys)
         {"base": [], "variants": {"a": []}, "overrides": ["--import", "stray_five"]},
     ):
         with pytest.raises(ValueError, match=r"--import.* is for the command line"):
-            run_matrix(ComparedRun, print, output=tmp_path / "out", **given)
+            run_matrix(ComparedRun, output=tmp_path / "out", **given)
     assert not trace.exists()
 
 

@@ -79,6 +79,10 @@ def detections(folder, target):
 class Run(ComparedRun):
     headline = "done"
 
+    @classmethod
+    def train(cls, args, **place):
+        return cls(args=args, history=["x" * 1500], parameters={}, **place)
+
 
 def comparison(folder, target):
     """The second call has a run more to write, whose row is larger than the room."""
@@ -88,7 +92,6 @@ def comparison(folder, target):
         variants = dict.fromkeys("ab"[: "ab".index(next(rows)) + 1], ())
         run_matrix(
             Run,
-            lambda variant, seed, args: Run(variant=variant, seed=seed, args=args, history=["x" * 1500], parameters={}),
             base=[],
             variants=variants,
             output=folder,

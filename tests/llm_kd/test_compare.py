@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from llm_kd.compare import LanguageRun, main, plot_acceptance, summarise
+from llm_kd.compare import LanguageRun, main
 
 
 def row(variant, seed, kls):
@@ -26,7 +26,7 @@ def row(variant, seed, kls):
 
 
 def test_last_and_best_apart():
-    (line,) = summarise([row("A", 0, [3.0, 1.0, 2.0]), row("A", 1, [3.0, 1.5, 2.0])])
+    line = LanguageRun.cells([row("A", 0, [3.0, 1.0, 2.0]), row("A", 1, [3.0, 1.5, 2.0])])
     assert line["KL, last"] == "2.000 ± 0.000"
     assert line["KL, best"] == "1.250 ± 0.354"
     assert line["NLL, last"] == "4.000 ± 0.000"
@@ -39,12 +39,12 @@ def test_the_kl_of_a_truncated_teacher_is_marked_as_a_lower_bound():
     stored = row("A", 0, [3.0, 1.0])
     for epoch in stored.history:
         del epoch["teacher_nll"]
-    (line,) = summarise([stored])
+    line = LanguageRun.cells([stored])
     assert (line["KL, last"], line["KL, best"], line["NLL, last"]) == ("≥ 1.000", "≥ 1.000", "2.000")
 
 
 def test_plot(tmp_path):
-    plot_acceptance([row("A", 0, [1.0]), row("B", 0, [1.0])], tmp_path / "tar.png")
+    LanguageRun.plot({"A": [row("A", 0, [1.0])], "B": [row("B", 0, [1.0])]}, tmp_path)
     assert (tmp_path / "tar.png").read_bytes().startswith(b"\x89PNG")
 
 

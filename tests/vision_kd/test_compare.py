@@ -7,8 +7,7 @@ import pytest
 
 from kd_common.run.cli import find_config
 from kd_common.run.compare import run_matrix
-from vision_kd import compare as module
-from vision_kd.compare import VisionRun, main, summarise
+from vision_kd.compare import VisionRun, main
 from vision_kd.fit import CONFIG_DIR
 
 PNG = b"\x89PNG"
@@ -21,23 +20,22 @@ def fake_row(variant, seed, tops, **extra):
 
 
 def test_summary_separates_last_from_best():
-    (line,) = summarise([fake_row("KD", 0, [0.2, 0.6, 0.4]), fake_row("KD", 1, [0.2, 0.3, 0.4])])
+    line = VisionRun.cells([fake_row("KD", 0, [0.2, 0.6, 0.4]), fake_row("KD", 1, [0.2, 0.3, 0.4])])
     assert line["last top-1"] == "40.00 ± 0.00"
     assert line["best top-1"] == "50.00 ± 14.14"
-    assert line["seeds"] == "2"
     assert line["s/epoch"] == "2.0"
 
 
 def test_runs_every_variant_and_continues_after_an_interruption(tmp_path, monkeypatch):
     calls = []
 
-    def train(variant, seed, args):
+    def train(args, variant, seed):
         if len(calls) == 3:
             raise KeyboardInterrupt
         calls.append((variant, seed, tuple(a for a in args if a.startswith("--config"))))
         return replace(fake_row(variant, seed, [0.1 * len(calls)], **{"gsnr/task": 0.5}), args=args)
 
-    monkeypatch.setattr(module, "run_one", train)
+    monkeypatch.setattr(VisionRun, "train", train)
     variants = {"A": ["methods/kd", "--model.accumulate=2"], "B": ["methods/vanilla"]}
     command = ['--base=["default"]', f"--variants={json.dumps(variants)}", f"--output={tmp_path}", "--seeds=[0,1]"]
     with pytest.raises(KeyboardInterrupt):
@@ -79,7 +77,7 @@ def test_packaged_comparisons_name_packaged_configurations(name):
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser()
-    parser.add_function_arguments(run_matrix, as_positional=False, skip={"record", "run_one"})
+    parser.add_function_arguments(run_matrix, as_positional=False, skip={"record"})
     settings = parser.parse_path(find_config(name, CONFIG_DIR))
     for entry in [*settings.base, *(e for configs in settings.variants.values() for e in configs)]:
         assert entry.startswith("--") or find_config(entry, CONFIG_DIR)

@@ -17,11 +17,12 @@ if __name__ == "__main__":
     answer_early("vision_kd.compare")  # before the imports below, which take seconds
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
-from kd_common.run.compare import ComparedRun, by_variant, compare_command, mean_and_spread, write_table
+from kd_common.run.compare import ComparedRun, compare_command, mean_and_spread
 from kd_common.run.errors import run_command
 from kd_common.run.result import best_epoch
 from vision_kd.fit import CONFIG_DIR, build, run
@@ -36,7 +37,14 @@ class VisionRun(ComparedRun):
         metrics: Headers of the metrics by name, the one that validations are compared by first.
     """
 
+    title = "validation metrics in %"
     metrics: dict[str, str]
+
+    @classmethod
+    def train(cls, args: list[str], **place: Any) -> Self:
+        """See `ComparedRun`."""
+        cli = build(args)
+        return cls.of(run(cli), args=args, metrics=cli.model.metrics, **place)
 
     @property
     def judged(self) -> str:
@@ -48,43 +56,14 @@ class VisionRun(ComparedRun):
         """Last value of that metric."""
         return f"{self.metrics[self.judged]} {self.last[self.judged]:.2%}"
 
-
-def run_one(variant: str, seed: int, args: list[str]) -> VisionRun:
-    """Train one variant with one seed.
-
-    Args:
-        variant: Name in the table.
-        seed: Seed of the run.
-        args: Command line of :func:`vision_kd.fit.build`.
-    """
-    cli = build(args)
-    result = run(cli)
-    return VisionRun(
-        variant=variant,
-        seed=seed,
-        args=args,
-        history=result.history,
-        parameters=result.parameters,
-        metrics=cli.model.metrics,
-    )
-
-
-def per_cent(values: Sequence[float]) -> str:
-    """Mean and sample standard deviation in per cent."""
-    return mean_and_spread([100 * value for value in values])
-
-
-def summarise(compared: Sequence[VisionRun]) -> list[dict[str, str]]:
-    """One table row per variant: accuracies over the seeds and cost."""
-    lines = []
-    for variant, runs in by_variant(compared).items():
+    @classmethod
+    def cells(cls, runs: Sequence[Self]) -> dict[str, str]:
+        """Accuracies over the seeds and cost."""
         judged, metrics = runs[0].judged, runs[0].metrics
         header = metrics[judged]
         last = [run.last for run in runs]
         best = [best_epoch(run.history, judged, "max") for run in runs]
         line = {
-            "variant": variant,
-            "seeds": str(len(runs)),
             f"last {header}": per_cent([epoch[judged] for epoch in last]),
             f"best {header}": per_cent([epoch[judged] for epoch in best]),
         }
@@ -93,26 +72,26 @@ def summarise(compared: Sequence[VisionRun]) -> list[dict[str, str]]:
         if "loss" in last[0]:
             line["last loss"] = f"{statistics.fmean(epoch['loss'] for epoch in last):.4f}"
         seconds = [epoch["seconds"] for run in runs for epoch in run.history]
-        lines.append(line | {"s/epoch": f"{statistics.fmean(seconds):.1f}"})
-    return lines
+        return line | {"s/epoch": f"{statistics.fmean(seconds):.1f}"}
+
+    @classmethod
+    def plot(cls, variants: Mapping[str, Sequence[Self]], output: Path) -> None:
+        """Metric and, where it was measured, gradient signal-to-noise over the epochs."""
+        histories = {variant: [run.history for run in runs] for variant, runs in variants.items()}
+        first = next(iter(variants.values()))[0]
+        plot_accuracy(histories, first.judged, first.metrics[first.judged], output / "accuracy.png")
+        if any(key.startswith("gsnr/") for runs in variants.values() for run in runs for key in run.last):
+            plot_gsnr(histories, output / "gsnr.png")
 
 
-def report(compared: Sequence[VisionRun], output: Path) -> None:
-    """Print the table and write it beside the plots."""
-    title = "validation metrics in %, mean ± standard deviation over seeds"
-    write_table(summarise(compared), output / "results.md", title)
-    histories = {variant: [run.history for run in runs] for variant, runs in by_variant(compared).items()}
-    judged = compared[0].judged
-    plot_accuracy(histories, judged, compared[0].metrics[judged], output / "accuracy.png")
-    if any(key.startswith("gsnr/") for run in compared for key in run.last):
-        plot_gsnr(histories, output / "gsnr.png")
+def per_cent(values: Sequence[float]) -> str:
+    """Mean and sample standard deviation in per cent."""
+    return mean_and_spread([100 * value for value in values])
 
 
 def main(args: list[str] | None = None) -> list[VisionRun]:
     """Parse the comparison and run it."""
-    return compare_command(
-        VisionRun, run_one, report, package="vision_kd", description=__doc__, config_dir=CONFIG_DIR, args=args
-    )
+    return compare_command(VisionRun, package="vision_kd", description=__doc__, config_dir=CONFIG_DIR, args=args)
 
 
 if __name__ == "__main__":

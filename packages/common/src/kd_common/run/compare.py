@@ -7,11 +7,11 @@ import json
 import multiprocessing
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -22,6 +22,7 @@ from kd_common.run.cli import resolve_config_names
 from kd_common.run.environment import environment
 from kd_common.run.imports import asked_for, import_asked_for, refuse_imports
 from kd_common.run.messages import CommandParser, check_folder
+from kd_common.run.result import RunResult
 from kd_common.run.summary import print_table
 
 
@@ -30,6 +31,7 @@ class ComparedRun:
     """A finished run of a comparison in plain types, as ``results.json`` keeps it; a package adds what its table needs.
 
     Attributes:
+        title: Heading of the table.
         variant: Name in the table.
         seed: ``seed_everything`` of the run.
         args: Command line of the run.
@@ -37,11 +39,36 @@ class ComparedRun:
         parameters: Number of parameters by model.
     """
 
+    title: ClassVar[str]
     variant: str
     seed: int
     args: list[str]
     history: list[dict[str, Any]]
     parameters: dict[str, int]
+
+    @classmethod
+    def of(cls, result: RunResult, **row: Any) -> Self:
+        """Keep what a run achieved; the other fields are given."""
+        return cls(history=result.history, parameters=result.parameters, **row)
+
+    @classmethod
+    def train(cls, args: list[str], **place: Any) -> Self:
+        """Train as a command line says, and return the record of it.
+
+        Args:
+            args: Command line of the package's `fit`.
+            place: ``variant`` and ``seed``, for the record.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def cells(cls, runs: Sequence[Self]) -> dict[str, str]:
+        """Return what the table says of the runs of a variant, by column."""
+        raise NotImplementedError
+
+    @classmethod
+    def plot(cls, variants: Mapping[str, Sequence[Self]], output: Path) -> None:
+        """Draw what belongs beside the table into its folder."""
 
     @property
     def last(self) -> dict[str, Any]:
@@ -55,12 +82,10 @@ class ComparedRun:
 
 
 R = TypeVar("R", bound=ComparedRun)
-RunOne = Callable[[str, int, list[str]], R]
 
 
 def run_matrix(
     record: type[R],
-    run_one: RunOne[R],
     *,
     base: Sequence[str],
     variants: Mapping[str, Sequence[str]],
@@ -72,9 +97,7 @@ def run_matrix(
     """Run every variant with every seed; every finished run is in ``results.json`` at once.
 
     Args:
-        record: What is kept of a run.
-        run_one: Called with variant, seed and command line; trains. A function of a module, so that other processes
-            find it.
+        record: What trains, and is kept of a run; a class of a module, so that other processes find it.
         base: Configurations all runs share.
         variants: Further configurations of each variant, by the name it has in the table; an entry that starts with
             ``--`` is a command-line argument instead.
@@ -120,7 +143,7 @@ def run_matrix(
                     "choose another output folder or delete that file"
                 )
     with tqdm(total=len(pending), unit="run") as progress:
-        for run in _execute(run_one, pending, jobs):
+        for run in _execute(record, pending, jobs):
             done.append(run)
             content = {"environment": environment(), "runs": [asdict(run) for run in done]}
             write_atomically(results, json.dumps(content, indent=1))
@@ -142,20 +165,16 @@ def _finished(results: Path, record: type[R]) -> list[R]:
 
 def compare_command(
     record: type[R],
-    run_one: RunOne[R],
-    report: Callable[[Sequence[R], Path], None],
     *,
     package: str,
     description: str | None,
     config_dir: Path,
     args: list[str] | None = None,
 ) -> list[R]:
-    """The ``compare`` command of a package: parse, run the matrix, report.
+    """The ``compare`` command of a package: parse, run the matrix, write the table and draw the plots.
 
     Args:
         record: See `run_matrix`.
-        run_one: See `run_matrix`.
-        report: Called with all runs and the output folder; prints the table and writes it beside the plots.
         package: Name of the package.
         description: Shown by ``--help``.
         config_dir: Where packaged comparisons are found by name.
@@ -165,34 +184,42 @@ def compare_command(
     packaged = sorted(f"compare/{path.stem}" for path in (config_dir / "compare").glob("*.yaml"))
     parser.example = f"--config FILE of base, variants and output, packaged: {', '.join(packaged)}"
     parser.add_argument("--config", action="config", help="Comparison file; packaged ones are found by name.")
-    parser.add_function_arguments(run_matrix, as_positional=False, skip={"record", "run_one"})
+    parser.add_function_arguments(run_matrix, as_positional=False, skip={"record"})
     settings = parser.parse_args(resolve_config_names(sys.argv[1:] if args is None else args, config_dir))
     settings.pop("config")
     settings = parser.instantiate_classes(settings)
-    runs = run_matrix(record, run_one, **settings)
-    report(runs, settings.output)
+    runs = run_matrix(record, **settings)
+    variants = by_variant(runs)
+    title = f"{record.title}, mean ± standard deviation over seeds"
+    write_table(table(variants), settings.output / "results.md", title)
+    record.plot(variants, settings.output)
     print(f"written to {settings.output}")
     return runs
 
 
-def _execute(run_one: RunOne[R], pending: Sequence[tuple[str, int, list[str]]], jobs: int) -> Iterable[R]:
+def _execute(record: type[R], pending: Sequence[tuple[str, int, list[str]]], jobs: int) -> Iterable[R]:
     """All runs as they finish, in this process or in ``jobs`` fresh ones."""
     if jobs == 1:
-        yield from (run_one(*arguments) for arguments in pending)
+        yield from (_train(record, run) for run in pending)
         return
     failures = []
     fresh = multiprocessing.get_context("spawn")
     threads = max(1, torch.get_num_threads() // jobs)  # OMP_NUM_THREADS stays the upper limit
     with ProcessPoolExecutor(jobs, fresh, initializer=_start, initargs=(threads, asked_for())) as pool:
-        for future in as_completed([pool.submit(run_one, *arguments) for arguments in pending]):
+        for future in as_completed([pool.submit(_train, record, run) for run in pending]):
             try:
-                run = future.result()
+                done = future.result()
             except Exception as error:  # the runs beside it are worth keeping; raised together at the end
                 failures.append(error)
             else:
-                yield run
+                yield done
     if failures:
         raise ExceptionGroup(f"{len(failures)} of {len(pending)} runs failed; the others are saved", failures)
+
+
+def _train(record: type[R], run: tuple[str, int, list[str]]) -> R:
+    variant, seed, args = run
+    return record.train(args, variant=variant, seed=seed)
 
 
 def _start(threads: int, imports: Sequence[str]) -> None:
@@ -207,6 +234,11 @@ def by_variant(runs: Sequence[R]) -> dict[str, list[R]]:
     for run in runs:
         groups.setdefault(run.variant, []).append(run)
     return groups
+
+
+def table(variants: Mapping[str, Sequence[R]]) -> list[dict[str, str]]:
+    """One line per variant."""
+    return [{"variant": variant, "seeds": str(len(runs)), **runs[0].cells(runs)} for variant, runs in variants.items()]
 
 
 def mean_and_spread(values: Sequence[float], digits: int = 2) -> str:
