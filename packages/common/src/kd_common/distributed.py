@@ -1,4 +1,4 @@
-"""Collectives that leave a single process alone."""
+"""Collectives that do nothing in a single process."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -19,7 +19,7 @@ from kd_common.errors import UserError
 logger = logging.getLogger(__name__)
 
 CHECKSUM = "crc32"
-"""Entry of a checksummed line; see `checksummed_line`."""
+"""Key of the checksum in a line of `checksummed_line`."""
 
 
 def cache_root() -> Path:
@@ -39,7 +39,7 @@ def locked(path: Path, what: str, variable: str = "KD_CACHE") -> Iterator[None]:
         variable: Environment variable that names another place, for the message.
 
     Raises:
-        OSError: The folder cannot be written; the message names it.
+        OSError: If the folder cannot be written; the message names it.
     """
     lock = FileLock(f"{path}.lock")
     try:
@@ -90,7 +90,7 @@ def write_temporary(path: Path, content: str | bytes | memoryview, partial: Path
         partial: Where to write.
 
     Raises:
-        OSError: It cannot be written; nothing is left behind. The message names the file.
+        OSError: If it cannot be written; nothing is left behind. The message names the file.
     """
     try:
         with naming(path, "not written, and what was there before is unchanged"), partial.open("wb") as file:
@@ -112,7 +112,7 @@ def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
         content: Bytes, or text that is written as UTF-8.
 
     Raises:
-        OSError: It cannot be written; nothing is left behind. The message names the file.
+        OSError: If it cannot be written; nothing is left behind. The message names the file.
     """
     partial = path.with_name(f"{path.name}.tmp")
     write_temporary(path, content, partial)
@@ -135,10 +135,10 @@ def staging_paths(folder: Path) -> tuple[Path, Path]:
 
 
 def replace_folder(folder: Path) -> None:
-    """Put the complete folder at `staging_paths` in the place of one, which need not exist.
+    """Put the complete folder at `staging_paths` in the place of a folder, which need not exist.
 
-    Folders cannot be exchanged in one step: `replacing_stopped` knows the moment in between,
-    `finish_replacing` ends it.
+    Folders cannot be exchanged in one step. `replacing_stopped` detects a stop in between, and `finish_replacing`
+    repairs it.
     """
     partial, old = staging_paths(folder)
     shutil.rmtree(old, ignore_errors=True)
@@ -169,7 +169,7 @@ def read_json(path: Path, hint: str) -> dict[str, Any]:
         hint: Remedy for a damaged file, for the message.
 
     Raises:
-        UserError: It is not one JSON object in UTF-8; the message names the file and the hint.
+        UserError: If it is not one JSON object in UTF-8; the message names the file and the hint.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -198,7 +198,7 @@ def read_checksummed_line(line: bytes) -> dict[str, Any]:
     """Return the record of a line that `checksummed_line` wrote.
 
     Raises:
-        ValueError: It is no JSON object, or its checksum is wrong.
+        ValueError: If it is no JSON object, or its checksum is wrong.
     """
     try:
         record = json.loads(line)
@@ -221,15 +221,15 @@ def damaged_entry(path: Path) -> str | None:
     `torch.load` does not compare the checksums that these archives carry.
 
     Raises:
-        OSError: The archive cannot be read.
+        OSError: If the archive cannot be read.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            # Reading would unpack them, to a thousand times their size and more.
+            # Reading a compressed entry could unpack it to a thousand times its size.
             packed = (e.filename for e in archive.infolist() if e.compress_type or e.file_size > path.stat().st_size)
             return (
                 next((f"{name}, compressed, which torch.save never does" for name in packed), None) or archive.testzip()
             )
-    # Damage to the directory at the archive's end, or to an entry's header, arrives as almost anything.
+    # Damage to the directory at the archive's end, or to an entry's header, raises almost any error.
     except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError, zlib.error) as error:
         return f"its directory ({error})"

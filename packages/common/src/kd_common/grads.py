@@ -1,4 +1,4 @@
-"""Gradients of several loss components: at the network's outputs, through the network, over the ranks.
+"""Gradients of several loss components at the network's outputs, through the network and over the ranks.
 
 The usual order of one step, with an optimizer of `kd_common.optim`::
 
@@ -81,7 +81,7 @@ def merge(
 ) -> dict[str, tuple[Tensor | None, ...]]:
     """Return the sum of the gradients of each bucket, which saves one backward pass per merged component.
 
-    Exact for components that share a momentum, because the momentum recursion is linear in the gradient.
+    This is exact for components that share a momentum, because the momentum recursion is linear in the gradient.
 
     Args:
         output_grads: Gradients per component, aligned lists.

@@ -1,4 +1,4 @@
-"""Named collections with exact keys: models, methods and datasets that a config file picks by name."""
+"""Named collections with exact keys."""
 
 import difflib
 import inspect
@@ -11,11 +11,11 @@ T = TypeVar("T")
 
 
 class UnknownNameError(UserError):
-    """A name that no entry carries."""
+    """Error for a name that no entry has."""
 
 
 def suggest(name: str, names: Iterable[str]) -> str:
-    """Close matches of a misspelt name, compared without regard to case.
+    """Suggest close matches of a misspelt name, compared without regard to case.
 
     Args:
         name: Name as written by the user.
@@ -45,7 +45,7 @@ def subclasses(base: type[T]) -> dict[str, type[T]]:
 
 
 class Registry(Generic[T]):
-    """An exact-key table that decorated classes and functions enter themselves.
+    """Table with exact keys that decorated classes and functions enter.
 
     Args:
         kind: Kind of the entries ("model", "method"), for messages.
@@ -56,13 +56,13 @@ class Registry(Generic[T]):
         self._entries: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that enters its argument under a name and returns it unchanged.
+        """Return a decorator that enters its argument under a name and returns it unchanged.
 
         Args:
             name: The key, exactly as users will write it.
 
         Raises:
-            ValueError: The name is taken.
+            ValueError: If the name is taken.
         """
         if name in self._entries:
             raise ValueError(f"{self.kind} {name!r} is already registered")
@@ -80,7 +80,7 @@ class Registry(Generic[T]):
             name: The key, matched exactly.
 
         Raises:
-            UnknownNameError: No entry has this name; the message lists close matches and all names.
+            UnknownNameError: If no entry has this name; the message lists close matches and all names.
         """
         if name not in self._entries:
             hint = suggest(name, self._entries)

@@ -109,7 +109,7 @@ class Schedule(ABC):
 
 
 def linear_warmup(epoch: float, warmup_epochs: float) -> float:
-    """Warm-up factor min(epoch / warmup_epochs, 1); 1 when there is no warm-up.
+    """Return the warm-up factor min(epoch / warmup_epochs, 1); 1 when there is no warm-up.
 
     Args:
         epoch: Progress in epochs, fractions included.

@@ -1,4 +1,4 @@
-"""Text of users and models on a terminal, which obeys the control characters in it."""
+"""Safe printing of texts from users and models, because a terminal obeys control characters."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Pure tensor functions on logits of shape (..., V), one value per row; they need PyTorch only."""
+"""Pure functions of logits of shape (..., V) that return one value per row; they need PyTorch only."""
 
 from kd_common.functional.decoupled import decoupled_kl, topk_class_mask
 from kd_common.functional.divergences import (

@@ -87,8 +87,8 @@ def decoupled_kl(
 def topk_class_mask(teacher_logits: Tensor, target: Tensor, k: int) -> Tensor:
     """Return the mask of the k non-target classes with the largest teacher logits.
 
-    The target is left out first and takes none of the k places. Equal logits are taken in the order of their index,
-    so that the mask is deterministic and every row has exactly k survivors.
+    The target is excluded first and takes none of the k places. Ties go to the lower index, so that the mask is
+    deterministic and every row has exactly k survivors.
 
     Args:
         teacher_logits: Teacher logits of shape (..., V), without NaN.

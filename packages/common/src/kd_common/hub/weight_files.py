@@ -98,7 +98,7 @@ def stored_weights(folder: Path) -> StoredWeights:
     for other in found[1:]:
         try:
             differing = _first_difference(chosen, _files_of_tensors(folder, other))
-        except pickle.UnpicklingError:  # it may hold anything; transformers does not open it, either
+        except pickle.UnpicklingError:  # the file may hold anything; transformers does not open it either
             continue
         if differing is not None:
             raise ModelFilesError(

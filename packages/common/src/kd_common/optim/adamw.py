@@ -77,7 +77,7 @@ class DecoupledAdamW(ComponentOptimizer):
             torch._foreach_addcdiv_(moved, means, scales, sizes)
 
     def _advance(self, params: Sequence[Tensor], key: str) -> list[int]:
-        """Step counts after this step; plain integers, as tensors would be cast to the parameter's dtype on loading."""
+        """Return the step counts after this step; plain integers, as loading casts tensors to the parameter's dtype."""
         for param in params:
             self.state[param][key] = self.state[param].get(key, 0) + 1
         return [self.state[param][key] for param in params]

@@ -31,8 +31,8 @@ class ComponentOptimizer(Optimizer):
     """Optimizer whose first moment has one coefficient per named gradient component.
 
     `step` takes the gradients as an argument instead of reading `param.grad`. Components with the same coefficient
-    share one buffer, a bucket; this is exact, since the first moment is linear in the gradient. A caller that sums
-    the gradients of a bucket at the network's outputs (`kd_common.grads.merge`) therefore pays one backward pass per
+    share one buffer, a bucket. This is exact, since the first moment is linear in the gradient. A caller may sum the
+    gradients of a bucket at the network's outputs (`kd_common.grads.merge`). It then pays one backward pass per
     distinct coefficient, not per component. Memory: one buffer per bucket.
 
     Subclasses set `coefficient` and `shared` and implement `_update`.
@@ -49,7 +49,7 @@ class ComponentOptimizer(Optimizer):
     coefficient: ClassVar[str]
     """Group key of the coefficients per component."""
     shared: ClassVar[tuple[str, ...]]
-    """Group keys that are the same in all groups; read from the first one, so that a loaded state decides."""
+    """Group keys that are equal in all groups; they are read from the first group, so that a loaded state decides."""
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         coefficients = defaults[self.coefficient]
@@ -119,7 +119,7 @@ class ComponentOptimizer(Optimizer):
         return loss
 
     def _update(self, group: dict[str, Any], params: list[Tensor], gradients: dict[str, list[Tensor | None]]) -> None:
-        """Update parameters of one group; each has a gradient in at least one bucket, and all buckets are present."""
+        """Update the parameters of one group; each has a gradient in at least one bucket, and all buckets are given."""
         raise NotImplementedError
 
     def _bucket_gradients(

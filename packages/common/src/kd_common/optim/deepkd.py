@@ -65,17 +65,19 @@ def deepkd_sgd(
 ) -> DecoupledSGD:
     """Return DeepKD's SGD.
 
-    "paper": the weight decay is a component of its own with momentum mu, so it acts exactly as in an SGD baseline of
+    "paper": the weight decay is a separate component with momentum mu, so it acts exactly as in an SGD baseline of
     momentum mu. Two of the three gradients share a momentum: three buffers with weight decay, two backward passes.
-    "released": reproduces the published optimizer step for step. The decay is part of the target-class gradient and
-    reads the parameters after the task and the non-target gradients have moved them. Three buffers, three passes.
+
+    "released" reproduces the published optimizer step for step. The decay is part of the target-class gradient and
+    reads the parameters after the task and the non-target gradients have moved them. This takes three buffers and three
+    backward passes.
 
     Args:
         params: Parameters or parameter groups.
         preset: "paper" or "released".
         lr: Learning rate, >= 0.
         base_momentum: Momentum mu of the baseline.
-        delta: See `deepkd_momenta`.
+        delta: Distance from mu, one number or one per component, as in `deepkd_momenta`.
         weight_decay: L2 coefficient, >= 0.
         decay_component: Component that carries the weight decay; None for the preset's own: "weight_decay" in the
             paper's, "target" in the released one.
@@ -119,12 +121,12 @@ def deepkd_adamw(
         params: Parameters or parameter groups.
         lr: Learning rate, >= 0.
         base_beta1: beta1 of the baseline.
-        delta: See `deepkd_momenta`.
+        delta: Distance from the base, one number or one per component, as in `deepkd_momenta`.
         beta2: Decay of the second moment, in [0, 1).
         eps: Added to the square root of the second moment, >= 0.
         weight_decay: Decoupled weight decay, >= 0.
-        components: See `deepkd_sgd`.
-        aliases: See `deepkd_sgd`.
+        components: Components of the loss, as in `deepkd_sgd`.
+        aliases: Further components, as in `deepkd_sgd`.
 
     Returns:
         The optimizer; `DecoupledAdamW.step` takes the gradients of `components` and `aliases`.

@@ -17,8 +17,9 @@ WEIGHT_DECAY = "weight_decay"
 class DecoupledSGD(ComponentOptimizer):
     """SGD with decoupled momentum: `v_c <- m_c v_c + g_c`, then `theta <- theta - lr sum_c v_c`.
 
-    No dampening and no Nesterov term; at the first step `v_c = g_c`. Equals `torch.optim.SGD` on the summed gradient
-    when all momenta are equal. Components that share a momentum share a buffer, see `ComponentOptimizer`. Cost of a
+    There is no dampening and no Nesterov term; at the first step `v_c = g_c`. With equal momenta it equals
+    `torch.optim.SGD` on the summed gradient. Components that share a momentum share a buffer, see `ComponentOptimizer`.
+    A step costs one backward pass and one buffer per distinct momentum.
     step: one backward pass and one buffer per distinct momentum.
 
     Weight decay adds `weight_decay * theta` to the gradient of one component, at every parameter with a gradient in any
@@ -87,7 +88,7 @@ class DecoupledSGD(ComponentOptimizer):
     def _update(self, group: dict[str, Any], params: list[Tensor], gradients: dict[str, list[Tensor | None]]) -> None:
         settings, buckets = self.param_groups[0], self.buckets
         decay_bucket = next(b for b, members in buckets.items() if settings["decay_component"] in members)
-        # Going first, the decay reads the parameters before the step; going last, the moved ones.
+        # The decay reads the parameters before the step if it goes first, and the moved ones if it goes last.
         for bucket in sorted(buckets, key=lambda b: (b == decay_bucket) == settings["decay_last"]):
             decay = group["weight_decay"] if bucket == decay_bucket else 0.0
             pairs = [(p, g) for p, g in zip(params, gradients[bucket], strict=True) if decay or g is not None]

@@ -1,4 +1,4 @@
-"""Conversations to tokens through a tokenizer's chat template, and where in them the assistant's answers stand."""
+"""Conversion of conversations to tokens by a tokenizer's chat template, with the places of the assistant's answers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,7 +33,7 @@ class Encoded:
 
 
 class ChatEncoder:
-    """Tokens of conversations.
+    """Encoder of conversations as tokens.
 
     An answer is the text that the template writes behind the prompt, up to the token that closes the turn. It must hold
     the file's text unchanged; templates may cut white space around it. The text is located by marking its end and
@@ -71,7 +71,7 @@ class ChatEncoder:
         except ValueError as error:
             raise EncodingError(str(error)) from error
         self._frames: dict[tuple[str, str], None] = {}  # texts that were found before and behind answers
-        self._written: set[tuple[str, ...]] = set()  # roles of conversations of which all turns were found written
+        self._written: set[tuple[str, ...]] = set()  # roles of conversations rendered completely
         self.closing_id = self._find_closing()
         self._ends = [str(tokenizer.convert_ids_to_tokens(number)) for number in self.eos_ids]
         asked, opened = (self._probed(PROBE[:1], prompt=prompt) for prompt in (False, True))
@@ -223,7 +223,7 @@ class ChatEncoder:
     def _check_written(self, turns: Turns, text: str, row: Row) -> None:
         """Raise for a rendering that lacks text of the user, a tool or the system, or other content of the row."""
         roles = (*(turn["role"] for turn in turns), *row.more)
-        known = roles in self._written  # else a short text may stand there by chance
+        known = roles in self._written  # else a short text may occur there by chance
         for place, turn in enumerate(turns):
             shown = turn["role"] == "assistant" or (known and turn["content"].strip() in text)
             if not (shown or MARK in self._render(_with(turns, place, turn["content"] + MARK), row, prompt=True)):
@@ -336,7 +336,7 @@ class ChatEncoder:
                 rest = self._tokens(text[cut:], inside=True)
         ids = head + rest
         written = sum(token in self._numbers.values() for token in self._foreign.findall(text))
-        if sum(number in self._numbers for number in ids) != written:  # as by lower case
+        if sum(number in self._numbers for number in ids) != written:  # for example by lower-casing
             raise EncodingError(f"{row.source}: the tokenizer makes other special tokens of a text than stand in it")
         return ids, starts
 
@@ -372,7 +372,7 @@ class ChatEncoder:
 
     def _find_closing(self) -> int | None:
         _, found, tail = self._probed(PROBE, prompt=False).rpartition(PROBE[1]["content"])
-        added = self.tokenizer.added_tokens_decoder.items()  # Gemma adds white space, too
+        added = self.tokenizer.added_tokens_decoder.items()  # Gemma also adds white space
         special = {self.tokenizer.eos_token_id, *(number for number, token in added if token.content.strip())}
         return next((token for token in self._ids(tail if found else "") if token in special), None)
 

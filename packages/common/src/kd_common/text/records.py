@@ -1,4 +1,4 @@
-"""Records of data files, each with its place; whatever is wrong with any of them is counted and named."""
+"""Records of data files with their places; all errors are counted and named."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +23,7 @@ MARKS = {
 
 
 class RowsError(UserError):
-    """A data file that cannot be read, or holds malformed rows; the message names file and lines."""
+    """A data file cannot be read or holds malformed rows; the message names file and lines."""
 
 
 class MalformedError(ValueError):
@@ -31,13 +31,13 @@ class MalformedError(ValueError):
 
 
 class EncodingError(UserError):
-    """A row or a template that cannot be turned into tokens with a loss; the message names the row."""
+    """A row or a template cannot be turned into tokens with a loss; the message names the row."""
 
 
 def read_records(path: Path, parse: Callable[[Any, str], Sequence[T]]) -> list[T]:
     """Apply a function to every record of a JSONL or Parquet file.
 
-    Blank lines hold no record and are passed over.
+    Blank lines hold no record and are skipped.
 
     Args:
         path: File ending in .jsonl or .parquet.
@@ -155,7 +155,7 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
             {key: _present(value) for key, value in record.items()}
             for record in pyarrow.parquet.read_table(path).to_pylist()
         ]
-    # A damaged page is an OSError, damaged text within a page a ValueError.
+    # A damaged page raises an OSError, damaged text within a page a ValueError.
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise RowsError(f"{path}: not a readable Parquet file ({error})") from error
 

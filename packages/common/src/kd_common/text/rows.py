@@ -1,4 +1,4 @@
-"""Conversations of chat and instruction files, checked as a whole before anything is computed from them."""
+"""Conversations of chat and instruction files, checked completely before any computation."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ ROLES = ("system", "user", "assistant")
 FIELDS = ("messages", "instruction", "input", "output", "instances", "system")
 
 SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
-"""ShareGPT's names of the roles, where they are others."""
+"""ShareGPT's names of the roles that differ."""
 
 LEARNT = ("weight", "train", "training", "loss", "loss_weight")
 """Keys of a turn that say whether the loss falls on it: 0 or false, 1 or true."""
@@ -74,7 +74,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Row:
-    """A conversation and where it was read: `file, line 3`.
+    """A conversation and its place: `file, line 3`.
 
     Attributes:
         messages: Its turns.
@@ -98,7 +98,7 @@ class Row:
 def read_rows(path: Path, fields: Mapping[str, str] | None = None) -> list[Row]:
     """Read conversations from JSONL or Parquet.
 
-    A record is one of these, the first that fits:
+    A record has one of these forms; the first that fits is used:
 
     * `messages` or `conversations`: a list of `{role, content}`, or ShareGPT's `{from, value}`; it may end
       with a user's turn, and is then a prompt.

@@ -1,4 +1,4 @@
-"""Special tokens that stand in texts, where they are text: a tokenizer would take them for its own."""
+"""Special tokens that occur in texts and are text there, although a tokenizer would take them for its own."""
 
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kd_common.text.records import EncodingError, broken_text
 
-# Two of Unicode's noncharacters, which stand in no text. One breaks special tokens in a text, one marks a text's end.
+# Two of Unicode's noncharacters, which occur in no text. One breaks special tokens in a text, one marks a text's end.
 BREAK, MARK = "\ufdd0", "\ufdd1"
 
 

@@ -22,8 +22,10 @@ INSTRUCTION_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
 )
-"""Layout for tokenizers without a chat template, such as GPT-2's; the headings are Alpaca's. A system turn comes first
-as it is."""
+"""Layout for tokenizers without a chat template, such as GPT-2's, with Alpaca's headings.
+
+A system turn comes first, unchanged.
+"""
 
 DATE = datetime.datetime(2025, 1, 1)
 """Date in every prompt whose template prints today's; otherwise all sequences and cache keys would change overnight."""
@@ -38,7 +40,7 @@ SECONDS, BYTES, CHARACTERS = 5, 2**30, 1_000_000
 """Limits of time, memory and output for the short conversations on which a template is tried; seconds of computing."""
 
 WAIT = 120.0
-"""Seconds by the clock after which a template is given up, on a machine that is busy with other work."""
+"""Seconds of wall time after which a template is given up, on a busy machine."""
 
 _TOO_MUCH_MEMORY, _TOO_MUCH_TEXT, _BY_CHANCE = 3, 4, 5
 _tried: set[str] = set()
@@ -47,7 +49,7 @@ _tried: set[str] = set()
 def check_template(template: str, render: Callable[..., str], name: str) -> None:
     """Raise for a template that does not end, writes without end or depends on chance: it is a program of others.
 
-    It is tried in a process of its own, with bounds on time and memory.
+    The template is tried in a separate process with limits on time and memory.
 
     Args:
         template: The template, by which it is remembered.

@@ -1,4 +1,4 @@
-"""A model's answers to the validation prompts, compared with reference answers."""
+"""Answers of a model to the validation prompts, compared with reference answers."""
 
 import dataclasses
 import statistics
@@ -15,7 +15,7 @@ from llm_kd.models.generation import Sampling, generate, prompt_budget
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt with the texts that answers to it are compared with.
+    """A prompt with the reference texts of its answers.
 
     Attributes:
         tokens: Everything before the answer, with the generation prompt.
@@ -40,7 +40,7 @@ def display_text(response: str, written: str) -> str:
 
 @dataclass(frozen=True)
 class Answers:
-    """A model's answers to the validation prompts; all lists run parallel.
+    """Answers of a model to the validation prompts; all lists are parallel.
 
     Attributes:
         prompts: The last user turn of every prompt.
@@ -80,7 +80,7 @@ def questions(data: TextDataModule) -> list[Question]:
         asked = row if data.responses == "teacher" else up_to_last_answer(row)
         tokens = data.encoder.prompt(asked)
         reference = asked.messages[-1].content if asked.answered else written.get(tuple(tokens))
-        if reference is not None:  # else the prompt was too long for the teacher
+        if reference is not None:  # a prompt without a response was too long for the teacher
             user = next(message for message in reversed(asked.messages) if message.role == "user")
             text = "\n\n".join(filter(None, (user.content, user.input)))
             question = found.setdefault(tuple(tokens), Question(tokens, text))

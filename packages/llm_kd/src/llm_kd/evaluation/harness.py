@@ -1,4 +1,4 @@
-"""The tasks of EleutherAI's `lm-eval` on a saved model; needs `pip install lm-eval`."""
+"""Tasks of EleutherAI's `lm-eval` on a saved model; this needs `pip install lm-eval`."""
 
 from collections.abc import Sequence
 from types import ModuleType
@@ -16,7 +16,7 @@ def load_harness() -> ModuleType:
     try:
         import lm_eval
     except ModuleNotFoundError as error:
-        if error.name != "lm_eval":  # it is there, but something that it needs is not
+        if error.name != "lm_eval":  # the library is installed, but one of its dependencies is not
             raise
         raise UserError("--harness needs the evaluation harness: `pip install lm-eval`") from error
     return lm_eval
@@ -25,7 +25,7 @@ def load_harness() -> ModuleType:
 def run_harness(
     model: str, tasks: Sequence[str], *, dtype: str, device: str, batch_size: int
 ) -> dict[str, dict[str, float]]:
-    """Evaluate a saved model on tasks of the harness, with the harness's own settings of each.
+    """Evaluate a saved model on tasks of the harness, with the harness's own settings for each task.
 
     Args:
         model: Folder or Hub name; see `kd_common.hub.language_models.load_causal_lm`.

@@ -1,4 +1,4 @@
-"""LM heads, token selection and loss in one module, chunk by chunk.
+"""Distillation head: LM heads, token selection and loss in one module, chunk by chunk.
 
 It never holds the logits of all tokens. It walks over chunks of rows and forms loss and gradient in closed form while
 the chunk's logits exist. It keeps only the gradients with respect to hidden states and head. Shapes: N tokens, n rows
@@ -47,7 +47,7 @@ class HeadOutput(NamedTuple):
 
     @property
     def loss(self) -> Tensor:
-        """Normalised loss of this batch alone; 0 where the denominator is."""
+        """Normalised loss of this batch alone; 0 where the denominator is 0."""
         return self.loss_sum / self.denominator.masked_fill(self.denominator == 0, 1.0)
 
     @property
@@ -62,9 +62,10 @@ class HeadOutput(NamedTuple):
 
 
 class KDHead(nn.Module):
-    """Weighted divergence between a student, given by its last hidden states, and a teacher, live or stored.
+    """Weighted divergence between a student, given by its last hidden states, and an online or stored teacher.
 
-    Call it inside the student's forward pass, where sharded head weights are gathered. One backward per call.
+    Call it inside the student's forward pass, where sharded head weights are gathered. Each call allows one backward
+    pass.
 
     Args:
         objective: Divergence per token.
@@ -148,7 +149,7 @@ class KDHead(nn.Module):
         with torch.no_grad(), torch.autocast(student_hidden.device.type, enabled=False):
             ranked = teacher_rows
             if isinstance(teacher, TruncatedDistribution) and not self.selector.whole_teacher:
-                ranked = teacher.__getitem__  # with its ranks, which rounding to the stored precision cannot blur
+                ranked = teacher.__getitem__  # with the exact ranks; stored probabilities are rounded
             row_loss, weights, accepted = self._walk(student, teacher_rows, ranked, gradients)
             loss_sum = row_loss.sum()
             denominator = weights.sum() if self.normalize == "selected" else torch.full_like(loss_sum, len(weights))
@@ -201,7 +202,7 @@ class KDHead(nn.Module):
         self.selector.on_step(loss if selected_loss is None else selected_loss, step, total_steps)
 
     def _shared_vocab(self, rows: int, teacher: TeacherOutput) -> int:
-        """V, from the number of rows of the student's head and the tokens the teacher knows."""
+        """Size V of the vocabulary, from the rows of the student's head and the tokens that the teacher knows."""
         teacher_rows = teacher.vocab_size if isinstance(teacher, TruncatedDistribution) else len(teacher.head.weight)
         if self.vocab_size is None and rows != teacher_rows:
             raise UserError(
@@ -229,7 +230,7 @@ class KDHead(nn.Module):
     def _walk(
         self, student: Projection, teacher: TeacherRows, ranked: TeacherRows, gradients: Gradients | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Losses, weights and acceptance of all N rows, scored by `ranked`; adds to the gradients."""
+        """Compute losses, weights and acceptance of all N rows, scored by `ranked`, and add to the gradients."""
         rows = torch.arange(len(student.hidden), device=student.hidden.device)
         row_loss, weights, accepted, temperature = rows.new_zeros((4, len(rows)), dtype=student.dtype)
         size = self.chunk_size or rows_per_chunk(student, BYTES_PER_LOGIT)
@@ -242,7 +243,7 @@ class KDHead(nn.Module):
             return selection.weights.nonzero()[:, 0]
 
         if not self.selector.per_row:
-            # The weights need the scores of all rows first. Rows that get a weight are projected a second time.
+            # The weights need the scores of all rows first, so rows with a weight are projected a second time.
             score = torch.cat([self._score(student.logits(part), ranked(part)) for part in rows.split(size)])
             rows = rows[select(rows, score)]
         for chunk in rows.split(size):
@@ -266,7 +267,7 @@ class KDHead(nn.Module):
         for z_, z_teacher_ in _blocks(z, z_teacher):
             if t != 1:
                 z_ = z_ / t
-                # A selector that takes a truncated teacher asks for its ranks alone, which no temperature changes.
+                # A selector that takes a truncated teacher needs its ranks alone, which no temperature changes.
                 z_teacher_ = z_teacher_ if isinstance(z_teacher_, TruncatedDistribution) else z_teacher_ / t
             scores.append(self.selector.score(z_, z_teacher_))
         return torch.cat(scores)
@@ -279,7 +280,7 @@ class KDHead(nn.Module):
         If asked, replace z by their gradient with respect to the raw student logits.
         """
         losses = []
-        tempered = bool((tau != 1).any())  # else two passes over the logits are saved
+        tempered = bool((tau != 1).any())  # if not, two passes over the logits are saved
         for z_, z_teacher_, tau_, scale_ in _blocks(z, z_teacher, tau[:, None], scale[:, None]):
             if isinstance(z_teacher_, TruncatedDistribution):
                 loss, gradient = truncated_loss(self.objective, z_, z_teacher_, with_gradient=with_gradient)

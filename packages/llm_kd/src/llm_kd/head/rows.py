@@ -1,4 +1,4 @@
-"""Divergence of some rows and its gradient with respect to their logits, in closed form; no autograd, no state."""
+"""Divergence of some rows and its gradient with respect to their logits in closed form, without autograd or state."""
 
 import math
 
@@ -9,7 +9,7 @@ from llm_kd.objectives import Objective
 from llm_kd.selection.acceptance import TruncatedDistribution
 
 TAIL_FLOOR = torch.finfo(torch.float32).tiny
-"""A stored tail mass below this (1.2e-38) counts as this: at mass 0, reverse KL and its gradient would be infinite."""
+"""Smallest tail mass, 1.2e-38; at mass 0, reverse KL and its gradient would be infinite."""
 
 
 def dense_loss(
@@ -53,7 +53,7 @@ def truncated_loss(
     """
     indices = teacher.indices.long()
     z_stored = z.gather(-1, indices)
-    # Relative to a logit of the row: a logsumexp of numbers near 2e4 would be wrong by 1e-3 in float32.
+    # Use values relative to a logit of the row: a logsumexp of numbers near 2e4 would be wrong by 1e-3 in float32.
     shift = z_stored.amax(dim=-1, keepdim=True)
     rest = (z - shift).scatter_(-1, indices, -math.inf)
     log_rest = rest.logsumexp(dim=-1, keepdim=True)

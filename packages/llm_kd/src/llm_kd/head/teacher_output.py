@@ -1,4 +1,4 @@
-"""The output of a teacher for N tokens: hidden states before its head, or a stored truncated distribution."""
+"""Output of a teacher for N tokens: hidden states before its head, or a stored truncated distribution."""
 
 from dataclasses import dataclass
 
@@ -9,13 +9,13 @@ from kd_common.errors import UserError
 from llm_kd.head.linear import LMHead, Projection, rows_per_chunk
 from llm_kd.selection.acceptance import TruncatedDistribution
 
-# Logits, log-probabilities, the masked copy in float32 and ranks of ties in int64, with a few masks.
+# Bytes for logits, log-probabilities, the masked copy in float32, ranks of ties in int64, and a few masks.
 BYTES_PER_LOGIT = 24
 
 
 @dataclass(frozen=True)
 class TeacherHiddenStates:
-    """A teacher that is at hand: hidden states before the head and the head itself.
+    """Output of an online teacher: hidden states before the head, and the head itself.
 
     Attributes:
         hidden: Shape (N, H').
@@ -34,7 +34,7 @@ class TeacherHiddenStates:
 
 
 TeacherOutput = TeacherHiddenStates | TruncatedDistribution
-"""Either form of N rows, in the order of the student's."""
+"""Teacher output of N rows in either form, in the order of the student's rows."""
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The base class of objectives: a divergence per row with its gradient in closed form."""
+"""Base class of objectives: a divergence per row with its gradient in closed form."""
 
 import math
 from abc import ABC, abstractmethod
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Objective(nn.Module, ABC):
-    """A divergence between the teacher's and the student's distribution, as a sum over tokens of f(log p, log q).
+    """Divergence between the teacher's and the student's distribution, as a sum over tokens of f(log p, log q).
 
     The value is differentiable. From the gradient h = df/dlog q the head forms the gradient with respect to the logits,
     (h - q * sum_v h) / T, without autograd. An objective keeps state that follows training in the module's extra state

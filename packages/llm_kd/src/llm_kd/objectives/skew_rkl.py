@@ -9,7 +9,7 @@ from llm_kd.objectives.base import Objective, log_mixture, log_ratio
 class SkewReverseKL(Objective):
     """KL(q || (1 - alpha) p + alpha q) (DistiLLM, arXiv 2402.03898).
 
-    The whole gradient is taken, that through the mixture included; DistiLLM-2 stops it there.
+    The gradient includes the part through the mixture; DistiLLM-2 stops it there.
 
     Args:
         alpha: Share of the student in the mixture, in [0, 1).
@@ -32,6 +32,6 @@ class SkewReverseKL(Objective):
     def grad_log_q(self, log_q: Tensor, log_p: Tensor) -> Tensor:
         """Return the gradient h = q (log(q / m) + 1 - alpha q / m)."""
         ratio = log_ratio(log_q, log_mixture(log_q, log_p, self.alpha))
-        # q / m is at most 1 / alpha; without a share of the student in m it has no bound.
+        # q / m is at most 1 / alpha; without the student in m it has no bound.
         share = self.alpha * ratio.exp() if self.alpha else 0.0
         return log_q.exp() * (ratio + 1 - share)

@@ -82,5 +82,5 @@ class TAID(Objective):
         return {"t": self.t, "trend": self.trend, "previous_loss": self.previous_loss}
 
     def set_extra_state(self, state: Any) -> None:
-        """Restore `get_extra_state`."""
+        """Restore the state of `get_extra_state`."""
         self.t, self.trend, self.previous_loss = state["t"], state["trend"], state["previous_loss"]

@@ -1,7 +1,7 @@
 """Propose and verify: which of the student's next-token proposals the teacher accepts (SelecTKD, arXiv 2510.24021).
 
-PyTorch only, and nothing here carries a gradient. Logits have shape (..., V); p is the teacher's distribution, q the
-student's. The teacher may also be a stored `TruncatedDistribution`, wherever that determines the answer.
+The module needs PyTorch only, and nothing here carries a gradient. Logits have shape (..., V); p is the teacher's
+distribution, q the student's. The teacher may also be a stored `TruncatedDistribution` if that determines the answer.
 """
 
 import math
@@ -55,7 +55,7 @@ class TruncatedDistribution:
 
     @classmethod
     def from_logits(cls, logits: Tensor, size: int) -> "TruncatedDistribution":
-        """Truncate softmax(logits) to its `size` most likely tokens; of equal logits the lower id ranks first.
+        """Truncate softmax(logits) to its `size` most likely tokens; ties go to the lower id.
 
         Args:
             logits: Logits of shape (..., V).
@@ -131,7 +131,7 @@ def _check_k(k: int, most: int, name: str = "k") -> None:
 def topk_accept(student_logits: Tensor, teacher_logits: Tensor | TruncatedDistribution, k: int = 5) -> Tensor:
     """Return whether the student's most likely token is among the teacher's k most likely ones.
 
-    Of equal logits the lower token id ranks first, for both models.
+    For both models ties go to the lower token id.
 
     Args:
         student_logits: Student logits of shape (..., V).

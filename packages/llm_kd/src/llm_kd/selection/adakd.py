@@ -81,7 +81,7 @@ class AdaKD(Selector):
         return Selection(kept, kept, torch.exp(-self.c * torch.tanh(log_score - median)))
 
     def on_step(self, loss: float, step: int, total_steps: int) -> None:
-        """Follow the loss after an optimizer step; see `Selector.on_step`.
+        """Adapt the share of tokens to the loss after an optimizer step.
 
         Raises:
             ValueError: If the loss is not finite.
@@ -104,5 +104,5 @@ class AdaKD(Selector):
         return {"share": self.share, "mean_loss": self.mean_loss, "reference": self.reference}
 
     def set_extra_state(self, state: Any) -> None:
-        """Restore `get_extra_state`."""
+        """Restore the state of `get_extra_state`."""
         self.share, self.mean_loss, self.reference = state["share"], state["mean_loss"], state["reference"]

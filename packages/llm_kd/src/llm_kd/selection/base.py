@@ -26,7 +26,7 @@ class Selection(NamedTuple):
 
 
 class Selector(nn.Module, ABC):
-    """A rule that weights tokens, in two steps so that it never needs the logits of all tokens at once.
+    """Rule that weights tokens, in two steps so that it never needs the logits of all tokens at once.
 
     `score` reduces the logits of some rows to one number per row. `select` turns scores into weights. A selector that
     compares tokens with each other sets `per_row` to False and gets the scores of the whole batch. Others may get any
@@ -120,7 +120,7 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def top_share(score: Tensor, share: float) -> Tensor:
-    """Mark the floor(share * N) largest of N scores, at least one; of equal scores the earlier token wins.
+    """Mark the floor(share * N) largest of N scores, at least one; ties go to the earlier token.
 
     Args:
         score: Scores of shape (N,).
@@ -129,7 +129,7 @@ def top_share(score: Tensor, share: float) -> Tensor:
     Returns:
         1 where kept, else 0, shape (N,), in the scores' dtype.
     """
-    keep = max(1, math.floor(share * len(score) + 1e-9))  # 0.29 * 100 is below 29
+    keep = max(1, math.floor(share * len(score) + 1e-9))  # floating point puts 0.29 * 100 below 29
     order = score.argsort(descending=True, stable=True)
     return torch.zeros_like(score).scatter(0, order[:keep], 1.0)
 

@@ -1,4 +1,4 @@
-"""The tokens the student is least sure of."""
+"""Selection of the tokens with the largest student entropy."""
 
 from torch import Tensor
 

@@ -39,7 +39,7 @@ class SpecK(SpecKExpected):
     def draw(self, num_rows: int, device: torch.device) -> Tensor:
         """Return the uniform random numbers in [0, 1), shape (num_rows,)."""
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        # The three numbers are hashed: neighbouring seeds must not give neighbouring streams.
+        # The three numbers are hashed, because neighbouring seeds must not give neighbouring streams.
         seed = random.Random(f"{self.seed}/{rank}/{self.batches}").getrandbits(63)
         self.batches += self.training
         return torch.rand(num_rows, generator=torch.Generator(device).manual_seed(seed), device=device)
@@ -60,5 +60,5 @@ class SpecK(SpecKExpected):
         return {"batches": self.batches}
 
     def set_extra_state(self, state: Any) -> None:
-        """Restore `get_extra_state`."""
+        """Restore the state of `get_extra_state`."""
         self.batches = state["batches"]

@@ -8,7 +8,7 @@ from llm_kd.selection.base import Selection, Selector, dense_logits, entropy
 
 
 class TSDKD(Selector):
-    """Weight sigmoid(H(q) - H(p)): more where the student is less sure than the teacher; every token takes part.
+    """Weight sigmoid(H(q) - H(p)) for every token: more where the student is less sure than the teacher.
 
     This is the weight on the divergence only. The method's entropy and list-wise ranking terms are separate losses.
 

@@ -1,4 +1,4 @@
-"""The base class of teachers, which give an output for the supervised tokens of a batch."""
+"""Base class of teachers, which give an output for the supervised tokens of a batch."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from llm_kd.head import LMHead, TeacherOutput
 
 
 class TeacherBackbone(Protocol):
-    """A module that turns ids and positions, both (B, S), into hidden states (B, S, H'), and has an output layer."""
+    """Module that turns ids and positions, both (B, S), into hidden states (B, S, H'), and has an output layer."""
 
     def __call__(self, input_ids: Tensor, position_ids: Tensor, /) -> Tensor:
         """Return the hidden states before the head."""
@@ -37,9 +37,9 @@ class TeacherBackbone(Protocol):
 
 
 class Teacher(ABC):
-    """Gives the teacher's side of the loss.
+    """Interface of teachers, which give the teacher's part of the loss.
 
-    Deliberately no `nn.Module`: a teacher belongs in no checkpoint, optimizer or DDP bucket of the student.
+    It is deliberately no `nn.Module`: a teacher belongs in no checkpoint, optimizer or DDP bucket of the student.
     """
 
     @abstractmethod
@@ -66,7 +66,7 @@ def supervised_counts(batch: TokenBatch) -> list[int]:
     """
     sequence = (batch.position_ids.flatten() == 0).cumsum(dim=0)
     counts = sequence[batch.predict.flatten()].bincount()
-    counts = counts[counts > 0]  # some sequences are there without a supervised token
+    counts = counts[counts > 0]  # some sequences have no supervised token
     if len(counts) != len(batch.keys):
         raise ValueError(
             f"the batch has {len(batch.keys)} keys but {len(counts)} sequences with supervised tokens; every example "

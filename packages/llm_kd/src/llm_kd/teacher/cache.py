@@ -1,4 +1,4 @@
-"""A teacher's truncated distributions on disk, and reading them.
+"""Teacher cache on disk: its format and its reader.
 
 A cache is a folder. `manifest.json` describes it and lists the shards. A shard is a safetensors file of packed records
 with the index of its examples, read through a memory map. Every read verifies an example's checksum, and opening a
@@ -65,7 +65,7 @@ class CacheHeader:
 
 
 class Shard(NamedTuple):
-    """An entry of the manifest."""
+    """Entry of the manifest for one shard."""
 
     file: str
     examples: int
@@ -148,7 +148,7 @@ class _Entry(NamedTuple):
 
 
 class TeacherCache:
-    """A cache, open for reading; only the index of its examples is held in memory.
+    """Reader of a cache; only the index of its examples is held in memory.
 
     Args:
         folder: Its folder.

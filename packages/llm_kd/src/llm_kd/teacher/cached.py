@@ -1,4 +1,4 @@
-"""The teacher as stored on disk."""
+"""Teacher that reads a cache on disk."""
 
 import torch
 

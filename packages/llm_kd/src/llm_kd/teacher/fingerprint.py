@@ -11,7 +11,7 @@ from llm_kd.teacher.base import TeacherBackbone
 def weights_fingerprint(backbone: TeacherBackbone) -> str:
     """Return the SHA-256 of a teacher's settings and of all its weights: their names, dtypes, shapes and bytes.
 
-    The same weights are another teacher where the base of the rotary embedding, a window or a norm's epsilon differs.
+    Equal weights belong to different teachers if the rotary base, a window or a norm's epsilon differs.
 
     Returns:
         64 hexadecimal digits.

@@ -8,7 +8,7 @@ from llm_kd.teacher.base import Teacher, TeacherBackbone
 
 
 class OnlineTeacher(Teacher):
-    """Runs the teacher on every batch, without gradients.
+    """Teacher that runs on every batch, without gradients.
 
     Args:
         backbone: The teacher, such as `llm_kd.models.Backbone`; it is frozen and put into evaluation mode.
@@ -26,6 +26,6 @@ class OnlineTeacher(Teacher):
         return TeacherHiddenStates(hidden[batch.predict], self.backbone.lm_head())
 
     def to(self, device: torch.device | str) -> "OnlineTeacher":
-        """Move the teacher to a device; returns itself."""
+        """Move the teacher to a device and return it."""
         self.backbone.to(device)
         return self

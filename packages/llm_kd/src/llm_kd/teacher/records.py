@@ -13,10 +13,10 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 @dataclass(frozen=True)
 class RecordLayout:
-    """Packs rows of a truncated distribution into bytes and back; ids take the smallest integer that holds V.
+    """Converter between rows of a truncated distribution and bytes; ids take the smallest integer type that holds V.
 
-    Rounding to the storage precision keeps the rank order: it is monotone, and among equal values the stored order is
-    the rank. Log-probabilities below the smallest finite number are raised to it.
+    Rounding to the storage precision keeps the rank order: it is monotone, and equal values keep their stored order.
+    Log-probabilities below the smallest finite number are raised to it.
 
     Args:
         vocab_size: Number V of tokens, in [1, 2**31 - 1].
@@ -47,7 +47,7 @@ class RecordLayout:
 
     @property
     def bytes_per_token(self) -> int:
-        """Size of a record."""
+        """Size of a record in bytes."""
         return sum(self._widths)
 
     @property
@@ -76,7 +76,8 @@ class RecordLayout:
 
     def unpack(self, records: Tensor) -> tuple[Tensor, TruncatedDistribution]:
         """Return the supervised tokens (int64) and distributions (ids in int32) of N records (N, bytes_per_token)."""
-        # Always a copy: a view of wider numbers must start at a multiple of their size, and a single row is contiguous.
+        # The slice is always copied: a view of wider numbers must start at a multiple of their size, and a single row
+        # is contiguous.
         tokens, indices, log_probs, tail_mass = (
             column.clone(memory_format=torch.contiguous_format).view(dtype)
             for column, dtype in zip(

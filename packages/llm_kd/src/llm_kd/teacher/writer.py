@@ -1,4 +1,4 @@
-"""Writing a teacher cache so that nothing but the last shard is lost to a kill, and nothing to a full disk."""
+"""Writer of teacher caches: a kill loses at most the last shard, and a full disk loses nothing."""
 
 import errno
 import shutil
@@ -19,10 +19,10 @@ from llm_kd.selection.acceptance import TruncatedDistribution
 from llm_kd.teacher.cache import MANIFEST, CacheError, CacheHeader, Manifest, Shard, TeacherCache, index_checksum
 
 EXAMPLE_BYTES = 48
-"""Index entry of an example: key, offset and checksum."""
+"""Bytes of an example in the index: key, offset and checksum."""
 
 SHARD_OVERHEAD = 2048
-"""More than the header of a shard and its line in the manifest take, in bytes."""
+"""Upper bound on the bytes of a shard's header and its line in the manifest."""
 
 
 class DiskFullError(OSError):
@@ -30,7 +30,7 @@ class DiskFullError(OSError):
 
 
 class CacheWriter:
-    """Adds examples to a cache; a context manager.
+    """Context manager that adds examples to a cache.
 
     Shards and manifest are written to temporary files and renamed, the manifest last. After any interruption the folder
     holds complete shards, and a new writer continues from there. On an ordinary error or a keyboard interrupt the
@@ -45,7 +45,7 @@ class CacheWriter:
     Raises:
         CacheError: On entering, if the folder holds a cache of something else or a damaged one, or another process is
             writing there.
-        DiskFullError: When the disk is full.
+        DiskFullError: If the disk is full.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class CacheWriter:
 
         Raises:
             ValueError: If a key is there already or the numbers do not fit.
-            DiskFullError: When the disk is full.
+            DiskFullError: If the disk is full.
         """
         if any(key in self._stored for key in keys) or len(set(keys)) < len(keys):
             raise ValueError("an example may be stored once only; skip the keys that the writer contains")

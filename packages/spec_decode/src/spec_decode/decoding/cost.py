@@ -124,7 +124,7 @@ def best_tree(
                 continue
             tokens, _, branching = max(fitting)
             gain = speedup(tokens, plain_time, draft_time, verify_times[size])
-            # Where nothing is accepted, a gain is noise of the measured times.
+            # If nothing is accepted, a gain is noise of the measured times.
             if tokens > 1 and gain > best.speedup:
                 best = TreeChoice(branching, tokens, gain)
     return best

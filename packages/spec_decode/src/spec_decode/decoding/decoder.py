@@ -32,7 +32,7 @@ OnPass = Callable[[DraftTree, Verified], None]
 
 
 class SpeculativeDecoder:
-    """Generates with a target and a drafter, losslessly.
+    """Lossless generation with a target and a drafter.
 
     Args:
         target: Step runner of the target.
@@ -82,13 +82,13 @@ class SpeculativeDecoder:
     def tuned(cls, target: CausalLM, drafter: Drafter | None, **settings: Any) -> "SpeculativeDecoder":
         """Return a decoder with the tree of most expected tokens per second here for one row, if drafting pays.
 
-        It measures this machine first. While decoding it falls back to plain decoding where that is faster after all
+        It measures this machine first. While decoding it returns to plain decoding whenever that is faster
         (`SpeedMonitor`).
 
         Args:
             target: Step runner of the target.
             drafter: Drafter for this target; without one there is nothing to tune.
-            **settings: The others of the class but the tree.
+            **settings: Further arguments of the class, except the tree.
         """
         decoder = cls(target, drafter, **settings)
         if drafter is not None:
@@ -192,7 +192,7 @@ class SpeculativeDecoder:
             logits, passed = self.target.tree_logits(tree, state.cache)
             seconds += clock.stop("target")
 
-            # 4. Verify: the longest path of the tree that the target draws itself, and one token more.
+            # 4. Verify: the longest path of the tree that the target draws itself, and one more token.
             verified = verify(draft, logits, state.sampling, seeds=state.seeds, root_positions=positions)
             seconds += clock.stop("verify")
 

@@ -1,4 +1,4 @@
-"""Prompts as a user gives them, checked before any work is done."""
+"""Checks of prompts and settings before any work is done."""
 
 from collections.abc import Sequence
 from operator import index

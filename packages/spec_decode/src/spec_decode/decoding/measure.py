@@ -17,7 +17,7 @@ from spec_decode.models import CausalLM
 
 @dataclass
 class Measurement:
-    """Sums over prompts.
+    """Sums over prompts for one decoder.
 
     Attributes:
         tokens: New tokens after the prefill's.
@@ -102,7 +102,7 @@ def measure(
 ) -> dict[str, Measurement]:
     """Run several decoders on the same prompts, one after the other on each batch of them.
 
-    Taking turns spreads a slow moment of the machine over all of them. The first batch is run once before, unmeasured.
+    Taking turns spreads a slow moment of the machine over all decoders. The first batch is run once before, unmeasured.
 
     Args:
         decoders: Decoders by name.
@@ -166,7 +166,7 @@ def needed_memory(decoder: SpeculativeDecoder, prompt: Sequence[int], **settings
     Args:
         decoder: The decoder.
         prompt: Prompt as token ids.
-        **settings: Of `SpeculativeDecoder.generate`.
+        **settings: Arguments of `SpeculativeDecoder.generate`.
     """
     target = [*decoder.target.parameters(), *decoder.target.buffers()]
     drafter = [] if decoder.drafter is None else decoder.drafter.weights()

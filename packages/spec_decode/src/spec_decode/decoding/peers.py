@@ -1,4 +1,4 @@
-"""Transformers' own `generate` on the same prompts, as a yardstick."""
+"""Benchmark of transformers' own `generate` on the same prompts."""
 
 import time
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ def transformers_peers(
 
     def loaded(name: str) -> Any:
         model: Any = load_causal_lm(name, dtype)
-        model.generation_config = GenerationConfig()  # as the other decoders, without penalties
+        model.generation_config = GenerationConfig()  # without penalties, as in the other decoders
         return model.to(device)
 
     model = loaded(name)

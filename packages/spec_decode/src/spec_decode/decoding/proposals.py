@@ -1,4 +1,4 @@
-"""Draft trees from the logits of a drafter that predicts every level in one pass, for either rule of verification.
+"""Draft trees from the logits of a drafter that predicts every level in one pass, for either verification rule.
 
 Shapes: B rows of a batch, N levels, C tokens of the drafter's vocabulary, V of the target's. Level i (from 0) predicts
 the token at the root's position + 1 + i.
@@ -14,7 +14,7 @@ from spec_decode.decoding.sampling import Sampling, Stream, check_logits, gumbel
 from spec_decode.decoding.tree import DraftTree, ancestor_mask, backbone_tree
 
 RANKED = 256
-"""Tokens of a level, the likeliest ones, among which candidates are sought."""
+"""Number of the likeliest tokens of a level among which candidates are sought."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +98,7 @@ def matching_tree(
 
 @dataclass(frozen=True, eq=False)
 class RankedTokens:
-    """The tokens of every level that may become candidates.
+    """Candidate tokens of every level, with their scores.
 
     Args:
         ids: Tokens, int64 of shape (B, N, c).

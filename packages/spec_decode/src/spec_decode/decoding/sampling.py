@@ -131,7 +131,7 @@ def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
 def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
     """Return the logits with all but the smallest set of likeliest tokens that reaches probability top_p at -inf.
 
-    At least one token survives; equal logits are taken in the order of their token id.
+    At least one token survives; ties go to the lower token id.
     """
     if top_p == 1:
         return logits

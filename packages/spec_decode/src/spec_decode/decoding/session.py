@@ -54,7 +54,7 @@ def build_decoder(
         target: Target.
         drafter: Drafter for it; None decodes plainly.
         tree: The tree.
-        **settings: See `SpeculativeDecoder`.
+        **settings: Settings of `SpeculativeDecoder`.
     """
     if isinstance(tree, str):
         return SpeculativeDecoder.tuned(target, drafter, **settings)
@@ -110,8 +110,8 @@ def check_settings(
 def find_drafter(name: str, target: CausalLM, tokenizer: Any = None) -> Drafter | None:
     """Return the drafter from a folder that `fit` wrote, by a name that needs no weights, or None for `none`.
 
-    The folder of a language model, such as a student that `llm_kd.fit` wrote, drafts as it is. `NAME+lookup` adds the
-    branch of prompt lookup to the tree of any of them.
+    The folder of a language model, such as a student of `llm_kd.fit`, drafts as it is. `NAME+lookup` adds the branch of
+    prompt lookup to the tree of any drafter.
 
     Args:
         name: Drafter.
@@ -194,7 +194,7 @@ class Session:
         min_confidence: float = 0.0,
         compile: bool = False,
     ) -> "Session":
-        """Load everything.
+        """Load target, tokenizer and drafter and build the decoder.
 
         Args:
             drafter: See `find_drafter`.
@@ -248,7 +248,7 @@ class Session:
 
 @dataclass
 class TextStream:
-    """Turns tokens into pieces of text as they come; a character is held back until all its bytes are there.
+    """Converts tokens into pieces of text as they come; a character is held back until all its bytes are there.
 
     Args:
         tokenizer: Transformers tokenizer.
@@ -260,7 +260,7 @@ class TextStream:
     _context: int = 0  # first token decoded together with new ones, which decides on spaces between words
 
     def push(self, token: int) -> str:
-        """Text that this token completes; empty while a character is incomplete."""
+        """Return the text that this token completes; empty while a character is incomplete."""
         self._tokens.append(token)
         before = self._decode(self._tokens[self._context : self._shown])
         text = self._decode(self._tokens[self._context :])

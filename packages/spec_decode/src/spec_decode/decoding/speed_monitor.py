@@ -1,4 +1,4 @@
-"""Stop drafting where it does not pay after all, and come back where it does: the online half of automatic tuning."""
+"""Online half of automatic tuning: stop drafting where it does not pay, and resume where it does."""
 
 from collections import deque
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from statistics import median
 
 @dataclass
 class SpeedMonitor:
-    """Keeps an account of the time that drafting has saved, in plain passes, and lets it draft while there is some.
+    """Keeps a balance of the time that drafting has saved, in plain passes; drafting needs a positive balance.
 
     `SpeculativeDecoder.tuned` chooses by acceptance on validation text and by measured times. Other text, or a change
     of the machine's speed, can make drafting slower than plain decoding. The monitor keeps a balance: a drafted pass

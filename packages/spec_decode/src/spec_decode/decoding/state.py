@@ -15,11 +15,11 @@ from spec_decode.decoding.verify import Verified, count_kept
 from spec_decode.models import KVCache, States
 
 OnTokens = Callable[[int, list[int], list[bool]], None]
-"""Called with a row, its new tokens, and whether each was drafted."""
+"""Callback that receives a row, its new tokens, and whether each was drafted."""
 
 
 class Rows:
-    """The rows of a batch as they grow, and when they end.
+    """Growing rows of a batch and their ends.
 
     Args:
         prompts: Tokens of each prompt.
@@ -97,7 +97,7 @@ class Committed(NamedTuple):
 
     @property
     def mean(self) -> float:
-        """Positions per row that has any."""
+        """Return the mean number of positions over the rows that have any."""
         return float(self.counts.sum() / (self.counts > 0).sum())
 
     @classmethod
@@ -114,7 +114,7 @@ class Committed(NamedTuple):
 
 @dataclass
 class DecodingState:
-    """One generation.
+    """State of one generation.
 
     Attributes:
         rows: The rows.

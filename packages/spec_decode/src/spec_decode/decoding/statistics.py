@@ -58,7 +58,7 @@ class Generation:
 
 @dataclass
 class Clock:
-    """Adds up the seconds of phases, waiting for the device at every boundary."""
+    """Timer that adds up the seconds of phases and waits for the device at every boundary."""
 
     device: torch.device
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))

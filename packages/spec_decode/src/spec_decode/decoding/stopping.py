@@ -19,7 +19,7 @@ def check_stop_strings(strings: Sequence[str]) -> None:
 
 
 class StopStrings:
-    """Watches the new text of every row.
+    """Watcher of the new text of every row.
 
     Args:
         strings: Texts that end a row.

@@ -204,8 +204,8 @@ def prune_tree(tree: DraftTree, keep: Tensor) -> DraftTree:
 def merge_branches(tree: DraftTree, branches: Sequence[Sequence[Sequence[int]]], max_nodes: int) -> DraftTree:
     """Add further continuations of the root, such as n-gram matches, each sharing the prefix it finds in the tree.
 
-    Existing nodes keep their index; new ones follow behind them, so that committing a path through them may move
-    several rows of the KV cache. Exact under `verify_matching` only, as the branches are not draws of the drafter.
+    Existing nodes keep their index, and new ones follow. So committing a path through new nodes may move several rows
+    of the KV cache. This is exact under `verify_matching` only, as the branches are not draws of the drafter.
 
     Args:
         tree: Tree to extend.

@@ -121,7 +121,7 @@ def recursive_rejection(p: Tensor, q: Tensor, draws: Tensor) -> tuple[Tensor, Te
     acceptance = p.new_zeros(draws.shape)
     for j in range(draws.shape[1]):
         x = draws[:, j].clamp(min=0).unsqueeze(1)
-        # Leaving out a candidate of underflowed probability is exact too: the token is then drawn from R_j.
+        # Skipping a candidate of underflowed probability is exact too: the token is then drawn from R_j.
         drawn = (draws[:, j] >= 0).unsqueeze(1) & (q.gather(1, x) > 0)
         ratio = (p.gather(1, x) / q.gather(1, x)).clamp(max=1.0)
         acceptance[:, j] = torch.where(drawn, ratio, 0.0).squeeze(1)
@@ -140,7 +140,7 @@ def verify_sampled(
 ) -> Verified:
     """Return the recursive rejection without replacement, candidates tested in the order in which they were drawn.
 
-    Exact for candidates drawn from the recorded distributions with noise of their own; accepts more than
+    This is exact for candidates drawn from the recorded distributions with separate noise. It accepts more than
     `verify_matching` would with the same candidates.
 
     Args:
@@ -180,7 +180,7 @@ def verify(
     """Verify by the rule that the draft was made for; arguments as in `verify_matching`."""
     if isinstance(draft, SampledTree):
         return verify_sampled(draft, logits, sampling, seeds=seeds, root_positions=root_positions)
-    if draft.tokens.shape[1] == 1:  # plain decoding pays for no walk
+    if draft.tokens.shape[1] == 1:  # plain decoding skips the walk
         drawn = sampling.draw(logits[:, 0], seeds, root_positions + 1).unsqueeze(1)
         path = torch.zeros_like(drawn)
         return Verified(path, drawn, path[:, 0], path[:, :0] > 0)

@@ -1,4 +1,4 @@
-"""An independent draft model: a small language model that knows the text but not the target's states."""
+"""Independent draft models: small language models that read the text but not the target's states."""
 
 from abc import abstractmethod
 from typing import Any
@@ -15,11 +15,11 @@ from spec_decode.models.layers import causal_attention
 
 
 class Autoregressive(Drafter):
-    """Drafts token by token behind the text; drafted entries of its cache are overwritten by the next draft."""
+    """Drafter that works token by token behind the text; the next draft overwrites drafted entries of its cache."""
 
     @abstractmethod
     def next_logits(self, tokens: Tensor, counts: Tensor, cache: KVCache) -> Tensor:
-        """Append runs of tokens, (B, m) with (B,) counts, to the cache; logits (B, C) behind each row's last one."""
+        """Append runs of tokens, (B, m) with (B,) counts, to the cache; return logits (B, C) behind the last ones."""
 
     def draft(self, context: DraftContext, vocabulary: Tensor | None, vocab_size: int) -> Draft:
         """Return the constrained tree along the backbone."""
@@ -42,7 +42,7 @@ class Autoregressive(Drafter):
 
 
 class DraftModel(TrainableDrafter, Autoregressive):
-    """A stack of layers between the target's frozen embeddings and its frozen head.
+    """Stack of layers between the target's frozen embeddings and its frozen head.
 
     Args:
         depth: Levels it may draft, one pass of the stack each.
@@ -57,7 +57,7 @@ class DraftModel(TrainableDrafter, Autoregressive):
         super().__init__(depth, draft_vocab)
         at_least("layers", layers, 1)
         self.layers = layers
-        self.supervised = 1  # the deeper levels are the same prediction further on
+        self.supervised = 1  # the deeper levels repeat the same prediction
 
     def build(self, target: CausalLM) -> None:
         """Make the stack, which starts from the target's first layers and its norm."""
@@ -95,7 +95,7 @@ class DraftModel(TrainableDrafter, Autoregressive):
 
 
 class PretrainedDraft(Autoregressive):
-    """A pretrained language model of the target's tokenizer as drafter.
+    """Pretrained language model with the target's tokenizer as drafter.
 
     Args:
         target: Target.

@@ -1,4 +1,4 @@
-"""Growing a draft tree by cumulative draft probability, level by level.
+"""Draft trees grown by cumulative draft probability, level by level.
 
 Shapes: B rows, k nodes expanded per level, C draft tokens.
 """
@@ -71,7 +71,7 @@ class DynamicCandidates:
     def _likeliest(self, logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """Return the log-probability and token of the likeliest children of each node, both of shape (B, k, width)."""
         nodes, context = logits.shape[1], self._context
-        level = len(self._tokens)  # all nodes of a frontier are at one position, so that they share its noise
+        level = len(self._tokens)  # all nodes of a frontier are at one position and share its noise
         alone = replace(
             context,
             tree=(width,),

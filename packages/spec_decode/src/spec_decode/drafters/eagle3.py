@@ -1,4 +1,4 @@
-"""EAGLE-3: one layer run autoregressively on its own output, trained as it is used (training-time test)."""
+"""EAGLE-3: one layer that runs autoregressively on its own output, in training as in decoding (training-time test)."""
 
 from dataclasses import replace
 from typing import Any
@@ -97,7 +97,7 @@ class Eagle3(TrainableDrafter):
             self.initialize_head()
 
     def initialize_head(self) -> None:
-        """Start the own head from the target's."""
+        """Start the drafter's head from the target's."""
         with torch.no_grad():
             self.head.weight.copy_(self.frozen_head())
 

@@ -55,7 +55,7 @@ class FastEagle(TrainableDrafter):
         self.stem, self.sequential, self.from_target = stem, sequential, from_target
 
     def build(self, target: CausalLM) -> None:
-        """Make the cascade, which starts as the target's last layers if it is to."""
+        """Make the cascade, which starts from the target's last layers if the setting says so."""
         shape = target.shape
         self.fuse = nn.Linear(3 * shape.hidden_size, shape.hidden_size, bias=False)
         self.join = nn.Linear(2 * shape.hidden_size, shape.hidden_size, bias=False)
@@ -122,7 +122,7 @@ class FastEagle(TrainableDrafter):
 
 
 class _Link(nn.Sequential):
-    """W silu(U [h, e]) of shape (..., h); W starts at zero, so that nothing changes at first."""
+    """Adds W silu(U [h, e]) of shape (..., h); W starts at zero, so that nothing changes at first."""
 
     def __init__(self, size: int) -> None:
         last = nn.Linear(size, size, bias=False)

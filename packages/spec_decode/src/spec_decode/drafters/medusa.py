@@ -28,9 +28,9 @@ class ResidualBlock(nn.Module):
 
 
 class Medusa(TrainableDrafter):
-    """Level i = head_i(block_i(final context of the last position the target has seen)).
+    """Heads that predict level i as head_i(block_i(final context of the last position the target has seen)).
 
-    It does not see the token that follows that position, and remembers nothing.
+    It does not see the token that follows that position, and keeps no cache.
 
     Args:
         depth: Levels, one block and head each.

@@ -42,7 +42,7 @@ class NgramIndex:
 
 
 class PromptLookup(Drafter):
-    """One branch: the continuation of the longest earlier match.
+    """Drafter with one branch: the continuation of the longest earlier match.
 
     Args:
         longest: Largest number of tokens to match, >= 1.
@@ -54,7 +54,7 @@ class PromptLookup(Drafter):
         Saxena, Prompt lookup decoding, 2023 (first match); the longest match is taken here.
     """
 
-    capabilities = Capabilities(max_width=1, chain_depth=7)  # with the root eight nodes, to which fewer are padded
+    capabilities = Capabilities(max_width=1, chain_depth=7)  # 8 nodes with the root, the size of a padded pass
 
     def __init__(self, longest: int = 5) -> None:
         if type(longest) is not int or longest < 1:
@@ -78,10 +78,10 @@ class PromptLookup(Drafter):
 
 
 class WithLookup(Drafter):
-    """Another drafter's tree with the continuation of the longest earlier match as a further branch.
+    """Drafter that adds the continuation of the longest earlier match to another drafter's tree.
 
-    Exact, but under sample-and-match only: the branch is no draw of the drafter. It takes the nodes that pad a pass to
-    a multiple of 8, and 8 more where these are fewer than the tree is deep.
+    It is exact under sample-and-match only, because the branch is not drawn by the drafter. The branch takes the nodes
+    that pad a pass to a multiple of 8, and 8 more if these are fewer than the tree is deep.
 
     Args:
         drafter: Drafter whose tree is extended.

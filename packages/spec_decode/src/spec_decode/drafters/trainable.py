@@ -41,10 +41,10 @@ def check_vocabulary(ids: Tensor, size: int, vocab_size: int) -> None:
 
 
 class TrainableDrafter(nn.Module, Drafter):
-    """Base of the drafters that `spec_decode.fit` trains; the target's weights are used, never owned.
+    """Base of the drafters that `spec_decode.fit` trains; the target's weights are shared, not owned.
 
-    A drafter is made of its settings alone, each of which it keeps under its own name. `bind` gives it its target, and
-    with that its parameters.
+    A drafter is made of its settings alone, which it keeps under their names. `bind` gives it its target and thereby
+    its parameters.
 
     Args:
         depth: N, levels it drafts, >= 1.
@@ -77,7 +77,7 @@ class TrainableDrafter(nn.Module, Drafter):
         return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
     def bind(self, target: CausalLM) -> Self:
-        """Make its parameters for this target, in fp32 on the target's device, and return the drafter itself.
+        """Make the parameters for this target, in fp32 on the target's device, and return the drafter itself.
 
         Raises:
             UserError: If draft_vocab is out of range.
@@ -93,10 +93,10 @@ class TrainableDrafter(nn.Module, Drafter):
 
     @abstractmethod
     def build(self, target: CausalLM) -> None:
-        """Make the layers for a target, which `bind` has just given it."""
+        """Make the layers for a target that `bind` has just set."""
 
     def untrained(self) -> Self:
-        """A drafter of the same settings for the same target, as it is before training."""
+        """Return an untrained drafter with the same settings for the same target."""
         return type(self)(**self.settings).bind(self.target)
 
     @property
@@ -110,7 +110,7 @@ class TrainableDrafter(nn.Module, Drafter):
 
     @property
     def draft_tokens(self) -> int:
-        """C."""
+        """Number C of draft tokens."""
         return self.target.vocab_size if self.vocabulary is None else len(self.vocabulary)
 
     @property
@@ -119,7 +119,7 @@ class TrainableDrafter(nn.Module, Drafter):
         return next(t.dtype for t in chain(self.parameters(), self.buffers()) if t.is_floating_point())
 
     def use_vocabulary(self, ids: Tensor) -> None:
-        """Choose the tokens the drafter can propose; once, before training.
+        """Set the tokens that the drafter can propose; call this once, before training.
 
         Raises:
             ValueError: If the drafter has the full vocabulary or the ids do not fit it.
@@ -170,7 +170,7 @@ class TrainableDrafter(nn.Module, Drafter):
 
     def frozen_logits(self, x: Tensor) -> Tensor:
         """Return the logits of shape (..., C) through the frozen head, for the few rows of a draft, shape (..., h)."""
-        x = x.to(self.target.dtype)  # a drafter in training has its own
+        x = x.to(self.target.dtype)  # a drafter in training has another type
         if self._packed_rows:
             return self._packed_rows[0](x)
         if self.vocabulary is None and self.target.packed:

@@ -52,7 +52,7 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        """S."""
+        """Number S of slots."""
         return self.keys.shape[3]
 
     def commit(self, path: Tensor, kept: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""A lean step runner for Llama-, Mistral-, Qwen2- and Qwen3-style language models of transformers.
+"""Step runner for Llama-, Mistral-, Qwen2- and Qwen3-style language models of transformers.
 
 It shares the weights of the transformers model, keeps a static cache with a length per row, and takes draft trees as
 parent arrays. It exposes the low, middle and high features that drafters read. Plain decoding runs on it as well, so
@@ -239,9 +239,9 @@ class CausalLM(nn.Module):
         return self._run(tokens, positions, attends)
 
     def pack(self) -> None:
-        """Bring frozen bfloat16 weights on a CPU into the layout that its matrix kernels read; see `models.packed`.
+        """Convert frozen bfloat16 weights on a CPU to the layout of its matrix kernels; see `models.packed`.
 
-        After `compile_steps` nothing is left to do: the compiler lays them out itself.
+        After `compile_steps` it does nothing, because the compiler converts them itself.
         """
         if self._compiled:
             return

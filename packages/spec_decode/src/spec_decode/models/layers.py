@@ -1,4 +1,4 @@
-"""Layers of Llama-style decoders, shared by targets and drafters; parameters carry the names transformers gives them.
+"""Layers of Llama-style decoders, shared by targets and drafters; parameters have transformers' names.
 
 A layer does not know where keys and values come from. It is given an `Attend`, which closes over a cache and a mask, or
 over nothing when a whole sequence is trained on. Shapes: B rows, n positions, H query and K key-value heads of size d,
@@ -130,7 +130,7 @@ def causal_attention(window: int | None = None) -> Attend:
 
 
 class Attention(nn.Module):
-    """Projections around an `Attend`.
+    """Attention layer: projections around an `Attend`.
 
     Args:
         shape: Sizes and switches.
@@ -158,14 +158,14 @@ class Attention(nn.Module):
         if self.qkv_proj is None:
             q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
             q, k = rotate(self.q_norm(q), by), rotate(self.k_norm(k), by)
-        else:  # for the few rows of a step, fewer operations are faster ones
+        else:  # fewer operations are faster for the few rows of a step
             both, v = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).split((sum(self.heads[:2]), self.heads[2]), 2)
             q, k = rotate(both, by).split(self.heads[:2], 2)
         return self.o_proj(attend(q, k, v))
 
 
 class GatedMLP(nn.Module):
-    """down(activation(gate(x)) * up(x))."""
+    """Gated MLP: down(activation(gate(x)) * up(x))."""
 
     def __init__(self, shape: LayerShape) -> None:
         super().__init__()

@@ -24,7 +24,7 @@ def packable(weight: Tensor) -> bool:
 
 
 class PackedLinear(nn.Module):
-    """A frozen linear layer that reads a packed copy of its weight for several rows, the plain weight for one.
+    """Frozen linear layer that reads a packed copy of its weight for several rows, the plain weight for one.
 
     Args:
         weight: `packable` weight of shape (m, k).
@@ -60,7 +60,7 @@ class PackedLinear(nn.Module):
 
 
 class FusedLinear(PackedLinear):
-    """Packed linear layers of the same input as one product; it saves them under the names they had.
+    """Packed linear layers with the same input as one product; it saves them under their former names.
 
     Args:
         layers: Layers by the name they have in the module that this one becomes part of; all have a bias or none has.
@@ -83,7 +83,7 @@ class FusedLinear(PackedLinear):
 def pack_linears(module: nn.Module) -> None:
     """Replace a module's linear layers that have `packable` weights, in place.
 
-    Those that a module's attribute `fuses` lists by the name of their union become one `FusedLinear` of that name.
+    Layers that a module's attribute `fuses` lists under a joint name become one `FusedLinear` of that name.
     """
     for union, names in getattr(module, "fuses", {}).items():
         children = dict(module.named_children())

@@ -1,4 +1,4 @@
-"""The target by name: its runner and its tokenizer."""
+"""Target model by name: its runner and its tokenizer."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +14,8 @@ def fast_dtype() -> str:
 
     This is bfloat16 on a GPU or a CPU with AVX-512, else float32.
 
-    Without AVX-512 the cost of a bfloat16 matrix product grows with its rows, so that checking a draft costs about as
-    much as decoding plainly; `spec_decode.benchmark` writes the times of passes by size as `pass_seconds`.
+    Without AVX-512 the cost of a bfloat16 matrix product grows with its rows. Checking a draft then costs about as much
+    as plain decoding. `spec_decode.benchmark` writes the times of passes by size as `pass_seconds`.
     """
     native = torch.cuda.is_available() or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     return "bfloat16" if native else "float32"

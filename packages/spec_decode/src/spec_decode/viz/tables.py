@@ -1,4 +1,4 @@
-"""The tables of a benchmark, narrow enough for a terminal of 80 columns."""
+"""Tables of a benchmark, narrow enough for a terminal of 80 columns."""
 
 from collections.abc import Callable, Sequence
 from itertools import groupby

@@ -23,7 +23,7 @@ from vision_kd.data.loader import DeviceLoader
 
 VIEWS = ("weak", "strong")
 WORKERS = min(4, os.cpu_count() or 1)
-"""Processes that load images from files, unless a data set is told otherwise."""
+"""Number of processes that load images from files by default."""
 
 
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -36,7 +36,7 @@ def data_root(root: str | None = None) -> Path:
 
 
 class MissingDataError(UserError):
-    """A data set is in none of the places where it is looked for."""
+    """A data set is in none of the places searched."""
 
 
 def missing_data(name: str, places: Sequence[Path], hint: str) -> MissingDataError:
@@ -83,7 +83,7 @@ def stratified_order(labels: Tensor, seed: int = 0) -> Tensor:
 
 
 class ImageDataModule(LightningDataModule):
-    """Common ground of the image data sets.
+    """Base class of the image data sets.
 
     Training batches are `(views, target)`: `views` maps "weak" and, when asked for, "strong" to float32 images in
     [0, 1] of shape (N, C, H, W). Validation batches are `({"clean": images}, target)`. Images are not normalised:
@@ -103,7 +103,7 @@ class ImageDataModule(LightningDataModule):
         std: Standard deviation of every channel.
 
     Raises:
-        UserError: When a batch size is not positive.
+        UserError: If a batch size is not positive.
     """
 
     class_names: tuple[str, ...]
@@ -123,7 +123,7 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The class and its arguments in plain types, as a configuration names them."""
+        """Class and arguments in plain types, as a configuration names them."""
         given = {name: value for name, value in self.hparams.items() if not name.startswith("_")}
         settings: dict[str, Any] = json.loads(json.dumps(given, default=str))
         return {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "init_args": settings}
@@ -135,7 +135,7 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def views(self) -> tuple[str, ...]:
-        """The views of every training batch; set before the training loader is made."""
+        """Views of every training batch; set this before the training loader is made."""
         return self._views
 
     @views.setter
@@ -173,13 +173,13 @@ class ImageDataModule(LightningDataModule):
     def training_digest(self) -> str:
         """Return a digest of the training data's content, once it is set up.
 
-        A data set that does not say it in a cheaper way is known by its first batches.
+        By default the first batches are hashed; a data set may override it with something cheaper.
         """
         return batches_digest(self.train_dataloader())
 
 
 class TensorDataModule(ImageDataModule):
-    """A data set small enough to live on the training device as uint8 and to be augmented there.
+    """Small data set that stays on the training device as uint8 and is augmented there.
 
     A subclass names its recipe in class attributes and implements `load`.
 

@@ -62,7 +62,7 @@ class CIFAR10(TensorDataModule):
         return self.folder / self.archive.base_folder, self.folder / "train"
 
     def prepare_data(self) -> None:
-        """Fetch the archive when the data are missing and may be downloaded."""
+        """Download the archive if the data are missing and downloads are allowed."""
         if self.download and not any(place.is_dir() for place in self._places()):
             with fetching(self.title, self.folder):
                 self.archive(self.folder, download=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 BYTES_READ = 2**28
-"""Bytes of image files that are read for a digest; a quarter of a second."""
+"""Number of bytes of image files that are read for a digest, in a quarter of a second."""
 
 FILES_READ = 20_000
 
@@ -27,8 +27,8 @@ def tensors_digest(tensors: Iterable[Tensor]) -> str:
 def files_digest(root: Path, files: Sequence[Path], values: Any = None) -> str:
     """Return the SHA-256 of the names, sizes and bytes of files.
 
-    All bytes count as long as they are no more than `BYTES_READ` in at most `FILES_READ` files. Of more, every n-th
-    file is read, and of the others the name and the size count.
+    All bytes count as long as they are no more than `BYTES_READ` in at most `FILES_READ` files. Beyond that, every n-th
+    file is read, and of the others only name and size count.
 
     Args:
         root: Folder that the names are relative to.

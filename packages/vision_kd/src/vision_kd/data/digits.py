@@ -1,4 +1,4 @@
-"""The digits that come with scikit-learn: no download, 8 x 8 pixels."""
+"""Handwritten digits that come with scikit-learn: no download, 8 x 8 pixels."""
 
 from functools import partial
 

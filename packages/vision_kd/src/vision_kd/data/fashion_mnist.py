@@ -15,7 +15,7 @@ from vision_kd.data.augment import random_crop_flip
 from vision_kd.data.base import TensorDataModule, data_root, fetching, missing_data
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
-MOST_BYTES = 2**28  # Fashion-MNIST has 47 million; a small packed file can unpack to more than the memory holds
+MOST_BYTES = 2**28  # Fashion-MNIST has 47 million; a small packed file could unpack to more than the memory
 FILES = {
     True: ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     False: ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
@@ -32,7 +32,7 @@ def read_idx(path: Path) -> Tensor:
         A uint8 tensor of the shape that the file's header states.
 
     Raises:
-        UserError: When the file is damaged, truncated, too large or holds something else.
+        UserError: If the file is damaged, truncated, too large or holds something else.
     """
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
@@ -97,7 +97,7 @@ class FashionMNIST(TensorDataModule):
         return None
 
     def prepare_data(self) -> None:
-        """Fetch the files when they are missing and may be downloaded."""
+        """Download the files if they are missing and downloads are allowed."""
         if self.download and not (self._find(train=True) and self._find(train=False)):
             folder = data_root(self.root)
             with fetching("Fashion-MNIST", folder):

@@ -1,4 +1,4 @@
-"""Image files: which files of a folder are images, and their pixels as a viewer shows them."""
+"""Image files: selection in a folder, and pixels as a viewer shows them."""
 
 import os
 import warnings
@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import functional as F
 from kd_common.errors import UserError
 
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "PPM", "TIFF", "AVIF", "JPEG2000")
-"""Pillow's names of the formats that are read. Others, such as EPS, would start another program on the file."""
+"""Pillow's names of the supported formats. Others, such as EPS, would start another program on the file."""
 
 CHECKED = 500
 """Number of images of a split whose headers are read before a run, in less than a tenth of a second."""
@@ -56,8 +56,8 @@ def is_clutter(name: str) -> bool:
 def find_images(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> tuple[list[Path], list[Path]]:
     """Return the images in a folder and in its sub-folders, linked ones included, and the paths that are left out.
 
-    Left out are files without the ending of an image, hidden files and folders, and broken links. The clutter of file
-    managers is in neither list.
+    Files without the ending of an image, hidden files and folders, and broken links are left out. Files that file
+    managers create are in neither list.
 
     Args:
         folder: Where to look.
@@ -118,7 +118,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             if image.mode.startswith(("I", "F")) and not _has_16_bits(image):
                 raise UserError(f"its pixels are numbers whose white is not defined, Pillow's mode {image.mode}")
             yield image
-    except Exception as error:  # Pillow reports damage with whatever error its decoder ends in
+    except Exception as error:  # Pillow's decoders report damage with any kind of error
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.filename):
             raise
         raise UserError(f"{path} is not a usable image ({error}): save it anew, replace or delete it") from error
@@ -130,7 +130,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
         # Pillow's PNG reader would decode all pixels here to search for data behind them.
         exif = Image.Image.getexif(image) if image.format == "PNG" else image.getexif()
         return TURNS.get(exif.get(ExifTags.Base.Orientation, 1))
-    except Exception:  # of any kind, as the data are
+    except Exception:  # the data may be of any kind
         return None
 
 
@@ -155,7 +155,7 @@ def spread(count: int) -> range:
 def read_rgb(path: Path) -> Tensor:
     """Return the image in a file as a viewer shows it: upright by its EXIF orientation, transparent parts on white.
 
-    Greys of 16 bits keep their upper 8. Colour profiles are not applied.
+    16-bit greys keep their upper 8 bits. Colour profiles are not applied.
 
     Args:
         path: The file.

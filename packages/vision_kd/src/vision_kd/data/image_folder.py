@@ -31,8 +31,8 @@ def class_folders(split: Path) -> tuple[str, ...]:
     """Return the sorted names of the folders in a split, one per class; hidden folders are no classes.
 
     Raises:
-        UserError: When there is none.
-        UserError: When a name cannot be shown and stored.
+        UserError: If there is none.
+        UserError: If a name cannot be shown and stored.
     """
     entries = split.iterdir() if split.is_dir() else ()
     names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
@@ -51,8 +51,8 @@ def list_images(split: Path, class_names: Sequence[str]) -> tuple[list[Path], li
     """Return the image files of a split in a fixed order, with their labels; a warning names the skipped files.
 
     Raises:
-        UserError: When the class folders are not the expected ones, or the header of an image is damaged.
-        UserError: When a class folder holds no image.
+        UserError: If the class folders are not the expected ones, or the header of an image is damaged.
+        UserError: If a class folder holds no image.
     """
     found, expected = set(class_folders(split)), set(class_names)
     if found != expected:
@@ -77,12 +77,12 @@ def list_images(split: Path, class_names: Sequence[str]) -> tuple[list[Path], li
     return paths, labels
 
 
-STRIP = 16  # times as long as wide
+STRIP = 16  # largest ratio of length to width
 Transform = Callable[[Tensor, int], dict[str, Tensor]]
 
 
 class ImageFiles(Dataset[tuple[dict[str, Tensor], int]]):
-    """Views and label of the image files, indexed by the pairs (row, seed) of an `EpochSampler`.
+    """Views and labels of image files, indexed by the pairs (row, seed) of an `EpochSampler`.
 
     Args:
         paths: The image files.
@@ -115,7 +115,7 @@ def training_views(image: Tensor, seed: int, *, size: int, views: Sequence[str])
         Views of shape (3, size, size), uint8.
     """
     crop = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()])
-    # torchvision draws from the global CPU state: use a private one, so that a view depends on its seed alone.
+    # torchvision draws from the global CPU state. A private one makes a view depend on its seed alone.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made: dict[str, Tensor] = {}
@@ -132,7 +132,7 @@ def clean_view(image: Tensor, seed: int, *, size: int) -> dict[str, Tensor]:
 
     The image's short side is first scaled to 8/7 of the crop (256 for 224).
     """
-    # The ends of a long strip are not seen; scaled with the rest they could fill the memory.
+    # The ends of a long strip are cropped away; scaled with the rest they could fill the memory.
     height, width = image.shape[-2:]
     image = F.center_crop(image, [min(height, STRIP * width), min(width, STRIP * height)])
     return {"clean": F.center_crop(F.resize(image, [round(size * 8 / 7)], antialias=True), [size, size])}
@@ -141,7 +141,7 @@ def clean_view(image: Tensor, seed: int, *, size: int) -> dict[str, Tensor]:
 class ImageFolder(ImageDataModule):
     """ImageNet, or any tree `root/train/<class>/*` and `root/val/<class>/*`; the classes are the folder names.
 
-    Order and views are a pure function of (seed, epoch), whatever the number of workers.
+    Order and views are a pure function of (seed, epoch) for any number of workers.
 
     Args:
         root: The folder that holds `train` and `val`.
@@ -173,7 +173,7 @@ class ImageFolder(ImageDataModule):
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:  # type: ignore[override]
-        """The folder names of the training split; of the validation split where there is no other to evaluate on."""
+        """Folder names of the training split, or of the validation split if it is the only one."""
         train = self.root / "train"
         return class_folders(train if train.is_dir() else self.root / "val")
 

@@ -16,13 +16,13 @@ Batch = tuple[dict[str, Tensor], Tensor]
 
 
 class EpochSampler(DistributedSampler):
-    """One rank's rows of an epoch, each with the seed of its augmentation.
+    """Rows of one rank in an epoch, each with the seed of its augmentation.
 
-    The global order and seeds are a pure function of (seed, epoch); rank r takes rows r, r + world_size, ... of them.
-    The ranks' i-th batches of size b therefore make up the i-th batch of size `b * world_size` of a single process.
+    The global order and seeds are a pure function of (seed, epoch). Rank r takes rows r, r + world_size, ... of them.
+    So the ranks' i-th batches of size b make up the i-th batch of size `b * world_size` of a single process.
 
-    Iterating starts at row `first` of the rank's, once. Being a `DistributedSampler`, it gets `set_epoch` from
-    Lightning and is not replaced by Lightning's own.
+    One iteration starts at the rank's row `first`. As a `DistributedSampler` it gets `set_epoch` from Lightning and is
+    not replaced by Lightning's own.
 
     Args:
         count: Number of images.
@@ -35,7 +35,7 @@ class EpochSampler(DistributedSampler):
         world_size: Number of processes.
 
     Raises:
-        ValueError: When dropping the incomplete batch leaves none.
+        ValueError: If dropping the incomplete batch leaves none.
     """
 
     def __init__(

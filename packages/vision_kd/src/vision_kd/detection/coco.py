@@ -1,4 +1,4 @@
-"""COCO annotation files: reading and checking them before any work is done, and pycocotools' view of them."""
+"""COCO annotation files: reading and checks before any work is done, and pycocotools' view of them."""
 
 import contextlib
 import io
@@ -23,13 +23,13 @@ from vision_kd.detection.detector import UNUSED
 from vision_kd.detection.entries import FIELDS, read_entries
 
 MOST_BAD_BOXES = 0.01  # COCO itself has a handful in a million; more means another box format
-FEW_BAD_BOXES = 3  # a slip in a small set is no other format
-MOST_BOXES_BEYOND = 0.1  # share of boxes that may end outside their image; corners taken for sizes mostly do
+FEW_BAD_BOXES = 3  # a slip in a small set does not mean another format
+MOST_BOXES_BEYOND = 0.1  # share of boxes that may end outside their image; corners mistaken for sizes mostly do
 
 
 @dataclass(frozen=True)
 class Split:
-    """The images of one split and their boxes.
+    """Images of one split and their boxes.
 
     Attributes:
         api: pycocotools' view of the annotation file, against which detections are scored.
@@ -130,8 +130,8 @@ def categories(api: CocoApi, path: Path) -> tuple[tuple[int, ...], tuple[str, ..
 def read_split(path: Path, folder: Path, *, train: bool) -> Split:
     """Return the images and boxes of a split. Training leaves out images without a box, which teach a detector little.
 
-    Boxes are clipped to their image. Those without area inside it are left out of training with a warning; the
-    scores are computed by pycocotools from the file as it is. The headers of some images are read, to compare sizes.
+    Boxes are clipped to their image. Boxes without area inside it are left out of training with a warning. pycocotools
+    computes the scores from the unchanged file. The headers of some images are read, to compare sizes.
 
     Args:
         path: Annotation file.
@@ -181,7 +181,7 @@ def read_split(path: Path, folder: Path, *, train: bool) -> Split:
     _require_files(folder, split.files, path)
     for row in spread(len(split)):
         if header_size(folder / split.files[row]) != tuple(split.sizes[row].tolist()):
-            read_image(split, row)  # the header alone may not tell how an image stands
+            read_image(split, row)  # the header alone may not show the orientation
     return split
 
 
@@ -257,7 +257,7 @@ def _require_files(folder: Path, files: list[str], path: Path) -> None:
             [folder],
             f"the images that {path} lists, or data.train_images and data.val_images",
         )
-    # One listing per folder: asking for each of COCO's 118,000 files takes minutes on a network drive.
+    # One listing per folder suffices; a query for each of COCO's 118,000 files takes minutes on a network drive.
     present = {parent: _file_names(folder / parent) for parent in {os.path.dirname(name) for name in files}}
     absent = [name for name in files if os.path.basename(name) not in present[os.path.dirname(name)]]
     if absent:

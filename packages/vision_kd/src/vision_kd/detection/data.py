@@ -230,9 +230,9 @@ class COCO(ImageDataModule):
 class DigitScenes(COCO):
     """320 training and 100 validation scenes: scikit-learn's digits on its photographs, 1 to 5 on most of them.
 
-    240 x 320 pixels, landscape or portrait; digits from 32 to 200 pixels, so that COCO's small, medium and large all
-    occur. Built on first use into `$KD_DATA` (default `~/.cache/kd_data`), 10 MB, without a download. Digits are
-    not mirrored.
+    Images have 240 x 320 pixels, landscape or portrait. Digits have 32 to 200 pixels, so that COCO's small, medium and
+    large all occur, and are not mirrored. The data are built on first use in `$KD_DATA` (default `~/.cache/kd_data`),
+    10 MB, without a download.
 
     Args:
         train_sizes: As in `COCO`.

@@ -1,4 +1,4 @@
-"""Faster R-CNN behind its own input normalisation, taken apart where distillation has to look in."""
+"""Faster R-CNN with its input normalisation, split into the parts that distillation needs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,17 +36,17 @@ class WideRPNHead(RPNHead):
 
 
 class WideAnchorGenerator(AnchorGenerator):
-    """Anchors in at least float32, whatever the precision of the maps: bfloat16 counts in steps of 8 above 1,024."""
+    """Anchors in at least float32 for any precision of the maps: bfloat16 has steps of 8 above 1,024."""
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
         """Return the anchors of every image, (A, 4) as x1, y1, x2, y2 in pixels."""
-        # Only sizes, precision and device of the maps are looked at.
+        # Only sizes, precision and device of the maps are used.
         wide = [m.new_empty(m.shape[-2:], dtype=torch.promote_types(m.dtype, torch.float32)) for m in feature_maps]
         return super().forward(image_list, wide)
 
 
 class WidePredictor(FastRCNNPredictor):
-    """Classes and boxes of a ROI in at least float32."""
+    """Predictor of the classes and boxes of a ROI in at least float32."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the class logits and box deltas."""
@@ -179,7 +179,7 @@ class Detector(NormalizedNetwork):
         proposals, rpn_losses = rpn(batch, features, targets)
         proposals, _, labels, regression = heads.select_training_samples(proposals, targets)
         class_logits, deltas = heads.box_predictor(self._roi_features(features, proposals, batch.image_sizes))
-        # Its first value is the cross-entropy, which is the method's affair.
+        # The first value is the cross-entropy, which the method replaces.
         _, box_loss = fastrcnn_loss(class_logits.detach(), deltas, labels, regression)
         return TrainingPass(
             features=features,

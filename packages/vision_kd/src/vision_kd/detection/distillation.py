@@ -68,7 +68,7 @@ class DetectionModule(ComponentTraining):
         features: FeatureDistillation | None = None,
         **settings: Any,
     ) -> None:
-        self.features = features  # before the rest: the components depend on it
+        self.features = features  # set first, because the components depend on it
         super().__init__(student, {"class_names": class_names, "mean": mean, "std": std}, **settings)
         if self.student.class_names != tuple(class_names):
             raise UserError(
@@ -85,7 +85,7 @@ class DetectionModule(ComponentTraining):
         if features is not None:
             if not (features.weight > 0 and features.channels >= 1):
                 raise UserError(f"model.features needs a weight > 0 and channels >= 1, got {features}")
-            assert self.teacher_spec is not None  # a component needs it
+            assert self.teacher_spec is not None  # required by a component
             widths = _fpn_channels(student), _fpn_channels(self.teacher_spec)
             self.auxiliary.append(ReviewFusion(len(FPN_LEVELS) + 1, *widths, features.channels))
         self._class_indices: list[int] = []

@@ -10,7 +10,7 @@ from kd_common.errors import UserError
 from vision_kd.data.base import UNPRINTABLE
 
 LARGEST = 2**53
-"""Ids beyond are not told apart in float64, in which detections are recorded."""
+"""Largest id; larger ones are not distinct in float64, in which detections are recorded."""
 
 
 def _whole(value: Any) -> int:
@@ -63,7 +63,7 @@ FIELDS: dict[str, dict[str, tuple[Callable[[Any], Any], str]]] = {
         "file_name": (_text, TEXT),
     },
     "annotations": {
-        "id": (_positive, "a whole number of at least 1"),  # pycocotools takes a match with id 0 for none
+        "id": (_positive, "a whole number of at least 1"),  # pycocotools treats a match with id 0 as none
         "image_id": (_whole, WHOLE),
         "category_id": (_whole, WHOLE),
         "bbox": (_box, "[left, top, width, height], four finite numbers in pixels, the last two not negative"),
@@ -76,7 +76,7 @@ FIELDS: dict[str, dict[str, tuple[Callable[[Any], Any], str]]] = {
 
 
 def read_entries(entries: list[Any], kind: str, path: Path) -> None:
-    """Bring the values of the entries of one list into their types, in place.
+    """Convert the values of the entries of one list to their types, in place.
 
     Args:
         entries: The entries as JSON holds them.

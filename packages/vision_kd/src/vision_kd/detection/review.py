@@ -1,4 +1,4 @@
-"""Distilling FPN maps with ReviewKD (Chen et al., arXiv 2104.09044)."""
+"""Distillation of FPN maps with ReviewKD (Chen et al., arXiv 2104.09044)."""
 
 from collections.abc import Mapping, Sequence
 
@@ -49,7 +49,7 @@ class AttentionFusion(nn.Module):
 
 
 class ReviewFusion(nn.Module):
-    """The chain of fusions over an FPN, from the deepest level to the shallowest.
+    """Chain of fusions over an FPN, from the deepest level to the shallowest.
 
     Args:
         levels: Number of levels.
@@ -77,7 +77,8 @@ class ReviewFusion(nn.Module):
 def pyramid_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """Return the mean squared difference of two maps at full size and pooled to 4 x 4, 2 x 2 and 1 x 1, a scalar.
 
-    The terms weigh 1, 1/2, 1/4 and 1/8, normalised to sum to 1; a pooled size not below the map's height is left out.
+    The terms have weights 1, 1/2, 1/4 and 1/8, normalised to sum to 1. A pooled size not below the map's height is left
+    out.
 
     Args:
         student: Map (N, C, H, W).

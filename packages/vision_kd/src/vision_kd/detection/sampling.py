@@ -8,9 +8,9 @@ from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 
 
 class SeededSampler(BalancedPositiveNegativeSampler):
-    """torchvision's sampler of foreground and background, with a seed for every image.
+    """Sampler of foreground and background as in torchvision, with a seed for every image.
 
-    The draw then depends neither on the other images of the batch nor on the number of processes.
+    So the draw depends neither on the other images of the batch nor on the number of processes.
 
     Args:
         batch_size_per_image: Number of samples of an image.

@@ -1,4 +1,4 @@
-"""The embedded detection data: scikit-learn's digits on the photographs that ship with it, in COCO's format."""
+"""Embedded detection data: scikit-learn's digits on its photographs, in COCO's format."""
 
 import json
 import shutil
@@ -22,16 +22,16 @@ DIGIT_HEIGHTS = (32, 200)  # pixels, drawn log-uniformly: COCO's small, medium a
 MOST_DIGITS = 5
 EMPTY_SHARE = 0.05
 MOST_OVERLAP = 0.05
-INK = 0.25  # opacity from which a pixel belongs to the digit's box
-TRAIN_SHARE = 2 / 3  # of a photograph's width; the rest is seen in validation only
+INK = 0.25  # smallest opacity of a pixel inside the digit's box
+TRAIN_SHARE = 2 / 3  # share of a photograph's width; the rest is for validation
 QUALITY = 90
 
 
 def build_scenes(folder: Path) -> None:
     """Write the training and the validation images and their annotations, unless they are there already.
 
-    The layout is COCO's: `annotations/instances_{train,val}.json`, `train/` and `val/`. The same files are
-    written every time; training and validation share neither digits nor parts of a photograph. One process builds, the
+    The layout is COCO's: `annotations/instances_{train,val}.json`, `train/` and `val/`. The same files are written
+    every time. Training and validation share neither digits nor parts of a photograph. One process builds while the
     others wait.
 
     Args:
@@ -103,7 +103,7 @@ def background(photograph: np.ndarray, width: int, height: int, train: bool, dra
 
 
 def paste(canvas: np.ndarray, digit: np.ndarray, placed: Tensor, draw: np.random.Generator) -> Tensor | None:
-    """Paint a digit where it hardly covers others.
+    """Paint a digit at a place where it hardly covers others.
 
     Args:
         canvas: Image (height, width, 3), changed in place.
@@ -127,7 +127,7 @@ def paste(canvas: np.ndarray, digit: np.ndarray, placed: Tensor, draw: np.random
     else:
         return None
     under = canvas[top : top + side, left : left + side]
-    # A colour from the half of the range that the photograph is not in, so that the digit can be seen.
+    # The colour comes from the half of the range that the photograph does not use, so that the digit is visible.
     bright = under.mean() < 128
     colour = draw.uniform(160, 255, 3) if bright else draw.uniform(0, 95, 3)
     under += opacity[..., None] * (colour - under)

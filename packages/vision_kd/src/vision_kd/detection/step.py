@@ -4,8 +4,8 @@
                       -> box and RPN losses, which join the task component
                       -> FPN maps -> fusion -> distance to the teacher's, a component of its own
 
-The method is one of `vision_kd.methods`, applied to proposals instead of images; the class assigned to a proposal
-is its target.
+The method is one of `vision_kd.methods`, applied to proposals instead of images. The target of a proposal is its
+assigned class.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,8 +38,8 @@ def detection_step(
 ) -> StepOutput:
     """Run student and teacher on one batch and differentiate every component.
 
-    Each ROI head runs once, on the proposals that the student sampled; both networks see the same images and normalise
-    them as each expects.
+    Each ROI head runs once, on the proposals that the student sampled. Both networks see the same images and apply
+    their own normalisation.
 
     Args:
         student: Detector to train, in training mode.
@@ -56,7 +56,7 @@ def detection_step(
         epoch: Progress in epochs, for losses that warm up.
         k: Surviving classes of the dynamic top-k mask.
     """
-    # As in classification the teacher's backbone goes first, so that the student's activations are still in the cache.
+    # As in classification the teacher's backbone runs first, so that the student's activations are still in the cache.
     teacher_maps: dict[str, Tensor] = {}
     if teacher is not None:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Faster R-CNN with FPN on torchvision's backbones: building, weights, student files."""
+"""Faster R-CNN with FPN on torchvision's backbones: construction, weights, student files."""
 
 import inspect
 import math
@@ -32,13 +32,13 @@ FPN_CHANNELS = 256
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 GROUPS = 16
 OLD_RPN = re.compile(r"rpn\.head\.conv\.(weight|bias)$")
-"""Names in the files that torchvision publishes, which are older than its code."""
+"""Module names in torchvision's published files, which are older than its code."""
 CLASS_HEAD = "roi_heads.box_predictor.cls_score.weight"
 COCO_OUTPUTS: list[str] = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
 """Names of torchvision's 91 outputs for COCO, the background first."""
 
 TORCHVISION = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-"""With which torchvision trains its detectors."""
+"""Input normalisation with which torchvision trains its detectors."""
 
 Norm = Literal["frozen", "group"]
 
@@ -69,7 +69,7 @@ def _resnet(name: str, expansion: int) -> Backbone:
 
 
 class NarrowResNet(ResNet):
-    """torchvision's ResNet of basic blocks with a share of the channels, for data on which the full width is wasted."""
+    """ResNet of torchvision's basic blocks with a share of the channels, for small data."""
 
     def __init__(self, blocks: list[int], share: int, norm_layer: Callable[..., nn.Module]) -> None:
         self.share = share
@@ -136,13 +136,13 @@ def build_network(
         settings: Further arguments of torchvision's FasterRCNN, such as `box_batch_size_per_image`.
 
     Raises:
-        UnknownNameError: No detector has this name.
-        UserError: A setting is unknown or out of range, or the backbone has no such weights.
-        UserError: The published weights could not be downloaded.
-        CheckpointError: The weight file is damaged or does not fit.
+        UnknownNameError: If no detector has this name.
+        UserError: If a setting is unknown or out of range, or the backbone has no such weights.
+        UserError: If the published weights could not be downloaded.
+        CheckpointError: If the weight file is damaged or does not fit.
     """
     backbone = BACKBONES.get(name)
-    # FasterRCNN swallows arguments it does not know.
+    # FasterRCNN ignores unknown arguments.
     if unknown := sorted(settings.keys() - inspect.signature(FasterRCNN).parameters.keys()):
         raise UserError(f"detector {name!r} has no settings {unknown}")
     if not 0 <= trainable_layers <= len(backbone.stages):
@@ -178,9 +178,9 @@ def build_detector(
 ) -> Detector:
     """Build a detector, load its weights and attach the normalisation and classes that belong to them.
 
-    Those of the published weights (`pretrained`: torchvision's ResNet-50 on COCO, with its 91 outputs), of the student
-    file (`checkpoint` written by `save_student`) or of any other file with torchvision's 91 outputs, where there is
-    one; else the given ones.
+    They come from the published weights (`pretrained`: torchvision's ResNet-50 on COCO), from the student file
+    (`checkpoint` written by `save_student`), or from any other file with torchvision's 91 outputs. Without such weights
+    the given ones are used.
 
     Args:
         spec: Network and weights; `args` as in `build_network`.
@@ -212,7 +212,7 @@ def build_detector(
     elif published is not None:
         network.load_state_dict(_download(published, "checkpoint (pretrained stays true)"))
     if published is not None:
-        overwrite_eps(network, 0.0)  # they were trained before torchvision added it to the variance
+        overwrite_eps(network, 0.0)  # these weights were trained before torchvision added epsilon to the variance
     if checkpoint is not None and (eps := checkpoint.meta.get("batchnorm_eps")) is not None:
         overwrite_eps(network, eps)
     data = Normalization(tuple(mean), tuple(std))
@@ -225,7 +225,7 @@ def load_detector(path: str | Path) -> Detector:
     """Rebuild a detector, in evaluation mode, from a file that `save_student` wrote.
 
     Raises:
-        CheckpointError: The file was not written by `save_student` from a detector.
+        CheckpointError: If the file was not written by `save_student` from a detector.
     """
     meta = read_checkpoint(path).meta
     if meta.get("format") != Detector.format:

@@ -84,5 +84,5 @@ class CRLD(Method):
 
 
 def confident(logits: Tensor, threshold: float) -> Tensor:
-    """1.0 where the largest probability reaches the threshold, else 0.0; shape (N,)."""
+    """Return 1.0 where the largest probability reaches the threshold, else 0.0; shape (N,)."""
     return (torch.softmax(logits, dim=-1).amax(-1) >= threshold).to(logits.dtype)

@@ -15,7 +15,7 @@ from vision_kd.methods.base import (
 
 
 class DKD(Method):
-    """`ce_weight * CE + warm-up * T^2 * (alpha * TCKD + beta * NCKD)`.
+    """DKD loss `ce_weight * CE + warm-up * T^2 * (alpha * TCKD + beta * NCKD)`.
 
     Args:
         temperature: T > 0.

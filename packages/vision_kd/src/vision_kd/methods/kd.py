@@ -14,10 +14,10 @@ from vision_kd.methods.base import (
 
 
 class KD(Method):
-    """`ce_weight * CE + kd_weight * T^2 * KL(teacher || student)`.
+    """KD loss `ce_weight * CE + kd_weight * T^2 * KL(teacher || student)`.
 
     The KL term is returned as its exact summands TCKD and (1 - p_target) * NCKD, per sample. The released DeepKD code
-    multiplies batch means instead and ignores `kd_weight`; this does neither.
+    multiplies batch means instead and ignores `kd_weight`.
 
     Args:
         temperature: T > 0.

@@ -85,7 +85,7 @@ class MLKD(Method):
 
 
 def at_most_median(values: Tensor) -> Tensor:
-    """1.0 where a value is at most the (interpolated) median of all, else 0.0; same shape."""
+    """Return 1.0 where a value is at most the (interpolated) median of all, else 0.0; same shape."""
     return (values <= values.quantile(0.5)).to(values.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Training on the labels alone: the baseline every distillation result is read against."""
+"""Training on the labels alone, the baseline of every distillation result."""
 
 from typing import ClassVar
 
@@ -8,7 +8,7 @@ from vision_kd.methods.base import Method, Views, cross_entropy
 
 
 class Vanilla(Method):
-    """Cross-entropy to the labels; no teacher."""
+    """Cross-entropy to the labels without a teacher."""
 
     components: ClassVar[tuple[str, ...]] = ("task",)
 

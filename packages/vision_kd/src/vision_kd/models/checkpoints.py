@@ -15,14 +15,14 @@ from kd_common.errors import UserError
 from kd_common.files import damaged_entry
 
 DEPTH = 3
-"""Levels of a file at which a state dict is looked for, as `callbacks.EMA.state_dict`."""
+"""Depth of nesting to which a file is searched for state dicts, as for `callbacks.EMA.state_dict`."""
 
 DESCRIPTION = "meta"
 """Entry of student files and training checkpoints that describes the network."""
 
 
 class CheckpointError(UserError):
-    """A weight file that cannot be read or does not fit the model."""
+    """A weight file cannot be read or does not fit the model."""
 
 
 class Checkpoint(NamedTuple):
@@ -55,8 +55,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         All of its state dicts, on the CPU.
 
     Raises:
-        UserError: There is no such file.
-        CheckpointError: The file is damaged, holds more than tensors and plain values, or holds no state dict.
+        UserError: If there is no such file.
+        CheckpointError: If the file is damaged, holds more than tensors and plain values, or holds no state dict.
     """
     path = Path(path)
     if not path.is_file():

@@ -17,7 +17,7 @@ from vision_kd.models.weights import load_weights
 logger = logging.getLogger(__name__)
 
 STUDENT_FORMAT = "vision_kd.student/1"
-"""Marks the description of a classifier in the files that `save_student` writes, and in training checkpoints."""
+"""Key of a classifier's description in the files of `save_student` and in training checkpoints."""
 
 
 DATA_SPEC = ("num_classes", "in_channels", "class_names", "image_size")
@@ -49,7 +49,7 @@ class ModelSpec:
 
 
 class Classifier(NormalizedNetwork):
-    """A network behind its own input normalisation that maps images to logits.
+    """Network with its own input normalisation that maps images to logits.
 
     Args:
         network: Maps normalised images (N, C, H, W) to logits (N, num_classes).
@@ -124,7 +124,7 @@ class Classifier(NormalizedNetwork):
         """Run the network, in evaluation mode, on one empty image of this size.
 
         Raises:
-            ValueError: It does not take such images; the message names network and size.
+            ValueError: If it does not take such images; the message names network and size.
         """
         training, where = self.training, self._mean
         images = where.new_zeros(1, self.in_channels, image_size, image_size)
@@ -212,11 +212,11 @@ def build_classifier(
         image_size: Side of the data's images in pixels, which the network is then tried on.
 
     Raises:
-        UnknownNameError: No network has this name.
+        UnknownNameError: If no network has this name.
         ValueError: The network rejects its arguments, channels, classes or images, or has no published weights; or the
             weights were trained on other classes.
-        CheckpointError: The weight file is damaged or does not fit.
-        UserError: The published weights could not be downloaded.
+        CheckpointError: If the weight file is damaged or does not fit.
+        UserError: If the published weights could not be downloaded.
     """
     built = build_network(
         spec.name,
@@ -287,7 +287,7 @@ def choose_normalization(
         usual: Whether files that do not say were trained with the library's.
 
     Raises:
-        ValueError: The settings state only one of the two, or others than the file.
+        ValueError: If the settings state only one of the two, or others than the file.
     """
     stated = None
     if spec.mean is not None or spec.std is not None:

@@ -1,4 +1,4 @@
-"""Pieces that several network families share."""
+"""Layers that several network families share."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn

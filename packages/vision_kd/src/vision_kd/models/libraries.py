@@ -16,14 +16,14 @@ logger = logging.getLogger(__name__)
 
 IMAGENET = 1000
 SYNSET = re.compile(r"n\d{8}")
-"""Name of a class folder of ImageNet; sorted they have the order of all published outputs."""
+"""Pattern of ImageNet's class folders; sorted, they have the order of all published outputs."""
 
 
 AUXILIARY = {"googlenet": ("aux1", "aux2"), "inception_v3": ("AuxLogits",)}
-"""Heads of torchvision networks that help in training on labels and have no part in the logits."""
+"""Auxiliary heads of torchvision networks, which help in training and have no part in the logits."""
 
 OLD_DENSENET = re.compile(r"(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.\w+)")
-"""Names in the densenet files that torchvision publishes, which are older than its code."""
+"""Module names in torchvision's published densenet files, which are older than its code."""
 
 
 class Published(NamedTuple):
@@ -43,7 +43,7 @@ class Published(NamedTuple):
         """Raise for data that have the published classes in another order; report if names cannot be compared.
 
         Raises:
-            UserError: The data's classes are in another order.
+            UserError: If the data's classes are in another order.
         """
         synsets = len(asked) == IMAGENET and all(map(SYNSET.fullmatch, asked)) and list(asked) == sorted(asked)
         if not asked or synsets:
@@ -104,9 +104,9 @@ def build_network(
         download: Whether to fetch them; otherwise the network is made for a local copy of them.
 
     Raises:
-        UnknownNameError: No network has this name.
-        UserError: The network rejects its arguments, channels or classes, or has no published weights.
-        UserError: The published weights could not be downloaded.
+        UnknownNameError: If no network has this name.
+        UserError: If the network rejects its arguments, channels or classes, or has no published weights.
+        UserError: If the published weights could not be downloaded.
     """
     library, _, name = full_name.rpartition("/")
     builders: dict[str, Callable[..., Built]]
@@ -150,8 +150,8 @@ def _build_torchvision(
     normalization = Normalization(tuple(transforms.mean), tuple(transforms.std))
     heads = AUXILIARY.get(name, ())
     if heads and not args.get("transform_input"):
-        # Their published weights take other statistics, to which torchvision's networks convert inside. Stated outside,
-        # they travel with the weights.
+        # Their published weights expect other statistics, to which torchvision's networks convert inside. Stated
+        # outside, they are saved with the weights.
         normalization = Normalization((0.5,) * 3, (0.5,) * 3)
     published = Published(normalization, transforms.crop_size[0], categories)
     arguments = dict(num_classes=num_classes, **({"transform_input": False} if heads else {}), **args)
@@ -175,7 +175,7 @@ def _build_torchvision(
 def _build_timm(
     name: str, num_classes: int, in_channels: int, args: dict[str, Any], pretrained: bool | str, download: bool
 ) -> Built:
-    import timm  # imported here because it takes seconds
+    import timm  # imported late because it takes seconds
 
     full_name = f"timm/{name}"
     if not timm.is_model(name):
@@ -199,7 +199,7 @@ def _build_timm(
 
 
 def _require_classes(name: str, published: int, num_classes: int) -> None:
-    # Both libraries would otherwise put a random classifier on top without a word, or fail obscurely.
+    # Both libraries would otherwise add a random classifier without a message, or fail obscurely.
     if published != num_classes:
         raise UserError(
             f"the published weights of {name!r} have {published} classes, the data have {num_classes}: "

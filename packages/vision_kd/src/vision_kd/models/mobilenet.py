@@ -13,7 +13,7 @@ from vision_kd.models.registry import MODELS
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion, 3x3 depthwise and linear 1x1 projection, with a shortcut where the shapes agree.
+    """Inverted residual: 1x1 expansion, 3x3 depthwise and linear 1x1 projection, with a shortcut if the shapes agree.
 
     Args:
         in_channels: Channels of the input map.

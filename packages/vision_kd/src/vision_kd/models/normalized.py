@@ -1,4 +1,4 @@
-"""A network together with the input normalisation it was trained with."""
+"""Base of networks that carry their training's input normalisation."""
 
 import math
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ def check_class_names(what: str, known: Sequence[str], asked: Sequence[str]) -> 
         asked: Names of the data's classes in the order of their labels; empty if they are not known.
 
     Raises:
-        UserError: The names or their order differ.
+        UserError: If the names or their order differ.
     """
     if not known or not asked or tuple(known) == tuple(asked):
         return
@@ -49,7 +49,7 @@ def _first(names: Sequence[str]) -> str:
 
 
 class NormalizedNetwork(nn.Module):
-    """A network behind its own input normalisation, so that any two can share one stream of images.
+    """Network with its own input normalisation, so that any two can share one stream of images.
 
     The state dict holds the network alone, because the normalisation is metadata of the weights.
 

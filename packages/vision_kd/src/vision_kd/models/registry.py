@@ -1,4 +1,4 @@
-"""The table of built-in networks, filled by the family modules of this package."""
+"""Table of built-in networks, filled by the family modules of this package."""
 
 from collections.abc import Callable
 

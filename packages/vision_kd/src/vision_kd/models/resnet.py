@@ -11,7 +11,7 @@ from vision_kd.models.registry import MODELS
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions around a shortcut.
+    """Basic block: two 3x3 convolutions around a shortcut.
 
     Args:
         in_channels: Channels of the input map.
@@ -38,7 +38,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and widening 1x1 convolutions around a shortcut.
+    """Bottleneck block: 1x1, 3x3 and widening 1x1 convolutions around a shortcut.
 
     Args:
         in_channels: Channels of the input map.
@@ -69,7 +69,7 @@ class Bottleneck(nn.Module):
 
 
 def projection(in_channels: int, out_channels: int, stride: int) -> nn.Module:
-    """Identity where the shapes agree, else a strided 1x1 convolution and batch norm."""
+    """Return the identity if the shapes agree, else a strided 1x1 convolution and batch norm."""
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
     return nn.Sequential(conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))

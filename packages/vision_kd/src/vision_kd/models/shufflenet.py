@@ -104,7 +104,7 @@ class DownBlock(nn.Module):
 
 
 def stem(in_channels: int) -> dict[str, nn.Module]:
-    """1x1 convolution to the stem's channels, batch norm and ReLU."""
+    """Return a 1x1 convolution to the stem's channels, batch norm and ReLU."""
     return {"conv1": conv(in_channels, STEM, 1), "bn1": nn.BatchNorm2d(STEM), "relu": nn.ReLU(inplace=True)}
 
 

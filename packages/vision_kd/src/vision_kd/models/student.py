@@ -1,4 +1,4 @@
-"""Student files: weights with a description that rebuilds their classifier; and exported programs."""
+"""Student files, which hold weights and a description that rebuilds their classifier; and exported programs."""
 
 import copy
 import io
@@ -29,14 +29,14 @@ def save_student(
         extra: Further plain values (text, numbers, lists, dicts) for the "meta" entry, such as the accuracy.
 
     Raises:
-        TypeError: A value could not be read back without running code, or takes the name of one of our entries.
-        OSError: It cannot be written; the message names the file.
+        TypeError: If a value could not be read back without running code, or takes the name of one of our entries.
+        OSError: If it cannot be written; the message names the file.
     """
     meta = dict(**describe(student, spec), **(extra or {}))
     for key, value in meta.items():
         if not _is_plain(value):
             raise TypeError(f"{key!r} of a student file must be text, numbers, lists or dicts, got {value!r}")
-    # Contiguous clones, so that neither a view's whole storage nor our memory layout gets into the file.
+    # Contiguous clones keep a view's whole storage and our memory layout out of the file.
     state = {
         key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, tensor in student.network.state_dict().items()
@@ -68,7 +68,7 @@ def load_classifier(path: str | Path) -> Classifier:
         path: The file.
 
     Raises:
-        CheckpointError: The file was not written by `save_student`.
+        CheckpointError: If the file was not written by `save_student`.
     """
     meta = read_checkpoint(path).meta
     if meta.get("format") != STUDENT_FORMAT:
@@ -88,7 +88,7 @@ def check_program(path: str | Path) -> None:
     """Raise for a name under which no exported program can be written.
 
     Raises:
-        UserError: The file does not end in ".pt2".
+        UserError: If the file does not end in ".pt2".
     """
     if Path(path).suffix != ".pt2":
         raise UserError(f"exported programs end in .pt2, got {str(path)!r}")
@@ -105,10 +105,10 @@ def export(classifier: Classifier, path: str | Path, example: Tensor) -> None:
         example: Images (N, C, H, W); the program takes their C, H and W.
 
     Raises:
-        UserError: The file does not end in ".pt2".
+        UserError: If the file does not end in ".pt2".
     """
     check_program(path)
-    # A batch of one would be taken for a constant.
+    # The tracer would take a batch of one for a constant.
     images = example[:1].detach().cpu().repeat(2, 1, 1, 1)
     batch = torch.export.Dim("batch")
     # torch.export.save takes weights in another layout for slices of larger tensors, and warns.

@@ -11,7 +11,7 @@ from vision_kd.models.registry import MODELS
 
 
 class MaxPool(nn.MaxPool2d):
-    """2x2 max-pool that explains itself when the image was too small."""
+    """2x2 max-pool with a clear error for images that are too small."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Halve (N, C, H, W); maps below 2x2 raise a ValueError."""

@@ -21,7 +21,7 @@ BESIDE = ("student.", "teacher.", "ema.", "auxiliary.")
 """Modules of a training checkpoint next to the network."""
 
 AVERAGE = re.compile(r"(^|[._])(ema|swa|avg|averaged?)([._]|$)", re.IGNORECASE)
-"""Marks the name of a moving average, such as state_dict_ema."""
+"""Pattern of the name of a moving average, such as state_dict_ema."""
 
 ROOTS_TRIED = 4
 
@@ -29,7 +29,7 @@ State = Mapping[str, Tensor]
 
 
 class Found(NamedTuple):
-    """Tensors of a file that may be the network's.
+    """Tensors of a file that may belong to the network.
 
     Attributes:
         entry: The state dict that they are of, such as "state_dict"; "" for the file itself.

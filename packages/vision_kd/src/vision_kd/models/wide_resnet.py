@@ -12,7 +12,7 @@ from vision_kd.models.registry import MODELS
 
 
 class PreActivationBlock(nn.Module):
-    """Two 3x3 convolutions, each after batch norm and ReLU.
+    """Pre-activation block: two 3x3 convolutions, each after batch norm and ReLU.
 
     Where the channel count changes, the shortcut is a strided 1x1 convolution of the activated input.
 
@@ -50,7 +50,7 @@ def wide_resnet(depth: int, widen: int, num_classes: int, in_channels: int = 3) 
         Named layers that map images (N, in_channels, H, W) of any size to logits (N, num_classes).
 
     Raises:
-        UserError: The depth is not 6 n + 4.
+        UserError: If the depth is not 6 n + 4.
     """
     blocks, remainder = divmod(depth - 4, 6)
     if remainder or blocks < 1:

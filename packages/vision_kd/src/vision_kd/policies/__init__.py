@@ -1,4 +1,4 @@
-"""Gradient policies, one file each: how the gradients of named loss components become one update.
+"""Gradient policies, one file each: rules that turn the gradients of named loss components into one update.
 
 A policy gives every component a momentum. The optimizers of `kd_common.optim` keep one buffer per distinct momentum,
 and the training step runs one backward pass per buffer. `SGD` costs one pass, `DOT` two, `DeepKD` two

@@ -17,7 +17,7 @@ ALIASES = {"relation": "nontarget", "feature": "nontarget"}
 
 
 class GradientPolicy(ABC):
-    """Builds the optimizer that turns component gradients into updates of the student."""
+    """Base class of policies, which build the optimizer that turns component gradients into updates."""
 
     @abstractmethod
     def optimizer(
@@ -39,7 +39,7 @@ class GradientPolicy(ABC):
 
 
 def require_parts(policy: GradientPolicy, components: Sequence[str]) -> dict[str, str]:
-    """Check for the three parts a decoupling policy treats apart.
+    """Check for the three components that a decoupling policy treats separately.
 
     Returns:
         The momentum donor of each further component.
@@ -61,8 +61,8 @@ def require_parts(policy: GradientPolicy, components: Sequence[str]) -> dict[str
 def decay_matrices_only(student: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Return parameter groups that decay weight matrices, but no biases, norms or embeddings of transformers.
 
-    Spared are parameters with fewer than two axes (biases, normalisation weights) and those a timm network lists in
-    `no_weight_decay()` (class token, position embedding).
+    Parameters with fewer than two axes (biases, normalisation weights) are exempt, and so are those that a timm network
+    lists in `no_weight_decay()` (class token, position embedding).
     """
     spared = {
         id(parameter)

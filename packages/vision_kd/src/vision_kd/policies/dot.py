@@ -12,7 +12,7 @@ from vision_kd.policies.base import GradientPolicy, require_parts
 class DOT(GradientPolicy):
     """Distillation-oriented trainer (ICCV 2023): task at mu - delta, all distillation terms at mu + delta.
 
-    Weight decay is a component of its own at mu, so it acts as in the SGD baseline.
+    Weight decay is a separate component with momentum mu, so it acts as in the SGD baseline.
 
     Args:
         delta: Distance from mu; 0.075 on CIFAR-100 and 0.09 on ImageNet in the paper.

@@ -9,7 +9,7 @@ from vision_kd.policies.base import GradientPolicy
 
 
 class SGD(GradientPolicy):
-    """One momentum for all components: SGD on the summed loss, in one backward pass."""
+    """SGD on the summed loss, with one momentum for all components and one backward pass."""
 
     def optimizer(
         self, student: nn.Module, components: Sequence[str], *, lr: float, momentum: float, weight_decay: float

@@ -25,7 +25,7 @@ COMPONENT_STYLES = {
 
 
 def curve(histories: Sequence[Sequence[Mapping[str, float]]], key: str) -> Curve:
-    """Epochs, mean and standard deviation over seeds of a quantity; NaN where an epoch did not measure it."""
+    """Return epochs, mean and standard deviation over seeds of a quantity; NaN where an epoch did not measure it."""
     length = min(len(history) for history in histories)
     values = np.array([[epoch.get(key, np.nan) for epoch in history[:length]] for history in histories])
     return np.arange(1, length + 1), values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0 * values[0]
@@ -53,7 +53,7 @@ def draw_gsnr(axes: Axes, curves: Mapping[str, Curve], samples: Curve) -> dict[s
 
 
 def plot_accuracy(variants: Histories, judged: str, header: str, path: Path) -> None:
-    """Accuracy (or AP) over epochs, mean and band of one standard deviation, and of the last epoch for every seed."""
+    """Plot accuracy (or AP) over epochs with a band of one standard deviation, and every seed's last epoch."""
     colours = mpl.colormaps["tab20" if len(variants) > 10 else "tab10"].colors  # type: ignore[attr-defined]
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     curves, points = figure.subplots(1, 2, width_ratios=[3, 2])
@@ -64,7 +64,7 @@ def plot_accuracy(variants: Histories, judged: str, header: str, path: Path) -> 
         last = [100 * history[-1][judged] for history in histories]
         points.plot(last, [index] * len(last), "o", color=colour, alpha=0.6, ms=4)
         points.plot(np.mean(last), index, "|", color=colour, ms=16, mew=2)
-    # The first epochs would squeeze the differences that matter; the axis says where it starts.
+    # The axis starts later, because the first epochs would squeeze the differences; its label says so.
     half = 100 * np.concatenate([curve(h, judged)[1][len(h[0]) // 2 :] for h in variants.values()])
     curves.set(xlabel="epoch", ylabel=f"validation {header} (%), cut below", ylim=(half.min() - 1.5, half.max() + 0.7))
     curves.xaxis.set_major_locator(MaxNLocator(integer=True))

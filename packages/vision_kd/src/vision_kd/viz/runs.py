@@ -107,7 +107,7 @@ def plot_correlations(correlations: Mapping[str, np.ndarray], classes: Sequence[
             title += f"\n{np.abs(matrix - correlations['teacher']).mean():.3f} from the teacher's on average"
         axes.set_title(title, fontsize=9)
         axes.grid(visible=False)
-        if len(classes) <= 12:  # a grey print does not tell the two ends of the scale apart
+        if len(classes) <= 12:  # in grey print both ends of the scale look the same
             for (row, column), value in np.ndenumerate(matrix):
                 colour = "white" if abs(value) > 0.6 else "black"
                 axes.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=6, color=colour)
@@ -130,7 +130,7 @@ def plot_reliability(networks: Mapping[str, tuple[Tensor, Tensor]]) -> Figure:
     axes.plot([0, 1], [0, 1], color="0.4", ls="--", lw=1, label="perfectly calibrated")
     for number, (name, (logits, target)) in enumerate(networks.items()):
         confidence, accuracy, counts = reliability(logits, target)
-        # No lines between the dots: bins of a few samples would draw the eye.
+        # No lines connect the dots, because bins of a few samples are noisy.
         style = {"marker": curve_style(number)["marker"], "label": name, "alpha": 0.6}
         axes.scatter(confidence, accuracy, s=300 * counts / len(target) + 8, **style)
     axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02))
