@@ -25,6 +25,7 @@ from vision_kd.data import Digits
 from vision_kd.detection import build_detector, load_detector
 from vision_kd.evaluate import main as evaluate_vision
 from vision_kd.models import CheckpointError, ModelSpec, build_classifier, load_classifier
+from vision_kd.training.classification import DistillationModule
 from vision_kd.training.specs import TeacherSpec
 from vision_kd.training.teacher import obtain_teacher, teacher_cache_path
 
@@ -83,11 +84,11 @@ DETECTOR = {"class_names": ("cat",), "mean": (0.4,) * 3, "std": (0.3,) * 3}
 def cached_teacher(path):
     data, config = Digits(), {"class_path": "vision_kd.data.Digits", "init_args": {}}
     spec = TeacherSpec("resnet8")
-    place = teacher_cache_path(spec, data, config)
+    place = teacher_cache_path(spec, data, config, task=DistillationModule)
     place.parent.mkdir(parents=True)
     shutil.copy(path, place)
     with pytest.raises(CheckpointError, match=rf"(?s){place}.*Delete {place} to train it again") as caught:
-        obtain_teacher(spec, data, config)
+        obtain_teacher(spec, data, config, task=DistillationModule)
     raise CheckpointError(f"{path} as {caught.value}")
 
 

@@ -10,6 +10,7 @@ from kd_common.run.errors import NonFiniteLossError
 from vision_kd.data import Digits
 from vision_kd.fit import build, run
 from vision_kd.models import MODELS, load_classifier, save_student
+from vision_kd.training.classification import DistillationModule
 from vision_kd.training.metrics import accuracy
 from vision_kd.training.specs import TeacherSpec
 from vision_kd.training.teacher import obtain_teacher
@@ -92,7 +93,9 @@ def teacher(tmp_path_factory):
     folder = tmp_path_factory.mktemp("teacher")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KD_CACHE", str(folder))
-        network, _ = obtain_teacher(TeacherSpec("resnet8", epochs=2), Digits(), {"init_args": {}})
+        network, _ = obtain_teacher(
+            TeacherSpec("resnet8", epochs=2), Digits(), {"init_args": {}}, task=DistillationModule
+        )
     save_student(folder / "teacher.pt", network, TeacherSpec("resnet8").model)
     return folder / "teacher.pt"
 

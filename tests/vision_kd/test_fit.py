@@ -197,7 +197,10 @@ def test_precisions(digits_args, precision, dtype):
 
 @pytest.mark.parametrize("subset", [128, None])
 def test_a_batch_beyond_the_training_set_is_refused_before_a_teacher_is_trained(digits_args, monkeypatch, subset):
-    monkeypatch.setattr("vision_kd.fit.obtain_teacher", lambda *args, **kwargs: pytest.fail("a teacher was trained"))
+    monkeypatch.setattr(
+        "vision_kd.training.task.obtain_teacher",
+        lambda *args, **kwargs: pytest.fail("a teacher was trained"),
+    )
     images = f"{subset or 1297:,}"
     with pytest.raises(ValueError, match=rf"^data\.batch_size 10000: the {images} training images do not fill"):
         train(digits_args, f"--data.train_subset={subset or 'null'}", "--data.batch_size=10000")
@@ -338,7 +341,7 @@ def test_a_dry_step_leaves_the_run_as_it_was(sgd_args):
     cli.datamodule.check_batch(1)
     weights = {name: value.clone() for name, value in cli.model.state_dict().items()}
     state, files = torch.get_rng_state(), sorted(cli.run_dir.rglob("*"))
-    rehearse(cli)
+    rehearse(cli.model, cli.datamodule, cli.trainer, cli.run_dir)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, weights[name]) for name, value in cli.model.state_dict().items())
     assert sorted(cli.run_dir.rglob("*")) == files
@@ -352,7 +355,9 @@ def test_what_fails_at_the_end_fails_before_the_teacher_is_trained(digits_args, 
         raise OSError("no room")
 
     monkeypatch.setattr("vision_kd.training.rehearsal.save_student", full)
-    monkeypatch.setattr("vision_kd.fit.obtain_teacher", lambda *_, **__: pytest.fail("the teacher came first"))
+    monkeypatch.setattr(
+        "vision_kd.training.task.obtain_teacher", lambda *_, **__: pytest.fail("the teacher came first")
+    )
     with pytest.raises(OSError, match="no room"):
         run(build(digits_args))
 

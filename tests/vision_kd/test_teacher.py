@@ -6,6 +6,7 @@ import logging
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -16,14 +17,16 @@ import vision_kd.training.teacher
 from kd_common.files import cache_root
 from kd_common.run.errors import NonFiniteLossError
 from vision_kd.data import Digits, ImageDataModule, ImageFolder, digest
-from vision_kd.fit import build, launched_from_outside, run
+from vision_kd.fit import build, run
 from vision_kd.models import load_classifier, save_student
 from vision_kd.training.classification import DistillationModule
 from vision_kd.training.metrics import accuracy
 from vision_kd.training.specs import TeacherSpec
-from vision_kd.training.teacher import obtain_teacher, teacher_cache_path
+from vision_kd.training.teacher import launched_from_outside
 
 SPEC = TeacherSpec("resnet8", epochs=3)
+obtain_teacher = partial(vision_kd.training.teacher.obtain_teacher, task=DistillationModule)
+teacher_cache_path = partial(vision_kd.training.teacher.teacher_cache_path, task=DistillationModule)
 CONFIG = {"class_path": "vision_kd.data.Digits", "init_args": {"batch_size": 32, "seed": 0, "train_subset": 256}}
 
 
@@ -208,7 +211,9 @@ class KilledError(Exception):
 @pytest.mark.parametrize("epoch", [1, 2, 3])
 def test_a_killed_teacher_goes_on_from_its_last_epoch(tmp_path, monkeypatch, epoch):
     """Killed inside the second and the third epoch, and after the last one; bit for bit the uninterrupted teacher."""
-    whole = vision_kd.training.teacher.train_teacher(SPEC, digits()[0], accelerator="cpu", progress_bar=False)
+    whole = vision_kd.training.teacher.train_teacher(
+        SPEC, digits()[0], DistillationModule, accelerator="cpu", progress_bar=False
+    )
     started, start = [], DistillationModule.on_train_epoch_start
     monkeypatch.setattr(
         DistillationModule, "on_train_epoch_start", lambda self: (started.append(self.current_epoch), start(self))[1]

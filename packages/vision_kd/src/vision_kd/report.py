@@ -72,7 +72,9 @@ class Run(LoggedRun):
             return DistillationModule.build(spec.model, **DistillationModule.data_spec(self.cli.datamodule))
         data = self.cli.datamodule
         try:
-            path = teacher_cache_path(spec, data, data.settings, ranks=self.cli.trainer.world_size)
+            path = teacher_cache_path(
+                spec, data, data.settings, task=DistillationModule, ranks=self.cli.trainer.world_size
+            )
         except MissingDataError:  # the training data are elsewhere
             return None
         return load_classifier(path) if path.is_file() else None

@@ -200,7 +200,7 @@ class FitCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
         # First: a run that is killed between export and checkpoint exports again.
-        callbacks.insert(0, Export(self.run_dir, self.config_init["ckpt_path"]))
+        callbacks.insert(0, Export(self.run_dir))
         check_world_size(trainer.world_size)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # nobody chose another one
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()

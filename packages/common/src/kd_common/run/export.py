@@ -10,7 +10,6 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from kd_common.files import finish_replacing, free_name
 from kd_common.run.result import best_epoch
-from kd_common.run.training import TrainingModule
 
 BEST, LAST = "best", "last"
 
@@ -18,27 +17,32 @@ BEST, LAST = "best", "last"
 class Export(pl.Callback):
     """Export the best model so far, and the last one: after every validation, or at the end if it is large.
 
+    A resumed run starts with the best model of the run that it continues. Every `TrainingModule` brings this callback,
+    unless its trainer has one.
+
     Args:
-        folder: Folder of the run.
-        resumed_from: Checkpoint that the run continues. The best model of its run is the best here too, until it is
-            beaten.
+        folder: Folder of the run; None for the one that the trainer logs to.
     """
 
-    def __init__(self, folder: Path, resumed_from: str | None = None) -> None:
+    def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
-        self.resumed_from = resumed_from
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Find the folder."""
+        if self.folder is None:
+            self.folder = Path(trainer.log_dir or trainer.default_root_dir)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put in place what a kill caught between two names, and bring along the best model of a resumed run."""
-        module = _checked(pl_module)
+        module: Any = pl_module
         if not trainer.is_global_zero:
             return
         for which in (BEST, LAST):
             finish_replacing(self._path(module, which))
-        if self.resumed_from is not None and module.history and not module.large:
-            self._bring_best(module, Path(self.resumed_from).resolve().parent.parent)
+        if trainer.ckpt_path is not None and module.history and not module.large:
+            self._bring_best(module, Path(trainer.ckpt_path).resolve().parent.parent)
 
-    def _bring_best(self, module: TrainingModule, earlier_run: Path) -> None:
+    def _bring_best(self, module: Any, earlier_run: Path) -> None:
         """Take the best model of an earlier run, and set aside one of an epoch that its checkpoint precedes."""
         best = best_epoch(module.history, module.metric, module.mode)
         own = self._path(module, BEST).resolve()
@@ -58,7 +62,7 @@ class Export(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Export the model of the epoch that was validated."""
-        module = _checked(pl_module)
+        module: Any = pl_module
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         if not module.large:
@@ -68,17 +72,13 @@ class Export(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Export a large model as training left it."""
-        module = _checked(pl_module)
+        module: Any = pl_module
         if module.large:
             module.export(self._path(module, LAST))
 
-    def _path(self, module: TrainingModule, which: str) -> Path:
+    def _path(self, module: Any, which: str) -> Path:
+        assert self.folder is not None
         return self.folder / module.export_name.format(which)
-
-
-def _checked(module: pl.LightningModule) -> TrainingModule:
-    assert isinstance(module, TrainingModule)
-    return module
 
 
 def _is_of(exported: Mapping[str, Any], epoch: Mapping[str, Any], metric: str) -> bool:

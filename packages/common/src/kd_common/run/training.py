@@ -17,6 +17,7 @@ from torch import Tensor
 from kd_common.distributed import gather_objects
 from kd_common.errors import UserError
 from kd_common.run.errors import NonFiniteLossError, last_checkpoint
+from kd_common.run.export import Export
 from kd_common.run.result import Mode
 from kd_common.schedules import Schedule
 
@@ -114,6 +115,12 @@ class TrainingModule(pl.LightningModule):
     def exported_epoch(self, path: Path) -> Mapping[str, Any]:
         """Return what :meth:`export` wrote beside the weights: ``epoch`` and :attr:`metric`, unless it is large."""
         raise NotImplementedError
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Export the best and the last model wherever the trainer saves checkpoints."""
+        trainer: Any = self.trainer
+        exports = any(isinstance(callback, Export) for callback in trainer.callbacks)
+        return [] if exports or trainer.fast_dev_run or not trainer.checkpoint_callbacks else [Export()]
 
     # ------------------------------------------------------------------------------------------------ progress
 

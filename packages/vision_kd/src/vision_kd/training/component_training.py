@@ -16,6 +16,7 @@ from kd_common.gsnr import GradientSNR
 from kd_common.optim import ComponentOptimizer
 from kd_common.run.trainer_settings import check_precision_and_length
 from kd_common.schedules import CosineDecay, Schedule, TopKSchedule
+from vision_kd.data import ImageDataModule
 from vision_kd.methods import Method
 from vision_kd.methods.kd import KD
 from vision_kd.models import ModelSpec, NormalizedNetwork, save_student
@@ -104,8 +105,6 @@ class ComponentTraining(Task):
             if not 0 <= ema_decay < 1:
                 raise UserError(f"model.ema_decay must be in [0, 1), got {ema_decay}: the average would not follow")
             self.ema = AveragedModel(self.student, multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=True)
-        # Not a submodule: the teacher stays out of the checkpoint, the optimizer, DDP and `.train()`.
-        self._teacher: list[NormalizedNetwork] = []
         self.gsnr = GradientSNR()
         self._pending: ComponentGradients = {}
         self._pending_samples = 0
@@ -138,20 +137,6 @@ class ComponentTraining(Task):
         self._build_optimizer()  # a policy that does not fit the method fails here, not after the teacher was trained
 
     # ------------------------------------------------------------------------------------------------ set-up
-
-    def attach_teacher(self, teacher: NormalizedNetwork) -> None:
-        """Distil from this network; it is frozen and kept in evaluation mode.
-
-        Raises:
-            UserError: If its classes do not fit the student's.
-        """
-        self.check_teacher(teacher)
-        self._teacher = [teacher.eval().requires_grad_(False)]
-
-    @property
-    def teacher(self) -> NormalizedNetwork | None:
-        """The attached teacher, or None."""
-        return self._teacher[0] if self._teacher else None
 
     @property
     def inference_model(self) -> NormalizedNetwork:
@@ -203,14 +188,17 @@ class ComponentTraining(Task):
         return None if self.topk is None else self._topk_schedule(self.total_steps)(step)
 
     def setup(self, stage: str) -> None:
-        """Check what the schedules and the precision need."""
+        """Check what the schedules and the precision need, and obtain the teacher."""
         if stage == "fit":
             check_precision_and_length(self.trainer.precision, self.trainer.max_epochs, self.trainer.max_steps)
+            data = self.trainer.datamodule  # type: ignore[attr-defined]  # set by a connector
+            if isinstance(data, ImageDataModule):
+                self.obtain(data, self.trainer)
 
     def on_fit_start(self) -> None:
         """Bring the teacher to the device."""
         if self.needs_teacher and self.teacher is None:
-            raise RuntimeError("no teacher is attached; call attach_teacher(...) or run through vision_kd.fit")
+            raise UserError("no teacher is attached; call attach_teacher(...) or train with an ImageDataModule")
         if self.teacher is not None:
             # A lower precision than fp32 is the student's choice; float64 images need a float64 teacher.
             self.teacher.to(self.device, torch.promote_types(next(self.student.parameters()).dtype, torch.float32))

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,27 +13,31 @@ from vision_kd.data import ImageDataModule
 from vision_kd.methods.vanilla import Vanilla
 from vision_kd.models import ModelSpec, save_student
 from vision_kd.policies import SGD
+from vision_kd.training.component_training import ComponentTraining
 
 
-def rehearse(cli: Any) -> None:
+def rehearse(model: ComponentTraining, data: ImageDataModule, trainer: pl.Trainer, run_dir: Path | None) -> None:
     """Train and validate copies of student and teacher for one step on two images, and write and read the student.
 
     The teacher has random weights. What fails here would fail later, after the teacher was trained or even at the
     first export. The run itself is left as it was, bit for bit.
 
     Args:
-        cli: The command line of the run, its data prepared.
+        model: The training module.
+        data: The data, which are prepared.
+        trainer: The trainer of the run.
+        run_dir: Folder of the run; None for one that writes nothing.
 
     Raises:
         ValueError: From the settings, such as a limit that leaves no batch.
     """
-    model, data, trainer = cli.model, cli.datamodule, cli.trainer
-    accelerator, task = cli.config["trainer"]["accelerator"], type(model)
+    accelerator, task = trainer.strategy.root_device.type, type(model)
+    data.views = model.method.views
     train, val = (len(loader()) for loader in (data.train_dataloader, data.val_dataloader))
     check_batches(trainer, train // trainer.world_size, -(-val // trainer.world_size))
-    with rehearsing(cli.run_dir) as folder:
+    with rehearsing(run_dir) as folder:
         twin = copy.deepcopy(model)
-        if model.needs_teacher:
+        if model.teacher_spec is not None and model.needs_teacher:
             spec = ModelSpec(model.teacher_spec.name, model.teacher_spec.args)
             teacher = model.teacher or task.build(spec, **task.data_spec(data))
             twin.attach_teacher(copy.deepcopy(teacher))

@@ -5,14 +5,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import lightning.pytorch as pl
 import torch
 from torch import nn
 
+from kd_common.distributed import world_size
 from kd_common.run.training import TrainingModule
 from vision_kd.data import ImageDataModule
 from vision_kd.methods import Method
 from vision_kd.models import ModelSpec, NormalizedNetwork
+from vision_kd.training.specs import TeacherSpec
 from vision_kd.training.step import StepOutput
+from vision_kd.training.teacher import launched_from_outside, obtain_teacher
 
 
 class Task(TrainingModule):
@@ -23,6 +27,8 @@ class Task(TrainingModule):
         data_spec_names: Attributes of the DataModule that the constructor takes.
         distillation_settings: Settings that a student without a teacher has at null.
         method: Loss.
+        teacher_spec: Network to distil from and how to obtain it.
+        teacher_origin: Where the teacher came from, in one line.
     """
 
     metrics: ClassVar[dict[str, str]]
@@ -30,6 +36,13 @@ class Task(TrainingModule):
     distillation_settings: ClassVar[tuple[str, ...]] = ("topk",)
     export_name = "student_{}.pt"
     method: Method
+    teacher_spec: TeacherSpec | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Not a submodule: the teacher stays out of the checkpoint, the optimizer, DDP and `.train()`.
+        self._teacher: list[NormalizedNetwork] = []
+        self.teacher_origin = ""
 
     @staticmethod
     @abstractmethod
@@ -95,3 +108,47 @@ class Task(TrainingModule):
     def data_spec(cls, data: ImageDataModule) -> dict[str, Any]:
         """Return the data spec: what the networks have to know of the data."""
         return {name: getattr(data, name) for name in cls.data_spec_names}
+
+    def attach_teacher(self, teacher: NormalizedNetwork) -> None:
+        """Distil from this network; it is frozen and kept in evaluation mode.
+
+        Raises:
+            UserError: If its classes do not fit the student's.
+        """
+        self.check_teacher(teacher)
+        self._teacher = [teacher.eval().requires_grad_(False)]
+
+    @property
+    def teacher(self) -> NormalizedNetwork | None:
+        """The attached teacher, or None."""
+        return self._teacher[0] if self._teacher else None
+
+    def obtain(self, data: ImageDataModule, trainer: pl.Trainer) -> None:
+        """Tell the data which views the method reads, and obtain the teacher, once.
+
+        `setup` calls this. `vision_kd.fit` calls it before, because several processes cannot train a teacher once they
+        have joined.
+
+        Args:
+            data: Data of the run, on which a teacher without weights is trained.
+            trainer: Trainer of the run.
+
+        Raises:
+            UserError: If the teacher's weights are missing, damaged or of another model.
+        """
+        data.views = self.method.views
+        if not self.needs_teacher or self.teacher is not None:
+            return
+        assert self.teacher_spec is not None
+        teacher, self.teacher_origin = obtain_teacher(
+            self.teacher_spec,
+            data,
+            data.settings,
+            task=type(self),
+            ranks=trainer.world_size,
+            launched=launched_from_outside(trainer) or world_size() > 1,
+            accelerator=trainer.strategy.root_device.type,
+            progress_bar=trainer.progress_bar_callback is not None,
+            dry=bool(trainer.fast_dev_run),  # type: ignore[attr-defined]  # set by a connector
+        )
+        self.attach_teacher(teacher)

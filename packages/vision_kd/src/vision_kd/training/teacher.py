@@ -13,6 +13,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -24,8 +25,6 @@ from vision_kd.data.base import ImageDataModule
 from vision_kd.methods.vanilla import Vanilla
 from vision_kd.models import MODELS, CheckpointError, NormalizedNetwork, save_student
 from vision_kd.policies import SGD
-from vision_kd.training.classification import DistillationModule
-from vision_kd.training.component_training import ComponentTraining
 from vision_kd.training.specs import TeacherSpec
 
 CACHE_FORMAT = 2
@@ -39,7 +38,7 @@ def teacher_cache_path(
     datamodule: ImageDataModule,
     data: Mapping[str, Any],
     *,
-    task: type[ComponentTraining] = DistillationModule,
+    task: type[Any],
     ranks: int = 1,
 ) -> Path:
     """File of a trained teacher; its name is a hash of everything that determines the weights.
@@ -102,7 +101,7 @@ def obtain_teacher(
     datamodule: ImageDataModule,
     data: Mapping[str, Any],
     *,
-    task: type[ComponentTraining] = DistillationModule,
+    task: type[Any],
     ranks: int = 1,
     launched: bool = False,
     accelerator: str = "auto",
@@ -162,7 +161,7 @@ def obtain_teacher(
 def train_teacher(
     spec: TeacherSpec,
     datamodule: ImageDataModule,
-    task: type[ComponentTraining] = DistillationModule,
+    task: type[Any],
     ranks: int = 1,
     accelerator: str = "auto",
     progress_bar: bool = True,
@@ -185,7 +184,9 @@ def train_teacher(
         + (f", from {progress} on." if resumed else ".")
     )
     torch.manual_seed(spec.seed)
-    data = copy.deepcopy(datamodule)
+    alone: Any = copy.copy(datamodule)
+    alone.trainer = None  # the teacher's trainer is another one
+    data = copy.deepcopy(alone)
     data.batch_size *= ranks
     data.seed, data.views = spec.seed, Vanilla.views
     module = task(
@@ -259,3 +260,11 @@ def _resumable(path: Path) -> bool:
         rank_zero_warn(f"the teacher's training cannot go on and starts anew: {error}")
         return False
     return True
+
+
+def launched_from_outside(trainer: pl.Trainer) -> bool:
+    """Return whether torchrun, SLURM or the like started the processes of a run of several."""
+    strategy = trainer.strategy
+    if not isinstance(strategy, ParallelStrategy) or strategy.cluster_environment is None:
+        return False
+    return trainer.world_size > 1 and strategy.cluster_environment.creates_processes_externally
