@@ -33,8 +33,16 @@ def python_blocks(page: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
 
 
+def trains(block: str) -> bool:
+    return "build(" in block or "Trainer(" in block
+
+
 BLOCKS = [
-    pytest.param(block, id=f"{page.relative_to(ROOT)}-{i}", marks=[pytest.mark.slow] if "build(" in block else [])
+    pytest.param(
+        block,
+        id=f"{page.relative_to(ROOT)}-{i}",
+        marks=[pytest.mark.slow] if re.search(r"build\(|Trainer\(", block) else [],
+    )
     for page in PAGES
     if page.name != "extending.md"  # its blocks are files and need each other: tests/test_extending.py
     for i, block in enumerate(python_blocks(page))

@@ -17,7 +17,6 @@ from transformers import GenerationConfig
 
 from kd_common.hub.language_models import load_causal_lm, load_tokenizer, model_ends
 from kd_common.run.export import Export
-from llm_kd import fit
 from llm_kd.cache_teacher import main as cache_teacher_main
 from llm_kd.evaluation import answers
 from llm_kd.fit import build, main, run
@@ -293,7 +292,9 @@ def test_the_ends_and_settings_of_the_teacher_reach_the_saved_student(arguments,
 
 def test_packing_is_tried_on_both_models_before_anything_is_measured(arguments, monkeypatch):
     tried = []
-    monkeypatch.setattr("llm_kd.fit.check_packing", lambda backbone, role: tried.append((type(backbone), role)))
+    for module in ("distillation", "teacher"):
+        record = lambda backbone, role: tried.append((type(backbone), role))  # noqa: E731
+        monkeypatch.setattr(f"llm_kd.training.{module}.check_packing", record)
     monkeypatch.setattr("llm_kd.fit.validate", lambda cli: pytest.fail("measured"))
     with pytest.raises(pytest.fail.Exception, match="measured"):
         run(build(arguments("--data.packing=true", "--data.max_length=64", "--data.batch_size=1")))
@@ -308,7 +309,7 @@ def test_packing_is_tried_on_both_models_before_anything_is_measured(arguments, 
     ],
 )
 def test_data_are_refused_before_the_teacher_is_loaded(arguments, monkeypatch, settings, message):
-    monkeypatch.setattr("llm_kd.fit.load_teacher", lambda spec: pytest.fail("loaded"))
+    monkeypatch.setattr("llm_kd.training.teacher.load_teacher", lambda spec: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=message):
         run(build(arguments(*settings)))
 
@@ -359,7 +360,7 @@ def test_a_recipe_gives_cache_and_run_the_same_data(tmp_path, save_model):
 
 def test_a_stored_teacher_is_known_by_its_files_and_not_loaded(arguments, answered, tmp_path, monkeypatch):
     """Its path spelled otherwise is the same teacher, other weights or another precision in that place are not."""
-    monkeypatch.setattr(fit, "load_teacher", lambda spec: pytest.fail("loaded"))
+    monkeypatch.setattr("llm_kd.training.teacher.load_teacher", lambda spec: pytest.fail("loaded"))
     monkeypatch.chdir(tmp_path)
     spelled = ["--model.teacher.name=./teacher/"]
     assert run(build(arguments(*answered, *spelled))).last["kl"] > 0
@@ -400,7 +401,7 @@ def test_rollouts_that_could_outgrow_the_positions_are_refused(arguments):
 
 
 def test_answers_that_no_prompt_leaves_positions_for_are_refused_before_training(arguments, tmp_path, monkeypatch):
-    monkeypatch.setattr(fit, "load_teacher", lambda spec: pytest.fail("loaded"))
+    monkeypatch.setattr("llm_kd.training.teacher.load_teacher", lambda spec: pytest.fail("loaded"))
     path = write_jsonl(tmp_path / "short.jsonl", [{"instruction": "Say a.", "output": "a"}] * 4)
     files = ["--data.responses=dataset", f"--data.train={path}", f"--data.val={path}"]
     with pytest.raises(ValueError, match=r"data.sampling.max_new_tokens 500, .* the student's 512 .* answers to 0"):
@@ -411,7 +412,7 @@ def test_answers_that_no_prompt_leaves_positions_for_are_refused_before_training
 @pytest.mark.parametrize("role", ["student", "teacher"])
 def test_conversations_beyond_the_positions_are_refused(arguments, tmp_path, save_model, monkeypatch, role, split):
     """Learned positions would end in an index error, rotary ones would go on; the teacher is not loaded for it."""
-    monkeypatch.setattr(fit, "load_teacher", lambda spec: pytest.fail("loaded"))
+    monkeypatch.setattr("llm_kd.training.teacher.load_teacher", lambda spec: pytest.fail("loaded"))
     short = {"instruction": "Say a.", "output": "a"}
     rows = {name: [short, {**short, "output": 520 * "a"} if name == split else short] for name in ("train", "val")}
     files = [f"--data.{name}={write_jsonl(tmp_path / f'{name}_long.jsonl', found)}" for name, found in rows.items()]
@@ -425,7 +426,7 @@ def test_conversations_beyond_the_positions_are_refused(arguments, tmp_path, sav
 
 
 def test_what_the_teacher_may_write_counts_before_it_writes(arguments, monkeypatch):
-    monkeypatch.setattr(fit, "load_teacher", lambda spec: pytest.fail("loaded"))
+    monkeypatch.setattr("llm_kd.training.teacher.load_teacher", lambda spec: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=r"train: conversations of up to .* exceed the student's 512 positions"):
         run(build(arguments("--data.max_length=2048", "--data.sampling.max_new_tokens=500")))
 
@@ -483,7 +484,7 @@ def test_a_student_that_a_kill_caught_between_two_names_is_put_in_place(argument
     for state in ("old", "partial"):
         (folder / f"student_best.{state}").mkdir(parents=True)
     (folder / "student_best.partial/model.safetensors").write_text("complete")
-    Export(folder).on_fit_start(SimpleNamespace(is_global_zero=True), module)
+    Export(folder).on_fit_start(SimpleNamespace(is_global_zero=True, ckpt_path=None), module)
     assert [path.name for path in folder.iterdir()] == ["student_best"]
     assert (folder / "student_best/model.safetensors").is_file()
 

@@ -416,7 +416,7 @@ def test_a_stored_teacher_cannot_follow_the_student(folder):
 
 def test_without_a_teacher(folder):
     model = DistillationModule(TeacherSpec(folder), StudentSpec())
-    with pytest.raises(RuntimeError, match="no teacher is attached"):
+    with pytest.raises(ValueError, match="no teacher is attached"):
         fit(model)
 
 

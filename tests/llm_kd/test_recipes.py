@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from kd_common.registry import subclasses
-from llm_kd.fit import CONFIG_DIR, build, needed_teacher, prepare_teacher
+from llm_kd.fit import CONFIG_DIR, build
 from llm_kd.objectives import Objective
 from llm_kd.selection import Selector
 
@@ -61,7 +61,6 @@ def step(cli):
     """Two updates, for a warm-up starts at 0, and a validation; the student must move and stay finite."""
     model = cli.model
     before = [p.detach().clone() for p in model.student_with_head.parameters() if p.requires_grad]
-    prepare_teacher(model, cli.datamodule, torch.device("cpu"), needed_teacher(model, cli.datamodule))
     cli.trainer.fit(model, datamodule=cli.datamodule)
     after = [p for p in model.student_with_head.parameters() if p.requires_grad]
     assert any(not torch.equal(a, b) for a, b in zip(after, before, strict=True))

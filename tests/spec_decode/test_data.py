@@ -364,5 +364,5 @@ def test_a_cache_that_holds_everything_is_not_written(tiny, tmp_path, monkeypatc
 
 
 def test_a_datamodule_without_a_target_says_so():
-    with pytest.raises(RuntimeError, match="no target is attached"):
+    with pytest.raises(ValueError, match="no target is attached"):
         TargetText(limit=20).prepare_data()

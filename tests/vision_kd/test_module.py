@@ -276,7 +276,7 @@ def test_teacher_of_other_classes_names_both(toy):
 
 
 def test_training_without_the_teacher_attached_is_an_error(toy):
-    with pytest.raises(RuntimeError, match="attach_teacher"):
+    with pytest.raises(ValueError, match="attach_teacher"):
         toy.train(toy.module(teacher=False), toy.batches(4))
 
 

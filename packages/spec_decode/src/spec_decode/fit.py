@@ -17,7 +17,6 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 import spec_decode.training.callbacks  # noqa: F401  (makes its class names known to the command line)
 from kd_common.errors import UserError
-from kd_common.hub.language_models import model_ends, note_unapplied
 from kd_common.run.cli import FitCLI, fixed_seed
 from kd_common.run.errors import run_command
 from kd_common.run.rehearsal import alone
@@ -76,13 +75,7 @@ def build(args: Sequence[str] | None = None) -> DrafterCLI:
 def run(cli: DrafterCLI) -> Result:
     """Let the target write its text, train, measure, and collect the result."""
     model, data, trainer = cli.model, cli.datamodule, cli.trainer
-    tokenizer = model.target_spec.tokenizer()
-    data.progress = cli.config["trainer"]["enable_progress_bar"] is not False
-    tokenizer.chat_template = data.chat_template or tokenizer.chat_template
-    if trainer.is_global_zero:
-        note_unapplied(model.target_spec.name)
-    stops = model_ends(model.target_spec.name, tokenizer)
-    data.attach(model.target, tokenizer, stops, trainer.world_size)
+    model.obtain(data, trainer)
     parameters = {  # before the target is packed: packed weights are no parameters
         "target": count_parameters(model.target),
         "drafter": count_parameters(model.drafter),

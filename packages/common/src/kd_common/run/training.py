@@ -122,6 +122,16 @@ class TrainingModule(pl.LightningModule):
         exports = any(isinstance(callback, Export) for callback in trainer.callbacks)
         return [] if exports or trainer.fast_dev_run or not trainer.checkpoint_callbacks else [Export()]
 
+    def obtain(self, data: Any, trainer: pl.Trainer) -> None:
+        """Obtain what training needs beside the settings, such as a teacher, and tell the data what the module reads.
+
+        It is called before the data are read and does its work once.
+
+        Args:
+            data: DataModule of the run.
+            trainer: Trainer of the run.
+        """
+
     # ------------------------------------------------------------------------------------------------ progress
 
     @property
@@ -352,3 +362,9 @@ class FitTrainer(pl.Trainer):
             self.fit_loop.epoch_loop.val_loop.run()
             self.training = True
         return results
+
+
+def obtain_for(data: pl.LightningDataModule) -> None:
+    """Let the module that a DataModule's trainer trains obtain what both need; without a trainer do nothing."""
+    if data.trainer is not None and isinstance(module := data.trainer.lightning_module, TrainingModule):
+        module.obtain(data, data.trainer)

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from kd_common.errors import UserError
 from kd_common.hub.language_models import load_tokenizer
 from kd_common.run.messages import check_batch_size
+from kd_common.run.training import obtain_for
 from kd_common.text import Row, encode_each, read_rows
 from llm_kd.data.encode import Encoder, padding_token
 from llm_kd.data.example import Example, prompt_response_example
@@ -217,6 +218,11 @@ class TextDataModule(LightningDataModule):
             self._keep(split, rows, examples, self._prompt_budget)
 
     def setup(self, stage: str | None = None) -> None:
+        """Let the training module obtain the teacher, who may have to answer, and `read`."""
+        obtain_for(self)
+        self.read(stage)
+
+    def read(self, stage: str | None = None) -> None:
         """Read and encode the splits, once.
 
         Raises:

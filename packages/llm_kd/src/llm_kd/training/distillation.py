@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
@@ -16,11 +17,12 @@ from kd_common.hub.language_models import load_config, load_tokenizer, model_end
 from kd_common.run.token_updates import TokenNormalizedModule
 from kd_common.run.training import step_seed
 from kd_common.schedules import Schedule
+from llm_kd.data import TextDataModule
 from llm_kd.data.batch import TokenBatch, collate
 from llm_kd.data.encode import Encoder, padding_token
 from llm_kd.data.example import Example, padding_example, prompt_response_example
 from llm_kd.head import KDHead
-from llm_kd.models import Backbone, StudentSpec, TeacherSpec, build_student, shared_vocabulary
+from llm_kd.models import Backbone, StudentSpec, TeacherSpec, build_student, check_packing, shared_vocabulary
 from llm_kd.models.generation import response_ends
 from llm_kd.models.save import save_student
 from llm_kd.objectives import Objective
@@ -32,6 +34,7 @@ from llm_kd.teacher import CachedTeacher, OnlineTeacher, Teacher, vocabulary_fin
 from llm_kd.training.rollout import OffPolicy, Rollout
 from llm_kd.training.strategies import shard_student, shard_teacher, unsharded
 from llm_kd.training.student_with_head import StudentWithHead, validation_means
+from llm_kd.training.teacher import needed_teacher, prepare_teacher
 
 
 class DistillationModule(TokenNormalizedModule):
@@ -120,6 +123,7 @@ class DistillationModule(TokenNormalizedModule):
         backbone.causal_lm.generation_config.eos_token_id = self.eos_ids  # the saved student stops where taught
         # Not a submodule: the teacher stays out of the checkpoint, the optimizer and DDP.
         self._teacher: list[Teacher] = []
+        self._loaded: list[Backbone | None] = []
         self.sharded = False
         self._val: dict[str, Any] = {}
 
@@ -148,16 +152,56 @@ class DistillationModule(TokenNormalizedModule):
             self.student_with_head.head.check_truncated(cache.header.size, cache.header.vocab_size)
         self._teacher = [teacher]
 
+    def check_data(self, data: TextDataModule) -> None:
+        """Tell the data whether the student writes the responses itself, and check that the two fit.
+
+        Raises:
+            UserError: If the student writes responses to packed rows, or cannot read such rows.
+        """
+        data.prompts_only = not self.rollout.reads_answers
+        if data.packing and self.rollout.generates:
+            raise UserError(
+                f"data.packing puts many conversations into a row, but under model.rollout "
+                f"{type(self.rollout).__name__} the student answers each in a row of its own; set data.packing to false"
+            )
+        if data.packing:
+            check_packing(self.student_with_head.student, "student")
+
+    def load_teacher(self, data: TextDataModule) -> Backbone | None:
+        """Load the teacher, once, and return it; None if it need not run."""
+        if not self._loaded:
+            self._loaded = [needed_teacher(self.teacher_spec, data)]
+        return self._loaded[0]
+
+    def obtain(self, data: TextDataModule, trainer: pl.Trainer) -> None:
+        """Attach the teacher that the settings name, after it has written the responses that the data lack.
+
+        Raises:
+            UserError: If model and data do not fit.
+            CacheError: If the stored teacher is damaged or another one, or lacks examples.
+        """
+        if self._teacher:
+            return
+        self.check_data(data)
+        device = trainer.strategy.root_device
+        self.attach_teacher(prepare_teacher(self.teacher_spec, data, device, self.load_teacher(data)))
+        self._loaded = []
+
     @property
     def teacher(self) -> Teacher:
         """The attached teacher.
 
         Raises:
-            RuntimeError: If there is none.
+            UserError: If there is none.
         """
         if not self._teacher:
-            raise RuntimeError("no teacher is attached; call attach_teacher(...) or run through llm_kd.fit")
+            raise UserError("no teacher is attached; call attach_teacher(...) or train with a TextDataModule")
         return self._teacher[0]
+
+    @property
+    def running_teacher(self) -> Backbone | None:
+        """The teacher if it runs beside the student, or None."""
+        return cast(Backbone, self.teacher.backbone) if isinstance(self.teacher, OnlineTeacher) else None
 
     def configure_model(self) -> None:
         """Shard student and teacher under FSDP2; other strategies leave them whole."""
@@ -165,8 +209,8 @@ class DistillationModule(TokenNormalizedModule):
             return
         mesh = self._device_mesh["data_parallel"]
         shard_student(self.student_with_head, mesh)
-        if isinstance(self.teacher, OnlineTeacher):
-            shard_teacher(cast(Backbone, self.teacher.backbone), mesh)
+        if self.running_teacher is not None:
+            shard_teacher(self.running_teacher, mesh)
         self.sharded = True
 
     def on_fit_start(self) -> None:

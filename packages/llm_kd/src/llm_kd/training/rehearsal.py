@@ -14,15 +14,12 @@ from kd_common.run.rehearsal import check_monitors, rehearsing
 from llm_kd.data import TextDataModule
 from llm_kd.data.batch import collate
 from llm_kd.data.example import prompt_response_example
-from llm_kd.models import Backbone
 from llm_kd.teacher import OnlineTeacher
 from llm_kd.training.distillation import DistillationModule
 from llm_kd.training.student_with_head import validation_means
 
 
-def rehearse(
-    model: DistillationModule, data: TextDataModule, trainer: pl.Trainer, run_dir: Path | None, backbone: Backbone
-) -> None:
+def rehearse(model: DistillationModule, data: TextDataModule, trainer: pl.Trainer, run_dir: Path | None) -> None:
     """Pass one short conversation through student, teacher and loss, forth and back, and write what surrounds weights.
 
     What fails here would fail later, after the teacher has answered or at the first export. The run itself is left as
@@ -33,11 +30,13 @@ def rehearse(
         data: The data.
         trainer: The trainer of the run.
         run_dir: Folder of the run; None for one that writes nothing.
-        backbone: The teacher.
 
     Raises:
         ValueError: From the settings, such as a validation interval that never comes.
     """
+    backbone = model.load_teacher(data)
+    if backbone is None:  # stored outputs cover no other conversation
+        return
     student_with_head, device = model.student_with_head, trainer.strategy.root_device
     with rehearsing(run_dir) as folder, contextlib.ExitStack() as stack:
         with quiet():

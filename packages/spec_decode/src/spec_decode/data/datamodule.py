@@ -15,6 +15,7 @@ from kd_common.errors import UserError
 from kd_common.files import cache_root, locked
 from kd_common.run.loading import WorkerLoader
 from kd_common.run.messages import check_batch_size
+from kd_common.run.training import obtain_for
 from kd_common.text import AnswerCache, Row
 from spec_decode.data.corpus import (
     Sample,
@@ -241,14 +242,19 @@ class TargetText(LightningDataModule):
         return self._rows_of_an_epoch(len(self.encoded) - self.val_prompts, ranks)
 
     @property
+    def attached(self) -> bool:
+        """Whether a target is attached."""
+        return bool(self._target)
+
+    @property
     def target(self) -> CausalLM:
         """The attached target.
 
         Raises:
-            RuntimeError: If there is none.
+            UserError: If there is none.
         """
         if not self._target:
-            raise RuntimeError("no target is attached; call attach(...) or run through spec_decode.fit")
+            raise UserError("no target is attached; call attach(...) or train with a DrafterModule")
         return self._target[0]
 
     @property
@@ -273,6 +279,7 @@ class TargetText(LightningDataModule):
         Raises:
             OSError: If the disk is too small for the features.
         """
+        obtain_for(self)
         if self.answers is not None and self.features == "online":
             return
         if self.trainer is not None:
@@ -297,6 +304,7 @@ class TargetText(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Read the text that the target wrote."""
+        obtain_for(self)
         if self.answers is None:
             self.samples = as_samples(self.encoded, found) if (found := self._corpus.read()) is not None else []
 

@@ -5,11 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
 from kd_common.distributed import all_reduce_sum, world_size
 from kd_common.errors import UserError
+from kd_common.hub.language_models import model_ends, note_unapplied
 from kd_common.run.token_updates import TokenNormalizedModule
 from kd_common.schedules import Schedule
 from spec_decode.data.datamodule import DraftBatch, TargetText
@@ -105,6 +107,21 @@ class DrafterModule(TokenNormalizedModule):
         return self._target[0]
 
     # ------------------------------------------------------------------------------------------------ set-up
+
+    def obtain(self, data: TargetText, trainer: pl.Trainer) -> None:
+        """Attach the target to the data, in which it answers the prompts.
+
+        Raises:
+            UserError: If the data do not fit the target.
+        """
+        if data.attached:
+            return
+        tokenizer = self.target_spec.tokenizer()
+        tokenizer.chat_template = data.chat_template or tokenizer.chat_template
+        if trainer.is_global_zero:
+            note_unapplied(self.target_spec.name)
+        data.progress = trainer.progress_bar_callback is not None
+        data.attach(self.target, tokenizer, model_ends(self.target_spec.name, tokenizer), trainer.world_size)
 
     def setup(self, stage: str) -> None:
         """Choose the reduced draft vocabulary from the training text.

@@ -1,0 +1,84 @@
+"""A script of a user's own, with Lightning alone: the weights, and the exported models, are those of the command."""
+
+import importlib
+
+import lightning
+import pytest
+import torch
+
+from kd_common.schedules import CosineDecay
+from llm_kd.data import TextDataModule
+from llm_kd.models import StudentSpec, TeacherSpec
+from llm_kd.models.generation import Sampling
+from llm_kd.training.distillation import DistillationModule as LanguageModule
+from spec_decode.data.corpus import Writing
+from spec_decode.data.datamodule import TargetText
+from spec_decode.drafters import FastEagle
+from spec_decode.models.target import TargetSpec
+from spec_decode.training.drafter_module import DrafterModule
+from vision_kd.data import Digits
+from vision_kd.models import ModelSpec
+from vision_kd.training.classification import DistillationModule as VisionModule
+from vision_kd.training.specs import DynamicTopK
+from vision_kd.training.specs import TeacherSpec as VisionTeacher
+
+EPOCHS = 2
+SAME = [f"--trainer.max_epochs={EPOCHS}", "--trainer.gradient_clip_val=null"]
+
+
+def vision(folder, target):
+    data = Digits(batch_size=32, train_subset=96, seed=5)
+    return data, VisionModule(
+        ModelSpec("resnet8"),
+        **VisionModule.data_spec(data),
+        teacher=VisionTeacher("resnet8", epochs=1, learning_rate=0.05),
+        topk=DynamicTopK(k_start=0.05, k_opt=0.5, phase_ends=(0.3, 0.6)),
+        learning_rate=0.05,
+        gsnr_every=2,
+        seed=5,
+    )
+
+
+def language(folder, target):
+    files = {split: str(folder / f"{split}.jsonl") for split in ("train", "val")}
+    sampling = Sampling(temperature=0.0, max_new_tokens=4)
+    data = TextDataModule(str(target), **files, sampling=sampling, batch_size=4, seed=5)
+    return data, LanguageModule(TeacherSpec(str(target)), StudentSpec(layers=2), learning_rate=1e-3, seed=5)
+
+
+def drafting(folder, target):
+    writing = Writing(max_new_tokens=6, batch_size=3)
+    data = TargetText(limit=8, val_prompts=2, writing=writing, max_length=200, batch_size=2, seed=5)
+    drafter = FastEagle(depth=2, draft_vocab=90)
+    return data, DrafterModule(TargetSpec(str(target), "float32"), drafter, CosineDecay(), learning_rate=5e-4, seed=5)
+
+
+PACKAGES = {"vision_kd": vision, "llm_kd": language, "spec_decode": drafting}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_plain_trainer_trains_what_the_command_trains(package, tiny_run, target, tmp_path):
+    arguments = [*tiny_run(package, tmp_path), *SAME]  # which writes the data, too
+    lightning.seed_everything(5)
+    data, module = PACKAGES[package](tmp_path, target)
+    trainer = lightning.Trainer(
+        max_epochs=EPOCHS,
+        accelerator="cpu",
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        default_root_dir=tmp_path / "own",
+    )
+    trainer.fit(module, data)
+
+    fit = importlib.import_module(f"{package}.fit")
+    cli = fit.build([*arguments, f"--run_dir={tmp_path / 'run'}"])
+    fit.run(cli)
+    expected = cli.model.state_dict()
+    assert list(expected) == list(module.state_dict())
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+    for which in ("best", "last"):
+        assert (tmp_path / "own" / module.export_name.format(which)).exists()
