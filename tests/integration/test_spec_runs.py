@@ -49,10 +49,10 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, target, kill_inside_e
     assert_equal(result.history, expected.history)
     for key, value in whole.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[key], value), key
-    for mine, theirs in zip(
+    for state, expected_state in zip(
         resumed.trainer.optimizers[0].state.values(), whole.trainer.optimizers[0].state.values(), strict=True
     ):
-        assert torch.equal(mine["exp_avg"], theirs["exp_avg"])
+        assert torch.equal(state["exp_avg"], expected_state["exp_avg"])
 
 
 @pytest.mark.parametrize(("batch", "accumulate"), [(1, 4), (2, 2), (3, 2)])

@@ -91,7 +91,6 @@ def test_padding_adds_nodes_that_see_only_themselves():
     padded = pad_tree(tree)
     assert padded.tokens.shape == (1, 8)
     assert pad_tree(padded).tokens.shape == (1, 8)
-    assert pad_tree(tree, 5).tokens.shape == (1, 5)
     mask = ancestor_mask(padded.parents)[0]
     assert torch.equal(mask[:5, :5], ancestor_mask(tree.parents)[0])
     assert torch.equal(mask[5:], torch.eye(8).bool()[5:])

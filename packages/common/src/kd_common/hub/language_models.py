@@ -135,7 +135,7 @@ def model_ends(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]
 
     Args:
         name: The model; see `load_causal_lm` for the names and errors.
-        tokenizer: Its tokenizer, with the chat template that is used.
+        tokenizer: Tokenizer of the model, with the chat template that is used.
 
     Returns:
         Tokens named by tokenizer, template, `config.json` or `generation_config.json`.

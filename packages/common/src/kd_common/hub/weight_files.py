@@ -122,7 +122,7 @@ def check_whole(name: str, model: Any, report: Mapping[str, Any], stored: Stored
     Args:
         name: The model's, for the message.
         model: Model as loaded by transformers.
-        report: Its loading report (`output_loading_info`), without tensors of other shapes.
+        report: Loading report of transformers (`output_loading_info`), without tensors of other shapes.
         stored: Tensors in the files; empty if they are not known.
 
     Raises:

@@ -32,7 +32,8 @@ class DecoupledAdamW(ComponentOptimizer):
     Raises:
         UserError: If a setting is out of range.
 
-    Source: DeepKD's decoupled momentum (arXiv 2505.15133) applied to AdamW (arXiv 1711.05101).
+    References:
+        DeepKD's decoupled momentum (arXiv 2505.15133) applied to AdamW (arXiv 1711.05101).
     """
 
     coefficient = "beta1s"

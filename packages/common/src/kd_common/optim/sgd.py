@@ -39,7 +39,8 @@ class DecoupledSGD(ComponentOptimizer):
         UserError: If a setting is out of range, `decay_component` has no momentum, or "weight_decay" has a
             momentum but is not the `decay_component`.
 
-    Source: DeepKD, arXiv 2505.15133.
+    References:
+        DeepKD, arXiv 2505.15133.
     """
 
     coefficient = "momenta"

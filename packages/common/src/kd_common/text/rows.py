@@ -77,7 +77,7 @@ class Row:
     """A conversation and its place: `file, line 3`.
 
     Attributes:
-        messages: Its turns.
+        messages: Turns of the conversation.
         source: File and line.
         alternatives: Further answers to its last question. The loss never falls on them; they are references that
             generations are compared with.

@@ -24,7 +24,7 @@ class TruncatedDistribution:
 
     Args:
         log_probs: Log-probabilities in rank order (never increasing along the last dimension), shape (..., K).
-        indices: Their token ids, integers in [0, V), shape (..., K). Among equal probabilities the stored order is the
+        indices: Token ids, integers in [0, V), shape (..., K). Among equal probabilities the stored order is the
             rank.
         tail_mass: Probability of all tokens that are not stored, in [0, 1], shape (...).
         vocab_size: V.

@@ -79,7 +79,7 @@ class Manifest:
 
     Attributes:
         header: Description of the content.
-        shards: Its files.
+        shards: Files of the cache.
         complete: False while examples are still to be written.
         source: Source of the teacher, `llm_kd.models.TeacherSpec.source`, which identifies it without loading it; None
             if unknown.
@@ -151,7 +151,7 @@ class TeacherCache:
     """Reader of a cache; only the index of its examples is held in memory.
 
     Args:
-        folder: Its folder.
+        folder: Folder of the cache.
 
     Raises:
         CacheError: If it is no cache, or damaged.

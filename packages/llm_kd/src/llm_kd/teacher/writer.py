@@ -114,7 +114,7 @@ class CacheWriter:
         """Add examples.
 
         Args:
-            keys: Their keys, hexadecimal, none of them stored before.
+            keys: Keys of the examples, hexadecimal, none of them stored before.
             counts: Number of supervised tokens of each, N in all.
             tokens: Ids of these tokens, shape (N,).
             distribution: The teacher's N rows.

@@ -124,9 +124,7 @@ def measure_drafts(
     return seconds(calls, target.device, repeats)
 
 
-def autotune(
-    target: CausalLM, drafter: Drafter, *, batch: int = 1, sizes: Sequence[int] = SIZES, repeats: int = 9
-) -> TreeChoice:
+def autotune(target: CausalLM, drafter: Drafter, *, batch: int = 1) -> TreeChoice:
     """Return the tree with the most expected tokens per second on this machine; empty where plain decoding is faster.
 
     A drafter without measured acceptance, such as prompt lookup, gets a chain of its `chain_depth`. The `SpeedMonitor`
@@ -137,7 +135,7 @@ def autotune(
         depth = min(can.chain_depth, can.max_depth or can.chain_depth)
         return TreeChoice((1,) * depth, 1.0, 1.0)
     table = drafter.acceptance[: can.max_depth]
-    passes = measure_passes(target, sizes, batch=batch, repeats=repeats)
+    passes = measure_passes(target, batch=batch)
     width = min(4, max(map(len, table)))
-    drafts = measure_drafts(target, drafter, len(table), width=width, batch=batch, repeats=repeats)
+    drafts = measure_drafts(target, drafter, len(table), width=width, batch=batch)
     return best_tree(table, passes, drafts, branches=can.extra_branches)

@@ -118,8 +118,8 @@ def best_tree(
                     deeper[nodes + width] = option
         frontier, reached = deeper, reached * row[0]
         for size in sorted(verify_times):
-            room = size - branches * depth
-            fitting = [(tokens, -nodes, branching) for nodes, (tokens, branching) in frontier.items() if nodes < room]
+            limit = size - branches * depth
+            fitting = [(tokens, -nodes, branching) for nodes, (tokens, branching) in frontier.items() if nodes < limit]
             if not fitting:
                 continue
             tokens, _, branching = max(fitting)

@@ -244,7 +244,7 @@ def merge_branches(tree: DraftTree, branches: Sequence[Sequence[Sequence[int]]],
     return DraftTree(tokens, parents, check=False)
 
 
-def pad_tree(tree: DraftTree, multiple: int = 8) -> DraftTree:
-    """Return the same tree with absent nodes appended until the number of nodes is a multiple of `multiple`."""
-    extra = -tree.tokens.shape[1] % multiple
+def pad_tree(tree: DraftTree) -> DraftTree:
+    """Append absent nodes until the number of nodes is a multiple of 8."""
+    extra = -tree.tokens.shape[1] % 8
     return DraftTree(F.pad(tree.tokens, (0, extra), value=-1), F.pad(tree.parents, (0, extra), value=-1), check=False)

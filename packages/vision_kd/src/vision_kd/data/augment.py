@@ -132,7 +132,8 @@ def rand_augment(images: Tensor, draws: ImageDraws, *, num_ops: int = 2, magnitu
     Returns:
         Views of shape (N, C, H, W), uint8.
 
-    Source: Cubuk et al., RandAugment, arXiv 1909.13719.
+    References:
+        Cubuk et al., RandAugment, arXiv 1909.13719.
     """
     operations = _operations(magnitude, *images.shape[-2:])
     images = images.clone()
@@ -155,7 +156,8 @@ def cutout(images: Tensor, draws: ImageDraws, *, size: int) -> Tensor:
     Returns:
         Views of shape (N, C, H, W), uint8.
 
-    Source: DeVries and Taylor, Cutout, arXiv 1708.04552.
+    References:
+        DeVries and Taylor, Cutout, arXiv 1708.04552.
     """
 
     def covered(length: int) -> Tensor:

@@ -96,7 +96,7 @@ class ImageDataModule(LightningDataModule):
 
     Attributes:
         num_classes: Number of classes.
-        class_names: Their names, in the order of the labels.
+        class_names: Names of the classes, in the order of the labels.
         in_channels: Channels of an image.
         image_size: Height and width of an image in pixels; None where images differ in size.
         mean: Mean of every channel in [0, 1].

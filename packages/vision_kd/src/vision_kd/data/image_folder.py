@@ -86,7 +86,7 @@ class ImageFiles(Dataset[tuple[dict[str, Tensor], int]]):
 
     Args:
         paths: The image files.
-        labels: Their labels.
+        labels: Labels of the images.
         transform: Makes the views, uint8, of an image and its seed.
     """
 

@@ -35,13 +35,13 @@ class Split:
         api: pycocotools' view of the annotation file, against which detections are scored.
         folder: Where the image files are.
         image_ids: Ids of the images used, N.
-        files: Their file names.
-        sizes: Their width and height, (N, 2).
+        files: File names of the images.
+        sizes: Width and height of the images, (N, 2).
         boxes: All boxes as x1, y1, x2, y2 in pixels, without crowd regions, (B, 4).
         labels: Label of each box, 1 for the category with the lowest id, (B,).
         starts: Boxes of image n are those from `starts[n]` to `starts[n + 1]`, (N + 1,).
         category_ids: Id of the category of labels 1, 2, ...
-        class_names: Their names.
+        class_names: Names of the categories.
     """
 
     api: CocoApi

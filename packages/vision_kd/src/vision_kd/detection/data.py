@@ -117,9 +117,9 @@ class COCO(ImageDataModule):
     Args:
         root: Folder that the other paths are relative to; `$KD_DATA/coco` by default.
         train_annotations: Annotation file of the training images.
-        train_images: Their folder.
+        train_images: Folder of the training images.
         val_annotations: Annotation file of the validation images; it must have the same categories.
-        val_images: Their folder.
+        val_images: Folder of the validation images.
         train_sizes: Short sides in pixels; each training image draws one of them.
         val_size: Short side in validation.
         longest: Upper limit of the long side.

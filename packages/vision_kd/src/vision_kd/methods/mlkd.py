@@ -21,11 +21,12 @@ from vision_kd.methods.base import (
 class MLKD(Method):
     """Instance, batch and class alignment of weak and strong views at several temperatures.
 
-    * Instance: KD of each view, summed over the temperatures. On the weak view only samples on which the teacher is at
-      most as confident as its batch median count; the mask is per sample (released code multiplies batch scalars).
-    * Relation: squared differences of the batch Gram matrix (samples by samples) and of the class Gram matrix (classes
-      by classes). They are no part of the label loss, so they form a component of their own. Of both views, under every
-      policy; released code trains on the weak view's alone, and under DeepKD adds them to the task gradient.
+    * The instance term is the KD loss of each view, summed over the temperatures. On the weak view only samples count
+      on which the teacher is at most as confident as its batch median. The mask is per sample, whereas released code
+      multiplies batch scalars.
+    * The relation term sums squared differences of the batch Gram matrix (samples by samples) and of the class Gram
+      matrix (classes by classes), over both views. It is a separate component, because it is no part of the label loss.
+      Released code uses the weak view alone, and under DeepKD adds the term to the task gradient.
 
     Args:
         temperatures: Temperatures summed over, each > 0.

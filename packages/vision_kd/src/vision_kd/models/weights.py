@@ -35,13 +35,13 @@ class Found(NamedTuple):
         entry: The state dict that they are of, such as "state_dict"; "" for the file itself.
         root: Prefix of the network's names there, such as "module.model.".
         state: The tensors by the network's names.
-        beside: Names of the entry's other tensors.
+        others: Names of the entry's other tensors.
     """
 
     entry: str
     root: str
     state: State
-    beside: list[str]
+    others: list[str]
 
     @property
     def name(self) -> str:
@@ -179,7 +179,7 @@ def _left_over(found: Found, fitting: list[Found], surplus: Callable[[str], bool
     explained = (*(start for start in BESIDE if not own.startswith(start)), *others)
     return [
         name
-        for name in found.beside
+        for name in found.others
         if not name.startswith(explained)
         and not name.removeprefix("module.").startswith(explained)
         and not name.endswith("n_averaged")
