@@ -60,7 +60,7 @@ def end_tokens(tokenizer: Any, *settings: Any) -> tuple[int, ...]:
     """Return the tokens at which an answer ends: all that any of a model's files names, each once.
 
     Args:
-        tokenizer: Tokenizer; its end of text counts, and the special token that closes an answer in its chat template.
+        tokenizer: Tokenizer; its end of text counts, and the token that closes an answer in its chat template.
         settings: Configurations (`config.json`, `generation_config.json`) whose `eos_token_id` also counts: a number, a
             list of numbers or nothing.
 

@@ -15,7 +15,7 @@ BREAK, MARK = "\ufdd0", "\ufdd1"
 def special_tokens(
     tokenizer: PreTrainedTokenizerBase, asked: str, opened: str, ends: Collection[str]
 ) -> tuple[re.Pattern[str], re.Pattern[str], dict[int, str]]:
-    """Tokens that an answer may not hold, those that are text wherever others hold them, and the numbers of these.
+    """Return the tokens forbidden in answers, the tokens treated as text elsewhere, and the ids of the latter.
 
     The first group structures a conversation. An answer may hold others, such as the marks of thoughts and calls,
     because the model itself writes them there. In all other texts special tokens are plain text.
@@ -23,7 +23,7 @@ def special_tokens(
     Args:
         tokenizer: The tokenizer.
         asked: A user's turn in the chat template.
-        opened: The same with the beginning of an answer.
+        opened: The same turn with the beginning of an answer.
         ends: Tokens that end answers.
     """
     tokens = [token for token in tokenizer.added_tokens_decoder.values() if len(token.content.strip()) > 1]
