@@ -23,7 +23,7 @@ SPEC = [
     "--trainer.max_epochs=1",
     "--data.limit=24",
     "--data.val_prompts=4",
-    "--data.writing.max_new_tokens=24",
+    "--data.sampling.max_new_tokens=24",
     "--model.target.dtype=float32",
     "--measure_prompts=0",
 ]

@@ -30,9 +30,10 @@ from llm_kd.data import read_rows, responses
 from llm_kd.selection.acceptance import TruncatedDistribution
 from llm_kd.teacher import CacheHeader, CacheWriter, TeacherCache
 from spec_decode.benchmark import checksum, read_results
-from spec_decode.data.corpus import Writing, corpus, encode_prompts, write_corpus
+from spec_decode.data.corpus import corpus, encode_prompts, write_corpus
 from spec_decode.data.features import DATA, PROGRESS, FeatureStore
 from spec_decode.data.prompts import read_prompts
+from spec_decode.decoding.sampling import Sampling
 from spec_decode.drafters import FastEagle, load_drafter, save_drafter
 from spec_decode.drafters.files import CONFIG, WEIGHTS
 from spec_decode.models import CausalLM
@@ -210,11 +211,12 @@ def drafter_file(name):
 
 def target_text(tmp_path, target):
     runner = CausalLM.from_transformers(load_causal_lm(str(target)))
-    writing, asked = Writing(max_new_tokens=4, batch_size=2), [[5, 7, 9], [1, 2], [3, 8, 3, 8], [11]]
-    cache = corpus(tmp_path, runner, asked, writing, (257,))
+    sampling, asked = Sampling(0.0, max_new_tokens=4), [[5, 7, 9], [1, 2], [3, 8, 3, 8], [11]]
+    cache = corpus(tmp_path, runner, asked, sampling, stops=(257,), seed=0, batch_size=2)
 
     def load():
-        return [vars(sample) for sample in write_corpus(cache, runner, writing, (257,), progress=False)]
+        written = write_corpus(cache, runner, sampling, stops=(257,), seed=0, progress=False)
+        return [vars(sample) for sample in written]
 
     load()
     return Case(cache.path, load)

@@ -1,6 +1,7 @@
 """A disk without room: the error names the file, what was there before is unchanged, nothing is left lying about."""
 
 import shutil
+from functools import partial
 
 import lightning.pytorch as pl
 import pytest
@@ -11,14 +12,15 @@ from kd_common.errors import UserError
 from kd_common.hub.language_models import load_causal_lm, load_config, load_tokenizer
 from kd_common.run.checkpoints import AtomicCheckpointIO, check_resumable
 from kd_common.run.compare import ComparedRun, run_matrix
+from kd_common.sampling import SamplingParams
 from llm_kd.data.responses import write_responses
 from llm_kd.models import Backbone
-from llm_kd.models.generation import Sampling
 from llm_kd.models.save import save_student as save_language_student
 from llm_kd.selection.acceptance import TruncatedDistribution
 from llm_kd.teacher import CacheHeader, CacheWriter, TeacherCache
-from spec_decode.data.corpus import Writing, corpus, write_corpus
+from spec_decode.data.corpus import corpus, write_corpus
 from spec_decode.data.features import FeatureStore
+from spec_decode.decoding.sampling import Sampling
 from spec_decode.drafters import Eagle3, save_drafter
 from spec_decode.export import export as export_drafter
 from spec_decode.models import CausalLM
@@ -125,9 +127,10 @@ def test_what_is_replaced_stays_as_it_was(writer, tmp_path, target, full_disk):
 def texts(folder, target):
     runner = CausalLM.from_transformers(load_causal_lm(str(target)))
     asked = [[n % 50 + 1] * (5 + n) for n in range(12)]
-    writing = Writing(max_new_tokens=30, batch_size=3)
-    cache = corpus(folder, runner, asked, writing, (257,))
-    return lambda: write_corpus(cache, runner, writing, (257,), progress=False), cache.path.with_suffix(".partial")
+    sampling = Sampling(0.0, max_new_tokens=30)
+    cache = corpus(folder, runner, asked, sampling, stops=(257,), seed=0, batch_size=3)
+    written = partial(write_corpus, cache, runner, sampling, stops=(257,), seed=0, progress=False)
+    return written, cache.path.with_suffix(".partial")
 
 
 def features(folder, target):
@@ -141,7 +144,7 @@ def teachers_responses(folder, target):
     asked = [[n + 1] * 5 for n in range(12)]
     settings = {"eos_ids": (257,), "pad_id": 257, "seed": 0, "batch_size": 2, "progress_bar": False}
     return lambda: write_responses(
-        model, asked, Sampling(max_new_tokens=30), tokenizer=tokenizer, **settings
+        model, asked, SamplingParams(max_new_tokens=30), tokenizer=tokenizer, **settings
     ), "partial"
 
 

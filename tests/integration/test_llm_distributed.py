@@ -11,11 +11,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kd_common.hub import load_causal_lm
+from kd_common.sampling import SamplingParams
 from llm_kd.data.example import Example
 from llm_kd.data.loader import TextLoader
 from llm_kd.fit import main
 from llm_kd.models import LoRASpec, StudentSpec, TeacherSpec, load_teacher
-from llm_kd.models.generation import Sampling
 from llm_kd.objectives.fkl import ForwardKL
 from llm_kd.objectives.rkl import ReverseKL
 from llm_kd.objectives.taid import TAID
@@ -95,7 +95,7 @@ def distributed_runs(teacher, root):
             trainer.save_checkpoint(f"{root}/{strategy} {name}.ckpt")
             model.export(Path(root) / f"{strategy} {name}")
             found[f"{strategy} {name}"] = {"history": model.history, "steps": trainer.global_step}
-        model = make(teacher, {"objective": ReverseKL, "rollout": OnPolicy(sampling=Sampling(max_new_tokens=4))})
+        model = make(teacher, {"objective": ReverseKL, "rollout": OnPolicy(sampling=SamplingParams(max_new_tokens=4))})
         trainer = fit(model, 2, 1, rank, 2, devices=2, strategy=strategy)
         found[f"{strategy} on-policy"] = {"history": model.history, "steps": trainer.global_step}
         model = make(teacher, {"objective": ReverseKL}, LoRASpec(rank=2))
@@ -104,7 +104,7 @@ def distributed_runs(teacher, root):
         model.export(Path(root) / f"{strategy} LoRA")
         interrupted = {"ckpt_path": f"{root}/{strategy} epochs/epoch=1.ckpt"}
         for name, how in {"whole": {"keep_in": f"{root}/{strategy} epochs"}, "resumed": interrupted}.items():
-            rollout = AdaptiveReplay(capacity=6, step=0.5, tolerance=-9.0, sampling=Sampling(max_new_tokens=4))
+            rollout = AdaptiveReplay(capacity=6, step=0.5, tolerance=-9.0, sampling=SamplingParams(max_new_tokens=4))
             model = make(teacher, {"objective": TAID, "selector": SpecK, "rollout": rollout})
             trainer = fit(model, 2, 1, rank, 2, epochs=4, devices=2, strategy=strategy, **how)
             trainer.save_checkpoint(f"{root}/{strategy} {name}.ckpt")

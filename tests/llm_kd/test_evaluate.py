@@ -9,6 +9,7 @@ import torch
 from rouge_score.rouge_scorer import RougeScorer
 
 from kd_common.hub.language_models import ModelNotFoundError, load_causal_lm, load_tokenizer
+from kd_common.sampling import SamplingParams
 from kd_common.text import EncodingError
 from llm_kd import evaluate, fit
 from llm_kd.data import TextDataModule, responses
@@ -16,7 +17,7 @@ from llm_kd.evaluate import main, token_means
 from llm_kd.evaluation import answers
 from llm_kd.evaluation.answers import answer_prompts, questions
 from llm_kd.models import Backbone, TeacherSpec, load_teacher
-from llm_kd.models.generation import Sampling, generate
+from llm_kd.models.generation import generate
 
 EOS = 257
 PAIRS = [("Name a fruit.", "An apple is a fruit."), ("Add 2 and 3.", "5"), ("Say hello!", "Hello there, friend.")]
@@ -130,7 +131,7 @@ def test_answers_and_rouge_against_a_plain_loop(arguments, student, tokenizer):
     lengths = ["--max_prompt", "100", "--data.max_length", "120"]
     found = main(arguments("--seeds", "[3, 4, 5]", "--data.generation_batch_size", "2", *DRAWING, *lengths))
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    sampling = Sampling(20, temperature=0.7, top_p=0.9, top_k=50, no_repeat_ngram_size=3)
+    sampling = SamplingParams(max_new_tokens=20, temperature=0.7, top_p=0.9, top_k=50, no_repeat_ngram_size=3)
     expected, means = [], []
     for seed in (3, 4, 5):
         responses = generate(
@@ -174,7 +175,7 @@ def speaker(monkeypatch, tokenizer):
 def test_the_default_is_the_minillm_protocol(arguments, speaker):
     found = main(arguments())
     assert [call["seed"] for call in speaker] == [10, 20, 30, 40, 50]
-    expected = Sampling(256, temperature=1.0, top_p=1.0, top_k=0, no_repeat_ngram_size=6)
+    expected = SamplingParams(max_new_tokens=256, temperature=1.0, top_p=1.0, top_k=0, no_repeat_ngram_size=6)
     assert all(call["sampling"] == expected for call in speaker)
     # The third answer is right; the others have no word in common with their references.
     assert found["rouge_l"]["mean"] == pytest.approx(100 / 3)
@@ -237,7 +238,9 @@ def test_the_teachers_responses_as_references(arguments, student, teacher, tmp_p
     flags = ["--data.responses", "teacher", "--teacher", teacher, "--data.sampling.max_new_tokens", "7"]
     val = write(tmp_path / "prompts.jsonl", *rows)
     found = main(arguments("--data.val", val, "--seeds", "[0]", "--max_prompt", "500", *flags))
-    data = TextDataModule(student, val=val, responses="teacher", sampling=Sampling(7, temperature=0.0))
+    data = TextDataModule(
+        student, val=val, responses="teacher", sampling=SamplingParams(max_new_tokens=7, temperature=0.0)
+    )
     data.write_responses(load_teacher(TeacherSpec(teacher)).model, splits=["val"], progress_bar=False)
     assert set(data.splits) == {"val"}
     written = [example.input_ids[example.prompt_length :] for example in data.splits["val"].examples]
@@ -248,11 +251,11 @@ def test_the_teachers_responses_as_references(arguments, student, teacher, tmp_p
 
 def test_answers_without_sampling_are_greedy(student, val, tokenizer):
     """What fit asks for."""
-    data = dataset(student, val, sampling=Sampling(9))
+    data = dataset(student, val, sampling=SamplingParams(max_new_tokens=9))
     backbone = Backbone(load_causal_lm(student))
     found = answer_prompts(backbone, data, limit=2)
     prompts = [ids(tokenizer, prompt_text(text)) for text, _ in PAIRS[:2]]
-    greedy = Sampling(9, temperature=0.0)
+    greedy = SamplingParams(max_new_tokens=9, temperature=0.0)
     expected = generate(backbone.model, prompts, greedy, eos_ids=[EOS], pad_id=EOS, seed=0, batch_size=1)
     assert found.responses == [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in expected]
     assert found.prompts == ["Name a fruit.", "Add 2 and 3."]
@@ -261,7 +264,7 @@ def test_answers_without_sampling_are_greedy(student, val, tokenizer):
 
 def test_prompts_beyond_the_models_positions_are_left_out(student, tmp_path):
     rows = [{"instruction": "x" * 440, "output": "a"}, {"instruction": "y", "output": "a"}]
-    data = dataset(student, write(tmp_path / "long.jsonl", *rows), sampling=Sampling(64))
+    data = dataset(student, write(tmp_path / "long.jsonl", *rows), sampling=SamplingParams(max_new_tokens=64))
     found = answer_prompts(Backbone(load_causal_lm(student)), data)
     assert (found.prompts, found.left_out) == (["y"], 1)
 

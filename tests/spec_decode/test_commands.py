@@ -230,7 +230,7 @@ def test_a_drafter_that_is_not_there_is_refused_before_the_target_is_loaded(name
     [
         ({"max_new_tokens": -3}, "max_new_tokens must be an int >= 1"),
         ({"temperature": -1.0}, "temperature must be"),
-        ({"top_p": 0.0}, "top_p must be"),
+        ({"top_p": 0.0}, "top_p must"),
         ({"seed": 2**63}, "seed must be"),
     ],
 )

@@ -13,7 +13,6 @@ from kd_common.hub import load_tokenizer
 from kd_common.text import Message, Row
 from spec_decode.data import features as features_module
 from spec_decode.data.corpus import (
-    Writing,
     as_samples,
     corpus,
     encode_answers,
@@ -27,12 +26,12 @@ from spec_decode.decoding.sampling import Sampling, row_seeds
 from spec_decode.models import CausalLM
 
 PROMPTS = [[5, 7, 9], [1, 2], [3, 8, 3, 8], [11], [12, 13]]
-WRITING = Writing(max_new_tokens=8, batch_size=2)
+SAMPLING = Sampling(0.0, max_new_tokens=8)
 
 
-def write(tiny, folder, prompts=PROMPTS, writing=WRITING, stops=(6,)):
-    cache = corpus(folder, tiny.target, prompts, writing, stops)
-    return cache, write_corpus(cache, tiny.target, writing, stops, progress=False)
+def write(tiny, folder, prompts=PROMPTS, sampling=SAMPLING, stops=(6,)):
+    cache = corpus(folder, tiny.target, prompts, sampling, stops=stops, seed=0, batch_size=2)
+    return cache, write_corpus(cache, tiny.target, sampling, stops=stops, seed=0, progress=False)
 
 
 # --- text ---
@@ -48,22 +47,20 @@ def test_the_text_is_the_targets_own(tiny, tmp_path):
 
 
 def test_a_killed_writer_draws_what_it_would_have_drawn(tiny, tmp_path):
-    sampled = Writing(max_new_tokens=8, temperature=1.0, batch_size=2)
-    cache, samples = write(tiny, tmp_path, writing=sampled)
+    sampled = Sampling(1.0, max_new_tokens=8)
+    cache, samples = write(tiny, tmp_path, sampling=sampled)
     lines = cache.path.read_bytes().splitlines(keepends=True)
     cache.path.with_suffix(".partial").write_bytes(b"".join(lines[:3]) + lines[3][:20])
     cache.path.unlink()
-    assert write(tiny, tmp_path, writing=sampled)[1] == samples
+    assert write(tiny, tmp_path, sampling=sampled)[1] == samples
 
 
 def test_other_settings_are_another_file(tiny, tmp_path):
-    caches = [
-        corpus(tmp_path, tiny.target, PROMPTS, WRITING, (6,)),
-        corpus(tmp_path, tiny.target, PROMPTS[:4], WRITING, (6,)),
-        corpus(tmp_path, tiny.target, PROMPTS, WRITING, (7,)),
-        corpus(tmp_path, tiny.target, PROMPTS, Writing(max_new_tokens=9, batch_size=2), (6,)),
-    ]
-    assert len({cache.path for cache in caches}) == 4
+    drawn = {"sampling": SAMPLING, "stops": (6,), "seed": 0, "batch_size": 2}
+    other = {"sampling": Sampling(0.0, max_new_tokens=9), "stops": (7,), "seed": 1, "batch_size": 3}
+    paths = {corpus(tmp_path, tiny.target, PROMPTS, **drawn | {name: value}).path for name, value in other.items()}
+    paths |= {corpus(tmp_path, tiny.target, prompts, **drawn).path for prompts in (PROMPTS, PROMPTS[:4])}
+    assert len(paths) == 6
 
 
 def test_prompts_become_turns_of_the_chat_template(byte_tokenizer):
@@ -145,7 +142,7 @@ def test_answers_written_elsewhere(tmp_path, tiny, standin):
         "x" * 150,
     ]
     how = {"features": "online", "val_prompts": 1, "max_length": 130, "batch_size": 2}
-    data = TargetText(str(path), answers="file", writing=Writing(max_new_tokens=12), **how)
+    data = TargetText(str(path), answers="file", sampling=Sampling(0.0, max_new_tokens=12), **how)
     tokenizer = load_tokenizer(str(standin))
     data.attach(
         CausalLM.from_transformers(tiny.make(vocab_size=258, max_position_embeddings=256)),
@@ -327,7 +324,7 @@ def test_batches_hold_samples_of_about_equal_length():
 
 def test_machines_that_share_a_cache_write_one_after_the_other(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("KD_CACHE", str(tmp_path))
-    data = TargetText(limit=20, val_prompts=2, writing=WRITING, max_length=64)
+    data = TargetText(limit=20, val_prompts=2, sampling=SAMPLING, generation_batch_size=2, max_length=64)
     monkeypatch.setattr(data, "encoded", PROMPTS)
     monkeypatch.setattr(data, "_target", [tiny.target])
 
@@ -348,7 +345,7 @@ def test_a_cache_that_holds_everything_is_not_written(tiny, tmp_path, monkeypatc
     monkeypatch.setenv("KD_CACHE", str(tmp_path))
     samples = []
     for again in (False, True):
-        data = TargetText(limit=20, val_prompts=2, writing=WRITING, max_length=64)
+        data = TargetText(limit=20, val_prompts=2, sampling=SAMPLING, generation_batch_size=2, max_length=64)
         monkeypatch.setattr(data, "encoded", PROMPTS)
         monkeypatch.setattr(data, "_target", [tiny.target])
         data.progress = False

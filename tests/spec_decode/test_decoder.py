@@ -244,7 +244,7 @@ def test_bad_settings(tiny):
     wrong = [
         {"temperature": -1.0},
         {"top_p": 0.0},
-        {"top_k": 0},
+        {"top_k": -1},
         {"top_k": 2.5},
         {"top_k": True},
         {"max_new_tokens": 0},

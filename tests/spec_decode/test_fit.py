@@ -99,7 +99,7 @@ def test_every_recipe_steps_on_a_stand_in(fit_args, standin, recipe):
             f"--model.drafter.draft_vocab={64 if reduced else 'null'}",
             "--data.limit=6",
             "--data.val_prompts=2",
-            "--data.writing.max_new_tokens=16",
+            "--data.sampling.max_new_tokens=16",
             "--data.max_length=400",
             "--trainer.max_epochs=1",
         ]
@@ -167,7 +167,7 @@ def test_packaged_prompts_are_many_and_distinct():
         (["--data.batch_size=0"], "batch_size must be >= 1"),
         (["--data.answers=file"], "set data.prompts"),
         (["--model.shard_target=true", "--data.features=cached"], "set data.features online"),
-        (["--data.writing.temperature=-1"], "temperature must be"),
+        (["--data.sampling.temperature=-1"], "temperature must be"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_computed(fit_args, extra, message):

@@ -8,11 +8,11 @@ from jsonargparse import ArgumentParser
 from lightning import LightningModule, Trainer
 from tokenizers import Tokenizer
 
+from kd_common.sampling import SamplingParams
 from kd_common.text import EncodingError
 from llm_kd.data import TextDataModule, read_rows
 from llm_kd.data import datamodule as module_file
 from llm_kd.data.datamodule import find_data
-from llm_kd.models.generation import Sampling
 
 ANSWERED = [{"instruction": f"Say {n}", "output": "the number " * (n % 3) + str(n)} for n in range(20)]
 PROMPTS = [{"instruction": f"Say {n}"} for n in range(20)]
@@ -84,7 +84,7 @@ def test_a_vocabulary_with_holes_keeps_its_last_token(data, monkeypatch, text):
 
 def test_answers_of_the_teacher(data, write, teacher):
     rows = [*ANSWERED[:3], *PROMPTS[3:8]]
-    made = data(write(rows), responses="teacher", sampling=Sampling(max_new_tokens=6, temperature=0))
+    made = data(write(rows), responses="teacher", sampling=SamplingParams(max_new_tokens=6, temperature=0))
     made.write_responses(teacher, progress_bar=False)
     made.setup("fit")
     examples = made.splits["train"].examples
@@ -103,7 +103,7 @@ def test_answers_of_the_teacher(data, write, teacher):
 
 
 def test_the_same_responses_whatever_the_seed_of_the_order(data, teacher, monkeypatch):
-    settings = {"responses": "teacher", "sampling": Sampling(max_new_tokens=6)}
+    settings = {"responses": "teacher", "sampling": SamplingParams(max_new_tokens=6)}
     first, second = data(**settings, seed=0), data(**settings, seed=1)
     first.write_responses(teacher, progress_bar=False)
     monkeypatch.setattr("llm_kd.data.responses.generate", None)
@@ -116,7 +116,7 @@ def test_the_same_responses_whatever_the_seed_of_the_order(data, teacher, monkey
 @pytest.mark.parametrize("responses", ["dataset", "teacher"])
 def test_prompts_alone_for_a_student_that_writes_itself(data, write, teacher, responses):
     rows = [*ANSWERED[:3], *PROMPTS[3:8], {"instruction": "long " * 200}]
-    sampling = Sampling(max_new_tokens=6, temperature=0)
+    sampling = SamplingParams(max_new_tokens=6, temperature=0)
     made = data(write(rows), responses=responses, batch_size=4, sampling=sampling, max_length=128)
     made.prompts_only = True
     made.write_responses(teacher, progress_bar=False)
@@ -184,7 +184,7 @@ def test_long_rows_are_cut_if_asked(data):
 
 def test_prompts_without_room_for_a_response_are_dropped(data, write, teacher):
     path = write([*PROMPTS[:4], {"instruction": "long " * 40}])
-    made = data(path, responses="teacher", max_length=60, sampling=Sampling(max_new_tokens=20))
+    made = data(path, responses="teacher", max_length=60, sampling=SamplingParams(max_new_tokens=20))
     made.write_responses(teacher, progress_bar=False)
     assert (made.splits["train"].rows, made.splits["train"].dropped) == (5, 1)
     assert max(len(e.input_ids) for e in made.splits["train"].examples) <= 60
@@ -270,7 +270,7 @@ def test_every_setting_is_on_the_command_line():
     settings += ["sampling.temperature=1", "sampling.top_p=0.9"]
     args = parser.parse_args(["--data=llm_kd.data.TextDataModule", *[f"--data.{setting}" for setting in settings]])
     made = parser.instantiate_classes(args).data
-    assert made.sampling == Sampling(top_p=0.9)
+    assert made.sampling == SamplingParams(top_p=0.9)
     assert (made.files["train"], made.fields) == (["a", "b"], {"instruction": "question"})
     assert made.limits == {"train": 7, "val": None}
 

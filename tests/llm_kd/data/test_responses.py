@@ -5,13 +5,14 @@ import torch
 from tokenizers import decoders
 
 from kd_common.files import cache_root
+from kd_common.sampling import SamplingParams
 from llm_kd.data import responses as module
 from llm_kd.data.responses import write_responses
 from llm_kd.models.fingerprint import tensors_fingerprint
-from llm_kd.models.generation import Sampling, generate
+from llm_kd.models.generation import generate
 
 PROMPTS = [[10 + i] * (1 + i % 4) for i in range(11)]
-SAMPLING = Sampling(max_new_tokens=5)
+SAMPLING = SamplingParams(max_new_tokens=5)
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def no_generation(monkeypatch):
 
 
 def test_responses_stand_in_the_order_of_the_prompts(write, text, teacher):
-    greedy = Sampling(max_new_tokens=5, temperature=0)
+    greedy = SamplingParams(max_new_tokens=5, temperature=0)
     tokenizer = text.tokenizer()
     alone = [generate(teacher, [p], greedy, eos_ids=(1,), pad_id=1, seed=0, batch_size=1)[0] for p in PROMPTS]
     found = write(sampling=greedy)
@@ -75,7 +76,7 @@ def test_they_are_written_once(write, files, teacher, no_generation):
     [
         {"prompts": PROMPTS[1:]},
         {"prompts": PROMPTS[::-1]},
-        {"sampling": Sampling(max_new_tokens=5, top_k=2)},
+        {"sampling": SamplingParams(max_new_tokens=5, top_k=2)},
         {"seed": 1},
         {"eos_ids": (1, 2)},
     ],
@@ -97,7 +98,7 @@ def test_only_new_prompts_are_answered(write, files, monkeypatch):
     assert len(files()) == 2
     asked.clear()
     write(seed=1)
-    write(sampling=Sampling(max_new_tokens=6))
+    write(sampling=SamplingParams(max_new_tokens=6))
     assert len(asked) == 2 * len(PROMPTS)
 
 
@@ -119,10 +120,10 @@ def test_another_model_has_its_own_file(write, files, teacher, change):
 
 
 def test_ends_that_the_model_names_are_ends(write, files, teacher):
-    free = write(sampling=Sampling(max_new_tokens=5, temperature=0))
+    free = write(sampling=SamplingParams(max_new_tokens=5, temperature=0))
     end = free[0].tokens[1]
     teacher.generation_config.eos_token_id = [end]
-    ended = write(sampling=Sampling(max_new_tokens=5, temperature=0))
+    ended = write(sampling=SamplingParams(max_new_tokens=5, temperature=0))
     assert ended[0].tokens == free[0].tokens[: free[0].tokens.index(end) + 1]
     assert len(files()) == 2
 

@@ -30,6 +30,7 @@ from kd_common.hub.language_models import load_config, load_tokenizer
 from kd_common.run.compare import mean_and_spread
 from kd_common.run.errors import run_command
 from kd_common.run.messages import CommandParser, check_device, check_file, default_device
+from kd_common.sampling import SamplingParams
 from kd_common.terminal import printable
 from llm_kd.data import TextDataModule
 from llm_kd.evaluation.answers import Answers, answer_prompts
@@ -37,7 +38,6 @@ from llm_kd.evaluation.harness import load_harness, run_harness
 from llm_kd.head import TeacherHiddenStates
 from llm_kd.head.metrics import token_metrics
 from llm_kd.models import Backbone, TeacherSpec, load_teacher, shared_vocabulary
-from llm_kd.models.generation import Sampling
 from llm_kd.training.student_with_head import token_metric_means
 
 SEEDS = [10, 20, 30, 40, 50]
@@ -100,7 +100,7 @@ def parser() -> CommandParser:
         default=256,
         help="Largest number of tokens of a prompt; an answer may have data.max_length minus this.",
     )
-    parser.add_class_arguments(Sampling, skip={"max_new_tokens"})
+    parser.add_class_arguments(SamplingParams, skip={"max_new_tokens"})
     unused: set[str | int] = {"train", "batch_size", "packing", "limit_train", "seed"}
     parser.add_class_arguments(TextDataModule, "data", skip=unused)
     parser.link_arguments("student", "data.tokenizer")
@@ -114,7 +114,7 @@ def parser() -> CommandParser:
     return parser
 
 
-def check(settings: Namespace) -> Sampling:
+def check(settings: Namespace) -> SamplingParams:
     """How answers are drawn, after refusing what would only fail once models are loaded.
 
     Raises:
@@ -137,8 +137,8 @@ def check(settings: Namespace) -> Sampling:
         raise UserError(
             "--temperature 0 draws nothing, so every seed gives the same answers: give one, as in --seeds [0]"
         )
-    drawing = {f.name: settings[f.name] for f in dataclasses.fields(Sampling) if f.name != "max_new_tokens"}
-    return Sampling(settings.data.max_length - settings.max_prompt, **drawing)
+    drawing = {f.name: settings[f.name] for f in dataclasses.fields(SamplingParams) if f.name != "max_new_tokens"}
+    return SamplingParams(max_new_tokens=settings.data.max_length - settings.max_prompt, **drawing)
 
 
 def load(name: str, dtype: str, settings: Namespace) -> Backbone:
@@ -146,7 +146,7 @@ def load(name: str, dtype: str, settings: Namespace) -> Backbone:
     return load_teacher(TeacherSpec(name, dtype, settings.attention)).to(settings.device)
 
 
-def evaluate(settings: Namespace, sampling: Sampling) -> dict[str, Any]:
+def evaluate(settings: Namespace, sampling: SamplingParams) -> dict[str, Any]:
     """All that a parsed command line asks for; see :func:`main`."""
     names = {"teacher": settings.teacher or settings.student, "student": settings.student}
     configs = {role: load_config(name) for role, name in names.items()}

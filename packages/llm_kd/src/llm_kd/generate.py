@@ -18,11 +18,12 @@ from kd_common.errors import UserError
 from kd_common.hub.language_models import load_causal_lm, load_config, load_tokenizer, note_unapplied
 from kd_common.run.errors import run_command
 from kd_common.run.messages import CommandParser, check_device, default_device
+from kd_common.sampling import SamplingParams
 from kd_common.terminal import printable
 from llm_kd.data import Encoder, Message, Row
 from llm_kd.evaluation.answers import display_text
 from llm_kd.models import shared_vocabulary
-from llm_kd.models.generation import Sampling, generate
+from llm_kd.models.generation import generate
 
 
 class PrintedAnswer(TextStreamer):
@@ -40,7 +41,7 @@ def parser() -> CommandParser:
     parser.add_argument("--model", type=str, required=True, help="Saved student, or any other folder or name.")
     parser.add_argument("--prompt", type=str, required=True, help="What to answer; - reads it from standard input.")
     parser.add_argument("--system", type=str | None, default=None, help="System turn before the prompt.")
-    parser.add_class_arguments(Sampling)
+    parser.add_class_arguments(SamplingParams)
     parser.set_defaults(max_new_tokens=256)
     parser.add_argument("--seed", type=int, default=0, help="Seed of the drawing.")
     parser.add_argument("--dtype", type=str, default="float32", help="Precision of the weights.")
@@ -70,7 +71,7 @@ def main(args: list[str] | None = None) -> str:
     config = load_config(settings.model)
     vocab_size = shared_vocabulary(tokenizer, tokenizer, config, config, roles=("model", "model"))
     model = load_causal_lm(settings.model, settings.dtype, attention=settings.attention).to(settings.device)
-    sampling = Sampling(**{field.name: settings[field.name] for field in dataclasses.fields(Sampling)})
+    sampling = SamplingParams(**{field.name: settings[field.name] for field in dataclasses.fields(SamplingParams)})
     [tokens] = generate(
         model,
         [encoder.prompt(Row((Message("user", prompt),), "--prompt"))],

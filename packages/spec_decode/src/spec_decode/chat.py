@@ -81,7 +81,7 @@ def reply(session: Session, asked: list[dict[str, str]], out: TextIO, **settings
     if len(session.encode(asked)) >= session.target.context:
         out.write(f"That exceeds the context of {session.target.context} tokens; start over with /new\n")
         return asked[:-1]
-    text, result = answer(session, asked, top_k=None, out=out, stoppable=True, **settings)
+    text, result = answer(session, asked, top_k=0, out=out, stoppable=True, **settings)
     if result is not None:
         out.write(f"[{session.summary(result)}]\n")
     else:
@@ -119,6 +119,7 @@ def chat(
         dtype: Precision of the target's weights; ``auto`` is the one this machine is fastest in.
         device: Where to run.
     """
+    top_p = top_p if temperature else 1.0  # greedily there is nothing to cut
     check_settings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     session = Session.open(
         drafter, target, dtype=dtype, device=device, tree=tree, min_confidence=min_confidence, compile=compile

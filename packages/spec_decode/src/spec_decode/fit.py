@@ -113,7 +113,7 @@ def measure_held_out(
         decoders["tree"] = auto
     assert isinstance(auto.tree, tuple)
     measured = measure(
-        decoders, data.held_out[:count], max_new_tokens=data.writing.max_new_tokens, stop_tokens=data.stops
+        decoders, data.held_out[:count], max_new_tokens=data.sampling.max_new_tokens, stop_tokens=data.stops
     )
     return auto.tree, measured
 

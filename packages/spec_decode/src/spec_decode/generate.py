@@ -30,7 +30,7 @@ def answer(
     *,
     max_new_tokens: int,
     temperature: float,
-    top_k: int | None,
+    top_k: int,
     top_p: float,
     seed: int,
     stop_strings: Sequence[str] = (),
@@ -98,7 +98,7 @@ def generate(
     min_confidence: float = 0.0,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
-    top_k: int | None = None,
+    top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
     stop_strings: list[str] | None = None,
@@ -118,7 +118,7 @@ def generate(
         min_confidence: Draft only what the drafter takes to be reached with this probability, in [0, 1).
         max_new_tokens: Longest answer in tokens.
         temperature: 0 is greedy.
-        top_k: Keep this many tokens; all by default.
+        top_k: Keep this many tokens; 0 keeps all.
         top_p: Keep the likeliest tokens of this total probability.
         seed: Seed of the draws.
         stop_strings: Texts that end the answer.

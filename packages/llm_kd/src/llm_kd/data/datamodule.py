@@ -13,6 +13,7 @@ from kd_common.errors import UserError
 from kd_common.hub.language_models import load_tokenizer
 from kd_common.run.messages import check_batch_size
 from kd_common.run.training import obtain_for
+from kd_common.sampling import SamplingParams
 from kd_common.text import Row, encode_each, read_rows
 from llm_kd.data.encode import Encoder, padding_token
 from llm_kd.data.example import Example, prompt_response_example
@@ -20,11 +21,10 @@ from llm_kd.data.loader import TextLoader
 from llm_kd.data.responses import write_responses
 from llm_kd.models import vocabulary_size
 from llm_kd.models.context_length import check_context_length, context_length
-from llm_kd.models.generation import Sampling
 
 SPLITS = ("train", "val")
 # Greedy: drawn at temperature 1, the answers of a small teacher are often nonsense.
-DEFAULT_SAMPLING = Sampling(temperature=0.0)
+DEFAULT_SAMPLING = SamplingParams(temperature=0.0)
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class TextDataModule(LightningDataModule):
         packing: bool = False,
         limit_train: int | None = None,
         limit_val: int | None = None,
-        sampling: Sampling = DEFAULT_SAMPLING,
+        sampling: SamplingParams = DEFAULT_SAMPLING,
         sampling_seed: int = 0,
         generation_batch_size: int = 64,
         seed: int = 0,

@@ -10,10 +10,11 @@ from transformers import PreTrainedTokenizerBase
 
 from kd_common.files import cache_root
 from kd_common.hub.language_models import settings_with_effect
+from kd_common.sampling import SamplingParams
 from kd_common.text import AnswerCache
 from llm_kd.models import vocabulary_size
 from llm_kd.models.fingerprint import tensors_fingerprint
-from llm_kd.models.generation import Sampling, generate, response_ends
+from llm_kd.models.generation import generate, response_ends
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Response:
 def write_responses(
     model: Any,
     prompts: Sequence[list[int]],
-    sampling: Sampling,
+    sampling: SamplingParams,
     *,
     tokenizer: PreTrainedTokenizerBase,
     eos_ids: Collection[int],

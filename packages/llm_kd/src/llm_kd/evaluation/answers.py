@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from lightning.pytorch.utilities import rank_zero_info
 
 from kd_common.errors import UserError
+from kd_common.sampling import SamplingParams
 from llm_kd.data import Row, TextDataModule
 from llm_kd.evaluation.rouge import rouge_l
 from llm_kd.models import Backbone
-from llm_kd.models.generation import Sampling, generate, prompt_budget
+from llm_kd.models.generation import generate, prompt_budget
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def answer_prompts(
     data: TextDataModule,
     *,
     limit: int | None = None,
-    sampling: Sampling | None = None,
+    sampling: SamplingParams | None = None,
     max_prompt: int | None = None,
     seed: int = 0,
     batch_size: int = 16,
@@ -119,7 +120,7 @@ def answer_prompts(
         UserError, RowsError, EncodingError: From the data.
         UserError: If no prompt is short enough, or the teacher has not written the responses that the data need.
     """
-    sampling = sampling or Sampling(data.sampling.max_new_tokens, temperature=0.0)
+    sampling = sampling or SamplingParams(temperature=0.0, max_new_tokens=data.sampling.max_new_tokens)
     everything = questions(data)
     longest = min(max_prompt or data.max_length, prompt_budget(backbone.model, sampling))
     asked = [question for question in everything if len(question.tokens) <= longest]

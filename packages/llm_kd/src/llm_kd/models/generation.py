@@ -3,7 +3,6 @@
 import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,48 +12,14 @@ from transformers.generation.streamers import BaseStreamer
 
 from kd_common.errors import UserError
 from kd_common.hub.vocabulary import configured_ends
+from kd_common.sampling import SamplingParams
 from llm_kd.models.context_length import context_length
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn.
-
-    Attributes:
-        max_new_tokens: Largest number of tokens of a response.
-        temperature: Temperature of the distribution drawn from; 0 takes the most likely token.
-        top_p: Draw from the most likely tokens that hold this share of the probability, in (0, 1]; 1 for all.
-        top_k: Draw from this many most likely tokens; 0 for all.
-        no_repeat_ngram_size: No n-gram of this size occurs twice in prompt and response; 0 allows it.
-
-    Raises:
-        UserError: If a setting is out of its range.
-    """
-
-    max_new_tokens: int = 64
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    no_repeat_ngram_size: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if not 0 <= self.temperature < math.inf:
-            raise UserError(f"temperature must be finite and at least 0 (greedy), got {self.temperature}")
-        if self.temperature == 0 and (self.top_p < 1 or self.top_k):
-            raise UserError("temperature 0 takes the most likely token, so top_p and top_k do nothing: raise it")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p must lie in (0, 1], got {self.top_p}")
-        for name, value in {"top_k": self.top_k, "no_repeat_ngram_size": self.no_repeat_ngram_size}.items():
-            if value < 0:
-                raise UserError(f"{name} must be at least 0 (off), got {value}")
 
 
 def generate(
     model: Any,
     prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
+    sampling: SamplingParams,
     *,
     eos_ids: Collection[int],
     pad_id: int,
@@ -120,12 +85,12 @@ def response_ends(model: Any, eos_ids: Collection[int]) -> list[int]:
     return sorted({*eos_ids, *configured_ends(model.config, model.config.get_text_config(), model.generation_config)})
 
 
-def prompt_budget(model: Any, sampling: Sampling) -> int:
+def prompt_budget(model: Any, sampling: SamplingParams) -> int:
     """Largest number of tokens of a prompt that leaves the model positions for its longest response."""
     return context_length(model.config) - sampling.max_new_tokens
 
 
-def _check_lengths(model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+def _check_lengths(model: Any, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> None:
     if not all(prompts):
         raise UserError("a prompt holds no token; a model needs at least one to continue from")
     longest, budget = max(map(len, prompts), default=0), prompt_budget(model, sampling)
@@ -136,7 +101,7 @@ def _check_lengths(model: Any, prompts: Sequence[Sequence[int]], sampling: Sampl
         )
 
 
-def _generation_config(sampling: Sampling, eos_ids: Collection[int], pad_id: int) -> GenerationConfig:
+def _generation_config(sampling: SamplingParams, eos_ids: Collection[int], pad_id: int) -> GenerationConfig:
     drawing = {"temperature": float(sampling.temperature), "top_p": float(sampling.top_p), "top_k": sampling.top_k}
     return GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,

@@ -6,8 +6,8 @@ from dataclasses import asdict
 from typing import Any, ClassVar, Literal
 
 from kd_common.errors import UserError
+from kd_common.sampling import SamplingParams
 from llm_kd.data.example import Example
-from llm_kd.models.generation import Sampling
 
 Source = Literal["dataset", "generate", "replay"]
 
@@ -23,7 +23,7 @@ class Rollout(ABC):
 
     generates: ClassVar[bool] = True
     reads_answers: bool = True
-    sampling: Sampling
+    sampling: SamplingParams
 
     @abstractmethod
     def choose(self, draw: float, progress: float) -> Source:
@@ -56,7 +56,7 @@ class OffPolicy(Rollout):
     """Always the responses of the data, which a person or the teacher wrote."""
 
     generates = False
-    sampling = Sampling()
+    sampling = SamplingParams()
 
     def choose(self, draw: float, progress: float) -> Source:
         """The data."""
@@ -77,12 +77,12 @@ class OnPolicy(Rollout):
         Generalised knowledge distillation, arXiv 2306.13649, algorithm 1.
     """
 
-    def __init__(self, fraction: float = 1.0, sampling: Sampling | None = None) -> None:
+    def __init__(self, fraction: float = 1.0, sampling: SamplingParams | None = None) -> None:
         if not 0 <= fraction <= 1:
             raise UserError(f"fraction must lie in [0, 1], got {fraction}")
         self.fraction = fraction
         self.reads_answers = fraction < 1
-        self.sampling = sampling or Sampling()
+        self.sampling = sampling or SamplingParams()
 
     def choose(self, draw: float, progress: float) -> Source:
         """The student with probability lambda."""
@@ -111,7 +111,7 @@ class AdaptiveReplay(Rollout):
     """
 
     def __init__(
-        self, capacity: int = 1000, step: float = 0.1, tolerance: float = 0.1, sampling: Sampling | None = None
+        self, capacity: int = 1000, step: float = 0.1, tolerance: float = 0.1, sampling: SamplingParams | None = None
     ) -> None:
         if capacity < 1:
             raise UserError(f"capacity must be at least 1, got {capacity}")
@@ -120,7 +120,7 @@ class AdaptiveReplay(Rollout):
         self.capacity = capacity
         self.step = step
         self.tolerance = tolerance
-        self.sampling = sampling or Sampling()
+        self.sampling = sampling or SamplingParams()
         self.threshold = 0.0
         self.previous_loss: float | None = None
         self.memory: list[Example] = []

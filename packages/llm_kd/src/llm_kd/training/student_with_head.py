@@ -5,12 +5,13 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
+from kd_common.sampling import SamplingParams
 from llm_kd.data.batch import TokenBatch
 from llm_kd.head import HeadOutput, KDHead
 from llm_kd.head.metrics import token_metrics
 from llm_kd.head.teacher_output import TeacherOutput
 from llm_kd.models import Backbone
-from llm_kd.models.generation import Sampling, generate
+from llm_kd.models.generation import generate
 
 
 class StudentWithHead(nn.Module):
@@ -54,7 +55,7 @@ class StudentWithHead(nn.Module):
     def generate(
         self,
         prompts: list[list[int]],
-        sampling: Sampling,
+        sampling: SamplingParams,
         *,
         eos_ids: Collection[int],
         pad_id: int,

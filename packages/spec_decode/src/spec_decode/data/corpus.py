@@ -16,33 +16,6 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Writing:
-    """How the target writes its text.
-
-    Args:
-        max_new_tokens: Longest answer, >= 1.
-        temperature: See `Sampling`; 0 is greedy.
-        top_p: See `Sampling`.
-        batch_size: Prompts answered at once, >= 1.
-        seed: Seed of the draws.
-
-    Raises:
-        ValueError: If a setting is out of range.
-    """
-
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float = 1.0
-    batch_size: int = 16
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        Sampling(self.temperature, top_p=self.top_p)
-        if min(self.max_new_tokens, self.batch_size) < 1:
-            raise UserError(f"max_new_tokens and batch_size of data.writing must be >= 1, got {self}")
-
-
-@dataclass(frozen=True)
 class Sample:
     """A prompt and the target's answer.
 
@@ -56,24 +29,38 @@ class Sample:
 
 
 def corpus(
-    folder: Path, target: CausalLM, prompts: Sequence[Sequence[int]], writing: Writing, stops: Sequence[int]
+    folder: Path,
+    target: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    stops: Sequence[int],
+    seed: int,
+    batch_size: int,
 ) -> AnswerCache:
     """The target's answers as these settings determine them."""
     weights = (target.fingerprint(target.dtype), str(target.dtype))
-    settings = {"weights": weights, "writing": asdict(writing), "stops": [*stops]}
-    return AnswerCache(folder, "text", settings, prompts, writing.batch_size)
+    drawn = {"sampling": asdict(sampling), "stops": [*stops], "seed": seed, "batch_size": batch_size}
+    return AnswerCache(folder, "text", {"weights": weights} | drawn, prompts, batch_size)
 
 
 def write_corpus(
-    cache: AnswerCache, target: CausalLM, writing: Writing, stops: Sequence[int], *, progress: bool = True
+    cache: AnswerCache,
+    target: CausalLM,
+    sampling: Sampling,
+    *,
+    stops: Sequence[int],
+    seed: int,
+    progress: bool = True,
 ) -> list[Sample]:
     """Let the target answer the prompts that are not answered yet; returns all samples, in the order of the prompts.
 
     Args:
         cache: What `corpus` returned for these settings.
         target: Target, on the device to generate on.
-        writing: How to write.
+        sampling: How tokens are drawn.
         stops: Tokens that end an answer.
+        seed: Seed of the draws.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -85,10 +72,11 @@ def write_corpus(
     def write_batch(asked: list[list[int]], start: int) -> list[list[int]]:
         return decoder.generate(
             asked,
-            max_new_tokens=writing.max_new_tokens,
-            temperature=writing.temperature,
-            top_p=writing.top_p,
-            seed=writing.seed + start,
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            seed=seed + start,
             stop_tokens=stops,
         ).new_tokens
 

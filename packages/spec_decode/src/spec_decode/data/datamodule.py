@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
+from kd_common.checks import at_least
 from kd_common.errors import UserError
 from kd_common.files import cache_root, locked
 from kd_common.run.loading import WorkerLoader
@@ -19,7 +20,6 @@ from kd_common.run.training import obtain_for
 from kd_common.text import AnswerCache, Row
 from spec_decode.data.corpus import (
     Sample,
-    Writing,
     as_samples,
     corpus,
     encode_answers,
@@ -28,7 +28,10 @@ from spec_decode.data.corpus import (
 )
 from spec_decode.data.features import FeatureStore, split_states
 from spec_decode.data.prompts import packaged_prompts, read_asked
+from spec_decode.decoding.sampling import Sampling
 from spec_decode.models import CausalLM, States
+
+DEFAULT_SAMPLING = Sampling(temperature=0.0, max_new_tokens=128)
 
 
 @dataclass(eq=False)  # not frozen: Lightning's precision plugins replace its fields
@@ -135,7 +138,9 @@ class TargetText(LightningDataModule):
         val_prompts: Prompts, the last ones, kept for validation and the final measurement.
         answers: ``target`` has the target answer the prompts; ``file`` takes the answers beside them in the file, which
             should be the target's own, written by a server made for that.
-        writing: How the target writes its answers, and the room that an answer is left.
+        sampling: How the target's answers are drawn, greedily unless set, and the room that an answer is left.
+        sampling_seed: Seed of the target's answers, apart from ``seed`` so that runs with other seeds share them.
+        generation_batch_size: Prompts the target answers at once.
         features: ``online`` runs the target on every batch; ``cached`` stores its states once and reads them.
         max_length: Longest sequence in tokens, prompt included.
         epoch_rows: Sequences per epoch; None means one pass over all.
@@ -153,7 +158,9 @@ class TargetText(LightningDataModule):
         limit: int | None = None,
         val_prompts: int = 16,
         answers: Literal["target", "file"] = "target",
-        writing: Writing | None = None,
+        sampling: Sampling = DEFAULT_SAMPLING,
+        sampling_seed: int = 0,
+        generation_batch_size: int = 16,
         features: Literal["online", "cached"] = "cached",
         max_length: int = 512,
         epoch_rows: int | None = None,
@@ -165,14 +172,13 @@ class TargetText(LightningDataModule):
         for name, value in (("limit", limit), ("epoch_rows", epoch_rows)):
             if value is not None and value < 1:
                 raise UserError(f"data.{name} must be >= 1, or null, got {value}")
-        for name, value in (("val_prompts", val_prompts), ("batch_size", batch_size)):
-            if value < 1:
-                raise UserError(f"data.{name} must be >= 1, got {value}")
-        self.writing = writing or Writing()
-        if max_length <= self.writing.max_new_tokens:
+        at_least("data.val_prompts", val_prompts, 1)
+        at_least("data.batch_size", batch_size, 1)
+        at_least("data.generation_batch_size", generation_batch_size, 1)
+        if max_length <= sampling.max_new_tokens:
             raise UserError(
                 f"data.max_length {max_length} leaves no room for a prompt beside an answer of "
-                f"data.writing.max_new_tokens {self.writing.max_new_tokens} tokens"
+                f"data.sampling.max_new_tokens {sampling.max_new_tokens} tokens"
             )
         if answers == "file" and prompts is None:
             raise UserError("data.answers file needs the file: set data.prompts")
@@ -189,6 +195,8 @@ class TargetText(LightningDataModule):
             raise UserError(f"{len(self.texts)} prompts leave none to train on beside data.val_prompts {val_prompts}")
         self.val_prompts, self.features, self.max_length = val_prompts, features, max_length
         self.epoch_rows, self.batch_size, self.chat_template, self.seed = epoch_rows, batch_size, chat_template, seed
+        self.sampling, self.sampling_seed = sampling, sampling_seed
+        self.generation_batch_size = generation_batch_size
         self._target: list[CausalLM] = []
         self.encoded: list[list[int]] = []
         self.stops: tuple[int, ...] = ()
@@ -210,7 +218,7 @@ class TargetText(LightningDataModule):
         if self.max_length > target.context:
             raise UserError(f"data.max_length {self.max_length} exceeds the target's context {target.context}")
         self._target, self.stops = [target], tuple(stops)
-        longest = self.max_length - self.writing.max_new_tokens
+        longest = self.max_length - self.sampling.max_new_tokens
         if self.answers is None:
             self.encoded = encode_prompts(tokenizer, self.texts, longest=longest, chat_template=self.chat_template)
         else:
@@ -264,10 +272,12 @@ class TargetText(LightningDataModule):
 
     @property
     def _corpus(self) -> AnswerCache:
-        read, how = (self.encoded, self.writing)
+        read, drawn = self.encoded, (self.sampling, self.sampling_seed, self.generation_batch_size)
         if self.answers is not None:  # how the target would have written them does not matter
-            read, how = [sample.tokens for sample in self.samples], Writing()
-        return corpus(cache_root() / "spec_decode", self.target, read, how, self.stops)
+            read, drawn = [sample.tokens for sample in self.samples], (DEFAULT_SAMPLING, 0, 1)
+        sampling, seed, batch_size = drawn
+        folder = cache_root() / "spec_decode"
+        return corpus(folder, self.target, read, sampling, stops=self.stops, seed=seed, batch_size=batch_size)
 
     def _store(self) -> FeatureStore:
         folder = self._corpus.path.with_suffix("")
@@ -287,7 +297,8 @@ class TargetText(LightningDataModule):
         if self._stored():
             return
         if self.answers is None:
-            self.samples = write_corpus(self._corpus, self.target, self.writing, self.stops, progress=self.progress)
+            how: dict[str, Any] = {"stops": self.stops, "seed": self.sampling_seed, "progress": self.progress}
+            self.samples = write_corpus(self._corpus, self.target, self.sampling, **how)
         if self.features == "cached":
             store = self._store()
             with locked(store.folder, "the target's features"):

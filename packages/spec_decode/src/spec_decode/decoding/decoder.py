@@ -131,7 +131,7 @@ class SpeculativeDecoder:
         attention_mask: Tensor | None = None,
         max_new_tokens: int | None = None,
         temperature: float = 0.0,
-        top_k: int | None = None,
+        top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
         stop_tokens: Sequence[int] = (),

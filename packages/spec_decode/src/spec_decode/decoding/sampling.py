@@ -5,14 +5,14 @@ position of the drawn token. So it is the same in plain and in speculative decod
 Shapes: A rows of any kind, V tokens of the target's vocabulary.
 """
 
-import math
-from dataclasses import dataclass
 from enum import IntEnum
 
 import torch
 from torch import Tensor
 
+from kd_common.checks import one_of
 from kd_common.errors import UserError
+from kd_common.sampling import SamplingParams
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _FINALIZER = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)))
@@ -147,31 +147,18 @@ def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
     return _keep_largest(logits, count, ordered.gather(-1, count - 1))
 
 
-@dataclass(frozen=True)
-class Sampling:
+class Sampling(SamplingParams):
     """Processors that turn logits into the distribution of the next token: temperature, then top-k, then top-p.
 
-    Args:
-        temperature: Finite divisor of the logits, >= 0; 0 puts all probability on the largest logit, ties going to the
-            lowest token id.
-        top_k: Number of tokens to keep, >= 1; None keeps all.
-        top_p: Probability to keep, in (0, 1]; 1 keeps all. It refers to the distribution after temperature and top-k.
+    Of several equal logits the one of the lowest token id comes first.
 
     Raises:
-        UserError: If a setting is out of range.
+        UserError: If a setting is out of range, or one that is not known here.
     """
 
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float = 1.0
-
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UserError(f"temperature must be a finite number >= 0 (0 is greedy), got {self.temperature}")
-        if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
-            raise UserError(f"top_k must be an int >= 1, or None to keep every token, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p must be in (0, 1], 1 keeps every token, got {self.top_p}")
+        super().__post_init__()
+        one_of("no_repeat_ngram_size", self.no_repeat_ngram_size, (0,))
 
     def log_probs(self, logits: Tensor) -> Tensor:
         """Return the log-probabilities of the processed distribution.
@@ -195,7 +182,7 @@ class Sampling:
         """Return the log-probabilities up to a constant per row, at a temperature > 0."""
         # The largest logit becomes 0 first: no temperature, however small, can overflow it.
         logits = (logits.double() - logits.amax(-1, keepdim=True)) / self.temperature
-        if self.top_k is not None:
+        if self.top_k:
             logits = keep_top_k(logits, self.top_k)
         return keep_top_p(logits, self.top_p)
 

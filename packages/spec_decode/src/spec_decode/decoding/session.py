@@ -91,7 +91,7 @@ def check_settings(
     *,
     max_new_tokens: int,
     temperature: float,
-    top_k: int | None = None,
+    top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
     stop_strings: Sequence[str] = (),
