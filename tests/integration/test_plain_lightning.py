@@ -6,13 +6,13 @@ import lightning
 import pytest
 import torch
 
+from kd_common.sampling import SamplingParams
 from kd_common.schedules import CosineDecay
 from llm_kd.data import TextDataModule
 from llm_kd.models import StudentSpec, TeacherSpec
-from llm_kd.models.generation import Sampling
 from llm_kd.training.distillation import DistillationModule as LanguageModule
-from spec_decode.data.corpus import Writing
 from spec_decode.data.datamodule import TargetText
+from spec_decode.decoding.sampling import Sampling
 from spec_decode.drafters import FastEagle
 from spec_decode.models.target import TargetSpec
 from spec_decode.training.drafter_module import DrafterModule
@@ -41,14 +41,14 @@ def vision(folder, target):
 
 def language(folder, target):
     files = {split: str(folder / f"{split}.jsonl") for split in ("train", "val")}
-    sampling = Sampling(temperature=0.0, max_new_tokens=4)
+    sampling = SamplingParams(temperature=0.0, max_new_tokens=4)
     data = TextDataModule(str(target), **files, sampling=sampling, batch_size=4, seed=5)
     return data, LanguageModule(TeacherSpec(str(target)), StudentSpec(layers=2), learning_rate=1e-3, seed=5)
 
 
 def drafting(folder, target):
-    writing = Writing(max_new_tokens=6, batch_size=3)
-    data = TargetText(limit=8, val_prompts=2, writing=writing, max_length=200, batch_size=2, seed=5)
+    how = {"sampling": Sampling(temperature=0.0, max_new_tokens=6), "generation_batch_size": 3}
+    data = TargetText(limit=8, val_prompts=2, **how, max_length=200, batch_size=2, seed=5)
     drafter = FastEagle(depth=2, draft_vocab=90)
     return data, DrafterModule(TargetSpec(str(target), "float32"), drafter, CosineDecay(), learning_rate=5e-4, seed=5)
 
