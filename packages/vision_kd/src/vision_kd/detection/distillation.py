@@ -31,7 +31,7 @@ class FeatureDistillation:
     """Distillation of the FPN maps with ReviewKD, as a component `feature` that moves with `nontarget`.
 
     Attributes:
-        weight: Weight of the component; published: 1.2 for ResNet-18, 1.0 for ResNet-50 and 2.0 for MobileNetV2 students.
+        weight: Weight of the component; published: 1.2 for ResNet-18, 1.0 for ResNet-50 and 2.0 for MobileNetV2.
         channels: Channels inside the fusion.
     """
 
