@@ -85,7 +85,7 @@ def check_no_adapter(folder: Path) -> None:
 
 
 def stored_weights(folder: Path) -> StoredWeights:
-    """Return the tensors' types that the weight files hold; only headers are read.
+    """Return the files and types of the tensors that transformers will load; only headers are read.
 
     Raises:
         ModelFilesError: If a shard is missing or left over, a tensor is stored twice, complex or without values, or the
@@ -167,7 +167,7 @@ def shown(items: Iterable[str]) -> str:
 
 
 def _miscast(model: Any, state: Mapping[str, Tensor], stored: StoredWeights, known: set[str]) -> list[str]:
-    """Return the names of stored tensors that are not real numbers although the model's weights are, or the reverse."""
+    """Return the stored tensors of integers, complex numbers or truth values that became real weights."""
     prefix = model.base_model_prefix
     ignored = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"(^|\.)position_ids$"]
     found = []

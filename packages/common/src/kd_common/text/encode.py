@@ -165,7 +165,7 @@ class ChatEncoder:
         return text
 
     def _located(self, text: str, turns: Turns, place: int, before: str, row: Row) -> int | None:
-        """Return the end of an answer with its closing tokens, in a rendering; None if it is not there as given."""
+        """Return the end of an answer and its closing text in a rendering; None if it is not there as given."""
         content = turns[place]["content"]
         forms = dict.fromkeys((content, content.strip(), content.rstrip(), content.lstrip()))
         if not text.startswith(before):

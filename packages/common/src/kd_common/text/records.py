@@ -115,7 +115,7 @@ def check_text(value: Any, what: str) -> str:
 
 
 def broken_text(text: str) -> str | None:
-    """Return the half surrogate pair that keeps a text from being written as UTF-8, as in text cut within an emoji."""
+    """Return the error about half a surrogate pair, which cannot be written as UTF-8; None for a sound text."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -161,7 +161,7 @@ def conversations(record: Mapping[str, Any], source: str, fields: Mapping[str, s
 
 
 def _row_settings(record: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
-    """Return the settings that a record passes to the chat template; raise for those without an effect."""
+    """Return the settings that a record passes to the chat template; raise for unsupported ones."""
     named = set(fields.values())
     for key in REFUSED_IN_ROWS.keys() & record.keys() - named:
         if record[key] not in (None, [], "", {}) and not (key == "rejected" and "chosen" in named):

@@ -7,7 +7,7 @@ from statistics import median
 
 @dataclass
 class SpeedMonitor:
-    """Keeps a balance of the time that drafting has saved, in plain passes; drafting needs a positive balance.
+    """Balance, in plain passes, of the time that drafting has saved; drafting needs a positive balance.
 
     `SpeculativeDecoder.tuned` chooses by acceptance on validation text and by measured times. Other text, or a change
     of the machine's speed, can make drafting slower than plain decoding. The monitor keeps a balance: a drafted pass

@@ -188,7 +188,7 @@ def _left_over(found: Found, fitting: list[Found], surplus: Callable[[str], bool
 
 
 def _unusable(state: State, expected: State) -> list[str]:
-    """Return the names of tensors that cannot be copied without a loss: missing values, or another kind of numbers."""
+    """Return names and reasons of tensors that cannot be copied without a loss."""
     reasons = {key: _reason(state[key], expected[key]) for key in expected if key in state}
     return [f"{key} ({reason})" for key, reason in reasons.items() if reason]
 
