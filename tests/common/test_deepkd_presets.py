@@ -108,7 +108,7 @@ def test_adamw_takes_the_paper_rule():
         ({"base_momentum": 0.95}, r"momentum of 'task' is 1.025, outside \[0, 1\)"),
         ({"base_momentum": 0.05}, "momentum of 'target' is -0.025"),
         ({"delta": {"task": 0.1}}, "delta must name exactly"),
-        ({"preset": "other"}, "preset must be 'paper' or 'released', got 'other'"),
+        ({"preset": "other"}, "preset must be one of paper, released, got 'other'"),
         ({"preset": "released", "decay_component": "task"}, "'released' decays within 'target'"),
         ({"preset": "released", "components": ("task",)}, "decay_component 'target' has no momentum"),
         ({"components": ("task", "relation")}, r"unknown components \['relation'\]"),

@@ -105,8 +105,8 @@ def test_bad_gradients_change_nothing():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"beta1s": {"task": 1.0}}, r"beta1s\['task'\] must be in \[0, 1\)"),
-        ({"beta2": 1.0}, "beta2 must be in"),
+        ({"beta1s": {"task": 1.0}}, r"beta1s\['task'\] must lie in \[0, 1\)"),
+        ({"beta2": 1.0}, "beta2 must lie in"),
         ({"eps": -1.0}, "eps must be >= 0"),
         ({"params": [{"params": parameters(), "beta1s": BETA1S}]}, r"brings \['beta1s'\]"),
     ],

@@ -218,8 +218,8 @@ def test_changed_buckets_are_an_error():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"momenta": {"task": 1.0}}, r"momenta\['task'\] must be in \[0, 1\), got 1.0"),
-        ({"momenta": {"task": -0.1}}, "must be in"),
+        ({"momenta": {"task": 1.0}}, r"momenta\['task'\] must lie in \[0, 1\), got 1.0"),
+        ({"momenta": {"task": -0.1}}, "must lie in"),
         ({"momenta": {}}, "momenta is empty"),
         ({"momenta": {"a+b": 0.9}}, r"must not contain '\+'"),
         ({"lr": -1.0}, "lr must be >= 0, got -1.0"),

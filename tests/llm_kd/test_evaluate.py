@@ -300,10 +300,10 @@ def test_output_and_every_setting(arguments, teacher, speaker, tmp_path, capsys)
     [
         (["--temperature", "0"], r"every seed gives the same answers: give one, as in --seeds \[0\]"),
         (["--data.max_length", "256"], "leaves no room for an answer behind a prompt of --max_prompt 256 tokens"),
-        (["--limit", "0"], "--limit must be at least 1, got 0"),
-        (["--max_prompt", "0"], "--max_prompt must be at least 1, got 0"),
+        (["--limit", "0"], "--limit must be >= 1, got 0"),
+        (["--max_prompt", "0"], "--max_prompt must be >= 1, got 0"),
         (["--top_p", "0"], r"top_p must lie in \(0, 1\]"),
-        (["--k", "0"], "--k must be at least 1"),
+        (["--k", "0"], "--k must be >= 1"),
         (["--data.responses", "teacher"], "name it with --teacher"),
         (["--data.val_batch_size", "0"], "val_batch_size must be at least 1"),
     ],

@@ -399,7 +399,7 @@ def test_bf16_trains(folder):
     [
         ({"learning_rate": 0.0}, "model.learning_rate must be > 0"),
         ({"weight_decay": -1.0}, "model.weight_decay must be >= 0"),
-        ({"loss_temperature": 0.0}, "loss_temperature must be a positive"),
+        ({"loss_temperature": 0.0}, "loss_temperature must be > 0"),
         ({"student": StudentSpec(layers=9)}, r"student.layers must lie in \[1, 3\]"),
     ],
 )

@@ -306,5 +306,5 @@ def test_bad_additions(tmp_path):
         with pytest.raises(ValueError, match=r"stores 4 of 300 tokens, got \(300, 2\)"):
             writer.add([key(1)], [3], tokens, TruncatedDistribution.from_logits(torch.randn(3, V), 2))
     assert_holds(TeacherCache(tmp_path), [0])
-    with pytest.raises(ValueError, match="shard_bytes must be at least 1"):
+    with pytest.raises(ValueError, match="shard_bytes must be >= 1"):
         CacheWriter(tmp_path, HEADER, shard_bytes=0)

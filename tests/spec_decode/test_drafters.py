@@ -515,8 +515,8 @@ def test_dynamic_tree_under_pruning(tiny, plain):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"min_confidence": 1.0}, r"min_confidence must be in \[0, 1\), got 1.0"),
-        ({"min_confidence": -0.1}, "min_confidence must be in"),
+        ({"min_confidence": 1.0}, r"min_confidence must lie in \[0, 1\), got 1.0"),
+        ({"min_confidence": -0.1}, "min_confidence must lie in"),
         ({"min_confidence": 0.1, "rejection": True}, "changes their distribution"),
     ],
 )

@@ -286,8 +286,8 @@ def test_training_without_the_teacher_attached_is_an_error(toy):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"topk": DynamicTopK(k_start=6)}, r"k_start=6 .* \[1, 5\]"),
-        ({"topk": DynamicTopK(k_start=0)}, r"k_start=0 .* \[1, 5\]"),
+        ({"topk": DynamicTopK(k_start=6)}, r"k_start.* \[1, 5\]"),
+        ({"topk": DynamicTopK(k_start=0)}, r"k_start.* \[1, 5\]"),
         ({"topk": DynamicTopK(k_start=4, k_opt=2)}, "k_start must not exceed k_opt"),
         ({"method": Vanilla(), "policy": SGD(), "topk": DynamicTopK()}, "model.topk masks .* Vanilla"),
         ({"method": Vanilla()}, "DeepKD treats the gradient of target, nontarget apart"),

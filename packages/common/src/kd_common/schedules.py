@@ -7,6 +7,7 @@ from dataclasses import KW_ONLY, dataclass
 from itertools import pairwise
 from typing import Literal
 
+from kd_common.checks import at_least, within
 from kd_common.errors import UserError
 
 Phase = Literal["easy", "transition", "hard"]
@@ -43,10 +44,8 @@ class TopKSchedule:
     phase_ends: Sequence[float] = (0.3, 0.6)
 
     def __post_init__(self) -> None:
-        if self.num_classes < 2:
-            raise UserError(f"num_classes must be at least 2, got {self.num_classes}")
-        if self.total_steps < 1:
-            raise UserError(f"total_steps must be at least 1, got {self.total_steps}")
+        at_least("num_classes", self.num_classes, 2)
+        at_least("total_steps", self.total_steps, 1)
         if self._count("k_start", self.k_start) > self._count("k_opt", self.k_opt):
             raise UserError(f"k_start must not exceed k_opt, got k_start={self.k_start} and k_opt={self.k_opt}")
         increasing = all(a < b <= 1 for a, b in pairwise((0.0, *self.phase_ends)))
@@ -59,15 +58,9 @@ class TopKSchedule:
     def _count(self, name: str, value: int | float) -> int:
         most = self.num_classes - 1
         if isinstance(value, int):
-            if not 1 <= value <= most:
-                raise UserError(
-                    f"{name}={value} is a count of classes and must lie in [1, {most}]; write a float for a fraction"
-                )
+            within(f"{name}, a count of classes,", value, f"[1, {most}]")
             return value
-        if not 0 < value <= 1:
-            raise UserError(
-                f"{name}={value} is a fraction of the classes and must lie in (0, 1]; write an int to count"
-            )
+        within(f"{name}, a fraction of the classes,", value, "(0, 1]")
         return min(max(round(value * self.num_classes), 1), most)
 
     def _progress(self, step: float) -> float:
@@ -126,10 +119,8 @@ def _warmup_from(start: float, epoch: float, warmup_epochs: float) -> float:
 
 
 def _check_warmup(warmup_epochs: float, warmup_start: float) -> None:
-    if warmup_epochs < 0:
-        raise UserError(f"warmup_epochs must not be negative, got {warmup_epochs}")
-    if not 0 <= warmup_start <= 1:
-        raise UserError(f"warmup_start must lie in [0, 1], a share of the full value, got {warmup_start}")
+    at_least("warmup_epochs", warmup_epochs, 0)
+    within("warmup_start", warmup_start, "[0, 1]")
 
 
 class StepDecay(Schedule):
@@ -151,8 +142,7 @@ class StepDecay(Schedule):
         _check_warmup(warmup_epochs, warmup_start)
         if any(a >= b for a, b in pairwise(milestones)):
             raise UserError(f"milestones must be strictly increasing, got {tuple(milestones)}")
-        if not 0 < gamma <= 1:
-            raise UserError(f"gamma must lie in (0, 1], got {gamma}")
+        within("gamma", gamma, "(0, 1]")
         self.milestones = tuple(milestones)
         self.gamma = gamma
         self.warmup_epochs = warmup_epochs
@@ -181,8 +171,7 @@ class CosineDecay(Schedule):
 
     def __init__(self, warmup_epochs: float = 0.0, final: float = 0.0, warmup_start: float = 0.0) -> None:
         _check_warmup(warmup_epochs, warmup_start)
-        if not 0 <= final <= 1:
-            raise UserError(f"final must lie in [0, 1], a share of the full value, got {final}")
+        within("final", final, "[0, 1]")
         self.warmup_epochs = warmup_epochs
         self.final = final
         self.warmup_start = warmup_start

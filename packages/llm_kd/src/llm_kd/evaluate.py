@@ -24,6 +24,7 @@ from rich.markup import escape
 from rich.table import Table
 from tqdm.auto import tqdm
 
+from kd_common.checks import at_least
 from kd_common.errors import UserError
 from kd_common.files import write_atomically
 from kd_common.hub.language_models import load_config, load_tokenizer
@@ -126,8 +127,8 @@ def check(settings: Namespace) -> SamplingParams:
     if settings.data.responses == "teacher" and settings.teacher is None:
         raise UserError("data.responses teacher compares with a teacher's answers: name it with --teacher")
     for name in ("limit", "max_prompt", "k"):
-        if settings[name] is not None and settings[name] < 1:
-            raise UserError(f"--{name} must be at least 1, got {settings[name]}")
+        if settings[name] is not None:
+            at_least(f"--{name}", settings[name], 1)
     if settings.data.max_length <= settings.max_prompt:
         raise UserError(
             f"--data.max_length {settings.data.max_length} leaves no room for an answer behind a prompt of "

@@ -21,6 +21,7 @@ from jsonargparse import auto_cli
 from rich.console import Console
 from tqdm import tqdm
 
+from kd_common.checks import at_least
 from kd_common.errors import UserError
 from kd_common.files import read_json, write_atomically
 from kd_common.hub.language_models import model_ends, model_source, note_unapplied
@@ -333,8 +334,7 @@ def benchmark(
             those of other settings, or of another machine, are kept in a file of their own.
     """
     check_device(device)
-    if count < 1:
-        raise UserError(f"count must be >= 1, got {count}")
+    at_least("count", count, 1)
     samplings = [Sampling(temperature) for temperature in temperatures or (0.0, 1.0)]
     check_settings(max_new_tokens=max_new_tokens, temperature=samplings[0].temperature, seed=seed)
     entries = {entry: (name, parse_tree(own or tree)) for entry in drafters for name, _, own in [entry.partition("@")]}

@@ -19,6 +19,7 @@ from jsonargparse import auto_cli
 from safetensors.torch import save
 from torch import Tensor
 
+from kd_common.checks import one_of
 from kd_common.errors import UserError
 from kd_common.files import write_atomically
 from kd_common.hub.language_models import DTYPES, load_config
@@ -134,8 +135,7 @@ def export(drafter: str, output: str, dtype: str = "bfloat16") -> None:
             f"{drafter} is a {kind} drafter; only Eagle3 has a layout that other programs read. "
             "Load this one with spec_decode.drafters.load_drafter"
         )
-    if dtype not in DTYPES:
-        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    one_of("dtype", dtype, DTYPES)
     if (name := found.get("target")) is None:
         raise UserError(f"{drafter} does not say which target it was trained for; train it with spec_decode.fit")
     config = load_config(name)

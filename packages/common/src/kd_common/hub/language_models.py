@@ -30,6 +30,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from kd_common.checks import one_of
 from kd_common.errors import UserError
 from kd_common.files import cache_root, locked, read_json, replacing_stopped, staging_paths
 from kd_common.hub.vocabulary import end_tokens
@@ -108,8 +109,7 @@ def load_causal_lm(name: str, dtype: str = "float32", *, attention: str = "sdpa"
             an adapter's.
         UserError: If the precision is unknown.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    one_of("dtype", dtype, DTYPES)
     model: PreTrainedModel = _load(_whole_model, name, dtype=DTYPES[dtype], attn_implementation=attention)
     return model.eval()
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from kd_common.errors import UserError
+from kd_common.checks import at_least, within
 from kd_common.grads import sum_gradients
 from kd_common.optim.base import ComponentOptimizer
 
@@ -48,10 +48,8 @@ class DecoupledAdamW(ComponentOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
     ) -> None:
-        if not 0 <= beta2 < 1:
-            raise UserError(f"beta2 must be in [0, 1), got {beta2}")
-        if not eps >= 0:
-            raise UserError(f"eps must be >= 0, got {eps}")
+        within("beta2", beta2, "[0, 1)")
+        at_least("eps", eps, 0)
         super().__init__(
             params, {"lr": lr, "beta1s": dict(beta1s), "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
         )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from kd_common.checks import at_least, within
 from kd_common.errors import UserError
 from kd_common.grads import Gradients, sum_gradients
 
@@ -56,8 +57,7 @@ class ComponentOptimizer(Optimizer):
         if not coefficients:
             raise UserError(f"{self.coefficient} is empty: name at least one component")
         for name, value in coefficients.items():
-            if not 0 <= value < 1:
-                raise UserError(f"{self.coefficient}['{name}'] must be in [0, 1), got {value}")
+            within(f"{self.coefficient}['{name}']", value, "[0, 1)")
             if "+" in name:
                 raise UserError(f"component name '{name}' must not contain '+', which joins the names of a bucket")
         super().__init__(params, defaults)
@@ -68,8 +68,7 @@ class ComponentOptimizer(Optimizer):
             raise UserError(f"a parameter group brings {own}, which all groups share: pass it to the optimizer")
         super().add_param_group(param_group)
         for key in ("lr", "weight_decay"):
-            if not self.param_groups[-1][key] >= 0:
-                raise UserError(f"{key} must be >= 0, got {self.param_groups[-1][key]}")
+            at_least(key, self.param_groups[-1][key], 0)
 
     @property
     def buckets(self) -> dict[str, tuple[str, ...]]:

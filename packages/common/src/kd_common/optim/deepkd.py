@@ -5,6 +5,7 @@ from typing import Literal
 
 from torch.optim.optimizer import ParamsT
 
+from kd_common.checks import one_of
 from kd_common.errors import UserError
 from kd_common.optim.adamw import DecoupledAdamW
 from kd_common.optim.sgd import WEIGHT_DECAY, DecoupledSGD
@@ -30,8 +31,7 @@ def deepkd_momenta(
     Raises:
         UserError: If the preset is unknown, `delta` names other components, or a momentum leaves [0, 1).
     """
-    if preset not in ("paper", "released"):
-        raise UserError(f"preset must be 'paper' or 'released', got '{preset}'")
+    one_of("preset", preset, ("paper", "released"))
     deltas = dict(delta) if isinstance(delta, Mapping) else dict.fromkeys(COMPONENTS, delta)
     if deltas.keys() != set(COMPONENTS):
         raise UserError(f"delta must name exactly {list(COMPONENTS)}, got {list(deltas)}")

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kd_common.checks import at_least, one_of, positive
 from kd_common.errors import UserError
 from llm_kd.head.linear import Gradients, LMHead, Projection, ValueWithGradients, rows_per_chunk
 from llm_kd.head.rows import dense_loss, truncated_loss
@@ -100,16 +101,13 @@ class KDHead(nn.Module):
         chunk_size: int | None = None,
     ) -> None:
         super().__init__()
-        if normalize not in ("valid", "selected"):
-            raise UserError(f"normalize must be 'valid' or 'selected', got {normalize!r}")
-        if temperature_scale not in ("squared", "none"):
-            raise UserError(f"temperature_scale must be 'squared' or 'none', got {temperature_scale!r}")
+        one_of("normalize", normalize, ("valid", "selected"))
+        one_of("temperature_scale", temperature_scale, ("squared", "none"))
         for name, value in {"loss_temperature": loss_temperature, "verify_temperature": verify_temperature}.items():
-            if not 0 < value < math.inf:
-                raise UserError(f"{name} must be a positive finite number, got {value}")
+            positive(name, value)
         for name, size in {"vocab_size": vocab_size, "chunk_size": chunk_size}.items():
-            if size is not None and size < 1:
-                raise UserError(f"{name} must be at least 1, got {size}")
+            if size is not None:
+                at_least(name, size, 1)
         if vocab_size is not None:
             selector.check_vocabulary(vocab_size)
         self.objective = objective

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kd_common.checks import within
 from kd_common.errors import UserError
 
 NOT_PER_LAYER = ("_token_id", "_token_ids", "architectures")
@@ -26,8 +27,7 @@ def evenly_spaced(total: int, keep: int) -> list[int]:
     Raises:
         UserError: If keep is outside [1, total].
     """
-    if not 1 <= keep <= total:
-        raise UserError(f"student.layers must lie in [1, {total}], the layers of the model, got {keep}")
+    within("student.layers", keep, f"[1, {total}]")
     return [round(i * (total - 1) / max(1, keep - 1)) for i in range(keep)]
 
 

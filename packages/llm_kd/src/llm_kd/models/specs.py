@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from kd_common.checks import at_least, within
 from kd_common.errors import UserError
 from kd_common.hub.language_models import EMBEDDED, model_source
 
@@ -49,10 +50,8 @@ class LoRASpec:
     targets: list[str] = field(default_factory=lambda: ["all-linear"])
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise UserError(f"student.lora.rank must be at least 1, got {self.rank}")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"student.lora.dropout must lie in [0, 1), got {self.dropout}")
+        at_least("student.lora.rank", self.rank, 1)
+        within("student.lora.dropout", self.dropout, "[0, 1)")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kd_common.checks import at_least, within
 from kd_common.errors import UserError
 from kd_common.functional.divergences import log_probs
 from llm_kd.objectives.base import Objective
@@ -35,8 +36,8 @@ class TAID(Objective):
         super().__init__()
         if not 0 < t_start <= t_end <= 1:
             raise UserError(f"0 < t_start <= t_end <= 1 must hold, got t_start={t_start} and t_end={t_end}")
-        if rate < 0 or not 0 <= momentum < 1:
-            raise UserError(f"rate must be >= 0 and momentum in [0, 1), got rate={rate} and momentum={momentum}")
+        at_least("rate", rate, 0)
+        within("momentum", momentum, "[0, 1)")
         self.t_start = t_start
         self.t_end = t_end
         self.rate = rate

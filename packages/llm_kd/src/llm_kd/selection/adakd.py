@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd_common.errors import UserError
+from kd_common.checks import at_least, within
 from llm_kd.selection.acceptance import TruncatedDistribution
-from llm_kd.selection.base import Selection, Selector, check_share, dense_logits, top_share
+from llm_kd.selection.base import Selection, Selector, dense_logits, top_share
 
 
 class AdaKD(Selector):
@@ -50,12 +50,11 @@ class AdaKD(Selector):
         ema: float = 0.99,
     ) -> None:
         super().__init__()
-        if c < 0 or tolerance < 0:
-            raise UserError(f"c and tolerance must be >= 0, got c={c} and tolerance={tolerance}")
+        at_least("c", c, 0)
+        at_least("tolerance", tolerance, 0)
         for name, value in {"rate": rate, "warmup": warmup, "ema": ema}.items():
-            if not 0 <= value < 1:
-                raise UserError(f"{name} must lie in [0, 1), got {value}")
-        check_share("min_share", min_share)
+            within(name, value, "[0, 1)")
+        within("min_share", min_share, "(0, 1]")
         self.c = c
         self.tolerance = tolerance
         self.rate = rate

@@ -132,9 +132,3 @@ def top_share(score: Tensor, share: float) -> Tensor:
     keep = max(1, math.floor(share * len(score) + 1e-9))  # floating point puts 0.29 * 100 below 29
     order = score.argsort(descending=True, stable=True)
     return torch.zeros_like(score).scatter(0, order[:keep], 1.0)
-
-
-def check_share(name: str, share: float) -> None:
-    """Raise ValueError unless a share of tokens lies in (0, 1]."""
-    if not 0 < share <= 1:
-        raise UserError(f"{name} is a share of the tokens and must lie in (0, 1], got {share}")

@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
+from kd_common.checks import within
 from llm_kd.selection.acceptance import TruncatedDistribution
-from llm_kd.selection.base import Selection, Selector, check_share, entropy, top_share
+from llm_kd.selection.base import Selection, Selector, entropy, top_share
 
 
 class EntropyTopP(Selector):
@@ -21,7 +22,7 @@ class EntropyTopP(Selector):
 
     def __init__(self, p: float = 0.2) -> None:
         super().__init__()
-        check_share("p", p)
+        within("p", p, "(0, 1]")
         self.p = p
 
     def score(self, student_logits: Tensor, teacher_logits: Tensor | TruncatedDistribution) -> Tensor:

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from kd_common.checks import at_least, within
 from kd_common.errors import UserError
 from llm_kd.selection.acceptance import TruncatedDistribution, token_weights, topk_accept
 from llm_kd.selection.base import Selection, Selector
@@ -52,8 +53,6 @@ class TopK(Selector):
 
 
 def check_gate(k: int, beta: float) -> None:
-    """Raise ValueError unless k >= 1 and beta is in [0, 1]."""
-    if k < 1:
-        raise UserError(f"selector.k must be at least 1, got {k}")
-    if not 0 <= beta <= 1:
-        raise UserError(f"selector.beta must lie in [0, 1], got {beta}")
+    """Raise UserError unless k >= 1 and beta is in [0, 1]."""
+    at_least("selector.k", k, 1)
+    within("selector.beta", beta, "[0, 1]")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kd_common.checks import one_of, within
 from kd_common.errors import UserError
 from llm_kd.selection.acceptance import TruncatedDistribution
 
@@ -34,10 +35,8 @@ class RecordLayout:
     def __post_init__(self) -> None:
         if not 1 <= self.vocab_size < 2**31:
             raise UserError(f"vocab_size must lie in [1, 2**31 - 1], got {self.vocab_size}")
-        if not 1 <= self.size <= self.vocab_size:
-            raise UserError(f"size must lie in [1, {self.vocab_size}], the vocabulary, got {self.size}")
-        if self.dtype not in DTYPES:
-            raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        within("size", self.size, f"[1, {self.vocab_size}]")
+        one_of("dtype", self.dtype, DTYPES)
 
     @property
     def id_dtype(self) -> torch.dtype:

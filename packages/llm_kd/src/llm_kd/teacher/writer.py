@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from safetensors.torch import save
 from torch import Tensor
 
-from kd_common.errors import UserError
+from kd_common.checks import at_least
 from kd_common.files import write_atomically
 from llm_kd.selection.acceptance import TruncatedDistribution
 from llm_kd.teacher.cache import MANIFEST, CacheError, CacheHeader, Manifest, Shard, TeacherCache, index_checksum
@@ -51,8 +51,7 @@ class CacheWriter:
     def __init__(
         self, folder: str | Path, header: CacheHeader, *, source: str | None = None, shard_bytes: int = 2**26
     ) -> None:
-        if shard_bytes < 1:
-            raise UserError(f"shard_bytes must be at least 1, got {shard_bytes}")
+        at_least("shard_bytes", shard_bytes, 1)
         self.folder = Path(folder)
         self.layout = header.layout
         self.shard_bytes = shard_bytes

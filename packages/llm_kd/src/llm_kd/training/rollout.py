@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from dataclasses import asdict
 from typing import Any, ClassVar, Literal
 
-from kd_common.errors import UserError
+from kd_common.checks import at_least, within
 from kd_common.sampling import SamplingParams
 from llm_kd.data.example import Example
 
@@ -78,8 +78,7 @@ class OnPolicy(Rollout):
     """
 
     def __init__(self, fraction: float = 1.0, sampling: SamplingParams | None = None) -> None:
-        if not 0 <= fraction <= 1:
-            raise UserError(f"fraction must lie in [0, 1], got {fraction}")
+        within("fraction", fraction, "[0, 1]")
         self.fraction = fraction
         self.reads_answers = fraction < 1
         self.sampling = sampling or SamplingParams()
@@ -113,10 +112,8 @@ class AdaptiveReplay(Rollout):
     def __init__(
         self, capacity: int = 1000, step: float = 0.1, tolerance: float = 0.1, sampling: SamplingParams | None = None
     ) -> None:
-        if capacity < 1:
-            raise UserError(f"capacity must be at least 1, got {capacity}")
-        if not 0 < step <= 1:
-            raise UserError(f"step must lie in (0, 1], got {step}")
+        at_least("capacity", capacity, 1)
+        within("step", step, "(0, 1]")
         self.capacity = capacity
         self.step = step
         self.tolerance = tolerance

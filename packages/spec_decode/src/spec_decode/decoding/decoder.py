@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kd_common.checks import within
 from kd_common.errors import UserError
 from spec_decode.decoding.autotune import autotune
 from spec_decode.decoding.inputs import check_length, check_whole, prompt_lists
@@ -112,8 +113,7 @@ class SpeculativeDecoder:
             raise UserError(f"{name} has {can.max_width} candidates for a level, the tree asks for {widest}")
         if can.max_depth is not None and tree_depth(shape) > can.max_depth:
             raise UserError(f"{name} drafts at most {can.max_depth} levels, the tree has {tree_depth(shape)}")
-        if not 0 <= self.min_confidence < 1:
-            raise UserError(f"min_confidence must be in [0, 1), got {self.min_confidence}")
+        within("min_confidence", self.min_confidence, "[0, 1)")
         if self.min_confidence and not can.confident:
             raise UserError(f"the drafts of {name} have no probabilities; leave min_confidence at 0")
         if self.min_confidence and self.rejection:

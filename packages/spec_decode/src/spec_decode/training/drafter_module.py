@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from kd_common.checks import at_least, within
 from kd_common.distributed import all_reduce_sum, world_size
 from kd_common.errors import UserError
 from kd_common.hub.language_models import model_ends, note_unapplied
@@ -81,14 +82,11 @@ class DrafterModule(TokenNormalizedModule):
     ) -> None:
         super().__init__(lr_schedule, learning_rate, weight_decay, betas, seed)
         self.save_hyperparameters()
-        if not 0 < level_decay <= 1:
-            raise UserError(f"model.level_decay must be in (0, 1], got {level_decay}")
+        within("model.level_decay", level_decay, "(0, 1]")
         for name, value in (("acceptance_weight", acceptance_weight), ("feature_weight", feature_weight)):
-            if value < 0:
-                raise UserError(f"model.{name} must be >= 0, got {value}")
+            at_least(f"model.{name}", value, 0)
         for name, value in (("ranks", ranks), ("chunk", chunk)):
-            if value < 1:
-                raise UserError(f"model.{name} must be >= 1, got {value}")
+            at_least(f"model.{name}", value, 1)
         self.target_spec = target
         self.level_decay, self.feature_weight = level_decay, feature_weight
         self.level_loss = level_loss(acceptance_weight)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
+from kd_common.checks import within
 from kd_common.errors import UserError
 from kd_common.run.loading import WorkerLoader
 from vision_kd.data.augment import ImageDraws
@@ -189,10 +190,8 @@ class COCO(ImageDataModule):
                 "the training and the validation annotations differ in their categories: "
                 f"{_categories(train)} and {_categories(val)}"
             )
-        if self.train_subset is not None and not 1 <= self.train_subset <= len(train):
-            raise UserError(
-                f"train_subset must be in [1, {len(train)}], the size of the training set, got {self.train_subset}"
-            )
+        if self.train_subset is not None:
+            within("train_subset", self.train_subset, f"[1, {len(train)}]")
 
     def training_digest(self) -> str:
         """Return the digest of images, boxes and labels; see `files_digest`."""

@@ -18,6 +18,7 @@ from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
+from kd_common.checks import one_of, within
 from kd_common.errors import UserError
 from kd_common.registry import Registry
 from vision_kd.detection.detector import Detector, WideAnchorGenerator, WidePredictor, WideRPNHead
@@ -145,11 +146,9 @@ def build_network(
     # FasterRCNN ignores unknown arguments.
     if unknown := sorted(settings.keys() - inspect.signature(FasterRCNN).parameters.keys()):
         raise UserError(f"detector {name!r} has no settings {unknown}")
-    if not 0 <= trainable_layers <= len(backbone.stages):
-        raise UserError(f"trainable_layers must lie in [0, {len(backbone.stages)}], got {trainable_layers}")
+    within("trainable_layers", trainable_layers, f"[0, {len(backbone.stages)}]")
     layers = {"frozen": FrozenBatchNorm2d, "group": _group_norm}
-    if norm not in layers:
-        raise UserError(f"norm must be one of {', '.join(layers)}, got {norm!r}")
+    one_of("norm", norm, layers)
     levels = {stage[-1]: level for stage, level in zip(backbone.stages[1:], FPN_LEVELS, strict=True)}
     classifier = backbone.build(norm_layer=layers[norm])
     pyramid = BackboneWithFPN(classifier, levels, list(backbone.channels), fpn_channels)

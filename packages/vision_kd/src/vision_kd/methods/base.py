@@ -5,7 +5,6 @@ declares. The gradient policy (`vision_kd.policies`) turns the gradients of the 
 method runs with every policy, and a new method is one new file in this package.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kd_common.errors import UserError
 from kd_common.functional import decoupled_kl, standardize_logits, topk_class_mask
 
 Views = Mapping[str, Tensor]
@@ -103,25 +101,3 @@ def kd_components(
     # Summed over the other classes instead of 1 - p_target, which would cancel for a confident teacher.
     others = torch.softmax(teacher / temperature, dim=-1).scatter(-1, target.unsqueeze(-1), 0.0)
     return tckd, others.sum(-1) * nckd
-
-
-def check_settings(
-    *,
-    positive: Mapping[str, float] = {},
-    non_negative: Mapping[str, float] = {},
-    probabilities: Mapping[str, float] = {},
-) -> None:
-    """Raise for out-of-range settings when a method is built, not at its first batch.
-
-    Raises:
-        UserError: If a value is out of range, infinite or NaN; the message names the setting.
-    """
-    for name, value in positive.items():
-        if not 0 < value < math.inf:
-            raise UserError(f"{name} must be > 0 and finite, got {value}")
-    for name, value in non_negative.items():
-        if not 0 <= value < math.inf:
-            raise UserError(f"{name} must be >= 0 and finite, got {value}")
-    for name, value in probabilities.items():
-        if not 0 <= value <= 1:
-            raise UserError(f"{name} must be in [0, 1], got {value}")

@@ -5,10 +5,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from kd_common.checks import at_least, positive, within
 from vision_kd.methods.base import (
     Method,
     Views,
-    check_settings,
     cross_entropy,
     kd_components,
     standardized,
@@ -46,15 +46,12 @@ class CRLD(Method):
         strong_threshold: float = 0.2,
         standardize: bool = False,
     ) -> None:
-        check_settings(
-            positive={"temperature": temperature},
-            non_negative={
-                "ce_weight": ce_weight,
-                "within_weight": within_weight,
-                "cross_weight": cross_weight,
-            },
-            probabilities={"weak_threshold": weak_threshold, "strong_threshold": strong_threshold},
-        )
+        positive("temperature", temperature)
+        at_least("ce_weight", ce_weight, 0)
+        at_least("within_weight", within_weight, 0)
+        at_least("cross_weight", cross_weight, 0)
+        within("weak_threshold", weak_threshold, "[0, 1]")
+        within("strong_threshold", strong_threshold, "[0, 1]")
         self.temperature = temperature
         self.ce_weight = ce_weight
         self.within_weight = within_weight

@@ -2,11 +2,11 @@
 
 from torch import Tensor
 
+from kd_common.checks import at_least, positive
 from kd_common.schedules import linear_warmup
 from vision_kd.methods.base import (
     Method,
     Views,
-    check_settings,
     cross_entropy,
     dkd_components,
     standardized,
@@ -35,10 +35,11 @@ class DKD(Method):
         warmup_epochs: float = 20.0,
         standardize: bool = False,
     ) -> None:
-        check_settings(
-            positive={"temperature": temperature},
-            non_negative={"ce_weight": ce_weight, "alpha": alpha, "beta": beta, "warmup_epochs": warmup_epochs},
-        )
+        positive("temperature", temperature)
+        at_least("ce_weight", ce_weight, 0)
+        at_least("alpha", alpha, 0)
+        at_least("beta", beta, 0)
+        at_least("warmup_epochs", warmup_epochs, 0)
         self.temperature = temperature
         self.ce_weight = ce_weight
         self.alpha = alpha

@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
+from kd_common.checks import at_least, positive
 from vision_kd.methods.base import (
     Method,
     Views,
-    check_settings,
     cross_entropy,
     kd_components,
     standardized,
@@ -29,9 +29,9 @@ class KD(Method):
     def __init__(
         self, temperature: float = 4.0, ce_weight: float = 0.1, kd_weight: float = 0.9, standardize: bool = False
     ) -> None:
-        check_settings(
-            positive={"temperature": temperature}, non_negative={"ce_weight": ce_weight, "kd_weight": kd_weight}
-        )
+        positive("temperature", temperature)
+        at_least("ce_weight", ce_weight, 0)
+        at_least("kd_weight", kd_weight, 0)
         self.temperature = temperature
         self.ce_weight = ce_weight
         self.kd_weight = kd_weight

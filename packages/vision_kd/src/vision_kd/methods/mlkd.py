@@ -6,11 +6,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from kd_common.checks import at_least, positive
 from kd_common.errors import UserError
 from vision_kd.methods.base import (
     Method,
     Views,
-    check_settings,
     cross_entropy,
     kd_components,
     standardized,
@@ -45,10 +45,10 @@ class MLKD(Method):
         kd_weight: float = 0.9,
         standardize: bool = False,
     ) -> None:
-        check_settings(
-            positive={f"temperatures[{i}]": t for i, t in enumerate(temperatures)},
-            non_negative={"ce_weight": ce_weight, "kd_weight": kd_weight},
-        )
+        for i, temperature in enumerate(temperatures):
+            positive(f"temperatures[{i}]", temperature)
+        at_least("ce_weight", ce_weight, 0)
+        at_least("kd_weight", kd_weight, 0)
         if not temperatures:
             raise UserError("temperatures is empty; name at least one")
         self.temperatures = tuple(temperatures)

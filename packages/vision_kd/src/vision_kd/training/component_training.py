@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from kd_common.checks import at_least, positive, within
 from kd_common.distributed import average_batchnorm_buffers, batchnorm_buffers, world_size
 from kd_common.errors import UserError
 from kd_common.grads import accumulate, all_reduce_mean, clip_components, component_cosines, component_norms
@@ -102,8 +103,7 @@ class ComponentTraining(Task):
         self._check_settings()
         self.ema = None
         if ema_decay is not None:
-            if not 0 <= ema_decay < 1:
-                raise UserError(f"model.ema_decay must be in [0, 1), got {ema_decay}: the average would not follow")
+            within("model.ema_decay", ema_decay, "[0, 1)")
             self.ema = AveragedModel(self.student, multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=True)
         self.gsnr = GradientSNR()
         self._pending: ComponentGradients = {}
@@ -126,14 +126,11 @@ class ComponentTraining(Task):
         if self.topk is not None:
             self._topk_schedule(total_steps=1)  # raises on a k outside [1, C - 1]
         for name in ("learning_rate", "clip_norm"):
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise UserError(f"model.{name} must be > 0, got {value}")
-        if self.weight_decay < 0:
-            raise UserError(f"model.weight_decay must be >= 0, got {self.weight_decay}")
-        if self.accumulate < 1:
-            raise UserError(f"model.accumulate must be >= 1, got {self.accumulate}")
-        if self.gsnr_every < 0:
-            raise UserError(f"model.gsnr_every must be >= 0, got {self.gsnr_every}")
+            if (value := getattr(self, name)) is not None:
+                positive(f"model.{name}", value)
+        at_least("model.weight_decay", self.weight_decay, 0)
+        at_least("model.accumulate", self.accumulate, 1)
+        at_least("model.gsnr_every", self.gsnr_every, 0)
         self._build_optimizer()  # a policy that does not fit the method fails here, not after the teacher was trained
 
     # ------------------------------------------------------------------------------------------------ set-up

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 
-from kd_common.errors import UserError
+from kd_common.checks import at_least, positive
 from vision_kd.models import ModelSpec
 
 
@@ -50,11 +50,10 @@ class TeacherSpec(ModelSpec):
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("weight_decay", 0), ("warmup_epochs", 0)):
-            if (value := getattr(self, name)) < least:
-                raise UserError(f"model.teacher.{name} must be >= {least}, got {value}")
+            at_least(f"model.teacher.{name}", getattr(self, name), least)
         for name in ("learning_rate", "clip_norm"):
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise UserError(f"model.teacher.{name} must be > 0, got {value}")
+            if (value := getattr(self, name)) is not None:
+                positive(f"model.teacher.{name}", value)
 
     @property
     def model(self) -> ModelSpec:
