@@ -12,6 +12,12 @@ from kd_common.text.records import MalformedError, check_text, kind, read_record
 ROLES = ("system", "user", "assistant")
 FIELDS = ("messages", "instruction", "input", "output", "instances", "system")
 
+ASKED = ("instruction", "prompt", "question")
+"""Keys of a row that hold its question, in the order of preference."""
+
+ANSWERED = ("output", "answer", "response", "completion")
+"""Keys of a row that hold the answer, in the order of preference."""
+
 SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 """ShareGPT's names of the roles that differ."""
 
@@ -101,13 +107,16 @@ def read_rows(path: Path, fields: Mapping[str, str] | None = None) -> list[Row]:
     A record has one of these forms; the first that fits is used:
 
     * `messages` or `conversations`: a list of `{role, content}`, or ShareGPT's `{from, value}`; it may end
-      with a user's turn, and is then a prompt.
-    * `instruction`, and optionally `input` and `output`; without an output it is a prompt. An output may be a
-      list of answers: the first is the one to learn from, all are references.
+      with a user's turn, and is then a prompt. `prompt` may be such a list, too.
+    * `turns` (MT-bench), a list of a user's texts, of which the first is asked; or `data` (UltraChat), a list of texts
+      of user and assistant in turn.
+    * `instruction`, `prompt` or `question`, and optionally `input` and `output` (or `answer`, `response`,
+      `completion`); without an output it is a prompt. An output may be a list of answers: the first is the one to learn
+      from, all are references.
     * `instruction` and `instances`, a list of `{input, output}`: one row per instance.
 
     In addition, `system` (or `system_prompt`, `system_message`) is a system turn; `tools` and `documents` go to the
-    chat template. An `output` answers messages that end with a user's turn. Fields that ask for something unsupported
+    chat template. An output answers messages that end with a user's turn. Fields that ask for something unsupported
     raise; all others are ignored.
 
     Args:
@@ -135,6 +144,7 @@ def conversations(record: Mapping[str, Any], source: str, fields: Mapping[str, s
     Raises:
         MalformedError: If it holds no conversation, or asks for something unsupported.
     """
+    record, fields = _recognised(record, fields)
     more = _row_settings(record, fields)
     system = _system(record, fields)
     turns = _field(record, "messages", fields)
@@ -145,8 +155,9 @@ def conversations(record: Mapping[str, Any], source: str, fields: Mapping[str, s
         return [Row(_with_system(messages, system), source, more=more)]
     if (instruction := _field(record, "instruction", fields)) is None:
         raise MalformedError(
-            f"has neither messages nor instruction, but {', '.join(record) or 'nothing'}; name the file's own fields "
-            "with `fields`, such as {instruction: question, output: answer}"
+            "needs prompt, question, instruction, turns, data, messages or conversations; has "
+            f"{', '.join(record) or 'nothing'}; rename its fields, or name them for llm_kd with data.fields, such as "
+            "{instruction: query, output: reply}"
         )
     instances = _field(record, "instances", fields)
     if instances is None:
@@ -158,6 +169,26 @@ def conversations(record: Mapping[str, Any], source: str, fields: Mapping[str, s
         asked = _instruction(instruction, _field(instance, "input", fields), _field(instance, "output", fields))
         rows.append(Row(_with_system(asked[0], system), source, asked[1], more))
     return rows
+
+
+def _recognised(record: Mapping[str, Any], fields: Mapping[str, str]) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+    """Return a record with its turns as messages, and the names of its question and its answer among the fields."""
+    told = fields.keys() & {"messages", "instruction"}
+    if not told and all(record.get(key) is None for key in ("messages", "conversations", "instruction")):
+        turns, prompt, texts = (record.get(name) for name in ("turns", "prompt", "data"))
+        if isinstance(turns, list) and turns:
+            record = {**record, "messages": [{"role": "user", "content": turns[0]}]}
+        elif isinstance(prompt, list):
+            record = {**record, "messages": prompt}
+        elif isinstance(texts, list):
+            said = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
+            record = {**record, "messages": said}
+    known = {"instruction": ASKED} | ({} if _field(record, "instances", fields) else {"output": ANSWERED})
+    for name, keys in known.items():
+        found = next((key for key in keys if record.get(key) is not None), None)
+        if name not in fields and found:
+            fields = {**fields, name: found}
+    return record, fields
 
 
 def _row_settings(record: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:

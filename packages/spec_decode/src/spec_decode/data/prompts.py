@@ -12,10 +12,7 @@ from kd_common.text.records import MalformedError, read_records
 from kd_common.text.rows import conversations
 from spec_decode.data.topics import TEMPLATES, TOPICS
 
-ASKED = ("instruction", "prompt", "question")
-ANSWERED = ("answer", "response", "output", "completion")
 REASONS, CUT = ("finish_reason", "stop_reason"), ("length", "max_tokens")
-CHATS = ("messages", "conversations")
 
 
 @dataclass(frozen=True)
@@ -73,11 +70,9 @@ def read_answers(path: Path) -> list[Answer]:
 def read_asked(path: Path, *, answered: bool = False) -> list[Asked]:
     """Prompts of a JSONL or Parquet file, with the answers beside them.
 
-    A record holds ``messages`` or ``conversations`` (ShareGPT) as :func:`kd_common.text.read_rows` reads them; or
-    ``turns`` (MT-bench) or ``data`` (UltraChat), a list of texts; or ``prompt``, ``instruction`` (with ``input``) or
-    ``question``, with the answer as ``answer``, ``response``, ``output`` or ``completion``. A conversation is asked up
-    to its first answer. ``output_token_ids`` holds an answer's tokens; ``finish_reason`` or ``stop_reason`` says with
-    ``length`` or ``max_tokens`` that it was cut.
+    Records are those of :func:`kd_common.text.read_rows`. A conversation is asked up to its first answer.
+    ``output_token_ids`` holds an answer's tokens; ``finish_reason`` or ``stop_reason`` says with ``length`` or
+    ``max_tokens`` that it was cut.
 
     Args:
         path: The file.
@@ -91,7 +86,7 @@ def read_asked(path: Path, *, answered: bool = False) -> list[Asked]:
         raise UserError(f"prompts {path}: no such file; leave it out for the packaged prompts")
 
     def parse(record: Mapping[str, Any], source: str) -> list[Asked]:
-        found = [_asked(row, later, record) for row, later in _rows(record, source)]
+        found = [_asked(row, record) for row in conversations(record, source, {})]
         if answered and any(asked.answer is None for asked in found):
             raise MalformedError(
                 "needs for data.answers file an answer, response, output, completion or assistant message"
@@ -101,40 +96,14 @@ def read_asked(path: Path, *, answered: bool = False) -> list[Asked]:
     return read_records(path, parse)
 
 
-def _rows(record: Mapping[str, Any], source: str) -> list[tuple[Row, int]]:
-    """The conversations of a record, each with the number of turns that were left out behind it."""
-    later = 0
-    if isinstance(record.get("turns"), list) and record["turns"]:
-        record, later = {**record, "messages": [_said("user", record["turns"][0])]}, len(record["turns"]) - 1
-    elif isinstance(record.get("prompt"), list):
-        record = {"messages": record["prompt"], **record}
-    elif isinstance(record.get("data"), list):
-        turns = [_said(("user", "assistant")[n % 2], text) for n, text in enumerate(record["data"])]
-        record = {"messages": turns, **record}
-    output = next((name for name in ANSWERED if record.get(name) is not None), None)
-    if any(record.get(key) for key in CHATS):
-        [row] = conversations(record, source, {"output": output} if output else {})
-        return [(row, later)]
-    name = next((name for name in ASKED if record.get(name) is not None), None)
-    if name is None:
-        raise MalformedError(
-            f"needs prompt, instruction, question, turns, data, messages or conversations; has {', '.join(record)}"
-        )
-    rows = conversations(record, source, {"instruction": name} | ({"output": output} if output else {}))
-    return [(row, later) for row in rows]
-
-
-def _said(role: str, text: Any) -> dict[str, Any]:
-    return {"role": role, "content": text}
-
-
-def _asked(row: Row, later: int, record: Mapping[str, Any]) -> Asked:
+def _asked(row: Row, record: Mapping[str, Any]) -> Asked:
     """A conversation cut at its first answer that may be learnt from."""
     tokens, cut = record.get("output_token_ids"), any(record.get(key) in CUT for key in REASONS)
     if tokens is not None:
         if not isinstance(tokens, list) or not tokens or not all(type(token) is int for token in tokens):
             raise MalformedError("output_token_ids must be a list of token ids, at least one")
         tokens = tuple(tokens)
+    later = 0 if record.get("messages") or not isinstance(record.get("turns"), list) else len(record["turns"]) - 1
     places = [place for place, message in enumerate(row.messages) if message.role == "assistant" and message.learnt]
     if not places:
         answer = None if tokens is None else Answer(Message("assistant", ""), tokens, cut)
