@@ -717,8 +717,8 @@ MUTATIONS = [
     Mutation(
         "a frontier's own slots in front of its ancestors'",
         "spec_decode/drafters/dynamic.py",
-        "torch.cat([above, own], dim=-1)",
-        "torch.cat([own, above], dim=-1)",
+        "torch.cat([above, visible], dim=-1)",
+        "torch.cat([visible, above], dim=-1)",
         "spec_decode/test_drafters.py::test_a_frontiers_node_sees_its_ancestors_and_itself",
     ),
     Mutation(

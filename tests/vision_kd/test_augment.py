@@ -7,6 +7,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from vision_kd.data.augment import (
+    SEED_RANGE,
     ImageDraws,
     cutout,
     distort,
@@ -21,7 +22,7 @@ def noise(count, channels=3, height=32, width=32):
 
 
 def draws(count, seed=0):
-    return ImageDraws.from_generator(count, torch.Generator().manual_seed(seed))
+    return ImageDraws(torch.randint(SEED_RANGE, (count,), generator=torch.Generator().manual_seed(seed)))
 
 
 def test_digits_of_a_seed_are_its_mixed_radix_digits():

@@ -64,8 +64,8 @@ class ComponentOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with their own lr or weight_decay; see `torch.optim.Optimizer.add_param_group`."""
-        if own := [key for key in self.shared if key in param_group]:
-            raise UserError(f"a parameter group brings {own}, which all groups share: pass it to the optimizer")
+        if misplaced := [key for key in self.shared if key in param_group]:
+            raise UserError(f"a parameter group brings {misplaced}, which all groups share: pass it to the optimizer")
         super().add_param_group(param_group)
         for key in ("lr", "weight_decay"):
             at_least(key, self.param_groups[-1][key], 0)

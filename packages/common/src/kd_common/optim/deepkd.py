@@ -91,10 +91,10 @@ def deepkd_sgd(
         UserError: If a momentum leaves [0, 1), a component is unknown, or the released preset is asked for another
             decay component.
     """
-    own = WEIGHT_DECAY if preset == "paper" else "target"
-    decay_component = own if decay_component is None else decay_component
-    if preset == "released" and decay_component != own:
-        raise UserError(f"preset 'released' decays within '{own}', got decay_component='{decay_component}'")
+    default = WEIGHT_DECAY if preset == "paper" else "target"
+    decay_component = default if decay_component is None else decay_component
+    if preset == "released" and decay_component != default:
+        raise UserError(f"preset 'released' decays within '{default}', got decay_component='{decay_component}'")
     momenta = _select(deepkd_momenta(base_momentum, delta, preset), components, aliases or {})
     if decay_component == WEIGHT_DECAY:
         momenta[WEIGHT_DECAY] = base_momentum

@@ -9,7 +9,9 @@ from llm_kd.teacher.cache import CacheError, TeacherCache
 
 
 class CachedTeacher(Teacher):
-    """Reads the teacher's truncated distributions; before training, ask `KDHead.check_truncated` whether they do.
+    """Teacher that reads truncated distributions from a cache.
+
+    Call `KDHead.check_truncated` before training: it raises if the stored tokens are not enough for the loss.
 
     Args:
         cache: An open cache.

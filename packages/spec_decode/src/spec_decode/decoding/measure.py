@@ -170,9 +170,9 @@ def needed_memory(decoder: SpeculativeDecoder, prompt: Sequence[int], **settings
     """
     target = [*decoder.target.parameters(), *decoder.target.buffers()]
     drafter = [] if decoder.drafter is None else decoder.drafter.weights()
-    shared, own = _sizes(target), _sizes(drafter)
+    shared, sizes = _sizes(target), _sizes(drafter)
     peak = peak_bytes(lambda: decoder.generate([prompt], **settings), [*target, *drafter], decoder.target.device)
-    drafter_bytes = sum(size for place, size in own.items() if place not in shared)
+    drafter_bytes = sum(size for place, size in sizes.items() if place not in shared)
     return {"drafter_mib": drafter_bytes / 2**20, "decoding_mib": peak / 2**20}
 
 

@@ -125,9 +125,9 @@ class RankedTokens:
         rows = torch.arange(len(above), device=above.device).unsqueeze(1)
         level = (above.sum(-1) - 2).clamp(min=0)
         here = self.ids[rows, level] == tree.tokens.unsqueeze(-1)
-        own = self.log_probs[rows, level].masked_fill(~here, -torch.inf).amax(-1)
-        own[:, 0] = 0
-        return torch.where(above, own.unsqueeze(1), 0).sum(-1).exp()
+        confidence = self.log_probs[rows, level].masked_fill(~here, -torch.inf).amax(-1)
+        confidence[:, 0] = 0
+        return torch.where(above, confidence.unsqueeze(1), 0).sum(-1).exp()
 
 
 def rank_tokens(

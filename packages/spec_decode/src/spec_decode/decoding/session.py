@@ -248,7 +248,7 @@ class Session:
 
 @dataclass
 class TextStream:
-    """Converts tokens into pieces of text as they come; a character is held back until all its bytes are there.
+    """Converter of tokens into pieces of text; a character is held back until all its bytes are there.
 
     Args:
         tokenizer: Transformers tokenizer.

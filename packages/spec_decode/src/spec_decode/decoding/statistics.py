@@ -88,7 +88,7 @@ class Clock:
 
 
 class Statistics:
-    """Counts the tokens, acceptance and seconds of every pass of a generation.
+    """Statistics of a generation: tokens, acceptance and seconds of every pass.
 
     Args:
         rows: B.

@@ -61,11 +61,11 @@ class DynamicCandidates:
         self._parents.append(self._frontier.repeat_interleave(width, dim=1))
         self._frontier_scores, chosen = scores.topk(width, dim=-1)
         self._frontier, self.expanded = start + chosen, chosen // width
-        own = torch.eye(width, dtype=torch.bool, device=chosen.device).expand(len(chosen), -1, -1)
+        visible = torch.eye(width, dtype=torch.bool, device=chosen.device).expand(len(chosen), -1, -1)
         if start:
             above = self.seen.gather(1, self.expanded.unsqueeze(-1).expand(-1, -1, self.seen.shape[-1]))
-            own = torch.cat([above, own], dim=-1)
-        self.seen = own
+            visible = torch.cat([above, visible], dim=-1)
+        self.seen = visible
         return self._tokens[-1].gather(1, chosen)
 
     def _likeliest(self, logits: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -59,8 +59,8 @@ class TrainingTimeTest:
         history = (q @ self._keys[0][:, :, :size].transpose(-1, -2)) * scale
         future = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
         history = history.masked_fill(future, -torch.inf)
-        own = [(q * keys[:, :, :size]).sum(-1, keepdim=True) * scale for keys in self._keys[1:]]
-        weights = torch.cat([history, *own], dim=-1).float().softmax(-1).to(v.dtype)
+        later = [(q * keys[:, :, :size]).sum(-1, keepdim=True) * scale for keys in self._keys[1:]]
+        weights = torch.cat([history, *later], dim=-1).float().softmax(-1).to(v.dtype)
         context = weights[..., :size] @ self._values[0][:, :, :size]
         for i, values in enumerate(self._values[1:]):
             context = context + weights[..., size + i, None] * values[:, :, :size]

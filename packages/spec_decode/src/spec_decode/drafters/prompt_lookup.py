@@ -92,8 +92,8 @@ class WithLookup(Drafter):
 
     def __init__(self, drafter: Drafter, longest: int = 5) -> None:
         self.drafter, self.lookup = drafter, PromptLookup(longest)
-        self.acceptance, own = drafter.acceptance, drafter.capabilities
-        self.capabilities = replace(own, samples=False, extra_branches=own.extra_branches + 1)
+        self.acceptance, capabilities = drafter.acceptance, drafter.capabilities
+        self.capabilities = replace(capabilities, samples=False, extra_branches=capabilities.extra_branches + 1)
 
     def serves(self, target: CausalLM) -> bool:
         """Return whether the other drafter does."""

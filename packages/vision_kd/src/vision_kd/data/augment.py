@@ -31,11 +31,6 @@ class ImageDraws:
     def __init__(self, seeds: Tensor) -> None:
         self._rest = seeds
 
-    @classmethod
-    def from_generator(cls, count: int, generator: torch.Generator) -> "ImageDraws":
-        """Return the draws for `count` images on the generator's device."""
-        return cls(torch.randint(SEED_RANGE, (count,), generator=generator, device=generator.device))
-
     def below(self, base: int) -> Tensor:
         """Return the next uniform integer in [0, base) of every image, shape (N,), int64."""
         digit = self._rest % base
