@@ -55,10 +55,8 @@ class Toy(TrainingModule):
         nn.init.ones_(self.network.weight), nn.init.zeros_(self.network.bias)
         self.seen, self.validations = [], 0
 
-    def configure_optimizers(self):
-        optimizer = torch.optim.AdamW(self.parameters(), lr=0.1)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+    def build_optimizer(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.1)
 
     def training_step(self, batch, batch_idx):
         self.seen.append((self.epoch, batch_idx, batch[:, 0].tolist()))

@@ -147,7 +147,7 @@ def test_every_recipe_builds_and_takes_a_step(tools, tmp_path):
         data_spec = model.data_spec(cli.datamodule)
         model.attach_teacher(model.build(model.teacher_spec.model, **data_spec))
         cli.datamodule.setup("fit")
-        optimizer = model._build_optimizer()
+        optimizer = model.build_optimizer()
         params = [p for group in optimizer.param_groups for p in group["params"]]
         batch = next(iter(cli.datamodule.train_dataloader()))
         step = model.train().component_step(batch, params, epoch=0.0, k=2, buckets=optimizer.buckets)
@@ -328,7 +328,7 @@ def test_overfitting_a_handful_of_scenes_reaches_ap_above_60(scenes, tools, tmp_
         method=KD(temperature=1.0, ce_weight=1.0, kd_weight=0.01),
     )
     made.attach_teacher(tools.teacher("0123456789", dtype=torch.float32))
-    student, optimizer = made.student.train(), made._build_optimizer()
+    student, optimizer = made.student.train(), made.build_optimizer()
     params = [p for group in optimizer.param_groups for p in group["params"]]
     loader, updates = data.train_dataloader(), 200
     for update in range(updates):

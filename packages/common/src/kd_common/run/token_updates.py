@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from kd_common.checks import at_least, positive
@@ -70,13 +69,10 @@ class TokenNormalizedModule(TrainingModule):
     def on_update(self, sums: Mapping[str, float]) -> None:
         """Follow the sums of an update that is about to be made."""
 
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW with the learning-rate schedule, stepped every update."""
+    def build_optimizer(self) -> torch.optim.AdamW:
+        """Return AdamW over all trained parameters."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        groups = decay_groups(trained, self.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return torch.optim.AdamW(decay_groups(trained, self.weight_decay), lr=self.learning_rate, betas=self.betas)
 
     @property
     def sum_dtype(self) -> torch.dtype:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from kd_common.distributed import gather_objects
@@ -104,6 +105,16 @@ class TrainingModule(pl.LightningModule):
     def metric(self) -> str:
         """Name of the metric by which validations are compared."""
         raise NotImplementedError
+
+    def build_optimizer(self) -> torch.optim.Optimizer:
+        """Return a new optimizer of the trained parameters."""
+        raise NotImplementedError
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Return the optimizer and the learning-rate schedule, stepped every update."""
+        optimizer = self.build_optimizer()
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def export(self, path: Path) -> None:
         """Write the trained model, as the last validation found it, in its own format.

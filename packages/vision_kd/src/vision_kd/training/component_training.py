@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -131,7 +130,7 @@ class ComponentTraining(Task):
         at_least("model.weight_decay", self.weight_decay, 0)
         at_least("model.accumulate", self.accumulate, 1)
         at_least("model.gsnr_every", self.gsnr_every, 0)
-        self._build_optimizer()  # a policy that does not fit the method fails here, not after the teacher was trained
+        self.build_optimizer()  # a policy that does not fit the method fails here, not after the teacher was trained
 
     # ------------------------------------------------------------------------------------------------ set-up
 
@@ -145,12 +144,8 @@ class ComponentTraining(Task):
         """What the network that is validated makes of a batch of images."""
         return self.inference_model(images)
 
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """The policy's optimizer, and the learning-rate schedule stepped once per update."""
-        optimizer = self._build_optimizer()
-        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)}
-
-    def _build_optimizer(self) -> ComponentOptimizer:
+    def build_optimizer(self) -> ComponentOptimizer:
+        """Return a new optimizer of the policy."""
         return self.policy.optimizer(
             nn.ModuleList([self.student, *self.auxiliary]),
             self.components,
@@ -162,7 +157,7 @@ class ComponentTraining(Task):
     @property
     def momenta(self) -> dict[str, float]:
         """Momentum (beta1 of Adam) that the policy gives every component."""
-        optimizer = self._build_optimizer()
+        optimizer = self.build_optimizer()
         return dict(optimizer.param_groups[0][optimizer.coefficient])
 
     @property
