@@ -47,6 +47,11 @@ class Data(pl.LightningDataModule):
 class Toy(TrainingModule):
     """Draws at random in every step, and remembers which rows it saw."""
 
+    metric, export_name = "weight", "toy_{}"
+
+    def export(self, path):
+        path.touch()
+
     def __init__(self, manual=False):
         super().__init__()
         self.automatic_optimization = not manual
