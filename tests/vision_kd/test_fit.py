@@ -336,8 +336,10 @@ def test_the_last_student_is_the_one_after_the_last_update(sgd_args, tmp_path):
     assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 12
 
 
-def test_a_dry_step_leaves_the_run_as_it_was(sgd_args):
-    cli = build(sgd_args)
+@pytest.mark.parametrize("learning_rate", [0.05, 1e8])
+def test_a_dry_step_leaves_the_run_as_it_was(sgd_args, learning_rate):
+    """Under the second one a step on two images would end in NaN, which says nothing about the settings' validity."""
+    cli = build([*sgd_args, f"--model.learning_rate={learning_rate}"])
     cli.datamodule.check_batch(1)
     weights = {name: value.clone() for name, value in cli.model.state_dict().items()}
     state, files = torch.get_rng_state(), sorted(cli.run_dir.rglob("*"))

@@ -15,6 +15,9 @@ from vision_kd.models import ModelSpec, save_student
 from vision_kd.policies import SGD
 from vision_kd.training.component_training import ComponentTraining
 
+STILL = 1e-12
+"""Learning rate of the dry step: two images say nothing about the run's own, under which they may diverge."""
+
 
 def rehearse(model: ComponentTraining, data: ImageDataModule, trainer: pl.Trainer, run_dir: Path | None) -> None:
     """Train and validate copies of student and teacher for one step on two images, and write and read the student.
@@ -37,11 +40,12 @@ def rehearse(model: ComponentTraining, data: ImageDataModule, trainer: pl.Traine
     check_batches(trainer, train // trainer.world_size, -(-val // trainer.world_size))
     with rehearsing(run_dir) as folder:
         twin = copy.deepcopy(model)
+        twin.learning_rate = STILL
         if model.teacher_spec is not None and model.needs_teacher:
             spec = ModelSpec(model.teacher_spec.name, model.teacher_spec.args)
             teacher = model.teacher or task.build(spec, **task.data_spec(data))
             twin.attach_teacher(copy.deepcopy(teacher))
-            learner = task(spec, **task.data_spec(data), method=Vanilla(), policy=SGD())
+            learner = task(spec, **task.data_spec(data), method=Vanilla(), policy=SGD(), learning_rate=STILL)
             dry_fit(pl.Trainer(max_epochs=1, logger=False, enable_checkpointing=False), learner, data, accelerator)
         logged = dry_fit(trainer, twin, data, accelerator)
         check_monitors(trainer, logged, later=("gsnr",))
