@@ -33,7 +33,7 @@ for module, *arguments in job["commands"]:
     print("parsing", module, *arguments)
     docs.parse(module, arguments, pytest.MonkeyPatch())
 from spec_decode.decoding.session import find_drafter
-find_drafter("bigram", None)  # which the command line takes as any text
+find_drafter("Bigram", None)  # which the command line takes as any text
 """
 
 
