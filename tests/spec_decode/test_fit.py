@@ -159,7 +159,7 @@ def test_packaged_prompts_are_many_and_distinct():
     [
         (["--trainer.precision=16-mixed"], "use bf16-mixed"),
         (["--trainer.max_epochs=-1"], "set trainer.max_epochs"),
-        (["--model.level_decay=0"], "level_decay must be in"),
+        (["--model.level_decay=0"], "level_decay must lie in"),
         (["--model.learning_rate=0"], "learning_rate must be > 0"),
         (["--model.chunk=0"], "chunk must be >= 1"),
         (["--data.max_length=12"], "leaves no room for a prompt"),

@@ -14,7 +14,6 @@ import contextlib
 import itertools
 import logging
 import os
-import re
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -169,10 +168,10 @@ class FitCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, MisconfigurationException) as error:
-            message = constructor_message(str(error))
+            message = str(error)
             if "NoneType" in message and (nulls := null_settings(self.config)):
                 message = f"{', '.join(nulls)} must not be null; give a value, or leave it out for the default"
-            raise UserError(message) from error.__cause__
+            raise UserError(message) from error
         check_trainer(self.trainer, self.model)
         if path:
             check_same_settings(path, saved.get("hyper_parameters", {}), self.model.hparams)
@@ -290,18 +289,6 @@ def silence_known_noise() -> None:
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:
     return not any(name in record.getMessage() for name in ("litlogger", "litmodels"))
-
-
-def constructor_message(text: str) -> str:
-    """The objection of a class's constructor, taken out of jsonargparse's report on a union of types.
-
-    An optional class is a union with None, so a ValueError from its constructor arrives as one of several mismatches,
-    between a list of types and a dump of the whole configuration.
-    """
-    if not text.startswith("Does not validate against any of the Union subtypes"):
-        return text
-    mismatches = re.findall(r"^ +- (.*?)(?=\n +- |\n *Given value|\Z)", text, flags=re.M | re.S)
-    return next((m for m in reversed(mismatches) if not m.startswith("Expected a <class")), text)
 
 
 def resolve_config_names(args: Sequence[str], config_dir: Path) -> list[str]:

@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace, _typehints
 
 from kd_common.errors import UserError
 from kd_common.registry import subclasses, suggest
@@ -80,6 +80,24 @@ class CommandParser(ArgumentParser):
 
 guard(CommandParser)
 keep_text(CommandParser)
+_no_type_fits = _typehints.raise_union_unexpected_value
+
+
+def _objection(subtypes: Any, val: Any, exceptions: list[Exception]) -> NoReturn:
+    """Raise what the one type of an optional setting objects to; jsonargparse lists it beside that None is expected."""
+    causes = {kind: error for kind, error in zip(subtypes, exceptions, strict=True) if kind is not type(None)}
+    name: Any = val.get("class_path") if isinstance(val, dict | Namespace) else val
+    for kind in causes if isinstance(name, str) else ():
+        if inspect.isclass(kind) and kind.__module__ != "builtins":
+            names = subclasses(kind)
+            if "." not in name and name not in names:
+                raise ValueError(f"no such {kind.__name__}{suggest(name, names)} (known: {', '.join(names)})")
+    if len(causes) == 1 and not isinstance(val, _typehints.NestedArg):
+        raise next(iter(causes.values()))
+    _no_type_fits(subtypes, val, exceptions)
+
+
+_typehints.raise_union_unexpected_value = _objection
 
 
 def by_flag(message: str, options: Collection[str]) -> str:
@@ -138,20 +156,10 @@ def _explained(cause: str, message: str, given: str) -> str:
         return f"{owner} has no setting {found[1]!r}{suggest(found[1], _parameters(import_named(owner)))}"
     if found := _UNKNOWN.fullmatch(cause):
         return f"{found[1]} has no setting {found[2]!r}"
-    if found := re.match(r"Expected a dot import path string: ?(.*)|module '.*' has no attribute '(.*)'", cause):
-        (*_, base) = re.findall(r"<class '([\w.]+)'>", "".join(re.findall(r"Subtypes: .*", message)))
-        names = list(subclasses(import_named(base)))
-        return (
-            f"no such {base.rpartition('.')[2]}{suggest(found[1] or found[2] or '', names)} (known: {', '.join(names)})"
-        )
-    if found := re.match(r"Not a valid subclass of (.*)", cause):
-        return f"expected a {found[1]}: its settings by name, or class_path with the name of one"
-    if re.match(r"'\w+' object has no attribute 'keys'", cause):
-        return "init_args must hold settings by name"
-    if re.match(r"argument of type '\w+' is not (iterable|a container)", cause):
-        return "class_path must be a name"
-    if re.match("Unable to load config", cause):
-        return f"expected settings by name, or a file of them ({cause[0].lower()}{cause[1:]})"
+    if re.match(
+        "Not a valid subclass|'.*' object has no attribute 'keys'|argument of type |Unable to load conf", cause
+    ):
+        return "expected settings by name, or class_path with the name of a class and init_args with its settings"
     return _readable_types(cause)
 
 
