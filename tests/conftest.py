@@ -9,6 +9,14 @@ import pytest
 import torch
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of a parametrised test that is marked `quick(*cases)`, the other cases are slow."""
+    for item in items:
+        if (mark := item.get_closest_marker("quick")) and item.callspec.id not in mark.args:
+            item.add_marker("slow")
+
+
 @pytest.fixture(autouse=True)
 def _clean_global_state():
     threads = torch.get_num_threads()

@@ -1,8 +1,5 @@
 """How a command ends: one message for what a user can mend, a traceback for everything else."""
 
-import os
-import subprocess
-import sys
 from importlib import import_module
 
 import pytest
@@ -69,24 +66,6 @@ def test_a_fault_keeps_its_traceback(monkeypatch):
     monkeypatch.setenv("KD_TRACEBACK", "1")
     with pytest.raises(UserError, match="asked for"):
         run_command(raising(UserError("asked for")))
-
-
-@pytest.mark.parametrize("traceback", ["", "1"])
-def test_a_command_of_a_package(traceback, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "spec_decode.export",
-        "--drafter",
-        str(tmp_path),
-        "--output",
-        str(tmp_path / "out"),
-    ]
-    environment = os.environ | {"KD_TRACEBACK": traceback}
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250, check=False)
-    assert f"{tmp_path} holds no drafter" in found.stderr
-    assert ("Traceback" in found.stderr) == bool(traceback)
-    assert found.returncode == (1 if traceback else 2)
 
 
 @pytest.mark.parametrize("package", ["vision_kd", "llm_kd", "spec_decode"])

@@ -163,6 +163,7 @@ CASES = [*((name, manual) for name in SETTINGS for manual in (False, True)), *((
 
 
 @pytest.mark.parametrize(("name", "manual"), CASES)
+@pytest.mark.quick("across epochs-True", "validation inside-True", "reloaded-False", "accumulated-False")
 def test_resumed_from_any_hook_equals_undisturbed(name, manual, tmp_path):
     settings = (SETTINGS | AUTOMATIC)[name]
     callback = Everywhere(tmp_path)

@@ -2,7 +2,6 @@
 
 import copy
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -159,7 +158,5 @@ def flat_reduction_case(rank):
 
 
 @pytest.mark.parametrize("cases", [(ddp_case, batchnorm_case, flat_reduction_case), (fsdp_case,)], ids=["ddp", "fsdp2"])
-def test_two_processes_equal_one(cases, monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2])  # the processes import this file by its dotted name
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    mp.spawn(worker, args=(tmp_path / "rendezvous", cases), nprocs=WORLD)
+def test_two_processes_equal_one(cases, tmp_path):
+    mp.start_processes(worker, args=(tmp_path / "rendezvous", cases), nprocs=WORLD, start_method="fork")

@@ -61,7 +61,9 @@ def arguments(tmp_path, save_model):
 
 
 def test_a_run_leaves_what_it_promises(arguments, tmp_path, capsys):
-    result = main(arguments())
+    cli = build(arguments())
+    result = run(cli)
+    print_summary(result, cli.model, cli.datamodule)
     assert [epoch["step"] for epoch in result.history] == [5, 10]
     assert result.best["kl"] < result.before["kl"]
     assert result.before["teacher_nll"] == pytest.approx(result.last["teacher_nll"])
@@ -81,10 +83,31 @@ def test_a_run_leaves_what_it_promises(arguments, tmp_path, capsys):
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     printed = capsys.readouterr().out
     assert "held-out responses of the teacher" in printed
-    for expected in ("NLL", "TAR", "ROUGE-L", "student before", "teacher", "peak memory", "answer, after"):
+    for expected in (
+        "run/student_{last,best}",
+        "NLL",
+        "TAR",
+        "ROUGE-L",
+        "student before",
+        "teacher",
+        "peak memory",
+        "answer, after",
+    ):
         assert expected in printed
     columns = (run_dir / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"train/loss", "train/tar", "val/kl", "val/nll", "epoch/tar"} <= set(columns)
+
+    student = load_causal_lm(str(run_dir / "student_last"))
+    assert len(load_tokenizer(str(run_dir / "student_last"))) == 258
+    for name, value in cli.model.student_with_head.student.model.state_dict().items():
+        assert torch.equal(student.state_dict()[name], value), name
+    checkpoint = torch.load(run_dir / "checkpoints/last.ckpt", weights_only=True)
+    names = [name for name in checkpoint["state_dict"] if "layers" in name]
+    assert {int(name.split("layers.")[1].split(".")[0]) for name in names} == {0, 1}, "the student alone, two layers"
+
+    shutil.rmtree(run_dir / "student_best")  # as in a resumed run whose best epoch came before
+    print_summary(result, cli.model, cli.datamodule)
+    assert "run/student_last\n" in capsys.readouterr().out
 
 
 def test_a_tokenizer_without_a_padding_token_learns_as_one_with_any(arguments):
@@ -100,22 +123,6 @@ def test_a_tokenizer_without_a_padding_token_learns_as_one_with_any(arguments):
         found.append([cli.datamodule.pad_id, *(last[key] for key in ("nll", "kl", "train_loss"))])
     assert [pad for pad, *_ in found] == [257, 256]
     assert found[0][1:] == pytest.approx(found[1][1:], rel=1e-5)
-
-
-def test_the_saved_student_is_the_trained_one(arguments, tmp_path):
-    cli = build(arguments())
-    run(cli)
-    student = load_causal_lm(str(tmp_path / "run/student_last"))
-    assert len(load_tokenizer(str(tmp_path / "run/student_last"))) == 258
-    for name, value in cli.model.student_with_head.student.model.state_dict().items():
-        assert torch.equal(student.state_dict()[name], value), name
-
-
-def test_the_teacher_is_in_no_checkpoint(arguments, tmp_path):
-    run(build(arguments()))
-    checkpoint = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
-    names = [name for name in checkpoint["state_dict"] if "layers" in name]
-    assert {int(name.split("layers.")[1].split(".")[0]) for name in names} == {0, 1}
 
 
 STATEFUL = [
@@ -410,6 +417,7 @@ def test_answers_that_no_prompt_leaves_positions_for_are_refused_before_training
 
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("role", ["student", "teacher"])
+@pytest.mark.quick("student-train")
 def test_conversations_beyond_the_positions_are_refused(arguments, tmp_path, save_model, monkeypatch, role, split):
     """Learned positions would end in an index error, rotary ones would go on; the teacher is not loaded for it."""
     monkeypatch.setattr("llm_kd.training.teacher.load_teacher", lambda spec: pytest.fail("loaded"))
@@ -433,6 +441,7 @@ def test_what_the_teacher_may_write_counts_before_it_writes(arguments, monkeypat
 
 @pytest.mark.filterwarnings("ignore:.*ModelCheckpoint.*could not find the monitored key")  # no validation, no best
 @pytest.mark.parametrize("steps", [3, 7])
+@pytest.mark.quick("7")
 def test_a_run_that_stops_inside_an_epoch_reports_its_last_step(arguments, steps, capsys):
     result = main(arguments(f"--trainer.max_steps={steps}"))
     assert [epoch["step"] for epoch in result.history] == [*range(5, steps, 5), steps]
@@ -458,6 +467,7 @@ def test_a_setting_of_the_default_class_needs_no_class(arguments):
 @pytest.mark.parametrize(
     ("tokens", "shown"), [([257], "(no text, only '<|im_end|>')"), ([198, 198], r"(no text, only '\n\n')")]
 )
+@pytest.mark.quick("tokens1-(no text, only '\\\\n\\\\n')")
 def test_an_answer_without_text_is_described(arguments, monkeypatch, capsys, tokenizer, tokens, shown):
     """One that ends at once, and white space without an end."""
     monkeypatch.setattr(answers, "generate", lambda model, prompts, *args, **kwargs: [tokens for _ in prompts])
@@ -466,16 +476,6 @@ def test_an_answer_without_text_is_described(arguments, monkeypatch, capsys, tok
     printed = capsys.readouterr().out
     assert f"answer, before                {shown}" in printed
     assert f"answer, after                 {shown}" in printed
-
-
-def test_only_the_students_that_exist_are_announced(arguments, tmp_path, capsys):
-    cli = build(arguments())
-    result = run(cli)
-    print_summary(result, cli.model, cli.datamodule)
-    assert "run/student_{last,best}" in capsys.readouterr().out
-    shutil.rmtree(tmp_path / "run/student_best")  # as in a resumed run whose best epoch came before
-    print_summary(result, cli.model, cli.datamodule)
-    assert "run/student_last\n" in capsys.readouterr().out
 
 
 def test_a_student_that_a_kill_caught_between_two_names_is_put_in_place(arguments, tmp_path):
@@ -514,6 +514,7 @@ def test_refusals_before_any_work(arguments, extra, match):
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("64-true", torch.float64), ("bf16-true", torch.bfloat16)])
+@pytest.mark.quick("bf16-true-dtype1")
 def test_true_precisions(arguments, precision, dtype):
     name = str(dtype).removeprefix("torch.")
     precisions = [f"--trainer.precision={precision}", f"--model.student.dtype={name}", f"--model.teacher.dtype={name}"]

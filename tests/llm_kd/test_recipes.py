@@ -69,6 +69,7 @@ def step(cli):
 
 
 @pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.quick("gemma2_9b_2b")
 def test_every_pair_takes_a_step_on_its_architecture(stand_in, name):
     architecture, teacher, student = PAIRS[name]
     settings = settings_of(f"pairs/{name}")
@@ -104,6 +105,7 @@ def test_the_published_settings():
 
 
 @pytest.mark.parametrize("name", PARTS)
+@pytest.mark.quick("selectors/speck", "rollouts/mixed", "objectives/rkl")
 def test_every_part_takes_a_step(stand_in, name):
     sampling = ["--model.rollout.sampling.max_new_tokens=3"] if "policy" in name or "mixed" in name else []
     step(build([f"--config={name}", *stand_in(), *(sampling if "off" not in name else [])]))

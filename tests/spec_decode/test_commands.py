@@ -298,16 +298,22 @@ def test_another_target_than_the_drafters_is_refused_before_it_is_loaded(drafter
             command(target=str(tmp_path / "other"), **arguments)
 
 
-def test_commands_that_do_not_train_import_no_lightning(standin):
+def test_commands_that_do_not_train_import_no_lightning(standin, tmp_path):
+    """In a fresh process, which ends as `python -m spec_decode.export` without a drafter does."""
     code = f"""
-import importlib, sys
+import importlib, runpy, sys
 for name in ("benchmark", "chat", "export", "report"):
     importlib.import_module("spec_decode." + name)
 from spec_decode.generate import generate
 generate("hi", target={str(standin)!r}, max_new_tokens=2, dtype="float32")
 assert not {{"lightning", "pytorch_lightning", "pandas", "torchmetrics"}} & set(sys.modules), sorted(sys.modules)
+sys.argv[1:] = ["--drafter", {str(tmp_path)!r}, "--output", {str(tmp_path / "out")!r}]
+runpy.run_module("spec_decode.export", run_name="__main__", alter_sys=True)
 """
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=250, check=False)
+    assert found.returncode == 2, found.stderr
+    assert f"{tmp_path} holds no drafter" in found.stderr
+    assert "Traceback" not in found.stderr
 
 
 def test_settings_of_generation_that_are_not_applied_are_named(standin, tmp_path, capsys):

@@ -72,6 +72,7 @@ def test_online_and_cached_features_train_the_same(fit_args, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["Eagle3", "Medusa", "DraftModel"])
+@pytest.mark.quick("Eagle3")
 def test_every_other_drafter_learns(fit_args, name):
     drafter = [f"--model.drafter={name}", "--model.drafter.depth=2", "--model.drafter.draft_vocab=100"]
     cli = build([*fit_args, *drafter, "--model.feature_weight=0.1", "--trainer.max_epochs=3"])

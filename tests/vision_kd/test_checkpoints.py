@@ -634,6 +634,7 @@ def test_other_files_do_not_rebuild_a_classifier(tmp_path, trained, meta):
 
 
 @pytest.mark.parametrize("name", ["resnet8", "ShuffleV2"])
+@pytest.mark.quick("resnet8")
 def test_exported_program_round_trip(tmp_path, name):
     classifier, path = build(name), tmp_path / "student.pt2"
     export(classifier, path, torch.rand(1, 3, 32, 32))

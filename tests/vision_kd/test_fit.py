@@ -189,6 +189,7 @@ def test_a_random_seed_is_refused(sgd_args, capsys):
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16-mixed", torch.float32), ("64-true", torch.float64)])
+@pytest.mark.quick("bf16-mixed-dtype0")
 def test_precisions(digits_args, precision, dtype):
     cli, result = train(digits_args, f"--trainer.precision={precision}", "--trainer.max_epochs=1")
     assert weights(cli.model).dtype == dtype
@@ -216,6 +217,7 @@ def test_loss_scaling_is_refused_before_anything_runs(digits_args):
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty")
 @pytest.mark.parametrize("poison", [Poison(2), Poison(3, after=True)], ids=["loss", "last update"])
+@pytest.mark.quick("loss")
 def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(sgd_args, tmp_path, poison):
     cli = build([*sgd_args, "--trainer.max_epochs=3"])
     cli.trainer.callbacks.append(poison)
@@ -258,6 +260,7 @@ def test_best_and_last_are_told_apart(sgd_args, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty", "ignore:The dirpath has changed")
 @pytest.mark.parametrize("folder", ["run", "other"])
+@pytest.mark.quick("run")
 def test_resumed_before_the_best_epoch_of_its_run_the_best_student_is_of_an_epoch_that_counts(
     sgd_args, tmp_path, folder
 ):

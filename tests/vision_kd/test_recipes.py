@@ -292,20 +292,8 @@ def test_a_pair_names_its_published_dkd_weight(pair, beta):
 # ---------------------------------------------------------------- parsed, built and stepped
 
 
-def product(methods, policies, method, policy):
-    """Every method with every policy; those with neither this method nor this policy are in the long tier."""
-    return [
-        pytest.param(*pair, marks=[] if method == pair[0] or policy == pair[1] else pytest.mark.slow)
-        for pair in itertools.product(methods, policies)
-    ]
-
-
-QUICK_PAIRS = {"resnet32x4_resnet8x4", "wrn_40_2_ShuffleV1", "vgg13_MobileNetV2"}
-
-
-@pytest.mark.parametrize(
-    "pair", [pytest.param(pair, marks=[] if pair in QUICK_PAIRS else pytest.mark.slow) for pair in CIFAR_PAIRS]
-)
+@pytest.mark.parametrize("pair", CIFAR_PAIRS)
+@pytest.mark.quick("resnet32x4_resnet8x4")
 def test_cifar_pair(pair, tmp_path):
     """Real networks at their real size; DKD with the pair's weight, DeepKD."""
     names = recipe("cifar100", pair, f"dkd_beta{CIFAR_PAIRS[pair][1] or 8}", "deepkd")
@@ -317,7 +305,8 @@ def test_cifar_pair(pair, tmp_path):
     assert take_one_step(cli, 32) > 0
 
 
-@pytest.mark.parametrize(("method", "policy"), product(CIFAR_METHODS, POLICIES, "kd", "deepkd"))
+@pytest.mark.parametrize(("method", "policy"), [*itertools.product(CIFAR_METHODS, POLICIES)])
+@pytest.mark.quick("kd-deepkd", "mlkd_lskd-dot", "vanilla-deepkd")
 def test_cifar_method_with_policy(method, policy, tmp_path):
     names = recipe("cifar100", "resnet56_resnet20", method, policy)
     if method == "vanilla" and policy in DECOUPLING:
@@ -347,9 +336,10 @@ def imagenet(tmp_path_factory):
     [
         ("imagenet_resnet34_resnet18", "imagenet_dkd_beta1", "deepkd", 64),
         ("imagenet_resnet50_MobileNetV1", "imagenet_dkd_beta2", "deepkd", 64),
-        pytest.param("imagenet_regnet_deit_tiny", "imagenet_kd", "deepkd_adamw", 224, marks=pytest.mark.slow),
+        ("imagenet_regnet_deit_tiny", "imagenet_kd", "deepkd_adamw", 224),
     ],
 )
+@pytest.mark.quick("imagenet_resnet34_resnet18-imagenet_dkd_beta1-deepkd-64")
 def test_imagenet_pair(pair, method, policy, size, imagenet, tmp_path):
     """Real networks without their published weights, in bf16-mixed as the recipe says."""
     names = recipe("imagenet", pair, method, policy)
@@ -360,7 +350,8 @@ def test_imagenet_pair(pair, method, policy, size, imagenet, tmp_path):
     assert take_one_step(cli, size) > 0
 
 
-@pytest.mark.parametrize(("method", "policy"), product(IMAGENET_METHODS, POLICIES, "imagenet_kd", "deepkd"))
+@pytest.mark.parametrize(("method", "policy"), [*itertools.product(IMAGENET_METHODS, POLICIES)])
+@pytest.mark.quick("imagenet_kd-deepkd")
 def test_imagenet_method_with_policy(method, policy, imagenet, tmp_path):
     names = recipe("imagenet", "imagenet_resnet34_resnet18", method, policy)
     small = {"model.student.name": "resnet8", "model.teacher.name": "resnet8"}

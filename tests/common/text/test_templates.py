@@ -442,7 +442,9 @@ LATER = "{% if messages | length > 4 %}" + ENDLESS + "{% endif %}"
         (LONG, "writes more than 1,000,000 characters"),
         ("{{ range(99999) | random }}", "writes something else each time"),
     ],
+    ids=["endless", "endless later", "a number", "memory", "text", "chance"],
 )
+@pytest.mark.quick("endless later", "text", "chance")
 def test_templates_without_end_and_those_by_chance_are_refused(monkeypatch, extra, problem):
     monkeypatch.setattr(template, "SECONDS", 1)
     with pytest.raises(EncodingError, match=rf"the chat template of tiny ({problem})"):
