@@ -18,6 +18,7 @@ import jsonargparse
 import pytest
 from markdown_it import MarkdownIt
 
+from kd_common.run import compare
 from kd_common.run.cli import FitCLI
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -273,15 +274,15 @@ def test_a_command_that_lacks_nothing_is_built(command, monkeypatch, tmp_path, t
         return
     built = []
 
-    def run_one(variant, seed, args, threads):
-        built.append(build([*args, *STAND_IN[package]]))
-        return {"variant": variant, "seed": seed, "args": args}
+    def execute(record, pending, jobs):
+        monkeypatch.setattr(record, "plot", lambda *_: None)
+        built.extend(build([*args, *STAND_IN[package]]) for _, _, args in pending)
+        return []
 
-    module = import_module(name)
-    for part, stub in {"run_one": run_one, "headline": str, "report": lambda *_: None}.items():
-        monkeypatch.setattr(module, part, stub)
-    rows = module.main([*arguments, "--jobs=1", "--seeds=[0]"])
-    assert len(built) == len(rows) > 1
+    for part, stub in {"_execute": execute, "write_table": lambda *_: None}.items():
+        monkeypatch.setattr(compare, part, stub)
+    import_module(name).main([*arguments, "--jobs=1", "--seeds=[0]"])
+    assert len(built) > 1
 
 
 # --- The commands of README and the tour, run one after the other on settings that last seconds ---
