@@ -50,7 +50,7 @@ class Toy(TrainingModule):
     metric, export_name = "weight", "toy_{}"
 
     def export(self, path):
-        path.touch()
+        """Write nothing."""
 
     def __init__(self, manual=False):
         super().__init__()

@@ -42,7 +42,7 @@ def within(name: str, value: float, interval: str) -> None:
     Args:
         name: The setting, as a configuration names it.
         value: Its value.
-        interval: Both ends as in mathematics, such as ``"[0, 1)"`` without 1.
+        interval: Both ends as in mathematics, such as `"[0, 1)"` without 1.
 
     Raises:
         UserError: If it is outside.

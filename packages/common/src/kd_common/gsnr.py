@@ -93,7 +93,7 @@ class GradientSNR:
 
     @property
     def names(self) -> list[str]:
-        """Names of the components recorded since the last reset."""
+        """Return the names of the components recorded since the last reset."""
         return list(self._moments)
 
     def count(self, name: str) -> int:

@@ -1,4 +1,4 @@
-"""``python -m llm_kd`` lists the commands; ``llm-kd COMMAND ...`` runs one."""
+"""`python -m llm_kd` lists the commands; `llm-kd COMMAND ...` runs one."""
 
 from kd_common.run.commands import dispatch
 

@@ -1,7 +1,7 @@
-"""``python -m llm_kd.cache_teacher --folder F``: store a teacher's distributions, so that training need not run it.
+"""`python -m llm_kd.cache_teacher --folder F`: store a teacher's distributions, so that training need not run it.
 
-The rest of the command line is that of ``llm_kd.fit``, configurations included; train with the same and
-``--model.teacher.cache F``.
+The rest of the command line is that of `llm_kd.fit`, configurations included; train with the same and
+`--model.teacher.cache F`.
 """
 
 from kd_common.run.early import answer_early
@@ -62,8 +62,8 @@ def cache_teacher(
         size: Number K of tokens stored per position, in [1, vocab_size].
         vocab_size: Number V of tokens of the tokenizer.
         teacher: The teacher's name, for people.
-        tokenizer: Fingerprint of the vocabulary, :func:`llm_kd.teacher.vocabulary_fingerprint`.
-        source: What the teacher was loaded from, :meth:`llm_kd.models.TeacherSpec.source`: training on a data set's
+        tokenizer: Fingerprint of the vocabulary, `llm_kd.teacher.vocabulary_fingerprint`.
+        source: What the teacher was loaded from, `llm_kd.models.TeacherSpec.source`: training on a data set's
             answers then knows the teacher without loading it.
         dtype: Precision of the stored log-probabilities: float16, bfloat16 or float32.
         device: Where the teacher runs.
@@ -76,7 +76,7 @@ def cache_teacher(
     Raises:
         CacheError: If the folder holds another cache or a damaged one.
         DiskFullError: If the disk cannot hold what is missing; the part already written is usable.
-        ValueError: If ``batches`` can be iterated only once, a setting is out of its range, or the teacher gives NaN.
+        ValueError: If `batches` can be iterated only once, a setting is out of its range, or the teacher gives NaN.
     """
     if isinstance(batches, Iterator):
         raise ValueError("batches are iterated twice: pass a list or a DataLoader, not an iterator or a generator")
@@ -118,7 +118,7 @@ def _add(writer: CacheWriter, teacher: OnlineTeacher, batch: TokenBatch, device:
 
 
 class CacheCLI(LanguageCLI):
-    """The command line of ``llm_kd.fit``, so that the two agree on the data; of the run, the data alone are built."""
+    """The command line of `llm_kd.fit`, so that the two agree on the data; of the run, the data alone are built."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add where and how to store."""

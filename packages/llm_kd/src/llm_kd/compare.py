@@ -1,4 +1,4 @@
-"""``python -m llm_kd.compare --config FILE``: selectors, objectives and rollouts over seeds, one table and a plot.
+"""`python -m llm_kd.compare --config FILE`: selectors, objectives and rollouts over seeds, one table and a plot.
 
 A comparison file names the configurations all runs share and those each variant adds::
 
@@ -8,7 +8,7 @@ A comparison file names the configurations all runs share and those each variant
       Top-k: [selectors/topk]
     seeds: [0, 1, 2]
 
-Every finished run is written to ``results.json`` at once; an interrupted comparison continues where it stopped.
+Every finished run is written to `results.json` at once; an interrupted comparison continues where it stopped.
 """
 
 from kd_common.run.early import answer_early
@@ -36,7 +36,7 @@ class LanguageRun(ComparedRun):
 
     Attributes:
         before: Validation means before training.
-        rouge_l: ROUGE-L of the answers ``before`` and ``after`` training; empty if none were asked for.
+        rouge_l: ROUGE-L of the answers `before` and `after` training; empty if none were asked for.
     """
 
     title = "held-out responses"
@@ -45,7 +45,7 @@ class LanguageRun(ComparedRun):
 
     @classmethod
     def train(cls, args: list[str], **place: Any) -> Self:
-        """See `ComparedRun`."""
+        """Train one run."""
         result = run(build(args))
         rouge_l = {when: answers.rouge_l for when, answers in result.answers.items()}
         return cls.of(result, args=args, before=result.before, rouge_l=rouge_l, **place)
@@ -77,7 +77,7 @@ class LanguageRun(ComparedRun):
 
     @classmethod
     def plot(cls, variants: Mapping[str, Sequence[Self]], output: Path) -> None:
-        """Held-out token acceptance rate (top-5) over the updates, mean over seeds, before training included."""
+        """Plot the held-out top-5 token acceptance rate over the updates, as a mean over seeds."""
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         axes = figure.subplots()
         for variant, runs in variants.items():

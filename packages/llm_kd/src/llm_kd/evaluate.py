@@ -1,6 +1,6 @@
-"""``python -m llm_kd.evaluate --student FOLDER --data.val FILE``: how good a student's tokens and answers are.
+"""`python -m llm_kd.evaluate --student FOLDER --data.val FILE`: how good a student's tokens and answers are.
 
-On the answers in the file: NLL, and with ``--teacher`` the KL to it, agreement and token acceptance rate. On answers
+On the answers in the file: NLL, and with `--teacher` the KL to it, agreement and token acceptance rate. On answers
 that the student writes: ROUGE-L, by default in the MiniLLM protocol.
 """
 
@@ -59,8 +59,8 @@ def token_means(
         k: The teacher accepts the student's most likely token if it is among its own k most likely ones.
 
     Returns:
-        ``nll`` in nats; with a teacher also ``teacher_nll``, ``kl`` (teacher || student) in nats, ``agreement`` (both
-        hold the same token most likely) and ``tar``, the share of accepted tokens.
+        `nll` in nats; with a teacher also `teacher_nll`, `kl` (teacher || student) in nats, `agreement` (both
+        hold the same token most likely) and `tar`, the share of accepted tokens.
 
     Raises:
         UserError: If the likelihood is not finite.
@@ -116,7 +116,7 @@ def parser() -> CommandParser:
 
 
 def check(settings: Namespace) -> SamplingParams:
-    """How answers are drawn, after refusing what would only fail once models are loaded.
+    """Check the settings that would fail only once models are loaded, and return how answers are drawn.
 
     Raises:
         UserError: If the harness is asked for and not installed.
@@ -143,12 +143,12 @@ def check(settings: Namespace) -> SamplingParams:
 
 
 def load(name: str, dtype: str, settings: Namespace) -> Backbone:
-    """A model, frozen and in evaluation mode, on the device."""
+    """Load a model, frozen and in evaluation mode, on the device."""
     return load_teacher(TeacherSpec(name, dtype, settings.attention)).to(settings.device)
 
 
 def evaluate(settings: Namespace, sampling: SamplingParams) -> dict[str, Any]:
-    """All that a parsed command line asks for; see :func:`main`."""
+    """Evaluate as a parsed command line asks; see `main`."""
     names = {"teacher": settings.teacher or settings.student, "student": settings.student}
     configs = {role: load_config(name) for role, name in names.items()}
     vocab_size = shared_vocabulary(*map(load_tokenizer, names.values()), *configs.values())
@@ -179,7 +179,7 @@ def evaluate(settings: Namespace, sampling: SamplingParams) -> dict[str, Any]:
 
 
 def over_seeds(answers: Mapping[int, Answers]) -> dict[str, Any]:
-    """ROUGE-L in per cent: mean over the seeds, sample standard deviation (None for one seed), and every seed's."""
+    """Return ROUGE-L in per cent: mean, sample standard deviation (None for one seed), and every seed's value."""
     scores = {str(seed): found.rouge_l for seed, found in answers.items()}
     first = next(iter(answers.values()))
     return {
@@ -192,7 +192,7 @@ def over_seeds(answers: Mapping[int, Answers]) -> dict[str, Any]:
 
 
 def print_result(result: Mapping[str, Any], console: Console) -> None:
-    """Print a result of :func:`main` as a table, with every setting below it."""
+    """Print a result of `main` as a table, with every setting below it."""
     tokens, settings, rouge, data = (result.get(name, {}) for name in ("tokens", "settings", "rouge_l", "data"))
     table = Table(
         title=f"{escape(printable(settings['student']))}: {data['supervised_tokens']:,} tokens of {data['rows']:,} rows"
@@ -220,8 +220,8 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     """Evaluate and print.
 
     Returns:
-        ``settings``; ``data``: counts; ``tokens``: see :func:`token_means`; ``rouge_l``: see :func:`over_seeds`;
-        ``answers``, all of them; ``harness``: see :func:`llm_kd.evaluation.harness.run_harness`. What was not asked
+        `settings`; `data`: counts; `tokens`: see `token_means`; `rouge_l`: see `over_seeds`;
+        `answers`, all of them; `harness`: see `llm_kd.evaluation.harness.run_harness`. What was not asked
         for is left out.
 
     Raises:

@@ -1,7 +1,7 @@
-"""``python -m llm_kd.fit``: distil a language model and report what came of it.
+"""`python -m llm_kd.fit`: distil a language model and report what came of it.
 
-:func:`build` parses and makes everything, :func:`run` trains, :func:`main` does both and prints the table. Notebooks
-and tests call ``build([...])`` with the same arguments as the command line.
+`build` parses and makes everything, `run` trains, `main` does both and prints the table. Notebooks
+and tests call `build([...])` with the same arguments as the command line.
 """
 
 from kd_common.run.early import answer_early
@@ -42,7 +42,7 @@ CONFIG_DIR = Path(str(files("llm_kd") / "configs"))
 
 
 class LanguageCLI(FitCLI):
-    """The command line of ``llm_kd.fit``: tokenizer and seed are passed on."""
+    """The command line of `llm_kd.fit`: tokenizer and seed are passed on."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link what model and data must agree on."""
@@ -78,8 +78,8 @@ def build(args: Sequence[str] | None = None, cli_class: type[LanguageCLI] = Lang
     """Parse the configuration and instantiate model, data and trainer; runs nothing.
 
     Args:
-        args: Command line as a list, or None for ``sys.argv``.
-        cli_class: Of what is built; :mod:`llm_kd.cache_teacher` parses the same and builds less.
+        args: Command line as a list, or None for `sys.argv`.
+        cli_class: Of what is built; `llm_kd.cache_teacher` parses the same and builds less.
     """
     return cli_class(DistillationModule, TextDataModule, config_dir=CONFIG_DIR, args=args)
 

@@ -1,4 +1,4 @@
-"""``python -m llm_kd.generate --model FOLDER --prompt "..."``: a model's answer, printed while it is written.
+"""`python -m llm_kd.generate --model FOLDER --prompt "..."`: a model's answer, printed while it is written.
 
 The prompt becomes a user's turn of the tokenizer's chat template, or of the instruction layout that students without a
 template are trained on.

@@ -1,4 +1,4 @@
-"""``python -m llm_kd.report RUN...``: what runs did and why, as one self-contained HTML page.
+"""`python -m llm_kd.report RUN...`: what runs did and why, as one self-contained HTML page.
 
 From the logs: KL, NLL and acceptance over the updates. From the saved students, on held-out text: accepted and rejected
 tokens in place, acceptance by the teacher's entropy, loss by position. Several runs are laid over each other.
@@ -44,7 +44,7 @@ class Run(LoggedRun):
 
     @property
     def label(self) -> str:
-        """What it is called in figures: its method and data, and the name of its folder."""
+        """Return its name in figures: its method and data, and the name of its folder."""
         method = ", ".join(class_name(self.model[part], default) for part, default in METHOD.items())
         train = self.data["train"]
         data = " + ".join(Path(file).name for file in ([train] if isinstance(train, str) else train))
@@ -67,7 +67,7 @@ class Run(LoggedRun):
 
     @property
     def student_folder(self) -> str:
-        """The student as training left it.
+        """Return the student as training left it.
 
         Raises:
             UserError: If there is none.
@@ -79,7 +79,7 @@ class Run(LoggedRun):
 
 
 def held_out(settings: Mapping[str, Any], tokenizer: str, limit: int) -> TextDataModule:
-    """The data of a run's configuration, at most ``limit`` held-out rows."""
+    """Return the data of a run's configuration, at most `limit` held-out rows."""
     parser = CommandParser()
     parser.add_class_arguments(TextDataModule, "data")
     kept = {name: value for name, value in settings.items() if value is not None}
@@ -105,7 +105,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
 
 
 def student_sections(runs: Sequence[Run], *, limit: int, k: int, texts: int) -> list[Section]:
-    """What the students make of the held-out text of the first run."""
+    """Compare the students on the held-out text of the first run."""
     check_comparable(runs)
     folders = [run.student_folder for run in runs]
     settings, student = runs[0].model["teacher"], folders[0]

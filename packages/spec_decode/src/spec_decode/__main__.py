@@ -1,4 +1,4 @@
-"""``python -m spec_decode`` lists the commands; ``spec-decode COMMAND ...`` runs one."""
+"""`python -m spec_decode` lists the commands; `spec-decode COMMAND ...` runs one."""
 
 from kd_common.run.commands import dispatch
 

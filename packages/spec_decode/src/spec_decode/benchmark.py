@@ -1,4 +1,4 @@
-"""``python -m spec_decode.benchmark``: drafters against plain decoding on the same runner, in one table and one JSON.
+"""`python -m spec_decode.benchmark`: drafters against plain decoding on the same runner, in one table and one JSON.
 
 Every prompt set and temperature is a block in which all decoders take turns on each prompt; finished blocks are kept
 when a run is interrupted.
@@ -94,11 +94,11 @@ class Settings:
 
     @property
     def key(self) -> str:
-        """Digest that tells the results of one benchmark from those of another."""
+        """Return the digest that tells the results of one benchmark from those of another."""
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
 
     def generation(self, temperature: float) -> dict[str, Any]:
-        """Settings of `SpeculativeDecoder.generate`."""
+        """Return the settings of `SpeculativeDecoder.generate`."""
         names = ("max_new_tokens", "seed", "stop_tokens")
         return {name: getattr(self, name) for name in names} | {"temperature": temperature}
 
@@ -111,7 +111,7 @@ def rows_of_block(
     memory: dict[str, dict[str, float]],
     block: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """One row per decoder: what was measured, and beside it the cost model."""
+    """Return a row for each decoder, with its measurement and the prediction of the cost model."""
     plain, rows = found[PLAIN], []
     for name, result in found.items():
         tree = decoders[name].tree
@@ -145,7 +145,7 @@ def rows_of_block(
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """What an earlier benchmark wrote.
+    """Read the results of an earlier benchmark.
 
     Raises:
         UserError: If it is damaged.
@@ -165,7 +165,7 @@ def checksum(rows: Sequence[dict[str, Any]]) -> int:
 
 
 def content_digest(folder: Path) -> str:
-    """Digest of the files in a drafter's folder; empty for a drafter without one."""
+    """Return the digest of the files in a drafter's folder; empty for a drafter without one."""
     digest = hashlib.sha256()
     paths = sorted(path for path in folder.glob("*") if path.is_file())
     for path in paths:
@@ -215,7 +215,7 @@ def measure_block(
     sampling: Sampling,
     on_batch: Callable[[], None],
 ) -> list[dict[str, Any]]:
-    """Rows of one set of prompts at one temperature, a row per decoder.
+    """Measure all decoders on one set of prompts at one temperature; return a row for each.
 
     Args:
         settings: What is measured.
@@ -267,7 +267,7 @@ def compare_transformers(rows: list[dict[str, Any]], settings: Settings, target:
 
 
 def finished_rows(path: Path, key: str) -> list[dict[str, Any]]:
-    """Rows that a benchmark of the same key has finished; a file of another one is renamed to hold its key.
+    """Read the finished rows of a benchmark with the same key; rename the file of another one after its key.
 
     Raises:
         UserError: If the file is damaged.
@@ -311,14 +311,14 @@ def benchmark(
     """Measure drafters.
 
     Args:
-        drafters: Folders of trained drafters, or names such as ``PromptLookup``; plain decoding is always there.
-            ``+lookup`` adds the branch of prompt lookup, and a tree of its own may follow behind an ``@``, as in
-            ``"RUN/drafter_best+lookup@4,2,1"`` (a comma needs the quotes).
+        drafters: Folders of trained drafters, or names such as `PromptLookup`; plain decoding is always there.
+            `+lookup` adds the branch of prompt lookup, and a tree of its own may follow behind an `@`, as in
+            `"RUN/drafter_best+lookup@4,2,1"` (a comma needs the quotes).
         target: Target by folder or name; by default that of the first trained drafter, else the embedded one.
         prompts: JSONL files by a name for the set; the last packaged prompts by default.
         count: Prompts per set, the first ones.
         temperatures: Temperatures; 0 and 1 by default.
-        tree: ``auto``, ``chain``, candidates per level such as ``4,2,1``, or ``dynamic:DEPTH,TOP_K,NODES``, for
+        tree: `auto`, `chain`, candidates per level such as `4,2,1`, or `dynamic:DEPTH,TOP_K,NODES`, for
             drafters without one.
         min_confidence: See `SpeculativeDecoder`; drafters without probabilities keep all their nodes.
         max_new_tokens: Tokens per prompt.
@@ -328,9 +328,9 @@ def benchmark(
         peers: Also run transformers' own `generate`, alone and with prompt lookup.
         assistant: A smaller model of the same tokenizer, by folder or name, for transformers' assisted generation.
         compile: Compile the target's passes, plain ones and those over trees; see `SpeculativeDecoder`.
-        dtype: Precision of the target's weights; ``auto`` is the one this machine is fastest in.
+        dtype: Precision of the target's weights; `auto` is the one this machine is fastest in.
         device: Where to run.
-        output: Folder for ``results.json``; finished blocks of the same settings in it are not run again,
+        output: Folder for `results.json`; finished blocks of the same settings in it are not run again,
             those of other settings, or of another machine, are kept in a file of their own.
     """
     check_device(device)

@@ -1,6 +1,6 @@
-"""``python -m spec_decode.chat``: talk to a model in the terminal.
+"""`python -m spec_decode.chat`: talk to a model in the terminal.
 
-``/new`` starts over, ``/exit`` ends, Ctrl-C stops an answer.
+`/new` starts over, `/exit` ends, Ctrl-C stops an answer.
 """
 
 from kd_common.run.early import answer_early
@@ -34,7 +34,7 @@ def talk(
     read: Callable[[str], str] = input,
     out: TextIO | None = None,
 ) -> list[dict[str, str]]:
-    """Read, answer, repeat; returns the conversation.
+    """Read and answer until the user leaves; return the conversation.
 
     A turn that no longer fits the context is refused, and what was said before is kept. Ctrl-C stops an answer, of
     which what was written is kept.
@@ -65,7 +65,7 @@ def talk(
 
 
 def help_text() -> str:
-    """The commands and what they do."""
+    """Return the commands with a line about each."""
     return ", ".join(f"{name} {effect}" for name, effect in COMMANDS.items())
 
 
@@ -106,9 +106,9 @@ def chat(
     """Talk to a model.
 
     Args:
-        drafter: Folder of a trained drafter, ``PromptLookup``, or ``none`` for plain decoding.
+        drafter: Folder of a trained drafter, `PromptLookup`, or `none` for plain decoding.
         target: Target by folder or name; by default the one the drafter was trained for, else the embedded SmolLM2.
-        tree: ``auto`` (measured), ``chain``, candidates per level such as ``4,2,1``, or ``dynamic:DEPTH,TOP_K,NODES``.
+        tree: `auto` (measured), `chain`, candidates per level such as `4,2,1`, or `dynamic:DEPTH,TOP_K,NODES`.
         min_confidence: Draft only what the drafter takes to be reached with this probability, in [0, 1).
         max_new_tokens: Longest answer in tokens.
         temperature: 0 is greedy.
@@ -116,7 +116,7 @@ def chat(
         seed: Seed of the draws.
         color: Show drafted and accepted tokens in green; by default where the output is a terminal.
         compile: Compile the target's passes; the first one of every size then takes seconds to minutes.
-        dtype: Precision of the target's weights; ``auto`` is the one this machine is fastest in.
+        dtype: Precision of the target's weights; `auto` is the one this machine is fastest in.
         device: Where to run.
     """
     top_p = top_p if temperature else 1.0  # greedily there is nothing to cut

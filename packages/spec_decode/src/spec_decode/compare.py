@@ -1,4 +1,4 @@
-"""``python -m spec_decode.compare --config FILE``: drafters and their settings trained alike over seeds, in one table.
+"""`python -m spec_decode.compare --config FILE`: drafters and their settings trained alike over seeds, in one table.
 
 A comparison file names the configurations all runs share and those each variant adds::
 
@@ -8,7 +8,7 @@ A comparison file names the configurations all runs share and those each variant
       stem of one layer: ["--model.drafter.stem=1"]
     seeds: [0, 1, 2]
 
-The target's text and features are written once, by the first run. Every finished run is written to ``results.json`` at
+The target's text and features are written once, by the first run. Every finished run is written to `results.json` at
 once; an interrupted comparison continues where it stopped.
 """
 
@@ -44,7 +44,7 @@ class DrafterRun(ComparedRun):
 
     @classmethod
     def train(cls, args: list[str], **place: Any) -> Self:
-        """See `ComparedRun`; time the drafter, too."""
+        """Train one run and time its drafter."""
         cli = build([*args, "--measure_prompts=0"])
         result = run(cli)
         target, drafter = cli.model.target, for_inference(cli.model.drafter)
@@ -56,7 +56,7 @@ class DrafterRun(ComparedRun):
 
     @property
     def headline(self) -> str:
-        """Tokens per target pass."""
+        """Return the tokens per target pass."""
         return f"tau {self.last['tau']:.3f}"
 
     @classmethod

@@ -1,7 +1,7 @@
-"""``python -m spec_decode.export``: an EAGLE-3 drafter in the layout of its authors, which serving engines read.
+"""`python -m spec_decode.export`: an EAGLE-3 drafter in the layout of its authors, which serving engines read.
 
-Weights ``fc``, ``midlayer``, ``norm`` and ``lm_head`` with the vocabulary maps ``d2t`` (target token - draft token) and
-``t2d`` (whether a target token can be drafted). Nothing else reads the other drafters; their own folder is the format.
+Weights `fc`, `midlayer`, `norm` and `lm_head` with the vocabulary maps `d2t` (target token - draft token) and
+`t2d` (whether a target token can be drafted). Nothing else reads the other drafters; their own folder is the format.
 """
 
 from kd_common.run.early import answer_early
@@ -116,7 +116,7 @@ def check_servable(drafter: str, layers: Sequence[int], config: Any) -> None:
 
 
 def export(drafter: str, output: str, dtype: str = "bfloat16") -> None:
-    """Write ``model.safetensors`` and ``config.json``.
+    """Write `model.safetensors` and `config.json`.
 
     Args:
         drafter: Folder of a drafter that `fit` wrote.

@@ -1,7 +1,7 @@
-"""``python -m spec_decode.fit``: train a drafter for a target and report what it brings.
+"""`python -m spec_decode.fit`: train a drafter for a target and report what it brings.
 
-:func:`build` parses and makes everything, :func:`run` trains, :func:`main` does both and prints the table. Notebooks
-and tests call ``build([...])`` with the same arguments as the command line.
+`build` parses and makes everything, `run` trains, `main` does both and prints the table. Notebooks
+and tests call `build([...])` with the same arguments as the command line.
 """
 
 from kd_common.run.early import answer_early
@@ -35,7 +35,7 @@ CONFIG_DIR = Path(str(files("spec_decode") / "configs"))
 
 
 class DrafterCLI(FitCLI):
-    """The command line of ``spec_decode.fit``."""
+    """The command line of `spec_decode.fit`."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Pass the seed on, and ask how the result is measured."""
@@ -66,7 +66,7 @@ def build(args: Sequence[str] | None = None) -> DrafterCLI:
     """Parse the configuration and instantiate model, data and trainer; runs nothing.
 
     Args:
-        args: Command line as a list, or None for ``sys.argv``.
+        args: Command line as a list, or None for `sys.argv`.
     """
     return DrafterCLI(DrafterModule, TargetText, config_dir=CONFIG_DIR, args=args)
 

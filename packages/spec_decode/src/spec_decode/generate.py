@@ -1,4 +1,4 @@
-"""``python -m spec_decode.generate --prompt ...``: answer one prompt, streaming.
+"""`python -m spec_decode.generate --prompt ...`: answer one prompt, streaming.
 
 Drafted tokens that the target accepted are green where colours are shown.
 """
@@ -112,9 +112,9 @@ def generate(
 
     Args:
         prompt: What to answer.
-        drafter: Folder of a trained drafter, ``PromptLookup``, or ``none`` for plain decoding.
+        drafter: Folder of a trained drafter, `PromptLookup`, or `none` for plain decoding.
         target: Target by folder or name; by default the one the drafter was trained for, else the embedded SmolLM2.
-        tree: ``auto`` (measured), ``chain``, candidates per level such as ``4,2,1``, or ``dynamic:DEPTH,TOP_K,NODES``.
+        tree: `auto` (measured), `chain`, candidates per level such as `4,2,1`, or `dynamic:DEPTH,TOP_K,NODES`.
         min_confidence: Draft only what the drafter takes to be reached with this probability, in [0, 1).
         max_new_tokens: Longest answer in tokens.
         temperature: 0 is greedy.
@@ -125,7 +125,7 @@ def generate(
         rejection: Verify drawn candidates by recursive rejection instead of sample-and-match.
         color: Show drafted and accepted tokens in green.
         compile: Compile the target's passes; the first one of every size then takes seconds to minutes.
-        dtype: Precision of the target's weights; ``auto`` is the one this machine is fastest in.
+        dtype: Precision of the target's weights; `auto` is the one this machine is fastest in.
         device: Where to run.
     """
     if not prompt.strip():

@@ -1,4 +1,4 @@
-"""``python -m spec_decode.report RUN...``: what drafters learned and what they bring, as one self-contained HTML page.
+"""`python -m spec_decode.report RUN...`: what drafters learned and what they bring, as one self-contained HTML page.
 
 From the logs: acceptance per level and the loss of the first over the updates. From the saved drafters, on a few
 prompts: acceptance per level, where the time goes, and draft trees with their accepted paths. Several runs for one
@@ -49,7 +49,7 @@ class Run(LoggedRun):
 def decode(
     runs: Sequence[Run], prompts: Sequence[str | Row], *, tree: str | None, max_new_tokens: int
 ) -> tuple[dict[str, Measurement], dict[str, Passes], Any]:
-    """What was measured while decoding prompts plainly and with every run's drafter, first passes, and the tokenizer.
+    """Decode prompts plainly and with every run's drafter; return measurements, first passes and the tokenizer.
 
     Args:
         runs: Runs for one target.
@@ -88,7 +88,7 @@ def sections(
         runs: Their runs.
         prompts: JSONL file of prompts; the last packaged ones, on which `fit` does not train by default, if None.
         count: Prompts that are decoded; 0 leaves decoding out.
-        tree: Tree to draft, as in ``spec_decode.generate``; by default 3 candidates in the first level and 2 in every
+        tree: Tree to draft, as in `spec_decode.generate`; by default 3 candidates in the first level and 2 in every
             other one.
         max_new_tokens: Tokens per prompt.
 
@@ -115,7 +115,7 @@ def sections(
 def decoding_sections(
     runs: Sequence[Run], prompts: Sequence[str | Row], *, tree: str | None, max_new_tokens: int
 ) -> list[Section]:
-    """What the drafters do on prompts."""
+    """Show how the drafters decode prompts."""
     measured, pictures, tokenizer = decode(runs, prompts, tree=tree, max_new_tokens=max_new_tokens)
     plain = measured["plain decoding"]
     speeds = [

@@ -1,4 +1,4 @@
-"""``python -m vision_kd`` lists the commands; ``vision-kd COMMAND ...`` runs one."""
+"""`python -m vision_kd` lists the commands; `vision-kd COMMAND ...` runs one."""
 
 from kd_common.run.commands import dispatch
 

@@ -1,4 +1,4 @@
-"""``python -m vision_kd.compare --config FILE``: several methods, several seeds, one table and two plots.
+"""`python -m vision_kd.compare --config FILE`: several methods, several seeds, one table and two plots.
 
 A comparison file names the configurations all runs share and those each variant adds::
 
@@ -8,7 +8,7 @@ A comparison file names the configurations all runs share and those each variant
       KD + DeepKD: [methods/kd, policies/deepkd]
     seeds: [0, 1, 2]
 
-Every finished run is written to ``results.json`` at once; an interrupted comparison continues where it stopped.
+Every finished run is written to `results.json` at once; an interrupted comparison continues where it stopped.
 """
 
 from kd_common.run.early import answer_early
@@ -42,13 +42,13 @@ class VisionRun(ComparedRun):
 
     @classmethod
     def train(cls, args: list[str], **place: Any) -> Self:
-        """See `ComparedRun`."""
+        """Train one run."""
         cli = build(args)
         return cls.of(run(cli), args=args, metrics=cli.model.metrics, **place)
 
     @property
     def judged(self) -> str:
-        """The metric that validations are compared by."""
+        """Return the metric that validations are compared by."""
         return next(iter(self.metrics))
 
     @property
@@ -85,7 +85,7 @@ class VisionRun(ComparedRun):
 
 
 def per_cent(values: Sequence[float]) -> str:
-    """Mean and sample standard deviation in per cent."""
+    """Return the mean and sample standard deviation in per cent."""
     return mean_and_spread([100 * value for value in values])
 
 

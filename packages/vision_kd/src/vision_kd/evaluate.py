@@ -1,8 +1,8 @@
-"""``python -m vision_kd.evaluate --ckpt FILE``: accuracy of a saved classifier, average precision of a detector.
+"""`python -m vision_kd.evaluate --ckpt FILE`: accuracy of a saved classifier, average precision of a detector.
 
-A student file written by ``fit`` knows its network and its data. For any other weight file (a training checkpoint, a
-teacher of the public bundle, safetensors) name both: ``--model.name resnet32x4 --data CIFAR100``. A detector's
-detections are written as COCO results beside the weights; ``--images FOLDER`` draws them.
+A student file written by `fit` knows its network and its data. For any other weight file (a training checkpoint, a
+teacher of the public bundle, safetensors) name both: `--model.name resnet32x4 --data CIFAR100`. A detector's
+detections are written as COCO results beside the weights; `--images FOLDER` draws them.
 """
 
 from kd_common.run.early import answer_early

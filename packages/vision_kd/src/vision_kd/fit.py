@@ -1,7 +1,7 @@
-"""``python -m vision_kd.fit``: distil a classifier or a detector and report what came of it.
+"""`python -m vision_kd.fit`: distil a classifier or a detector and report what came of it.
 
-:func:`build` parses and makes everything, :func:`run` trains, :func:`main` does both and prints the table. Notebooks
-and tests call ``build([...])`` with the same arguments as the command line.
+`build` parses and makes everything, `run` trains, `main` does both and prints the table. Notebooks
+and tests call `build([...])` with the same arguments as the command line.
 """
 
 from kd_common.run.early import answer_early
@@ -35,7 +35,7 @@ CONFIG_DIR = Path(str(files("vision_kd") / "configs"))
 
 
 class VisionCLI(FitCLI):
-    """The command line of ``vision_kd.fit``: the data's shape and the seed are passed on to the model."""
+    """The command line of `vision_kd.fit`: the data's shape and the seed are passed on to the model."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link what model and data must agree on."""
@@ -72,7 +72,7 @@ def build(args: Sequence[str] | None = None) -> VisionCLI:
     """Parse the configuration and instantiate model, data and trainer; runs nothing.
 
     Args:
-        args: Command line as a list, or None for ``sys.argv``.
+        args: Command line as a list, or None for `sys.argv`.
     """
     return VisionCLI(ComponentTraining, ImageDataModule, config_dir=CONFIG_DIR, args=args)
 
@@ -126,7 +126,7 @@ def baseline_args(cli: VisionCLI) -> list[str]:
 
 
 def measure_teacher(cli: VisionCLI) -> dict[str, float]:
-    """Metrics of the attached teacher on the validation data, printed before training starts."""
+    """Measure the attached teacher on the validation data, and print its metrics before training starts."""
     cli.datamodule.prepare_data()
     cli.datamodule.setup("validate")
     data = limited_validation(cli.datamodule, cli.trainer)

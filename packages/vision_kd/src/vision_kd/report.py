@@ -1,4 +1,4 @@
-"""``python -m vision_kd.report RUN...``: what runs did and why, as one self-contained HTML page.
+"""`python -m vision_kd.report RUN...`: what runs did and why, as one self-contained HTML page.
 
 From the logs: validation metric and k, GSNR beside the momenta, norms and cosines of the gradient components. From the
 students of classifiers: correlation of logits beside the teacher's, calibration, change per class, loss landscapes.
@@ -50,21 +50,21 @@ class Run(LoggedRun):
 
     @cached_property
     def cli(self) -> VisionCLI:
-        """Its model and data, built anew; nothing is trained or written."""
+        """Build its model and data anew; train and write nothing."""
         settings = [f"--config={self.folder / 'config.yaml'}", "--trainer.fast_dev_run=1", "--trainer.accelerator=cpu"]
         return build([*settings, "--baseline=null", "--ckpt_path=null"])
 
     @property
     def classifies(self) -> bool:
-        """Whether the student is a classifier, whose logits can be compared."""
+        """Return whether the student is a classifier, whose logits can be compared."""
         return isinstance(self.cli.model, DistillationModule)
 
     def student(self) -> Classifier:
-        """The student of the last epoch."""
+        """Return the student of the last epoch."""
         return load_classifier(self.folder / "student_last.pt")
 
     def teacher(self) -> Classifier | None:
-        """The teacher, if its weights are at hand: a file, a library's, or in the cache; None otherwise."""
+        """Return the teacher, if its weights are at hand: a file, a library's, or in the cache; None otherwise."""
         spec = self.cli.model.teacher_spec
         if spec is None:
             return None
@@ -98,7 +98,7 @@ class Run(LoggedRun):
 
 
 def log_sections(runs: Sequence[Run]) -> list[Section]:
-    """What the logs show."""
+    """Show the curves of the logs."""
     model = runs[0].cli.model
     metrics = {run.name: run.metrics for run in runs}
     text = "k is the number of non-target classes that the dynamic mask lets through."
@@ -135,7 +135,7 @@ def log_sections(runs: Sequence[Run]) -> list[Section]:
 
 
 def student_sections(runs: Sequence[Run], *, resolution: int, extent: float, samples: int) -> list[Section]:
-    """What the students of classifiers show on the validation data of the first run."""
+    """Compare the students of classifiers on the validation data of the first run."""
     data = runs[0].cli.datamodule
     data.prepare_data()
     data.setup("validate")

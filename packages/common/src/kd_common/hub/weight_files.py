@@ -59,7 +59,7 @@ class StoredWeights(NamedTuple):
 
     @property
     def wrapped(self) -> bool:
-        """Whether the tensors' names contain parts that a wrapper adds."""
+        """Return whether the tensors' names contain parts that a wrapper adds."""
         return any(re.search(WRAPPER, name) for name in self.files)
 
 

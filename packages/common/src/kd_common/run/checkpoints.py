@@ -30,7 +30,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write beside the file, down to the disk, and rename; addresses such as ``s3://...`` are left to Lightning.
+        """Write beside the file, down to the disk, and rename; addresses such as `s3://...` are left to Lightning.
 
         Raises:
             OSError: Naming the file, whose earlier content is unchanged.
@@ -52,7 +52,7 @@ class RunCheckpoint(ModelCheckpoint):
 
 
 def run_checkpoints(run_dir: Path, monitor: str, mode: Mode) -> list[RunCheckpoint]:
-    """What writes ``checkpoints/best.ckpt`` and ``last.ckpt`` of a run.
+    """Return the callbacks that write `checkpoints/best.ckpt` and `last.ckpt` of a run.
 
     Args:
         run_dir: Folder of the run.
@@ -95,7 +95,7 @@ class SaveSettings(SaveConfigCallback):
 
 
 def resumed_config(args: Sequence[str]) -> list[str]:
-    """``--config`` for the configuration saved beside the checkpoint that ``--ckpt_path`` names, if there is one.
+    """Return `--config` with the configuration that was saved with the checkpoint of `--ckpt_path`, if there is one.
 
     A resumed run thus continues with its own settings; what else is on the command line still wins.
 
@@ -145,7 +145,7 @@ def check_resumable(path: Path) -> dict[str, Any]:
     Raises:
         UserError: If there is no such file.
         UserError: If it is not a complete Lightning checkpoint of plain tensors (it is read with
-            ``weights_only=True``, so a pickle with code in it is refused, not run).
+            `weights_only=True`, so a pickle with code in it is refused, not run).
     """
     if not path.is_file():
         raise UserError(f"--ckpt_path {path}: no such file")

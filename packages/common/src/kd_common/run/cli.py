@@ -1,11 +1,11 @@
-"""Command-line base of every ``python -m <package>.fit``: a LightningCLI that parses and builds, and runs nothing.
+"""Command-line base of every `python -m <package>.fit`: a LightningCLI that parses and builds, and runs nothing.
 
 On top of LightningCLI it adds
 
-* a default configuration packaged with the library, over which ``--config`` files and flags merge from left to right;
-* packaged configurations by their short name: ``--config pairs/a_b.yaml`` is looked up as a path first, then inside
+* a default configuration packaged with the library, over which `--config` files and flags merge from left to right;
+* packaged configurations by their short name: `--config pairs/a_b.yaml` is looked up as a path first, then inside
   the package;
-* ``--ckpt_path`` to resume and ``--run_dir`` for everything the run writes: checkpoints, TensorBoard and CSV logs and
+* `--ckpt_path` to resume and `--run_dir` for everything the run writes: checkpoints, TensorBoard and CSV logs and
   the resolved configuration.
 """
 
@@ -62,7 +62,7 @@ class FitParser(CommandParser, LightningArgumentParser):
     """Lightning's parser with short errors.
 
     Args:
-        defaults: File of the settings that ``--help`` shows.
+        defaults: File of the settings that `--help` shows.
         settings: Those of Lightning's parser.
     """
 
@@ -82,8 +82,8 @@ class FitCLI(LightningCLI):
     Args:
         model_class: Base class of the models the configuration may name.
         datamodule_class: Base class of the data modules the configuration may name.
-        config_dir: Folder of packaged YAML files; its ``default.yaml`` is always applied first.
-        args: Command line; None reads ``sys.argv``. Notebooks and tests pass a list.
+        config_dir: Folder of packaged YAML files; its `default.yaml` is always applied first.
+        args: Command line; None reads `sys.argv`. Notebooks and tests pass a list.
 
     Raises:
         SystemExit: With code 2 and a message when the configuration does not parse (unknown key, wrong type, no file).
@@ -120,7 +120,7 @@ class FitCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add ``--ckpt_path`` and ``--run_dir``."""
+        """Add `--ckpt_path` and `--run_dir`."""
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="Checkpoint to resume from.")
         parser.add_argument(
             "--run_dir",
@@ -177,7 +177,7 @@ class FitCLI(LightningCLI):
             check_same_settings(path, saved.get("hyper_parameters", {}), self.model.hparams)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Build the trainer, which writes to :attr:`run_dir`; a logger in the configuration writes where it says."""
+        """Build the trainer, which writes to `run_dir`; a logger in the configuration writes where it says."""
         trainer_config = self.config_init["trainer"]
         if trainer_config.get("fast_dev_run") or trainer_config.get("barebones"):
             return super().instantiate_trainer(**kwargs)
@@ -236,7 +236,7 @@ def check_effect(config: Namespace, command_line: Sequence[str]) -> None:
 
 
 def _is_set(settings: Any, parts: Sequence[str]) -> bool:
-    """Whether a configuration holds a setting, given by the parts of its name with or without ``init_args``."""
+    """Return whether a configuration holds a setting, given by the parts of its name with or without `init_args`."""
     for part in parts:
         if not isinstance(settings, Namespace):
             return settings is not None  # inside a list or a mapping
@@ -262,10 +262,10 @@ def check_strategy(name: Any) -> None:
 
 
 def fixed_seed(seed: bool | int) -> int:
-    """The seed as a number.
+    """Return the seed as a number.
 
     Raises:
-        UserError: For ``true``, which would draw a new seed on resuming.
+        UserError: For `true`, which would draw a new seed on resuming.
     """
     if seed is True:
         raise UserError("seed_everything must be a number (or false for 0): a run is resumed from its seed")
@@ -292,7 +292,7 @@ def _is_no_advertisement(record: logging.LogRecord) -> bool:
 
 
 def resolve_config_names(args: Sequence[str], config_dir: Path) -> list[str]:
-    """Replace ``--config NAME`` (or ``-c NAME``) by the packaged file NAME when no such path exists.
+    """Replace `--config NAME` (or `-c NAME`) by the packaged file NAME when no such path exists.
 
     Args:
         args: Command line.
@@ -311,7 +311,7 @@ def resolve_config_names(args: Sequence[str], config_dir: Path) -> list[str]:
 
 
 def find_config(name: str, config_dir: Path) -> str:
-    """Path of a configuration given as a path or as the name of a packaged file (``.yaml`` may be left out)."""
+    """Find a configuration by its path, or by the name of a packaged file with or without `.yaml`."""
     candidates = [Path(name), config_dir / name, config_dir / f"{name}.yaml"]
     for candidate in candidates:
         if candidate.is_file():
@@ -331,7 +331,7 @@ def find_config(name: str, config_dir: Path) -> str:
 
 
 def reserve_run_dir(run_dir: str | None, name: str) -> Path:
-    """Create and return the folder of this run: the one asked for, else the first free ``runs/NAME/run_N``.
+    """Create and return the folder of this run: the one asked for, else the first free `runs/NAME/run_N`.
 
     Only rank 0 creates it. The other ranks may settle on another number; they never write, and Lightning broadcasts
     the checkpoint folder of rank 0.

@@ -1,4 +1,4 @@
-"""One entry point per package: ``vision-kd fit ...`` runs ``python -m vision_kd.fit ...``."""
+"""One entry point per package: `vision-kd fit ...` runs `python -m vision_kd.fit ...`."""
 
 import ast
 import runpy

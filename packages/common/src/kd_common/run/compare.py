@@ -1,6 +1,6 @@
 """Variants times seeds: run what is missing, keep every finished run, write one table.
 
-What a run is and which numbers it yields is the caller's; a method package wraps this in its ``compare`` command.
+What a run is and which numbers it yields is the caller's; a method package wraps this in its `compare` command.
 """
 
 import json
@@ -28,12 +28,12 @@ from kd_common.run.summary import print_table
 
 @dataclass(frozen=True, kw_only=True)
 class ComparedRun:
-    """A finished run of a comparison in plain types, as ``results.json`` keeps it; a package adds what its table needs.
+    """A finished run of a comparison in plain types, as `results.json` keeps it; a package adds what its table needs.
 
     Attributes:
         title: Heading of the table.
         variant: Name in the table.
-        seed: ``seed_everything`` of the run.
+        seed: `seed_everything` of the run.
         args: Command line of the run.
         history: Metrics of every validation, in order.
         parameters: Number of parameters by model.
@@ -57,7 +57,7 @@ class ComparedRun:
 
         Args:
             args: Command line of the package's `fit`.
-            place: ``variant`` and ``seed``, for the record.
+            place: `variant` and `seed`, for the record.
         """
         raise NotImplementedError
 
@@ -72,12 +72,12 @@ class ComparedRun:
 
     @property
     def last(self) -> dict[str, Any]:
-        """Metrics of the last validation."""
+        """Return the metrics of the last validation."""
         return self.history[-1]
 
     @property
     def headline(self) -> str:
-        """One line about the result."""
+        """Return one line about the result."""
         raise NotImplementedError
 
 
@@ -94,23 +94,23 @@ def run_matrix(
     overrides: Sequence[str] = (),
     jobs: int = 1,
 ) -> list[R]:
-    """Run every variant with every seed; every finished run is in ``results.json`` at once.
+    """Run every variant with every seed; every finished run is in `results.json` at once.
 
     Args:
         record: What trains, and is kept of a run; a class of a module, so that other processes find it.
         base: Configurations all runs share.
         variants: Further configurations of each variant, by the name it has in the table; an entry that starts with
-            ``--`` is a command-line argument instead.
-        output: Folder of the runs, ``results.json``, the table and the plots.
+            `--` is a command-line argument instead.
+        output: Folder of the runs, `results.json`, the table and the plots.
         seeds: One run per seed and variant.
-        overrides: Command-line arguments added to all runs, such as ``--trainer.max_epochs=2``.
+        overrides: Command-line arguments added to all runs, such as `--trainer.max_epochs=2`.
         jobs: Runs at a time; the CPU's threads are shared among them.
 
     Returns:
         One record per run, in the order of the variants and seeds.
 
     Raises:
-        UserError: If ``results.json`` is damaged, or holds a run with other settings, or if there is nothing to run.
+        UserError: If `results.json` is damaged, or holds a run with other settings, or if there is nothing to run.
         ExceptionGroup: Of the runs that failed, after the others are saved; with one job at a time the first failure
             ends the comparison.
     """
@@ -171,14 +171,14 @@ def compare_command(
     config_dir: Path,
     args: list[str] | None = None,
 ) -> list[R]:
-    """The ``compare`` command of a package: parse, run the matrix, write the table and draw the plots.
+    """Run the `compare` command of a package: parse, run the matrix, write the table and draw the plots.
 
     Args:
         record: See `run_matrix`.
         package: Name of the package.
-        description: Shown by ``--help``.
+        description: Shown by `--help`.
         config_dir: Where packaged comparisons are found by name.
-        args: Command line; None for ``sys.argv``.
+        args: Command line; None for `sys.argv`.
     """
     parser = CommandParser(prog=f"python -m {package}.compare", description=description, allow_abbrev=False)
     packaged = sorted(f"compare/{path.stem}" for path in (config_dir / "compare").glob("*.yaml"))
@@ -198,7 +198,7 @@ def compare_command(
 
 
 def _execute(record: type[R], pending: Sequence[tuple[str, int, list[str]]], jobs: int) -> Iterable[R]:
-    """All runs as they finish, in this process or in ``jobs`` fresh ones."""
+    """Yield all runs as they finish, in this process or in `jobs` fresh ones."""
     if jobs == 1:
         yield from (_train(record, run) for run in pending)
         return
@@ -229,7 +229,7 @@ def _start(threads: int, imports: Sequence[str]) -> None:
 
 
 def by_variant(runs: Sequence[R]) -> dict[str, list[R]]:
-    """The runs of every variant, in order."""
+    """Return the runs of every variant, in order."""
     groups: dict[str, list[R]] = {}
     for run in runs:
         groups.setdefault(run.variant, []).append(run)
@@ -237,12 +237,12 @@ def by_variant(runs: Sequence[R]) -> dict[str, list[R]]:
 
 
 def table(variants: Mapping[str, Sequence[R]]) -> list[dict[str, str]]:
-    """One line per variant."""
+    """Return one line per variant."""
     return [{"variant": variant, "seeds": str(len(runs)), **runs[0].cells(runs)} for variant, runs in variants.items()]
 
 
 def mean_and_spread(values: Sequence[float], digits: int = 2) -> str:
-    """Mean and sample standard deviation; the mean alone for a single value, a dash for none."""
+    """Return the mean and sample standard deviation; the mean alone for a single value, a dash for none."""
     if not values:
         return "–"
     mean = f"{statistics.fmean(values):.{digits}f}"

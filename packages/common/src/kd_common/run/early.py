@@ -1,6 +1,6 @@
-"""``--help`` and mistyped options, answered from stored text before PyTorch and Lightning are imported.
+"""`--help` and mistyped options, answered from stored text before PyTorch and Lightning are imported.
 
-The text of every command lies in the folder ``help`` of its package; a test compares it with what the parser prints.
+The text of every command lies in the folder `help` of its package; a test compares it with what the parser prints.
 """
 
 import re
@@ -27,7 +27,7 @@ def versions() -> str:
 
 
 def stored_help(command: str) -> Path:
-    """File of a command's help, such as ``vision_kd/help/fit.txt`` for ``vision_kd.fit``."""
+    """File of a command's help, such as `vision_kd/help/fit.txt` for `vision_kd.fit`."""
     package, _, name = command.rpartition(".")
     spec = find_spec(package)
     assert spec is not None
@@ -36,10 +36,10 @@ def stored_help(command: str) -> Path:
 
 
 def answer_early(command: str) -> None:
-    """Leave with the help that ``sys.argv`` asks for, or with an error for options that do not exist.
+    """Leave with the help that `sys.argv` asks for, or with an error for options that do not exist.
 
     Args:
-        command: Module that is run, such as ``vision_kd.fit``.
+        command: Module that is run, such as `vision_kd.fit`.
 
     Raises:
         SystemExit: With 0 after the help, with 2 after an error; else nothing happens, and the parser decides.
@@ -63,7 +63,7 @@ def answer_early(command: str) -> None:
 
 
 def options_of(text: str) -> tuple[set[str], set[str]]:
-    """All options that a help lists, and those that take settings below their name: classes and mappings."""
+    """Return all options that a help lists, and those that take settings below their name: classes and mappings."""
     options: set[str] = set()
     nested: set[str] = set()
     last: list[str] = []

@@ -19,7 +19,7 @@ def run_command(command: Callable[[], Any]) -> None:
     So does an error of the system about a file that it names. Everything else keeps its traceback.
 
     Args:
-        command: Parses ``sys.argv`` and does the work.
+        command: Parses `sys.argv` and does the work.
 
     Raises:
         SystemExit: With code 2, after the message of a user's error on the standard error; with 130 after Ctrl-C, which
@@ -52,7 +52,7 @@ def run_command(command: Callable[[], Any]) -> None:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a processor or a GPU has no memory left."""
+    """Return whether an error says that a processor or a GPU has no memory left."""
     # torch's allocator of the processor raises a bare RuntimeError, that of a GPU one of its own.
     of_gpu = type(error).__name__ == "OutOfMemoryError"
     return of_gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
@@ -63,7 +63,7 @@ class NonFiniteLossError(RuntimeError):
 
 
 def last_checkpoint(trainer: Any) -> str:
-    """Path of the last checkpoint that a Lightning trainer has written, or words that say there is none."""
+    """Return the path of the last checkpoint that a Lightning trainer has written, or words that say there is none."""
     # FitCLI adds the callback that saves every epoch behind the one that saves the best.
     paths = [getattr(callback, "best_model_path", "") for callback in trainer.checkpoint_callbacks]
     return next(filter(None, reversed(paths)), "none written yet")

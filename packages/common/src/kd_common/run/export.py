@@ -82,11 +82,11 @@ class Export(pl.Callback):
 
 
 def _is_of(exported: Mapping[str, Any], epoch: Mapping[str, Any], metric: str) -> bool:
-    """Whether a model was exported at a validation."""
+    """Return whether a model was exported at a validation."""
     return all(exported.get(name) == epoch[name] for name in ("epoch", metric))
 
 
 def exported(run_dir: Path, name: str) -> str:
-    """The exported models of a run, as one path for the shell; a resumed run may have no best one."""
+    """Return the exported models of a run, as one path for the shell; a resumed run may have no best one."""
     found = [which for which in (LAST, BEST) if (run_dir / name.format(which)).exists()]
     return str(run_dir / name.format(found[0] if len(found) == 1 else "{" + ",".join(found) + "}"))

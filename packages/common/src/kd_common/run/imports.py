@@ -21,11 +21,11 @@ _asked_for: set[str] = set()
 
 
 class ImportOption(NonParsingAction):
-    """The option in ``--help``: :func:`import_asked_for` takes it out of a command line before that is parsed."""
+    """The option in `--help`: `import_asked_for` takes it out of a command line before that is parsed."""
 
 
 def import_asked_for(args: Sequence[str]) -> list[str]:
-    """Import the modules that a command line names with ``--import``; return the rest of it.
+    """Import the modules that a command line names with `--import`; return the rest of it.
 
     Raises:
         UserError: If there is no such module, or one that it imports is not installed.
@@ -73,7 +73,7 @@ def _import(name: str) -> None:
 
 
 def import_named(path: str) -> Any:
-    """What a configuration names by its path; nothing is imported for a path that it must not name.
+    """Return the object that a configuration names by its path; import nothing for a path that it must not name.
 
     Args:
         path: Module and name, with dots.
@@ -102,20 +102,20 @@ def _is_asked_for(path: str) -> bool:
 
 
 def _prefixes(path: str) -> Iterator[str]:
-    """A path and all that it lies in."""
+    """Return a path and all that it lies in."""
     while path:
         yield path
         path = path.rpartition(".")[0]
 
 
 def _is_loaded(module: str) -> bool:
-    """Whether a module, or the class of a loaded module that this may be, needs no import."""
+    """Return whether a module, or the class of a loaded module that this may be, needs no import."""
     parent, _, name = module.rpartition(".")
     return module in sys.modules or (parent in sys.modules and name in vars(sys.modules[parent]))
 
 
 def guard(parser: type) -> None:
-    """Let jsonargparse import what a configuration names by :func:`import_named`; it has no setting for that.
+    """Let jsonargparse import what a configuration names by `import_named`; it has no setting for that.
 
     Args:
         parser: Class of the parsers that are guarded; those of other programs in this process are not.

@@ -13,8 +13,8 @@ from kd_common.errors import UserError
 class ResumableLoader(ABC):
     """Batches of an epoch that is a function of its number, from any of them on.
 
-    Iterating to the end moves on to the next epoch; ``sampler.set_epoch``, which Lightning calls, chooses one.
-    :meth:`state_dict` lets a run that stopped inside an epoch continue at its next batch.
+    Iterating to the end moves on to the next epoch; `sampler.set_epoch`, which Lightning calls, chooses one.
+    `state_dict` lets a run that stopped inside an epoch continue at its next batch.
     """
 
     batch_sampler: Any = None  # Lightning reads it next to `sampler`
@@ -24,24 +24,24 @@ class ResumableLoader(ABC):
 
     @abstractmethod
     def batches(self, first: int) -> Iterator[Any]:
-        """The batches of the chosen epoch from one of them on."""
+        """Yield the batches of the chosen epoch from one of them on."""
 
     @abstractmethod
     def sample(self, count: int) -> Any:
-        """A batch of only a few rows, made in this process."""
+        """Return a batch of only a few rows, made in this process."""
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """A digest of all that decides which rows a batch of a given number holds."""
+        """Return a digest of all that decides which rows a batch of a given number holds."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch, the number of its batches delivered so far, and what they are cut from."""
+        """Return the epoch, the number of its batches delivered so far, and what they are cut from."""
         return {"epoch": self.sampler.epoch, "batch": self._delivered, "data": self.fingerprint()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue the stored epoch behind its last delivered batch; choosing another epoch starts that one anew.
 
-        An epoch that was ``finished``, all of it or as much as the trainer asks for, has no batches left.
+        An epoch that was `finished`, all of it or as much as the trainer asks for, has no batches left.
 
         Raises:
             UserError: If the state lies inside an epoch of other data, batch size, seed or number of processes.
@@ -72,18 +72,18 @@ class ResumableLoader(ABC):
 class WorkerLoader(ResumableLoader, DataLoader):  # type: ignore[misc]  # two ways to iterate, the first of which wins
     """A `DataLoader`, with worker processes or without, that can go on inside an epoch.
 
-    Its sampler is a function of its ``epoch``, and starts at its row ``first`` once.
+    Its sampler is a function of its `epoch`, and starts at its row `first` once.
     """
 
     def batches(self, first: int) -> Iterator[Any]:
-        """The batches of the chosen epoch from one of them on; those before are not even read."""
+        """Yield the batches of the chosen epoch from one of them on; those before are not even read."""
         self.sampler.first = first * (self.batch_size or 1)
         yield from DataLoader.__iter__(self)
 
     def sample(self, count: int) -> Any:
-        """See :class:`ResumableLoader`."""
+        """Return a batch of a few rows, made in this process."""
         return self.collate_fn([self.dataset[row] for row in islice(self.sampler, count)])
 
     def fingerprint(self) -> str:
-        """See :class:`ResumableLoader`."""
+        """Return a digest of dataset size, sampler and batch size."""
         return repr((len(self.dataset), self.batch_size, vars(self.sampler)["num_replicas"], self.sampler.seed))  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 
 def peak_memory_gib() -> float:
-    """Largest memory so far in GiB: allocated on the CUDA device if there is one, else resident in this process."""
+    """Return the peak memory in GiB: allocated on the CUDA device if there is one, else resident in this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts bytes there, KiB elsewhere
@@ -76,7 +76,7 @@ def limit_primitive_cache(entries: int = 64) -> None:
 
     By default it keeps 1,024 with their buffers, and batches of ever new lengths fill that, which can take gigabytes.
     Building a kernel anew costs little beside its product. It takes effect before the first such product of a process;
-    an ``ONEDNN_PRIMITIVE_CACHE_CAPACITY`` in the environment stays.
+    an `ONEDNN_PRIMITIVE_CACHE_CAPACITY` in the environment stays.
 
     Args:
         entries: Kernels kept, >= 0.

@@ -75,7 +75,7 @@ class CommandParser(ArgumentParser):
         super().error(printable(message + self.note if "has no setting" in message else message), ex)
 
     def print_usage(self, file: Any = None) -> None:
-        """Print nothing: the error's last line would be out of sight, and the tip beside it names ``--help``."""
+        """Print nothing: the error's last line would be out of sight, and the tip beside it names `--help`."""
 
 
 guard(CommandParser)
@@ -101,11 +101,11 @@ _typehints.raise_union_unexpected_value = _objection
 
 
 def by_flag(message: str, options: Collection[str]) -> str:
-    """A message on missing or unknown options by their flags, with known ones that are close.
+    """Return a message on missing or unknown options by their flags, with known ones that are close.
 
     Args:
         message: jsonargparse's.
-        options: All option strings, such as ``--trainer.max_epochs``.
+        options: All option strings, such as `--trainer.max_epochs`.
     """
     if found := re.match(r"Option '(.*)' is required", message):
         flag = f"--{found[1]}"
@@ -122,7 +122,7 @@ def by_flag(message: str, options: Collection[str]) -> str:
 
 
 def readable(message: str) -> str:
-    """The setting and the causes of a message of jsonargparse; other messages stay as they are."""
+    """Return the setting and the causes of a message of jsonargparse; other messages stay as they are."""
     keys = re.findall(r'Parser key "([^"]+)":', message)
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     causes = dict.fromkeys(line for line in lines if line and not _WAY.match(line))
@@ -140,7 +140,7 @@ def readable(message: str) -> str:
 
 
 def _explained(cause: str, message: str, given: str) -> str:
-    """A cause with the names that could stand there, or with how it is written."""
+    """Return a cause with the names that could stand there, or with how it is written."""
     if found := _CONTAINER.fullmatch(cause):
         value = found[3] or given
         plain = bool(value) and not re.search(r"[\[\]{}'\"]", value)
@@ -168,13 +168,13 @@ def _readable_types(cause: str) -> str:
 
 
 def _parameters(owner: type) -> dict[str, inspect.Parameter]:
-    """Parameters of a class, with those that it hands on to its bases."""
+    """Return the parameters of a class, with those that it hands on to its bases."""
     makers = [vars(base)["__init__"] for base in reversed(owner.__mro__[:-1]) if "__init__" in vars(base)]
     return {name: parameter for init in makers for name, parameter in inspect.signature(init).parameters.items()}
 
 
 def _chosen(config: Namespace, key: str = "") -> Iterator[tuple[str, dict[str, inspect.Parameter], Namespace]]:
-    """Key, parameters and settings of every class that a configuration names, and of their groups of settings."""
+    """Yield key, parameters and settings of every class that a configuration names, and of their groups of settings."""
     for name, value in vars(config).items():
         path = f"{key}.{name}" if key else name
         if isinstance(value, Namespace):
@@ -191,7 +191,7 @@ def _chosen(config: Namespace, key: str = "") -> Iterator[tuple[str, dict[str, i
 
 
 def null_settings(config: Namespace) -> list[str]:
-    """Settings that are null though their class has another default; jsonargparse lets null pass for every type.
+    """Return settings that are null though their class has another default; jsonargparse allows null for every type.
 
     Args:
         config: A parsed configuration.
@@ -265,7 +265,7 @@ def check_batch_size(rows: int, what: str, batch_size: int, world_size: int) -> 
     Args:
         rows: How many there are.
         what: What they are called, such as "training images".
-        batch_size: ``data.batch_size``.
+        batch_size: `data.batch_size`.
         world_size: Number of processes.
 
     Raises:
@@ -280,14 +280,14 @@ def check_batch_size(rows: int, what: str, batch_size: int, world_size: int) -> 
 
 
 def default_device() -> str:
-    """A GPU if there is one, else the processor."""
+    """Return a GPU if there is one, else the processor."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def check_device(name: str) -> None:
-    """Refuse a ``--device`` that this machine does not have.
+    """Refuse a `--device` that this machine does not have.
 
     Raises:
         UserError: If PyTorch cannot use it.

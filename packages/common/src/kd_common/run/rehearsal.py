@@ -18,7 +18,7 @@ from kd_common.errors import UserError
 
 
 def alone() -> bool:
-    """Whether no other process would have to take part, as in a second run of processes that have met already."""
+    """Return whether this process is alone; a second run of processes that have joined needs them all."""
     return world_size() == 1
 
 
@@ -41,7 +41,7 @@ class OneBatch:
 
 @contextmanager
 def rehearsing(run_dir: Path | None) -> Iterator[Path]:
-    """A folder to write to where the run will write, with random state, warnings and Lightning's log as they were.
+    """Yield a folder inside the run's; afterwards restore random state, warnings and Lightning's log.
 
     Args:
         run_dir: Folder of the run; None for one that writes nothing.
@@ -70,7 +70,7 @@ def dry_fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningD
     Args:
         trainer: The trainer of the run, whose precision is taken.
         module: A copy, which is changed.
-        data: The prepared data, of whose loaders ``sample`` gives the batches.
+        data: The prepared data, of whose loaders `sample` gives the batches.
         accelerator: Lightning's name of the hardware.
 
     Returns:

@@ -53,12 +53,12 @@ class Section:
 
     @property
     def slug(self) -> str:
-        """The title as a file name."""
+        """Return the title as a file name."""
         return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
 
 
 def write_report(folder: Path, title: str, sections: Sequence[Section]) -> Path:
-    """Write ``report.html``, which needs no other file, and every figure as SVG and PNG in ``figures``.
+    """Write `report.html`, which needs no other file, and every figure as SVG and PNG in `figures`.
 
     Args:
         folder: Where to write; made if missing.
@@ -91,13 +91,13 @@ def _rendered(figure: Figure, kind: str) -> bytes:
 
 
 def curve_style(number: int) -> dict[str, Any]:
-    """How the curve of that number, from 0, is drawn: colour, and markers that tell it apart in a grey print."""
+    """Return colour and markers of a curve by its number, from 0; the markers tell curves apart in a grey print."""
     marker = MARKERS[number % len(MARKERS)]
     return {"color": f"C{number}", "marker": marker, "markersize": 4, "markevery": 0.08, "linewidth": 1.2}
 
 
 def log_scale(axes: Axes) -> None:
-    """A logarithmic y axis, for curves already drawn, whose ticks read 0.2, not 2 × 10⁻¹; zeros are left out.
+    """Make the y axis of drawn curves logarithmic, with ticks that read 0.2, not 2 × 10⁻¹; zeros are left out.
 
     An axis with nothing above zero stays linear.
     """
@@ -152,12 +152,12 @@ class LoggedRun:
 
     @property
     def model(self) -> dict[str, Any]:
-        """Settings of the model."""
+        """Return the settings of the model."""
         return self.config["model"]["init_args"]
 
     @property
     def data(self) -> dict[str, Any]:
-        """Settings of the data."""
+        """Return the settings of the data."""
         return self.config["data"]["init_args"]
 
 
@@ -172,14 +172,14 @@ def report_command(
     description: str | None,
     args: list[str] | None = None,
 ) -> Path:
-    """The ``report`` command of a package: parse, read the runs, write the page and say where it is.
+    """Run the `report` command of a package: parse, read the runs, write the page and say where it is.
 
     Args:
         record: The runs that can be reported on.
         sections: Called with the runs and the options, which its keyword arguments define; returns the page's parts.
         package: Name of the package.
-        description: Shown by ``--help``.
-        args: Command line; None for ``sys.argv``.
+        description: Shown by `--help`.
+        args: Command line; None for `sys.argv`.
     """
     parser = CommandParser(prog=f"python -m {package}.report", description=description, allow_abbrev=False)
     parser.example = "runs/NAME/run_0"
@@ -197,7 +197,7 @@ def report_command(
 
 
 def read_config(run: Path) -> dict[str, Any]:
-    """The resolved configuration of a run.
+    """Read the resolved configuration of a run.
 
     Raises:
         UserError: If the folder holds no run.

@@ -17,7 +17,7 @@ def best_epoch(history: Sequence[dict[str, Any]], metric: str, mode: Mode) -> di
     Args:
         history: Metrics of every validation; at least one.
         metric: Name of the metric that validations are compared by.
-        mode: ``max`` if a larger value is better, ``min`` if a smaller one is.
+        mode: `max` if a larger value is better, `min` if a smaller one is.
     """
     return {"max": max, "min": min}[mode](history, key=lambda epoch: epoch[metric])
 
@@ -34,7 +34,7 @@ class RunResult:
     Attributes:
         history: Metrics of every validation, in order; at least one.
         metric: Name of the metric that validations are compared by.
-        mode: ``max`` if a larger value of it is better, ``min`` if a smaller one is.
+        mode: `max` if a larger value of it is better, `min` if a smaller one is.
         parameters: Number of parameters by model.
         run_dir: Folder of checkpoints, logs and the resolved configuration; None if nothing was written.
     """
@@ -47,15 +47,15 @@ class RunResult:
 
     @property
     def last(self) -> dict[str, Any]:
-        """Metrics of the last validation."""
+        """Return the metrics of the last validation."""
         return self.history[-1]
 
     @property
     def best(self) -> dict[str, Any]:
-        """Metrics of the best validation. It was chosen on the validation data, so it is optimistic."""
+        """Return the metrics of the best validation. It was chosen on the validation data, so it is optimistic."""
         return best_epoch(self.history, self.metric, self.mode)
 
     @property
     def seconds_per_epoch(self) -> float:
-        """Mean training time between validations."""
+        """Return the mean training time between validations."""
         return fmean(epoch["seconds"] for epoch in self.history)

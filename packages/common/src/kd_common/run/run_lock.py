@@ -19,7 +19,7 @@ _held: dict[Path, FileLock] = {}
 
 
 def hold(folder: Path) -> None:
-    """Keep the folder of a run for this process, until :func:`let_go` or its end, however it ends.
+    """Keep the folder of a run for this process, until `let_go` or its end, however it ends.
 
     Args:
         folder: The folder, which exists.

@@ -75,17 +75,17 @@ class _Open:
 
 
 def load_yaml(text: str) -> Any:
-    """What jsonargparse reads from YAML, within bounds.
+    """Read YAML as jsonargparse does, within bounds.
 
     Raises:
-        yaml.YAMLError: See :func:`check_yaml`.
+        yaml.YAMLError: See `check_yaml`.
     """
     check_yaml(text)
     return _load_unbounded(text)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file.
+    """Read the settings in a YAML file.
 
     Raises:
         ValueError: If it is no file, too large, no text in UTF-8, no YAML or holds no settings; without its name.
@@ -112,7 +112,7 @@ def check_config_files(args: Sequence[str]) -> None:
         args: Command line.
 
     Raises:
-        ValueError: See :func:`read_settings`.
+        ValueError: See `read_settings`.
     """
     flags = itertools.pairwise([*args, ""])
     for path in (following if arg in ("--config", "-c") else arg.partition("--config=")[2] for arg, following in flags):
@@ -130,7 +130,7 @@ class Typed(str):
 def typed_value(text: str, hint: Any, append: bool = False) -> Any:
     """What text on a command line means to an option of a type: exactly itself, wherever the type lets it.
 
-    ``null`` is None where the type allows that. In ``[...]`` and ``{...}`` for lists and dicts of text the elements
+    `null` is None where the type allows that. In `[...]` and `{...}` for lists and dicts of text the elements
     are text, too.
 
     Args:
@@ -190,7 +190,7 @@ def _holds_text(hint: Any) -> bool:
 
 
 def _says_nothing(text: str) -> bool:
-    """Whether YAML reads a text as null though it is not written as one."""
+    """Return whether YAML reads a text as null though it is not written as one."""
     if text.strip().lower() in ("", "~", NULL):
         return False
     try:
@@ -200,7 +200,7 @@ def _says_nothing(text: str) -> bool:
 
 
 def keep_text(parser: type) -> None:
-    """Let jsonargparse read command lines by :func:`typed_value`, and take text in files as it is.
+    """Let jsonargparse read command lines by `typed_value`, and take text in files as it is.
 
     Args:
         parser: Class of the parsers that do so; those of other programs in this process take text as they did.
@@ -259,7 +259,7 @@ def keep_text(parser: type) -> None:
 
 
 def _only_text(hint: Any) -> bool:
-    """Whether a type takes text and nothing else but null; jsonargparse reads that as YAML, again and again."""
+    """Return whether a type takes text and nothing else but null; jsonargparse reads that as YAML, again and again."""
     members = {*_members(hint)} - {type(None)}
     return bool(members) and all(map(_is_text, members))
 

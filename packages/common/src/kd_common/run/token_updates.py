@@ -28,7 +28,7 @@ class TokenNormalizedModule(TrainingModule):
         seed: Seed of every random draw during training.
 
     Attributes:
-        sums: Names of what :meth:`token_sums` returns.
+        sums: Names of what `token_sums` returns.
 
     Raises:
         UserError: If a setting is out of range.
@@ -58,7 +58,7 @@ class TokenNormalizedModule(TrainingModule):
     def token_sums(self, batch: Any, batch_idx: int) -> Mapping[str, Tensor]:
         """Return the sums over a micro-batch's tokens, by name.
 
-        Those are at least the ``loss``, its ``denominator`` and the number of supervised ``tokens``.
+        Those are at least the `loss`, its `denominator` and the number of supervised `tokens`.
         """
         raise NotImplementedError
 
@@ -128,12 +128,12 @@ class TokenNormalizedModule(TrainingModule):
         self.log_now({f"epoch/{name}": value for name, value in {**means, "tokens_per_second": speed}.items()})
 
     def rank_state(self) -> dict[str, Any]:
-        """See `TrainingModule`: the sums of the update that is not finished, and of those since the last validation."""
+        """Add the sums of the unfinished update, and of the updates since the last validation."""
         state = super().rank_state() | {"since_validation": self._since_validation}
         return state | ({"window": self._window.clone()} if self._in_window() else {})
 
     def load_rank_state(self, state: dict[str, Any]) -> None:
-        """See `TrainingModule`."""
+        """Restore the state of `rank_state`."""
         super().load_rank_state(state)
         self._since_validation = dict(state["since_validation"])
         self._window += state.get("window", torch.zeros(())).to(self._window)

@@ -130,5 +130,5 @@ def check_batches(trainer: pl.Trainer, train: int, val: int) -> None:
 
 
 def limited(count: int, limit: Any) -> int:
-    """Batches that are left of so many under ``trainer.limit_train_batches`` or ``trainer.limit_val_batches``."""
+    """Return how many batches `trainer.limit_train_batches` or `trainer.limit_val_batches` leaves."""
     return min(count, limit) if isinstance(limit, int) else int(count * limit)

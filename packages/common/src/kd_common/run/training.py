@@ -33,7 +33,7 @@ def restart_point(loops: dict[str, Any], *, pending: bool) -> None:
     the validation that was due, starts an epoch without its hooks, or reads on behind a batch that was never trained.
 
     Args:
-        loops: ``checkpoint["loops"]["fit_loop"]``, changed in place.
+        loops: `checkpoint["loops"]["fit_loop"]`, changed in place.
         pending: Whether a validation was due behind the last whole batch and had not ended.
     """
     epoch, batch = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
@@ -68,8 +68,8 @@ class TrainingModule(pl.LightningModule):
 
     Attributes:
         history: Results of the validations so far, in order.
-        mode: ``max`` if a larger value of :attr:`metric` is better, ``min`` if a smaller one is.
-        export_name: Name of an exported model, with a pair of braces for ``best`` or ``last``.
+        mode: `max` if a larger value of `metric` is better, `min` if a smaller one is.
+        export_name: Name of an exported model, with a pair of braces for `best` or `last`.
         large: Whether a model is too large to export the last one after every validation.
         lr_schedule: Factor on the learning rate.
         seed: Seed of every random draw.
@@ -124,7 +124,7 @@ class TrainingModule(pl.LightningModule):
         raise NotImplementedError
 
     def exported_epoch(self, path: Path) -> Mapping[str, Any]:
-        """Return what :meth:`export` wrote beside the weights: ``epoch`` and :attr:`metric`, unless it is large."""
+        """Return what `export` wrote beside the weights: `epoch` and `metric`, unless it is large."""
         raise NotImplementedError
 
     def configure_callbacks(self) -> list[pl.Callback]:
@@ -147,7 +147,7 @@ class TrainingModule(pl.LightningModule):
 
     @property
     def accumulated(self) -> int:
-        """Batches of an update on one rank."""
+        """Return the batches of an update on one rank."""
         return self.trainer.accumulate_grad_batches
 
     @property
@@ -157,7 +157,7 @@ class TrainingModule(pl.LightningModule):
 
     @property
     def total_steps(self) -> int:
-        """Updates of the run over which the schedules stretch: all epochs, or ``trainer.max_steps`` if fewer."""
+        """Updates of the run over which the schedules stretch: all epochs, or `trainer.max_steps` if fewer."""
         limits = [self.trainer.max_steps, (self.trainer.max_epochs or -1) * self.steps_per_epoch]
         return min(limit for limit in limits if limit > 0)
 
@@ -171,7 +171,7 @@ class TrainingModule(pl.LightningModule):
 
     @property
     def epoch(self) -> int:
-        """Number of the epoch that the last batch belongs to, counted from 0, also once that has ended."""
+        """Return the number of the epoch that the last batch belongs to, counted from 0, also once that has ended."""
         return max(0, self.trainer.fit_loop.epoch_progress.current.ready - 1)
 
     @property
@@ -184,11 +184,11 @@ class TrainingModule(pl.LightningModule):
 
     @property
     def validated(self) -> bool:
-        """Whether the student was validated as the last batch left it."""
+        """Return whether the student was validated as the last batch left it."""
         return self._validated_at == self._batches_seen
 
     def is_logging_step(self) -> bool:
-        """Whether ``trainer.log_every_n_steps`` asks for values of this update."""
+        """Return whether `trainer.log_every_n_steps` asks for values of this update."""
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
         return every > 0 and self.global_step % every == 0
 
@@ -198,7 +198,7 @@ class TrainingModule(pl.LightningModule):
             logger.log_metrics(dict(values), step=self.global_step)
 
     def non_finite(self, what: str) -> NonFiniteLossError:
-        """The error of a run that a loss which is no number ends, saying what was found and what may help."""
+        """Return the error that ends a run with a non-finite loss; it says what was found and what may help."""
         return NonFiniteLossError(
             f"{what}. Last good checkpoint: {last_checkpoint(self.trainer)}. Lower model.learning_rate or set "
             f"{self.clipping}"
@@ -239,7 +239,7 @@ class TrainingModule(pl.LightningModule):
     # ------------------------------------------------------------------------------------------------ checkpoints
 
     def rank_state(self) -> dict[str, Any]:
-        """What this rank has of its own between two batches; a subclass adds to it.
+        """Return the state that this rank alone has between two batches; a subclass adds to it.
 
         Here: gradients that wait for the rest of their update, the metrics that callbacks watch, and the seconds since
         the last validation.
@@ -251,7 +251,7 @@ class TrainingModule(pl.LightningModule):
         return state
 
     def load_rank_state(self, state: dict[str, Any]) -> None:
-        """Restore :meth:`rank_state`."""
+        """Restore `rank_state`."""
         for parameter, gradient in zip(self._trained(), state.get("gradients", []), strict=False):
             parameter.grad = None if gradient is None else gradient.to(parameter.device)
 
@@ -259,13 +259,13 @@ class TrainingModule(pl.LightningModule):
         return (p for optimizer in self.trainer.optimizers for group in optimizer.param_groups for p in group["params"])
 
     def _in_window(self) -> bool:
-        """Whether the last whole batch waits for others before the optimizer steps."""
+        """Return whether the last whole batch waits for others before the optimizer steps."""
         progress = self._progress
         ended = progress.is_last_batch and progress.current.ready == progress.current.processed
         return not ended and progress.current.processed % self.accumulated != 0
 
     def _is_pending(self) -> bool:
-        """Whether a validation is due behind the last batch and has not ended."""
+        """Return whether a validation is due behind the last batch and has not ended."""
         fit_loop: Any = self.trainer.fit_loop
         progress = self._progress.current
         if self.validated or not progress.processed or progress.ready > progress.processed:
@@ -284,7 +284,7 @@ class TrainingModule(pl.LightningModule):
         self._save_settings(checkpoint)
 
     def _save_settings(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the settings in plain types, from which ``load_from_checkpoint`` builds the module.
+        """Keep the settings in plain types, from which `load_from_checkpoint` builds the module.
 
         Without those that cannot be told from an object; it then has to be given them.
         """
@@ -304,7 +304,7 @@ class TrainingModule(pl.LightningModule):
         return {}
 
     def is_whole(self) -> bool:
-        """Whether a run resumes exactly from now on: not where an error ends a step that has changed something."""
+        """Return whether a run resumes exactly from here: not where an error ends a step that has changed something."""
         return not (self._touched and self._in_batch())
 
     def _in_batch(self) -> bool:
@@ -333,7 +333,7 @@ class TrainingModule(pl.LightningModule):
 
 
 def plain(value: Any) -> Any:
-    """A setting in the types of a configuration file; an object as its class and the arguments that made it.
+    """Return a setting in the types of a configuration file; an object as its class and the arguments that made it.
 
     Raises:
         AttributeError: If an object does not keep an argument under its name.
@@ -354,15 +354,15 @@ def plain(value: Any) -> Any:
 
 
 def step_seed(*place: Any) -> int:
-    """Seed of the draws at a place in a run, such as seed, epoch, batch and rank."""
+    """Return the seed of the draws at a place in a run, such as seed, epoch, batch and rank."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, place)).encode()).digest()[:7], "big")
 
 
 class FitTrainer(pl.Trainer):
     """A trainer that validates the student as the last update left it, wherever the run ends.
 
-    Lightning alone ends without at ``max_steps`` or ``max_time`` inside an epoch, and after an epoch that
-    ``check_val_every_n_epoch`` leaves out: what is exported and saved as the last student would be an earlier one.
+    Lightning alone ends without at `max_steps` or `max_time` inside an epoch, and after an epoch that
+    `check_val_every_n_epoch` leaves out: what is exported and saved as the last student would be an earlier one.
     """
 
     def _run_stage(self) -> Any:

@@ -42,12 +42,12 @@ class AnswerCache:
 
     @cached_property
     def path(self) -> Path:
-        """The file."""
+        """Return the file."""
         return self.folder / f"{self._alike}-{_digest(list(map(list, self.prompts)))}.jsonl"
 
     @cached_property
     def _alike(self) -> str:
-        """How the names of all files begin that differ in the prompts alone."""
+        """Return the common beginning of the names of all files that differ in the prompts alone."""
         return f"{self.name}-{_digest(dict(self.settings))}"
 
     @cached_property
@@ -56,7 +56,7 @@ class AnswerCache:
         return sorted(range(len(self.prompts)), key=lambda number: len(self.prompts[number]), reverse=True)
 
     def read(self) -> list[list[int]] | None:
-        """The answers in the order of the prompts; None unless all are there.
+        """Return the answers in the order of the prompts; None unless all are there.
 
         Raises:
             UserError: If the file is damaged.
@@ -77,7 +77,7 @@ class AnswerCache:
         decode: Callable[[list[int]], str] | None = None,
         progress: bool = True,
     ) -> list[list[int]]:
-        """The answers in the order of the prompts; the model is asked for those that are not there.
+        """Return the answers in the order of the prompts; the model is asked for those that are not there.
 
         Args:
             write_batch: Asks the model.

@@ -79,7 +79,7 @@ class ChatEncoder:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """Tokens at which a generation ends: the template's closing token, and the tokenizer's EOS if it is another."""
+        """Return the tokens that end a generation: the template's closing token, and the tokenizer's EOS."""
         ends = (self.closing_id, self.tokenizer.eos_token_id)
         return tuple(dict.fromkeys(end for end in ends if end is not None))
 

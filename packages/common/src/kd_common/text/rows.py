@@ -97,7 +97,7 @@ class Row:
 
     @property
     def answered(self) -> bool:
-        """Whether the conversation ends with an answer; else it is a prompt."""
+        """Return whether the conversation ends with an answer; else it is a prompt."""
         return self.messages[-1].role == "assistant"
 
 

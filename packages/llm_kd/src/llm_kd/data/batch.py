@@ -26,9 +26,9 @@ class TokenBatch:
             as a sequence of its own, it would make transformers build a mask for every batch of unequal rows.
         predict: True where the next token of the same sequence carries a loss, shape (B, S). It is aligned with the
             hidden state that predicts that token, hence already shifted.
-        labels: The next token where ``predict``, else -100, shape (B, S), int64.
+        labels: The next token where `predict`, else -100, shape (B, S), int64.
         keys: Keys of the sequences in reading order: row after row, in each from left to right. The rows of
-            ``hidden[predict]`` are the supervised tokens of the first, then of the second, and so on.
+            `hidden[predict]` are the supervised tokens of the first, then of the second, and so on.
         prompts: Tokens of the sequences up to their last answer, in the same order; those of sequences without an
             answer, too, so that a student can be asked to write it.
     """
@@ -41,7 +41,7 @@ class TokenBatch:
     prompts: list[list[int]]
 
     def to(self, device: torch.device | str) -> "TokenBatch":
-        """The batch with its tensors on a device."""
+        """Move the tensors of the batch to a device."""
         return replace(
             self,
             input_ids=self.input_ids.to(device),
@@ -54,8 +54,8 @@ class TokenBatch:
 def collate(rows: Sequence[Sequence[Example]], pad_id: int) -> TokenBatch:
     """Write examples into the rows of a batch as long as its longest row.
 
-    Examples without a supervised token stand in their row but not in ``keys``, those without a prompt not in
-    ``prompts``; a rank that has no example left computes on :func:`llm_kd.data.example.nothing`.
+    Examples without a supervised token stand in their row but not in `keys`, those without a prompt not in
+    `prompts`; a rank that has no example left computes on `llm_kd.data.example.nothing`.
 
     Args:
         rows: The examples of every row, at least one each.
@@ -88,10 +88,10 @@ def collate(rows: Sequence[Sequence[Example]], pad_id: int) -> TokenBatch:
 
 
 def pack(lengths: Sequence[int], order: Sequence[int], capacity: int) -> list[list[int]]:
-    """First-fit packing: each sequence goes into the first row with room for it, else into a new row.
+    """Pack by first fit: a sequence goes into the first row that has space for it, else into a new row.
 
     Args:
-        lengths: Tokens of every sequence, each at most ``capacity``.
+        lengths: Tokens of every sequence, each at most `capacity`.
         order: The order in which sequences are placed.
         capacity: Tokens of a row.
 

@@ -45,12 +45,12 @@ class Split:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens."""
+        """Return the number of tokens."""
         return sum(len(example.input_ids) for example in self.examples)
 
     @property
     def supervised(self) -> int:
-        """Number of tokens that carry a loss."""
+        """Return the number of tokens that carry a loss."""
         return sum(example.num_supervised for example in self.examples)
 
     def __str__(self) -> str:
@@ -61,35 +61,35 @@ class Split:
 
 
 class TextDataModule(LightningDataModule):
-    """Batches of conversations; see :class:`llm_kd.data.TokenBatch`.
+    """Batches of conversations; see `llm_kd.data.TokenBatch`.
 
-    With ``responses: teacher``, :meth:`write_responses` must be called before training. The loss then lies on what the
+    With `responses: teacher`, `write_responses` must be called before training. The loss then lies on what the
     teacher wrote; an answer of the data set remains the reference that generations are compared with.
 
     Args:
-        tokenizer: Name of the tokenizer; see :func:`kd_common.hub.language_models.load_tokenizer`.
-        train: File or files of the training rows, .jsonl or .parquet (see :func:`llm_kd.data.read_rows`), or the name
+        tokenizer: Name of the tokenizer; see `kd_common.hub.language_models.load_tokenizer`.
+        train: File or files of the training rows, .jsonl or .parquet (see `llm_kd.data.read_rows`), or the name
             of a packaged set.
         val: The same for validation.
-        responses: ``dataset``: learn from the answers in the files; ``teacher``: from the teacher's, written once.
-        fields: The files' own names of ``messages``, ``instruction``, ``input``, ``output``, ``instances``, ``system``.
+        responses: `dataset`: learn from the answers in the files; `teacher`: from the teacher's, written once.
+        fields: The files' own names of `messages`, `instruction`, `input`, `output`, `instances`, `system`.
         system: System turn for conversations that have none.
         max_length: Largest number of tokens of a conversation; longer ones are dropped and counted. A prompt for the
-            teacher must leave room for ``sampling.max_new_tokens``.
+            teacher must leave room for `sampling.max_new_tokens`.
         truncate: Cut longer conversations of a data set instead; a cut answer has no end-of-turn token.
         batch_size: Rows of a training batch on one rank.
         val_batch_size: Conversations of a validation batch on one rank.
-        packing: Put several conversations into a training row of at most ``max_length`` tokens.
+        packing: Put several conversations into a training row of at most `max_length` tokens.
         limit_train: Use only the first rows for training.
         limit_val: Use only the first rows for validation.
         sampling: How the teacher's responses are drawn; greedily unless set.
-        sampling_seed: Seed of the teacher's responses, apart from ``seed`` so that runs with other seeds share them.
+        sampling_seed: Seed of the teacher's responses, apart from `seed` so that runs with other seeds share them.
         generation_batch_size: Prompts the teacher answers at once.
         seed: Seed of the order.
 
     Attributes:
         prompts_only: Deliver the training prompts without answers, for a student that writes all responses itself: the
-            rows need none, and the teacher writes none for them. ``llm_kd.fit`` sets it; validation is unaffected.
+            rows need none, and the teacher writes none for them. `llm_kd.fit` sets it; validation is unaffected.
 
     Raises:
         UserError: If a setting is out of its range, or without effect.
@@ -141,17 +141,17 @@ class TextDataModule(LightningDataModule):
 
     @cached_property
     def encoder(self) -> Encoder:
-        """The tokenizer, and how it writes conversations."""
+        """Return the tokenizer, and how it writes conversations."""
         return Encoder(load_tokenizer(self.tokenizer_name), self.system)
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the models' heads that the tokenizer needs; see :func:`llm_kd.models.vocabulary_size`."""
+        """Return the rows of the models' heads that the tokenizer needs; see `llm_kd.models.vocabulary_size`."""
         return vocabulary_size(self.encoder.tokenizer)
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """Tokens that end a response."""
+        """Return the tokens that end a response."""
         return self.encoder.eos_ids
 
     @property
@@ -160,7 +160,7 @@ class TextDataModule(LightningDataModule):
         return padding_token(self.encoder.tokenizer, self.eos_ids)
 
     def rows(self, split: str) -> list[Row]:
-        """The conversations of ``train`` or ``val`` as they stand in the files, too long ones included.
+        """Return the conversations of `train` or `val` as they stand in the files, too long ones included.
 
         Raises:
             UserError, RowsError: From the data.
@@ -171,11 +171,11 @@ class TextDataModule(LightningDataModule):
     def write_responses(self, teacher: Any, *, splits: Sequence[str] = SPLITS, progress_bar: bool = True) -> None:
         """Have the teacher answer the prompts, or read what it answered before.
 
-        Does nothing with ``responses: dataset``.
+        Does nothing with `responses: dataset`.
 
         Args:
-            teacher: Model that :func:`llm_kd.models.generation.generate` takes, on the device it is to run on.
-            splits: Which prompts; ``val`` alone is enough for validation.
+            teacher: Model that `llm_kd.models.generation.generate` takes, on the device it is to run on.
+            splits: Which prompts; `val` alone is enough for validation.
             progress_bar: Show one while writing.
 
         Raises:
@@ -238,7 +238,7 @@ class TextDataModule(LightningDataModule):
             self._read(split)
 
     def longest(self, split: str) -> int:
-        """Tokens of the longest conversation of ``train`` or ``val``; with the longest answer that a teacher may write.
+        """Return the tokens of the longest conversation of a split, with the longest answer that a teacher may write.
 
         Raises:
             UserError, RowsError, EncodingError: From the data.
@@ -253,7 +253,7 @@ class TextDataModule(LightningDataModule):
 
         Args:
             configs: Configurations of the models, by what to call these.
-            splits: Which of ``train`` and ``val`` are read; the teacher need not have answered yet.
+            splits: Which of `train` and `val` are read; the teacher need not have answered yet.
 
         Raises:
             UserError, RowsError, EncodingError: From the data.
@@ -265,11 +265,11 @@ class TextDataModule(LightningDataModule):
             check_context_length(configs, self.longest(split), f"{split}: conversations", hint)
 
     def longest_prompt(self, split: str) -> int:
-        """Tokens of the longest prompt of ``train`` or ``val``; see :meth:`longest`."""
+        """Return the tokens of the longest prompt of `train` or `val`; see `longest`."""
         return max(self.prompt_lengths(split))
 
     def prompt_lengths(self, split: str) -> list[int]:
-        """Tokens of every prompt of ``train`` or ``val``; see :meth:`longest`."""
+        """Return the tokens of every prompt of `train` or `val`; see `longest`."""
         if self._awaits_answers(split):
             rows = self.rows(split)
             prompts = self._prompts(rows, self._prompt_budget)
@@ -280,7 +280,7 @@ class TextDataModule(LightningDataModule):
         return [example.prompt_length for example in self.splits[split].examples]
 
     def first_prompt(self, split: str) -> list[int]:
-        """Tokens of the first prompt of ``train`` or ``val`` that is used."""
+        """Return the tokens of the first prompt of `train` or `val` that is used."""
         if self._awaits_answers(split):
             rows = self.rows(split)
             prompts = (self.encoder.prompt(row) for row in rows)
@@ -290,7 +290,7 @@ class TextDataModule(LightningDataModule):
         return example.input_ids[: max(1, example.prompt_length)]
 
     def train_dataloader(self) -> TextLoader:
-        """Batches of this rank's share, in a new order every epoch."""
+        """Return the batches of this rank's share, in a new order every epoch."""
         loader = self._loader("train")
         if loader.left_out:
             rank_zero_info(
@@ -299,7 +299,7 @@ class TextDataModule(LightningDataModule):
         return loader
 
     def val_dataloader(self) -> TextLoader:
-        """The validation conversations of this rank, each exactly once over all ranks."""
+        """Return the validation conversations of this rank, each exactly once over all ranks."""
         return self._loader("val")
 
     def check_batch(self, world_size: int) -> int:
@@ -340,7 +340,7 @@ class TextDataModule(LightningDataModule):
         return self.max_length - self.sampling.max_new_tokens
 
     def _awaits_answers(self, split: str) -> bool:
-        """Whether the teacher is to answer a split's prompts and has not."""
+        """Return whether the teacher is to answer a split's prompts and has not."""
         prompts_only = self.prompts_only and split == "train"
         return self.responses == "teacher" and not prompts_only and split not in self.splits
 
@@ -357,7 +357,7 @@ class TextDataModule(LightningDataModule):
             self._keep(split, rows, [example for example in examples if example is not None], self.max_length)
 
     def _prompts(self, rows: Sequence[Row], budget: int) -> list[tuple[Row, list[int]]]:
-        """Those rows whose prompt has at most ``budget`` tokens, with these."""
+        """Return the rows whose prompt has at most `budget` tokens, each with its prompt."""
         prompts = encode_each(rows, self.encoder.prompt)
         return [(row, prompt) for row, prompt in zip(rows, prompts, strict=True) if len(prompt) <= budget]
 
@@ -377,7 +377,7 @@ class TextDataModule(LightningDataModule):
 
 
 def find_data(name: str) -> Path:
-    """A data file by its path, or a packaged one by its name.
+    """Return a data file by its path, or a packaged one by its name.
 
     Raises:
         UserError: If there is neither; the message lists the packaged ones.

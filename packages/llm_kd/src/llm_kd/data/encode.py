@@ -9,7 +9,7 @@ from llm_kd.data.example import Example
 
 
 class Encoder(ChatEncoder):
-    """Conversations as tokens, and as examples to learn from; see :class:`kd_common.text.ChatEncoder`.
+    """Conversations as tokens, and as examples to learn from; see `kd_common.text.ChatEncoder`.
 
     Args:
         tokenizer: Tokenizer, with or without a chat template.
@@ -24,7 +24,7 @@ class Encoder(ChatEncoder):
         self.check_learnable()
 
     def example(self, row: Row, max_length: int, truncate: bool = False) -> Example | None:
-        """A conversation with a loss on every assistant turn; what follows the last one is left out.
+        """Return a conversation with a loss on every assistant turn; what follows the last one is left out.
 
         Args:
             row: Conversation with at least one assistant turn.
@@ -32,7 +32,7 @@ class Encoder(ChatEncoder):
             truncate: Cut a longer conversation at this length; an answer that is cut has no closing token.
 
         Returns:
-            None if the conversation is too long, or, with ``truncate``, if no assistant turn starts below the limit.
+            None if the conversation is too long, or, with `truncate`, if no assistant turn starts below the limit.
 
         Raises:
             EncodingError: If there is no assistant turn, or the template cannot be used; the row is named.

@@ -39,12 +39,12 @@ class Example:
 
     @property
     def num_supervised(self) -> int:
-        """Number of tokens that carry a loss."""
+        """Return the number of tokens that carry a loss."""
         return sum(self.loss_mask)
 
 
 def prompt_response_example(prompt: list[int], response: list[int], reference: str) -> Example:
-    """The example of a prompt and the tokens that a model answered with.
+    """Return the example of a prompt and the tokens that a model answered with.
 
     The tokens are used as they were generated: text that is tokenised again may come out differently, and an answer
     that ran into the length limit must not be closed by an end-of-turn token that its author never wrote.
@@ -54,5 +54,5 @@ def prompt_response_example(prompt: list[int], response: list[int], reference: s
 
 
 def padding_example(pad_id: int) -> Example:
-    """One token of padding, neither prompt nor answer: what a process computes on that has nothing left."""
+    """Return one token of padding, neither prompt nor answer, for a process that has no rows left."""
     return Example([pad_id], [False], prompt_length=0)

@@ -82,7 +82,7 @@ class TextLoader(ResumableLoader):
         return [order[start : start + self._global_batch][self.rank :: self.world_size] for start in starts]
 
     def batches(self, first: int) -> Iterator[TokenBatch]:
-        """The batches of the chosen epoch from one of them on."""
+        """Yield the batches of the chosen epoch from one of them on."""
         unsupervised = padding_example(self.pad_id)
         for batch in self.plan()[first:]:
             yield collate(
@@ -91,17 +91,17 @@ class TextLoader(ResumableLoader):
             )
 
     def sample(self, count: int) -> TokenBatch:
-        """See :class:`kd_common.run.loading.ResumableLoader`."""
+        """Return a batch of the first rows."""
         return collate([[example] for example in self.examples[:count]], self.pad_id)
 
     def fingerprint(self) -> str:
-        """See :class:`kd_common.run.loading.ResumableLoader`."""
+        """Return a digest of rows, batch size, seed and packing."""
         settings = (self.rows, self.batch_size, self.world_size, self.seed, self.shuffle)
         content = [repr(settings), *(example.key for example in self.examples)]
         return hashlib.sha256("\n".join(content).encode()).hexdigest()
 
 
 def _permutation(count: int, *seeds: int) -> list[int]:
-    """A random order of ``count`` numbers that depends on the seeds alone."""
+    """Return a random order of `count` numbers that depends on the seeds alone."""
     state = np.random.SeedSequence(seeds).generate_state(1).item()
     return torch.randperm(count, generator=torch.Generator().manual_seed(state)).tolist()

@@ -42,14 +42,14 @@ def write_responses(
     batch_size: int,
     progress_bar: bool = True,
 ) -> list[Response]:
-    """A teacher's responses to prompts, from the cache as far as they are there.
+    """Return a teacher's responses to prompts, from the cache as far as they are there.
 
-    They are kept in ``$KD_CACHE/responses`` (default ``~/.cache/kd/responses``); see
-    :class:`kd_common.text.AnswerCache`. What other files answered alike is taken from there, so that the teacher
+    They are kept in `$KD_CACHE/responses` (default `~/.cache/kd/responses`); see
+    `kd_common.text.AnswerCache`. What other files answered alike is taken from there, so that the teacher
     answers new prompts only.
 
     Args:
-        model: Teacher, as :func:`llm_kd.models.generation.generate` takes it.
+        model: Teacher, as `llm_kd.models.generation.generate` takes it.
         prompts: Token ids, at least one per prompt.
         sampling: How tokens are drawn.
         tokenizer: Gives the text, and the size of the vocabulary.

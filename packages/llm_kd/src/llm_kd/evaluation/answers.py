@@ -61,7 +61,7 @@ class Answers:
 
     @property
     def rouge_l(self) -> float:
-        """Mean ROUGE-L in per cent."""
+        """Return the mean ROUGE-L in per cent."""
         return statistics.fmean(self.scores)
 
 

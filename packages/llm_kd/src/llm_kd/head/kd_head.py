@@ -53,7 +53,7 @@ class HeadOutput(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        """Number of valid tokens, the denominator of the token acceptance rate."""
+        """Return the number of valid tokens, the denominator of the token acceptance rate."""
         return len(self.accepted)
 
     @property

@@ -35,7 +35,7 @@ class Backbone(nn.Module):
         model: Causal language model of transformers, or a PEFT model around one.
 
     Raises:
-        UserError: If its logits are not finite or not what :class:`LMHead` computes from these hidden states, or its
+        UserError: If its logits are not finite or not what `LMHead` computes from these hidden states, or its
             head has adapters.
     """
 
@@ -48,13 +48,13 @@ class Backbone(nn.Module):
 
     @property
     def causal_lm(self) -> PreTrainedModel:
-        """The transformers model itself, without PEFT's wrapper."""
+        """Return the transformers model itself, without PEFT's wrapper."""
         unwrap = getattr(self.model, "get_base_model", None)
         return self.model if unwrap is None else unwrap()
 
     @property
     def layers(self) -> nn.ModuleList:
-        """The decoder layers."""
+        """Return the decoder layers."""
         return decoder_layers(self.causal_lm)[1]
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
@@ -73,16 +73,16 @@ class Backbone(nn.Module):
         return inner(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
 
     def lm_head(self) -> LMHead:
-        """The output layer: weight (V, H), bias and soft-cap."""
+        """Return the output layer: weight (V, H), bias and soft-cap."""
         layer = self.causal_lm.get_output_embeddings()
         return LMHead(layer.weight, layer.bias, getattr(self.causal_lm.config, "final_logit_softcapping", None))
 
     def settings(self) -> dict[str, Any]:
-        """What decides on its output besides the weights: the configuration."""
+        """Return the settings that decide on its output besides the weights: the configuration."""
         return settings_with_effect(self.causal_lm.config.to_dict())
 
     def merged(self) -> PreTrainedModel:
-        """The model to save: adapters merged into a copy of the weights; the model itself when there are none."""
+        """Return the model to save: a copy with its adapters merged, or the model itself without adapters."""
         if self.model is self.causal_lm:
             return self.model
         adapted: Any = copy.deepcopy(self.model)
@@ -162,7 +162,7 @@ def check_packing(backbone: Backbone, role: str) -> None:
 
 
 def load_teacher(spec: TeacherSpec) -> Backbone:
-    """The teacher of a run, frozen and in evaluation mode.
+    """Load the teacher of a run, frozen and in evaluation mode.
 
     Raises:
         ModelNotFoundError: If the model cannot be found.
@@ -173,7 +173,7 @@ def load_teacher(spec: TeacherSpec) -> Backbone:
 
 
 def build_student(spec: StudentSpec, teacher_name: str) -> Backbone:
-    """The student of a run before training.
+    """Build the student of a run before training.
 
     Args:
         spec: The student.
@@ -229,10 +229,10 @@ def _fault(settings: GenerationConfig) -> str | None:
 
 
 def add_adapters(model: PreTrainedModel, spec: LoRASpec) -> PreTrainedModel:
-    """The model with low-rank adapters; everything else is frozen.
+    """Return the model with low-rank adapters; everything else is frozen.
 
     Raises:
-        UserError: If ``peft`` is not installed.
+        UserError: If `peft` is not installed.
     """
     try:
         from peft import LoraConfig, get_peft_model

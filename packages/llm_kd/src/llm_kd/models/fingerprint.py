@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def tensors_fingerprint(tensors: Mapping[str, Any], note: str = "") -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of tensors, in their order; about a second per gigabyte.
+    """Return the SHA-256 over names, dtypes, shapes and bytes of tensors in order; about a second per gigabyte.
 
     Args:
         tensors: Tensors by name, such as a state dict, on any device; what is no tensor is left out.

@@ -33,7 +33,7 @@ def generate(
 
     Prompts are sorted by length, so that a batch holds little padding. The model generates in evaluation mode with a
     key-value cache, whatever it was set to, and is set back afterwards. Of the generation settings in its folder, only
-    the tokens that end a response are used (:func:`response_ends`): nothing is forced, suppressed or penalised. The
+    the tokens that end a response are used (`response_ends`): nothing is forced, suppressed or penalised. The
     random state of the CPU and of the model's device stays as it was.
 
     Args:
@@ -81,12 +81,12 @@ def generate(
 
 
 def response_ends(model: Any, eos_ids: Collection[int]) -> list[int]:
-    """Tokens at which a response of a model ends: those given, and those that its configurations name, sorted."""
+    """Return the sorted tokens that end a response: the given ones, and those of the configurations of the model."""
     return sorted({*eos_ids, *configured_ends(model.config, model.config.get_text_config(), model.generation_config)})
 
 
 def prompt_budget(model: Any, sampling: SamplingParams) -> int:
-    """Largest number of tokens of a prompt that leaves the model positions for its longest response."""
+    """Return the largest number of tokens of a prompt that leaves the model positions for its longest response."""
     return context_length(model.config) - sampling.max_new_tokens
 
 
@@ -123,7 +123,7 @@ def _left_padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.de
 
 
 def _until_end(tokens: list[int], eos_ids: Collection[int]) -> list[int]:
-    """Tokens up to and including the first that ends a response."""
+    """Return the tokens up to and including the first that ends a response."""
     ends = (place for place, token in enumerate(tokens) if token in eos_ids)
     return tokens[: next(ends, len(tokens)) + 1]
 

@@ -22,7 +22,7 @@ PROBE = 8
 
 
 def evenly_spaced(total: int, keep: int) -> list[int]:
-    """Indices of ``keep`` of ``total`` layers, evenly spaced with the first and the last (keep = 1: the first).
+    """Indices of `keep` of `total` layers, evenly spaced with the first and the last (keep = 1: the first).
 
     Raises:
         UserError: If keep is outside [1, total].
@@ -32,7 +32,7 @@ def evenly_spaced(total: int, keep: int) -> list[int]:
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The decoder layers of a causal language model and their path.
+    """Return the decoder layers of a causal language model and their path.
 
     Raises:
         UserError: If there is no single list of as many modules as the configuration has layers.
@@ -48,7 +48,7 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def relisted(name: str, value: Any, kept: list[int], total: int) -> list[Any] | None:
-    """What is left of a setting that lists something per layer, or the layers of a kind; None if it does not.
+    """Return the rest of a setting that lists values per layer, or the layers of a kind; None for other settings.
 
     Args:
         name: The setting.
@@ -65,7 +65,7 @@ def relisted(name: str, value: Any, kept: list[int], total: int) -> list[Any] | 
 
 
 def depth_prune(model: PreTrainedModel, keep: int) -> PreTrainedModel:
-    """A new model of ``keep`` evenly spaced layers, all its weights copied.
+    """Return a new model of `keep` evenly spaced layers, all its weights copied.
 
     Args:
         model: Causal language model; unchanged.
@@ -113,7 +113,7 @@ def _moved(model: PreTrainedModel, keep: int, why: str) -> ValueError:
 
 @torch.no_grad()
 def _same_in_place(model: PreTrainedModel, layers: nn.ModuleList, kept: list[int], student: PreTrainedModel) -> bool:
-    """Whether a pruned model's hidden states are those of the whole model whose other layers pass theirs on."""
+    """Return whether a pruned model's hidden states are those of the whole model whose other layers pass theirs on."""
 
     def pass_on(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]

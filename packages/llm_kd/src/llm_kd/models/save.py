@@ -13,7 +13,7 @@ from llm_kd.models.backbone import Backbone
 
 
 def save_student(student: Backbone, tokenizer: Any, folder: Path) -> None:
-    """Save student and tokenizer with ``save_pretrained``; the folder is replaced only when all is written.
+    """Save student and tokenizer with `save_pretrained`; the folder is replaced only when all is written.
 
     Args:
         student: The student; adapters are merged in what is saved.

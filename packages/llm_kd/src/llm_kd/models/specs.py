@@ -13,10 +13,10 @@ class TeacherSpec:
     """The teacher.
 
     Args:
-        name: Local folder, Hub name, or the embedded ``smollm2-135m-instruct``.
+        name: Local folder, Hub name, or the embedded `smollm2-135m-instruct`.
         dtype: Precision of its weights: float32, bfloat16, float16 or float64.
-        attention: Implementation of attention in transformers; Gemma 2 needs ``eager``.
-        cache: Folder written by ``llm_kd.cache_teacher``: distil from stored distributions instead of running the
+        attention: Implementation of attention in transformers; Gemma 2 needs `eager`.
+        cache: Folder written by `llm_kd.cache_teacher`: distil from stored distributions instead of running the
             teacher in training; None runs it.
     """
 
@@ -29,19 +29,19 @@ class TeacherSpec:
         _check_attention("teacher", self.attention)
 
     def source(self) -> str:
-        """Digest of its files and precision; see :func:`kd_common.hub.language_models.model_source`."""
+        """Return the digest of its files and precision; see `kd_common.hub.language_models.model_source`."""
         return f"{model_source(self.name)} in {self.dtype}"
 
 
 @dataclass(frozen=True)
 class LoRASpec:
-    """Low-rank adapters, of which alone the student's training then consists (``peft``).
+    """Low-rank adapters, of which alone the student's training then consists (`peft`).
 
     Args:
         rank: Rank r of the adapters, >= 1.
         alpha: Scale; the update is multiplied by alpha / rank.
         dropout: Dropout before the adapters, in [0, 1).
-        targets: Names of the linear layers that get one; ``all-linear`` for every one but the head.
+        targets: Names of the linear layers that get one; `all-linear` for every one but the head.
     """
 
     rank: int = 16
@@ -60,10 +60,10 @@ class StudentSpec:
 
     Args:
         name: Local folder or Hub name; None starts from the teacher.
-        layers: Keep so many of the teacher's decoder layers, evenly spaced with the first and the last, or ``all``. A
-            student with a name keeps all of its own (:func:`llm_kd.models.depth_prune` makes one with fewer).
+        layers: Keep so many of the teacher's decoder layers, evenly spaced with the first and the last, or `all`. A
+            student with a name keeps all of its own (`llm_kd.models.depth_prune` makes one with fewer).
         dtype: Precision of the trained weights; float32 unless memory forbids it, for small updates vanish in bfloat16
-            (``trainer.precision bf16-mixed`` computes in bfloat16 and keeps float32 weights).
+            (`trainer.precision bf16-mixed` computes in bfloat16 and keeps float32 weights).
         attention: Implementation of attention in transformers.
         lora: Train low-rank adapters only; None trains all weights.
 

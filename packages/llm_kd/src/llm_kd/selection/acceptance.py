@@ -85,7 +85,7 @@ class TruncatedDistribution:
 
     @property
     def size(self) -> int:
-        """Number K of stored tokens."""
+        """Return the number K of stored tokens."""
         return self.indices.shape[-1]
 
     def __len__(self) -> int:

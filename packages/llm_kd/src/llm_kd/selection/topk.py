@@ -44,7 +44,7 @@ class TopK(Selector):
             )
 
     def score(self, student_logits: Tensor, teacher_logits: Tensor | TruncatedDistribution) -> Tensor:
-        """1 where accepted, else 0."""
+        """Return 1 for accepted tokens, else 0."""
         return topk_accept(student_logits, teacher_logits, self.k).to(student_logits.dtype)
 
     def select(self, score: Tensor, noise: Tensor | None = None) -> Selection:

@@ -180,7 +180,7 @@ class TeacherCache:
 
     @property
     def num_tokens(self) -> int:
-        """Number of supervised tokens stored."""
+        """Return the number of supervised tokens stored."""
         return sum(shard.tokens for shard in self.shards)
 
     def check(self, *, weights: str | None = None, tokenizer: str | None = None, vocab_size: int | None = None) -> None:

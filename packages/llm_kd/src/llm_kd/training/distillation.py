@@ -43,21 +43,21 @@ class DistillationModule(TokenNormalizedModule):
     Args:
         teacher: The model to distil from.
         student: The model to train.
-        objective: Divergence per token (:mod:`llm_kd.objectives`); None means ``ForwardKL()``.
-        selector: Weights of the tokens (:mod:`llm_kd.selection`); None means ``TopK()``.
-        rollout: Who writes the responses (:mod:`llm_kd.training.rollout`); None means ``OffPolicy()``, the data.
+        objective: Divergence per token (`llm_kd.objectives`); None means `ForwardKL()`.
+        selector: Weights of the tokens (`llm_kd.selection`); None means `TopK()`.
+        rollout: Who writes the responses (`llm_kd.training.rollout`); None means `OffPolicy()`, the data.
         lr_schedule: Factor on the learning rate; None means a cosine from 1 to 0 over the run.
-        normalize: ``valid`` divides by the number of supervised tokens, ``selected`` by the sum of the weights.
+        normalize: `valid` divides by the number of supervised tokens, `selected` by the sum of the weights.
         loss_temperature: Temperature of both models in the divergence, > 0.
         verify_temperature: Temperature of both models in the selection, > 0.
-        temperature_scale: ``squared`` multiplies a divergence by the square of its temperature.
+        temperature_scale: `squared` multiplies a divergence by the square of its temperature.
         learning_rate: AdamW's learning rate at factor 1, > 0.
         weight_decay: Weight decay of matrices, >= 0; vectors (norms, biases) have none.
         betas: AdamW's decay rates.
         gradient_checkpointing: Recompute the student's layers in the backward pass instead of keeping activations.
-        compile: Compile the student's backbone with ``torch.compile``.
+        compile: Compile the student's backbone with `torch.compile`.
         chunk_size: Rows per chunk of the head; None fits it to the device.
-        seed: Seed of every random draw during training; linked from ``seed_everything``.
+        seed: Seed of every random draw during training; linked from `seed_everything`.
 
     Raises:
         ModelNotFoundError: If a model cannot be found.
@@ -189,7 +189,7 @@ class DistillationModule(TokenNormalizedModule):
 
     @property
     def teacher(self) -> Teacher:
-        """The attached teacher.
+        """Return the attached teacher.
 
         Raises:
             UserError: If there is none.
@@ -200,7 +200,7 @@ class DistillationModule(TokenNormalizedModule):
 
     @property
     def running_teacher(self) -> Backbone | None:
-        """The teacher if it runs beside the student, or None."""
+        """Return the teacher if it runs beside the student, or None."""
         return cast(Backbone, self.teacher.backbone) if isinstance(self.teacher, OnlineTeacher) else None
 
     def configure_model(self) -> None:
@@ -238,7 +238,7 @@ class DistillationModule(TokenNormalizedModule):
         return step_seed(self.seed, self.current_epoch, *parts)
 
     def _respond(self, batch: TokenBatch, batch_idx: int) -> TokenBatch:
-        """The batch with the responses that the rollout chooses."""
+        """Return the batch with the responses that the rollout chooses."""
         progress = self.global_step / self.total_steps
         draw = random.Random(self._seed("rollout", batch_idx)).random()
         # Rank 0 decides: writing under FSDP2 takes all ranks, and their memories may differ by a response.
@@ -257,7 +257,7 @@ class DistillationModule(TokenNormalizedModule):
         return collate(rows, pad).to(self.device)
 
     def _write(self, prompts: list[list[int]], seed: int) -> list[Example]:
-        """The student's responses to prompts."""
+        """Return the student's responses to prompts."""
         responses = self.student_with_head.generate(
             prompts or [[self._pad_id]],  # sharded, every rank must take part
             self.rollout.sampling,
@@ -272,11 +272,11 @@ class DistillationModule(TokenNormalizedModule):
 
     @property
     def eos_ids(self) -> list[int]:
-        """Tokens that end a response: the chat template's and tokenizer's, and those of the two models' settings."""
+        """Return the tokens that end a response: of chat template, tokenizer and the settings of both models."""
         return response_ends(self.student_with_head.student.causal_lm, self._teachers_ends)
 
     def means(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Loss, and ``tar``, the share of the tokens that the teacher accepts."""
+        """Return the loss, and `tar`, the share of the tokens that the teacher accepts."""
         return super().means(sums) | {"tar": sums["accepted"] / (sums["tokens"] or 1.0)}
 
     def on_update(self, sums: Mapping[str, float]) -> None:
@@ -319,16 +319,16 @@ class DistillationModule(TokenNormalizedModule):
     # ------------------------------------------------------------------------------------------------ checkpoints
 
     def rank_state(self) -> dict[str, Any]:
-        """See `TrainingModule`: the rollout's memory, too."""
+        """Add the state of the rollout."""
         return super().rank_state() | {"rollout": self.rollout.state_dict()}
 
     def load_rank_state(self, state: dict[str, Any]) -> None:
-        """See `TrainingModule`."""
+        """Restore the state of `rank_state`."""
         super().load_rank_state(state)
         self.rollout.load_state_dict(state["rollout"])
 
     def export(self, path: Path) -> None:
-        """See `TrainingModule`: student and tokenizer, as transformers loads them."""
+        """Write student and tokenizer as transformers loads them."""
         student = self.student_with_head.student
         if self.sharded:  # neither saving nor merging adapters works on shards
             student = unsharded(student, lambda: build_student(self.student_spec, self.teacher_spec.name))
@@ -336,11 +336,11 @@ class DistillationModule(TokenNormalizedModule):
             save_student(student, self.tokenizer, path)
 
     def is_whole(self) -> bool:
-        """See `TrainingModule`; FSDP2 hides the gradients of an update that is not finished."""
+        """Return False inside an update under FSDP2, too, which hides the gradients of an unfinished update."""
         return super().is_whole() and not (self.sharded and self._in_window())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """See `TrainingModule`."""
+        """Save the state of objective and selector, too."""
         super().on_save_checkpoint(checkpoint)
         # Also in the state dict, of which Lightning restores only tensors under FSDP2.
         checkpoint["head"] = {name: part.get_extra_state() for name, part in self._stateful_parts()}
@@ -351,7 +351,7 @@ class DistillationModule(TokenNormalizedModule):
         return [(name, p) for name, p in parts if type(p).get_extra_state is not torch.nn.Module.get_extra_state]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """See `TrainingModule`."""
+        """Restore the state of objective and selector, too."""
         super().on_load_checkpoint(checkpoint)
         for name, part in self._stateful_parts():
             part.set_extra_state(checkpoint["head"][name])

@@ -38,18 +38,18 @@ class Rollout(ABC):
         """Remember what the student has written."""
 
     def replay(self, count: int, rng: random.Random) -> list[Example]:
-        """Earlier responses, asked for after :meth:`choose` said so; only rules with a memory have any."""
+        """Earlier responses, asked for after `choose` said so; only rules with a memory have any."""
         return []
 
     def on_validation(self, loss: float) -> None:  # noqa: B027
         """Follow the validation loss."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, in plain types."""
+        """Return the state that a resumed run needs, in plain types."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
-        """Restore :meth:`state_dict`."""
+        """Restore `state_dict`."""
 
 
 class OffPolicy(Rollout):
@@ -59,7 +59,7 @@ class OffPolicy(Rollout):
     sampling = SamplingParams()
 
     def choose(self, draw: float, progress: float) -> Source:
-        """The data."""
+        """Take the responses of the data."""
         return "dataset"
 
 
@@ -84,14 +84,14 @@ class OnPolicy(Rollout):
         self.sampling = sampling or SamplingParams()
 
     def choose(self, draw: float, progress: float) -> Source:
-        """The student with probability lambda."""
+        """Choose the student with probability lambda, else the data."""
         return "generate" if draw < self.fraction else "dataset"
 
 
 class AdaptiveReplay(Rollout):
     """DistiLLM's adaptive off-policy schedule: student responses as far as they are needed, written seldom, used often.
 
-    A threshold phi, 0 at first, rises by ``step`` whenever a validation loss is at least ``tolerance`` above the one
+    A threshold phi, 0 at first, rises by `step` whenever a validation loss is at least `tolerance` above the one
     before. With a uniform r: the student writes, and its responses are kept, if r < phi (1 - progress), or if
     r < phi while the memory is not full; else, if r < phi, responses are taken from the memory; else from the data. The
     loss followed is the validation's KL to the teacher.
@@ -123,7 +123,7 @@ class AdaptiveReplay(Rollout):
         self.memory: list[Example] = []
 
     def choose(self, draw: float, progress: float) -> Source:
-        """See the class."""
+        """Choose by the threshold; the class explains the rule."""
         if draw >= self.threshold:
             return "dataset"
         full = len(self.memory) >= self.capacity
@@ -134,7 +134,7 @@ class AdaptiveReplay(Rollout):
         self.memory = [*self.memory, *examples][-self.capacity :]
 
     def replay(self, count: int, rng: random.Random) -> list[Example]:
-        """Draw ``count`` remembered responses, fewer if there are fewer."""
+        """Draw `count` remembered responses, fewer if there are fewer."""
         return rng.sample(self.memory, min(count, len(self.memory)))
 
     def on_validation(self, loss: float) -> None:
@@ -144,11 +144,11 @@ class AdaptiveReplay(Rollout):
         self.previous_loss = loss
 
     def state_dict(self) -> dict[str, Any]:
-        """Threshold, last validation loss and memory."""
+        """Return the threshold, the last validation loss and the stored responses."""
         memory = [{k: v for k, v in asdict(example).items() if k != "key"} for example in self.memory]
         return {"threshold": self.threshold, "previous_loss": self.previous_loss, "memory": memory}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict`."""
+        """Restore `state_dict`."""
         self.threshold, self.previous_loss = state["threshold"], state["previous_loss"]
         self.memory = [Example(**example) for example in state["memory"]]

@@ -1,4 +1,4 @@
-"""Sharding student and teacher with FSDP2, as a Lightning strategy: ``--trainer.strategy fsdp2``."""
+"""Sharding student and teacher with FSDP2, as a Lightning strategy: `--trainer.strategy fsdp2`."""
 
 from collections.abc import Callable
 

@@ -62,7 +62,7 @@ class StudentWithHead(nn.Module):
         seed: int,
         synced: bool = False,
     ) -> list[list[int]]:
-        """Responses of the student to all prompts in one batch; see :func:`llm_kd.models.generation.generate`."""
+        """Responses of the student to all prompts in one batch; see `llm_kd.models.generation.generate`."""
         return generate(
             self.student.model,
             prompts,
@@ -77,10 +77,10 @@ class StudentWithHead(nn.Module):
 
 
 def token_metric_means(sums: Mapping[str, float]) -> dict[str, float]:
-    """Means per token of the sums of :func:`llm_kd.head.metrics.token_metrics`, ``tar`` for the accepted share.
+    """Means per token of the sums of `llm_kd.head.metrics.token_metrics`, `tar` for the accepted share.
 
     Args:
-        sums: The sums, and the number of ``tokens``.
+        sums: The sums, and the number of `tokens`.
     """
     tokens = sums["tokens"] or 1.0
     means = {name: sums[name] / tokens for name in ("nll", "kl", "agreement", "teacher_nll") if name in sums}
@@ -88,5 +88,5 @@ def token_metric_means(sums: Mapping[str, float]) -> dict[str, float]:
 
 
 def validation_means(sums: Mapping[str, float]) -> dict[str, float]:
-    """Means of the sums of :meth:`StudentWithHead.measure`."""
+    """Means of the sums of `StudentWithHead.measure`."""
     return {**token_metric_means(sums), "loss": sums["loss"] / (sums["denominator"] or 1.0)}

@@ -72,16 +72,16 @@ def print_summary(
 
 
 def is_whole(values: Mapping[str, float]) -> bool:
-    """Whether validation means were measured against the teacher's whole distribution: only that gives its NLL."""
+    """Return whether validation used the teacher's whole distribution, which alone gives its NLL."""
     return "teacher_nll" in values
 
 
 def kl(values: Mapping[str, float]) -> str:
-    """The KL to the teacher among validation means, marked where a truncated teacher bounds it only from below."""
+    """Return the KL to the teacher as text, marked where a truncated teacher bounds it only from below."""
     return f"{'' if is_whole(values) else '≥ '}{values['kl']:.3f}"
 
 
 def one_line(text: str, width: int = 160) -> str:
-    """Text without line breaks, cut to a width."""
+    """Return text without line breaks, cut to a width."""
     flat = " ".join(text.split())
     return flat if len(flat) <= width else flat[: width - 1] + "…"

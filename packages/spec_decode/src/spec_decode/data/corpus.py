@@ -38,7 +38,7 @@ def corpus(
     seed: int,
     batch_size: int,
 ) -> AnswerCache:
-    """The target's answers as these settings determine them."""
+    """Return the target's answers as these settings determine them."""
     weights = (target.fingerprint(target.dtype), str(target.dtype))
     drawn = {"sampling": asdict(sampling), "stops": [*stops], "seed": seed, "batch_size": batch_size}
     return AnswerCache(folder, "text", {"weights": weights} | drawn, prompts, batch_size)
@@ -91,7 +91,7 @@ def as_samples(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]
 def encode_prompts(
     tokenizer: Any, prompts: Sequence[str | Row], *, longest: int, chat_template: str | None = None
 ) -> list[list[int]]:
-    """Prompts as conversations in the model's chat template; see :class:`kd_common.text.ChatEncoder`.
+    """Prompts as conversations in the model's chat template; see `kd_common.text.ChatEncoder`.
 
     Args:
         tokenizer: transformers tokenizer.
@@ -141,7 +141,7 @@ def encode_answers(
 
 
 def _answered(encoder: ChatEncoder, row: Row, answer: Answer) -> Sample:
-    """A prompt with its answer behind it."""
+    """Return a prompt with its answer behind it."""
     if answer.tokens is not None:
         _check_tokens(encoder.tokenizer, row, answer)
         prompt = encoder.prompt(row)

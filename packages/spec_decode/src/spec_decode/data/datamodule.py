@@ -49,7 +49,7 @@ class DraftBatch:
     states: States | None = None
 
     def to(self, device: torch.device) -> "DraftBatch":
-        """The batch on a device."""
+        """Move the batch to a device."""
         states = self.states and States(self.states.features.to(device), self.states.final.to(device))
         return replace(self, tokens=self.tokens.to(device), answer=self.answer.to(device), states=states)
 
@@ -89,7 +89,7 @@ class StreamSampler(DistributedSampler):
 
     Epoch e of n rows holds rows e n to (e + 1) n - 1 of the stream, whose passes are permutations drawn from the seed
     and the number of the pass: an epoch is a function of its number, so that a run resumes exactly, and short epochs
-    lose no samples. Rank r takes rows r, r + ranks, ... of it, from its row ``first`` on, once.
+    lose no samples. Rank r takes rows r, r + ranks, ... of it, from its row `first` on, once.
 
     Samples of an update are about equally long, which saves padding: a permutation is sorted within pools of eight
     updates, which are then shuffled. So the updates do not depend on how their samples are shared out.
@@ -136,17 +136,17 @@ class TargetText(LightningDataModule):
         prompts: JSONL or Parquet file of prompts (see `read_asked`); None means the packaged ones.
         limit: Take at most so many prompts.
         val_prompts: Prompts, the last ones, kept for validation and the final measurement.
-        answers: ``target`` has the target answer the prompts; ``file`` takes the answers beside them in the file, which
+        answers: `target` has the target answer the prompts; `file` takes the answers beside them in the file, which
             should be the target's own, written by a server made for that.
         sampling: How the target's answers are drawn, greedily unless set, and the room that an answer is left.
-        sampling_seed: Seed of the target's answers, apart from ``seed`` so that runs with other seeds share them.
+        sampling_seed: Seed of the target's answers, apart from `seed` so that runs with other seeds share them.
         generation_batch_size: Prompts the target answers at once.
-        features: ``online`` runs the target on every batch; ``cached`` stores its states once and reads them.
+        features: `online` runs the target on every batch; `cached` stores its states once and reads them.
         max_length: Longest sequence in tokens, prompt included.
         epoch_rows: Sequences per epoch; None means one pass over all.
         batch_size: Sequences a batch on one rank.
         chat_template: Jinja template that takes the place of the target's, here and where the drafter is used.
-        seed: Seed of the order; linked from ``seed_everything``.
+        seed: Seed of the order; linked from `seed_everything`.
 
     Raises:
         UserError: If a setting is out of range.
@@ -246,17 +246,17 @@ class TargetText(LightningDataModule):
         return rows // batch * batch
 
     def epoch_length(self, ranks: int) -> int:
-        """Sequences of an epoch of all ranks; see :meth:`attach`."""
+        """Sequences of an epoch of all ranks; see `attach`."""
         return self._rows_of_an_epoch(len(self.encoded) - self.val_prompts, ranks)
 
     @property
     def attached(self) -> bool:
-        """Whether a target is attached."""
+        """Return whether a target is attached."""
         return bool(self._target)
 
     @property
     def target(self) -> CausalLM:
-        """The attached target.
+        """Return the attached target.
 
         Raises:
             UserError: If there is none.
@@ -307,7 +307,7 @@ class TargetText(LightningDataModule):
                 store.write(self.target, progress=self.progress)
 
     def _stored(self) -> bool:
-        """Whether text and features are complete, as in a read-only cache; fills in the text."""
+        """Read the text, and return whether text and features are complete, as in a read-only cache."""
         self.setup()
         if self.answers is None and len(self.samples) < len(self.encoded):
             return False
@@ -335,7 +335,7 @@ class TargetText(LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def train_dataloader(self) -> WorkerLoader:
-        """Batches of this rank's rows of the epoch.
+        """Return the batches of this rank's rows of the epoch.
 
         Raises:
             UserError: If they do not fill one batch per rank.
@@ -348,7 +348,7 @@ class TargetText(LightningDataModule):
         return self._loader(samples, 0, sampler)
 
     def val_dataloader(self) -> WorkerLoader:
-        """This rank's share of the validation sequences, filled up with text without answers."""
+        """Return this rank's share of the validation sequences, filled up with text without answers."""
         rank, ranks = self._place
         first = len(self.samples) - self.val_prompts
         return self._loader(self.samples[first:], first, _Share(self.val_prompts, rank, ranks))

@@ -43,12 +43,12 @@ class FeatureStore:
 
     @property
     def size(self) -> int:
-        """Bytes of the complete file."""
+        """Return the bytes of the complete file."""
         return int(self.starts[-1]) * self.width * _BYTES
 
     @property
     def done(self) -> int:
-        """Number of sequences written so far.
+        """Return the number of sequences written so far.
 
         Raises:
             UserError: If the store is damaged.

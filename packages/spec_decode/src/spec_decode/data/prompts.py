@@ -46,19 +46,19 @@ class Asked:
 
 
 def packaged_prompts() -> list[str]:
-    """All templates with all topics, in a fixed random order."""
+    """Return all templates with all topics, in a fixed random order."""
     prompts = [template.format(topic=topic) for template in TEMPLATES for topic in TOPICS]
     random.Random(0).shuffle(prompts)
     return prompts
 
 
 def read_prompts(path: Path) -> list[Row]:
-    """Prompts of a file; see :func:`read_asked`."""
+    """Prompts of a file; see `read_asked`."""
     return [asked.prompt for asked in read_asked(path)]
 
 
 def read_answers(path: Path) -> list[Answer]:
-    """Answers beside the prompts of a file; see :func:`read_asked`.
+    """Answers beside the prompts of a file; see `read_asked`.
 
     Raises:
         UserError: If there is no such file.
@@ -70,9 +70,9 @@ def read_answers(path: Path) -> list[Answer]:
 def read_asked(path: Path, *, answered: bool = False) -> list[Asked]:
     """Prompts of a JSONL or Parquet file, with the answers beside them.
 
-    Records are those of :func:`kd_common.text.read_rows`. A conversation is asked up to its first answer.
-    ``output_token_ids`` holds an answer's tokens; ``finish_reason`` or ``stop_reason`` says with ``length`` or
-    ``max_tokens`` that it was cut.
+    Records are those of `kd_common.text.read_rows`. A conversation is asked up to its first answer.
+    `output_token_ids` holds an answer's tokens; `finish_reason` or `stop_reason` says with `length` or
+    `max_tokens` that it was cut.
 
     Args:
         path: The file.
@@ -97,7 +97,7 @@ def read_asked(path: Path, *, answered: bool = False) -> list[Asked]:
 
 
 def _asked(row: Row, record: Mapping[str, Any]) -> Asked:
-    """A conversation cut at its first answer that may be learnt from."""
+    """Return a conversation cut at its first answer that may be learnt from."""
     tokens, cut = record.get("output_token_ids"), any(record.get(key) in CUT for key in REASONS)
     if tokens is not None:
         if not isinstance(tokens, list) or not tokens or not all(type(token) is int for token in tokens):

@@ -64,13 +64,13 @@ class Measurement:
 
     @property
     def end_to_end(self) -> float:
-        """All new tokens per second, the prefill and its token included."""
+        """Return all new tokens per second, the prefill and its token included."""
         seconds = self.seconds + self.phases["prefill"]
         return sum(map(len, self.texts)) / seconds if seconds else 0.0
 
     @property
     def tau(self) -> float:
-        """Tokens per target pass and row: accepted + 1."""
+        """Return the tokens per target pass and row: accepted + 1."""
         return self.tokens / self.passes if self.passes else 1.0
 
     @property

@@ -51,7 +51,7 @@ class Rows:
 
     @property
     def done(self) -> bool:
-        """Whether every row is finished."""
+        """Return whether every row is finished."""
         return not bool((self.remaining > 0).any())
 
     def roots(self) -> tuple[Tensor, Tensor]:

@@ -45,7 +45,7 @@ class Generation:
 
     @property
     def tau(self) -> float:
-        """Mean acceptance length: tokens per target pass and row, accepted + 1; 1 when no pass was made."""
+        """Return the mean acceptance length: tokens per target pass and row, accepted + 1; 1 when no pass was made."""
         lengths = [length for row in self.acceptance_lengths for length in row]
         return sum(lengths) / len(lengths) if lengths else 1.0
 

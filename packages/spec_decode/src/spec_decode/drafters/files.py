@@ -106,7 +106,7 @@ def check_target_sizes(folder: Path, config: Mapping[str, Any], target: Any, nam
 
 
 def holds_language_model(folder: Path) -> bool:
-    """Whether a folder is one that transformers wrote for a language model, which drafts as it is.
+    """Return whether a folder is one that transformers wrote for a language model, which drafts as it is.
 
     Raises:
         UserError: For a drafter that another program wrote: read as a language model it would lack most weights.
@@ -126,7 +126,7 @@ def holds_language_model(folder: Path) -> bool:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The JSON file of a saved drafter.
+    """Read the JSON file of a saved drafter.
 
     Raises:
         UserError: If the folder holds no complete drafter.
@@ -152,7 +152,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_weights(folder: Path, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The weights of a saved drafter.
+    """Read the weights of a saved drafter.
 
     Args:
         folder: Its folder.
@@ -212,7 +212,7 @@ def check_whole(
 
 
 def load_drafter(folder: Path, target: CausalLM) -> TrainableDrafter:
-    """A saved drafter in the target's type on its device, ready to decode.
+    """Load a saved drafter in the target's type on its device, ready to decode.
 
     Raises:
         UserError: If the folder holds no complete drafter.
@@ -240,7 +240,7 @@ def load_drafter(folder: Path, target: CausalLM) -> TrainableDrafter:
 
 
 def for_inference(drafter: TrainableDrafter) -> TrainableDrafter:
-    """A copy of a drafter in its target's type, frozen; the drafter itself goes on training."""
+    """Return a copy of a drafter in its target's type, frozen; the drafter itself goes on training."""
     copy = drafter.untrained()
     copy.load_state_dict(drafter.state_dict())
     copy.acceptance = drafter.acceptance

@@ -101,7 +101,7 @@ class TrainableDrafter(nn.Module, Drafter):
 
     @property
     def target(self) -> CausalLM:
-        """The frozen target."""
+        """Return the frozen target."""
         return self._target[0]
 
     def serves(self, target: CausalLM) -> bool:
@@ -110,7 +110,7 @@ class TrainableDrafter(nn.Module, Drafter):
 
     @property
     def draft_tokens(self) -> int:
-        """Number C of draft tokens."""
+        """Return the number C of draft tokens."""
         return self.target.vocab_size if self.vocabulary is None else len(self.vocabulary)
 
     @property

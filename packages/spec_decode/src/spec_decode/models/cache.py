@@ -52,7 +52,7 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        """Number S of slots."""
+        """Return the number S of slots."""
         return self.keys.shape[3]
 
     def commit(self, path: Tensor, kept: Tensor) -> None:

@@ -163,7 +163,7 @@ class CausalLM(nn.Module):
 
     @property
     def packed(self) -> bool:
-        """Whether `pack` has changed anything."""
+        """Return whether `pack` has changed anything."""
         return bool(self._packed_head)
 
     @property

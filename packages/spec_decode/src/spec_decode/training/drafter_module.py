@@ -42,7 +42,7 @@ class DrafterModule(TokenNormalizedModule):
 
     Args:
         target: The model whose decoding is sped up.
-        drafter: The drafter to train (:mod:`spec_decode.drafters`); None means ``FastEagle()``.
+        drafter: The drafter to train (`spec_decode.drafters`); None means `FastEagle()`.
         lr_schedule: Factor on the learning rate; None means a cosine from 1 to 0 over the run.
         learning_rate: AdamW's learning rate at factor 1, > 0.
         weight_decay: Weight decay of matrices, >= 0.
@@ -54,7 +54,7 @@ class DrafterModule(TokenNormalizedModule):
         chunk: Rows of the head at once; bounds the memory of the logits.
         shard_target: Spread the target's layers over all processes (FSDP2) instead of copying them to each; with online
             features. One process keeps them whole.
-        seed: Seed of the drafter's initialisation; linked from ``seed_everything``.
+        seed: Seed of the drafter's initialisation; linked from `seed_everything`.
 
     Raises:
         ModelNotFoundError: If the target cannot be found.
@@ -101,7 +101,7 @@ class DrafterModule(TokenNormalizedModule):
 
     @property
     def target(self) -> CausalLM:
-        """The frozen target."""
+        """Return the frozen target."""
         return self._target[0]
 
     # ------------------------------------------------------------------------------------------------ set-up
@@ -186,10 +186,10 @@ class DrafterModule(TokenNormalizedModule):
             tokens, known = self._draft_tokens(wanted.tokens)
             row, position = wanted.rows[:, known]
             before = wanted.reached[known] - 1
-            mine = x[row, position]
+            drafted = x[row, position]
             loss, right = head_loss(
                 lambda part, level=level: drafter.level_logits(level, part),  # type: ignore[misc]
-                mine,
+                drafted,
                 logits[place[before]],
                 tokens[known],
                 self.chunk,
@@ -197,7 +197,7 @@ class DrafterModule(TokenNormalizedModule):
                 self.level_loss,
             )
             if self.feature_weight:
-                loss = loss + self.feature_weight * feature_loss(mine, final[before])
+                loss = loss + self.feature_weight * feature_loss(drafted, final[before])
             losses.append(loss)
             counts.append(known.sum())
             hits.append(right)
@@ -268,7 +268,7 @@ class DrafterModule(TokenNormalizedModule):
     # ------------------------------------------------------------------------------------------------ checkpoints
 
     def export(self, path: Path) -> None:
-        """See `TrainingModule`; :func:`spec_decode.drafters.load_drafter` reads it."""
+        """Write the drafter, which `spec_decode.drafters.load_drafter` reads."""
         if self.trainer.is_global_zero:
             latest = self.history[-1]
             data = self.trainer.datamodule  # type: ignore[attr-defined]  # set by a connector
@@ -281,11 +281,11 @@ class DrafterModule(TokenNormalizedModule):
             save_drafter(self.drafter, path, meta)
 
     def exported_epoch(self, path: Path) -> Mapping[str, Any]:
-        """See `TrainingModule`."""
+        """Read epoch and metric from the file."""
         return read_config(path)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """See `TrainingModule`; the drafter carries the acceptance of its last validation."""
+        """Restore the history, and the acceptance of the last validation into the drafter."""
         super().on_load_checkpoint(checkpoint)
         if self.history:
             self.drafter.acceptance = self.history[-1]["acceptance"]

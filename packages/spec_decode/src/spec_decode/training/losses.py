@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 
 def soft_cross_entropy(logits: Tensor, target_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """-sum over tokens of p log q for p = softmax(target_logits) and q = softmax(logits), and its gradient q - p.
+    """Return -sum over tokens of p log q and its gradient q - p; p and q are softmaxes of target_logits and logits.
 
     Args:
         logits: Shape (M, C).
@@ -31,7 +31,7 @@ def soft_cross_entropy(logits: Tensor, target_logits: Tensor) -> tuple[Tensor, T
 
 
 def rejected_mass(logits: Tensor, target_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """1 - sum over tokens of min(p, q), the total variation, and its gradient with respect to the logits.
+    """Return 1 - sum over tokens of min(p, q), the total variation, and its gradient with respect to the logits.
 
     It is the probability that a token drawn from q is rejected when the target verifies it, so its fall is the gain in
     acceptance at temperature 1 (Leviathan et al., arXiv 2211.17192, corollary 3.6). This gradient is small where q is
@@ -64,7 +64,7 @@ LevelLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def level_loss(acceptance_weight: float) -> LevelLoss:
-    """`soft_cross_entropy`, and so many times `rejected_mass`."""
+    """Return the loss `soft_cross_entropy` plus a weighted `rejected_mass`."""
     if not acceptance_weight:
         return soft_cross_entropy
 
@@ -105,7 +105,7 @@ def level_batch(tokens: Tensor, answer: Tensor, level: int) -> LevelBatch:
 
 
 def level_weights(levels: int, decay: float) -> list[float]:
-    """decay^i of every level, i from 0."""
+    """Return decay^i for every level i, from 0."""
     return [decay**level for level in range(levels)]
 
 
@@ -158,13 +158,13 @@ class _HeadLoss(torch.autograd.Function):
         loss, hits = states.new_zeros((), dtype=torch.float32), tokens.new_zeros(())
         grads: list[Tensor] = []
         sums: list[Tensor | None] = [None] * len(leaves)
-        for part, theirs, token in zip(
+        for part, wanted, token in zip(
             states.split(chunk), target_logits.split(chunk), tokens.split(chunk), strict=True
         ):
             x = part.detach().requires_grad_(learns)
             with torch.set_grad_enabled(learns):
                 logits = head(x)
-            value, grad = objective(logits, theirs)
+            value, grad = objective(logits, wanted)
             # In fp32: on a CPU it takes several times as long to find the largest of bfloat16 numbers.
             loss, hits = loss + value.sum(), hits + (logits.detach().float().max(-1).indices == token).sum()
             if learns:
@@ -200,7 +200,7 @@ class AcceptanceTable:
 
     @classmethod
     def empty(cls, levels: int, ranks: int, device: torch.device | str = "cpu") -> "AcceptanceTable":
-        """A table without counts."""
+        """Return a table without counts."""
         return cls(
             torch.zeros(levels, ranks, dtype=torch.float64, device=device),
             torch.zeros(levels, dtype=torch.float64, device=device),

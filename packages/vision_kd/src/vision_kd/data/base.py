@@ -130,7 +130,7 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes."""
+        """Return the number of classes."""
         return len(self.class_names)
 
     @property
@@ -151,7 +151,7 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def world_size(self) -> int:
-        """Number of processes of the trainer; 1 without a trainer."""
+        """Return the number of processes of the trainer; 1 without a trainer."""
         return self.trainer.world_size if self.trainer else 1
 
     def check_batch(self, world_size: int) -> None:

@@ -169,7 +169,7 @@ class COCO(ImageDataModule):
 
     @property
     def class_names(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Names of the categories, in the order of their labels 1, 2, ..."""
+        """Return the names of the categories, in the order of their labels 1, 2, ..."""
         return self.split("val").class_names
 
     def split(self, name: str) -> Split:

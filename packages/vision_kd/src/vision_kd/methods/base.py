@@ -51,7 +51,7 @@ class Method(ABC):
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether any component reads the teacher."""
+        """Return whether any component reads the teacher."""
         return self.components != ("task",)
 
 

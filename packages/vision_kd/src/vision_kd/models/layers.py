@@ -11,7 +11,7 @@ def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1, grou
 
 
 def conv_bn_relu(in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
-    """Convolution, batch norm and ReLU."""
+    """Return convolution, batch norm and ReLU in sequence."""
     layer = conv(in_channels, out_channels, kernel, stride, groups)
     return nn.Sequential(layer, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
 

@@ -22,7 +22,7 @@ from vision_kd.training.step import StepOutput, distillation_step
 
 
 class DistillationModule(ComponentTraining):
-    """Distil a classifier; batches are ``(views, target)``.
+    """Distil a classifier; batches are `(views, target)`.
 
     Args:
         student: Network to train.
@@ -32,7 +32,7 @@ class DistillationModule(ComponentTraining):
         std: Per-channel standard deviation; linked from the data.
         class_names: Names of the classes, in the order of the labels; linked from the data.
         image_size: Side of an image in pixels; linked from the data.
-        settings: The rest, as in :class:`vision_kd.training.component_training.ComponentTraining`.
+        settings: The rest, as in `vision_kd.training.component_training.ComponentTraining`.
 
     Raises:
         UserError: If a setting is out of range; the message names it.
@@ -61,21 +61,21 @@ class DistillationModule(ComponentTraining):
 
     @staticmethod
     def build(spec: ModelSpec, **data_spec: Any) -> Classifier:
-        """See :func:`vision_kd.models.build_classifier`."""
+        """Build a classifier with `vision_kd.models.build_classifier`."""
         return build_classifier(spec, **data_spec)
 
     @staticmethod
     def load(path: Path) -> Classifier:
-        """See :func:`vision_kd.models.load_classifier`."""
+        """Load a classifier with `vision_kd.models.load_classifier`."""
         return load_classifier(path)
 
     @staticmethod
     def measure(network: NormalizedNetwork, data: ImageDataModule, device: torch.device | str) -> dict[str, float]:
-        """Top-1 and top-5 accuracy; see :func:`vision_kd.training.metrics.accuracy`."""
+        """Return top-1 and top-5 accuracy; see `vision_kd.training.metrics.accuracy`."""
         return accuracy(network, data.val_dataloader(), data.num_classes, device)
 
     def check_teacher(self, teacher: NormalizedNetwork) -> None:
-        """The teacher must have the student's classes, in their order, and take its images."""
+        """Refuse a teacher with other classes, another order of them, or other images than the student's."""
         if not isinstance(teacher, Classifier):
             raise UserError(f"the teacher of a classifier must be one, got a {type(teacher).__name__}")
         own: Any = self.student
@@ -90,7 +90,7 @@ class DistillationModule(ComponentTraining):
         k: int | None,
         **settings: Any,
     ) -> StepOutput:
-        """See :func:`vision_kd.training.step.distillation_step`."""
+        """Call `vision_kd.training.step.distillation_step` with the two views and labels of the batch."""
         views, target = batch
         return distillation_step(
             self.student, self.teacher, self.method, views, target, params, epoch=epoch, k=k, **settings
@@ -105,7 +105,7 @@ class DistillationModule(ComponentTraining):
         self.val_loss.update(cross_entropy(logits, target))
 
     def validation_metrics(self) -> dict[str, float]:
-        """Top-1, top-5 and the cross-entropy of all ranks.
+        """Return top-1, top-5 and the cross-entropy of all ranks.
 
         Raises:
             NonFiniteLossError: If the cross-entropy is not finite.

@@ -32,14 +32,14 @@ from vision_kd.training.task import Task
 class ComponentTraining(Task):
     """Distil a student: a method yields loss components, a policy turns their gradients into updates.
 
-    This is what manual optimisation loses; a subclass adds what differs between tasks, see :class:`Task`.
+    This is what manual optimisation loses; a subclass adds what differs between tasks, see `Task`.
 
     Args:
         student: Network to train.
-        data_spec: What it has to know of the data, as in :meth:`Task.data_spec`.
+        data_spec: What it has to know of the data, as in `Task.data_spec`.
         teacher: Network to distil from and how to obtain it; None for methods without a teacher.
-        method: Loss (:mod:`vision_kd.methods`); None means ``KD()``.
-        policy: Gradient policy (:mod:`vision_kd.policies`); None means ``DeepKD()``.
+        method: Loss (`vision_kd.methods`); None means `KD()`.
+        policy: Gradient policy (`vision_kd.policies`); None means `DeepKD()`.
         topk: Dynamic top-k mask on the non-target term; None distils all classes throughout.
         lr_schedule: Factor on the learning rate; None means a cosine from 1 to 0 over the run.
         learning_rate: Learning rate at factor 1, > 0.
@@ -136,12 +136,12 @@ class ComponentTraining(Task):
 
     @property
     def inference_model(self) -> NormalizedNetwork:
-        """The student that is validated and exported: its moving average when there is one."""
+        """Return the student that is validated and exported: its moving average when there is one."""
         model: Any = self.student if self.ema is None else self.ema.module
         return model
 
     def forward(self, images: Any) -> Any:
-        """What the network that is validated makes of a batch of images."""
+        """Run the network that is validated on a batch of images."""
         return self.inference_model(images)
 
     def build_optimizer(self) -> ComponentOptimizer:
@@ -162,7 +162,7 @@ class ComponentTraining(Task):
 
     @property
     def accumulated(self) -> int:
-        """Batches of an update on one rank."""
+        """Return the batches of an update on one rank."""
         return self.accumulate
 
     def _topk_schedule(self, total_steps: int) -> TopKSchedule:
@@ -213,13 +213,13 @@ class ComponentTraining(Task):
         self._pending, self._pending_samples = {}, 0
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """See `TrainingModule`; keep the BatchNorm statistics, which the forward pass changes."""
+        """Seed the draws of the batch, and keep the BatchNorm statistics, which the forward pass changes."""
         super().on_train_batch_start(batch, batch_idx)
         if self._statistics:
             torch._foreach_copy_(self._statistics_before, list(self._statistics.values()))
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        """One micro-batch ``(images, target)``; updates the student when enough of them have been accumulated."""
+        """Differentiate one micro-batch `(images, target)`; update the student once enough of them are accumulated."""
         samples = len(batch[1])
         optimizer: Any = self.optimizers()
         measure = self.gsnr_every > 0 and self.global_step % self.gsnr_every == 0
@@ -253,7 +253,7 @@ class ComponentTraining(Task):
         self._update(optimizer, gradients)
 
     def _update(self, optimizer: Any, gradients: ComponentGradients) -> None:
-        """One step of optimizer, learning-rate schedule and moving average."""
+        """Step optimizer, learning-rate schedule and moving average once."""
         if self.clip_norm is not None:
             clip_components(gradients, self.clip_norm)
         optimizer.step(components=gradients)
@@ -318,22 +318,22 @@ class ComponentTraining(Task):
     # ------------------------------------------------------------------------------------------------ checkpoints
 
     def export(self, path: Path) -> None:
-        """Write the student alone, for plain PyTorch; see :func:`vision_kd.models.save_student`."""
+        """Write the student alone, for plain PyTorch; see `vision_kd.models.save_student`."""
         if self.trainer.is_global_zero:
             latest = self.history[-1]
             extra = {**self.data_settings(), "epoch": latest["epoch"], self.metric: latest[self.metric]}
             save_student(path, self.inference_model, self.student_spec, extra)
 
     def exported_epoch(self, path: Path) -> Mapping[str, Any]:
-        """See `TrainingModule`."""
+        """Read epoch and metric from the file."""
         return read_checkpoint(path).meta
 
     def saved_data_spec(self) -> dict[str, Any]:
-        """See `TrainingModule`."""
+        """Return the data spec that the constructor was given."""
         return self._data_spec
 
     def rank_state(self) -> dict[str, Any]:
-        """See `TrainingModule`: an unfinished update, what was measured in this epoch, and a rank's own statistics."""
+        """Add an unfinished update, the statistics of gradients in this epoch, and the rank's BatchNorm statistics."""
         state = super().rank_state() | {"gsnr": self.gsnr.state_dict()}
         if self._pending:
             state["pending"] = self._pending_samples, {name: list(grads) for name, grads in self._pending.items()}
@@ -342,7 +342,7 @@ class ComponentTraining(Task):
         return state
 
     def load_rank_state(self, state: dict[str, Any]) -> None:
-        """See `TrainingModule`."""
+        """Restore the state of `rank_state`."""
         super().load_rank_state(state)
         self.gsnr.load_state_dict(state["gsnr"])
         samples, pending = state.get("pending", (0, {}))
@@ -354,7 +354,7 @@ class ComponentTraining(Task):
             self._statistics[name].copy_(buffer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """See `TrainingModule`; in the middle of a step, the student is saved as it was before it.
+        """Save the student as it was before the step if the step is not finished.
 
         The checkpoint describes the student and its data, so that they are compared wherever it is read.
         """

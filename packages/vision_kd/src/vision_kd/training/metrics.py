@@ -16,12 +16,12 @@ def accuracy(
 
     Args:
         model: Images in [0, 1] to logits; put in evaluation mode.
-        loader: Validation batches ``({"clean": images}, target)``.
+        loader: Validation batches `({"clean": images}, target)`.
         num_classes: Number of classes.
         device: Where to run.
 
     Returns:
-        ``top1`` and ``top5`` (top-C with fewer than five classes), in [0, 1].
+        `top1` and `top5` (top-C with fewer than five classes), in [0, 1].
 
     Raises:
         UserError: If a logit is NaN, of which the metrics would make the first class.

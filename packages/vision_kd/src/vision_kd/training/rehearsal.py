@@ -54,7 +54,7 @@ def rehearse(model: ComponentTraining, data: ImageDataModule, trainer: pl.Traine
 
 
 def limited_validation(data: ImageDataModule, trainer: pl.Trainer) -> ImageDataModule:
-    """The data with as many validation images as all processes of the student's validation see together."""
+    """Return the data with as many validation images as all processes of the student's validation see together."""
     loader = data.val_dataloader()
     each = limited(-(-len(loader) // trainer.world_size), trainer.limit_val_batches)
     view: Any = copy.copy(data)

@@ -8,10 +8,10 @@ from kd_common.run.result import RunResult
 
 @dataclass(kw_only=True)
 class Result(RunResult):
-    """What a vision run achieved: validation metrics (``top1``, ``top5`` and ``loss``, or ``AP``, ``AP50`` ...).
+    """What a vision run achieved: validation metrics (`top1`, `top5` and `loss`, or `AP`, `AP50` ...).
 
-    Every epoch of the history also holds the training ``seconds``, and the vector GSNR of each component
-    (``gsnr/task`` ...) where it was measured.
+    Every epoch of the history also holds the training `seconds`, and the vector GSNR of each component
+    (`gsnr/task` ...) where it was measured.
 
     Attributes:
         teacher: Metrics of the teacher before training, and how it was obtained; empty without a teacher.

@@ -8,7 +8,7 @@ from vision_kd.models import ModelSpec
 
 @dataclass(frozen=True)
 class DynamicTopK:
-    """Dynamic top-k mask; see :class:`kd_common.schedules.TopKSchedule`.
+    """Dynamic top-k mask; see `kd_common.schedules.TopKSchedule`.
 
     Attributes:
         k_start: Surviving non-target classes at the start: a fraction of the classes (float) or a count (int).
@@ -24,9 +24,9 @@ class DynamicTopK:
 
 @dataclass(frozen=True)
 class TeacherSpec(ModelSpec):
-    """A teacher: which network, and where its weights come from; name to std as in :class:`vision_kd.models.ModelSpec`.
+    """A teacher: which network, and where its weights come from; name to std as in `vision_kd.models.ModelSpec`.
 
-    Weights are taken from ``checkpoint``, else from the library the network comes from (``pretrained``), else from the
+    Weights are taken from `checkpoint`, else from the library the network comes from (`pretrained`), else from the
     cache, else the teacher is trained on the labels of the run's own data with the settings below and cached.
 
     Attributes:
@@ -57,5 +57,5 @@ class TeacherSpec(ModelSpec):
 
     @property
     def model(self) -> ModelSpec:
-        """The network alone."""
+        """Return the network alone."""
         return ModelSpec(**{field.name: getattr(self, field.name) for field in fields(ModelSpec)})

@@ -47,7 +47,7 @@ def component_step(
         outputs: Outputs of the student, attached to its graph.
         losses: Components, each of shape (N,) or (), of detached outputs in at least fp32; called outside autocast.
         params: Parameters to differentiate, in the optimizer's order.
-        buckets: Components to merge before the backward passes (``optimizer.buckets``); None keeps every component
+        buckets: Components to merge before the backward passes (`optimizer.buckets`); None keeps every component
             apart, which costs one backward pass each and allows measuring them.
     """
     # The cast is inside the graph: gradients of bf16 outputs arrive in fp32 and autograd casts once, at the last layer.
@@ -94,7 +94,7 @@ def distillation_step(
         views: Images of shape (N, C, H, W) for every view the method declares.
         target: Class indices, shape (N,).
         params: Parameters to differentiate, in the optimizer's order.
-        buckets: As in :func:`component_step`.
+        buckets: As in `component_step`.
         epoch: Progress in epochs, for losses that warm up.
         k: Surviving classes of the dynamic top-k mask.
     """

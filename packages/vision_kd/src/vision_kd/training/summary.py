@@ -49,7 +49,7 @@ def print_summary(result: Result, model: ComponentTraining, console: Console | N
 
 
 def title(model: ComponentTraining) -> str:
-    """What the student was trained with: method, policy and what else changes its loss or its weights."""
+    """Return the title of the table: method, policy, and every other setting that changes loss or weights."""
     extras = {
         "standardised logits": getattr(model.method, "standardize", False),
         "top-k mask": model.topk is not None,
@@ -65,5 +65,5 @@ def title(model: ComponentTraining) -> str:
 
 
 def percentage(metrics: Mapping[str, float], name: str, digits: int = 2) -> str:
-    """A metric in per cent; a dash where the data have nothing to measure it on."""
+    """Return a metric in per cent; a dash where the data have nothing to measure it on."""
     return f"{metrics[name]:.{digits}%}" if name in metrics else "–"

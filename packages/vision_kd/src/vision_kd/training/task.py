@@ -52,7 +52,7 @@ class Task(TrainingModule):
     @staticmethod
     @abstractmethod
     def load(path: Path) -> NormalizedNetwork:
-        """The network in a file that `save_student` wrote.
+        """Load the network from a file that `save_student` wrote.
 
         Raises:
             CheckpointError: If it is no such file.
@@ -61,7 +61,7 @@ class Task(TrainingModule):
     @staticmethod
     @abstractmethod
     def measure(network: NormalizedNetwork, data: ImageDataModule, device: torch.device | str) -> dict[str, float]:
-        """The metrics of a network on all validation data, in this process alone."""
+        """Return the metrics of a network on all validation data, in this process alone."""
 
     @abstractmethod
     def check_teacher(self, teacher: NormalizedNetwork) -> None:
@@ -75,17 +75,17 @@ class Task(TrainingModule):
     def component_step(
         self, batch: Any, params: Sequence[nn.Parameter], *, epoch: float, k: int | None, **settings: Any
     ) -> StepOutput:
-        """Losses and component gradients of one micro-batch; see :mod:`vision_kd.training.step`."""
+        """Losses and component gradients of one micro-batch; see `vision_kd.training.step`."""
 
     @abstractmethod
     def validation_metrics(self) -> dict[str, float]:
-        """The metrics of the epoch over all ranks, of which the next epoch starts anew."""
+        """Return the metrics of the epoch over all ranks, of which the next epoch starts anew."""
 
     def save_visualizations(self, folder: Path) -> None:
         """Save pictures of the student's work in its last validated epoch into a folder; a task may have none."""
 
     def data_settings(self) -> dict[str, Any]:
-        """Settings of the data, for ``vision_kd.evaluate``."""
+        """Return the settings of the data, for `vision_kd.evaluate`."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]  # set by a connector
         return {"data": data.settings} if isinstance(data, ImageDataModule) else {}
 
@@ -96,12 +96,12 @@ class Task(TrainingModule):
 
     @property
     def components(self) -> tuple[str, ...]:
-        """Names of the components of the loss."""
+        """Return the names of the components of the loss."""
         return self.method.components
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether any component reads the teacher."""
+        """Return whether any component reads the teacher."""
         return self.components != ("task",)
 
     @classmethod
@@ -120,7 +120,7 @@ class Task(TrainingModule):
 
     @property
     def teacher(self) -> NormalizedNetwork | None:
-        """The attached teacher, or None."""
+        """Return the attached teacher, or None."""
         return self._teacher[0] if self._teacher else None
 
     def obtain(self, data: ImageDataModule, trainer: pl.Trainer) -> None:

@@ -50,7 +50,7 @@ def teacher_cache_path(
     Args:
         spec: The teacher.
         datamodule: Data it is trained on; they are fetched and set up.
-        data: Resolved configuration of the DataModule, ``class_path`` and ``init_args`` in plain types.
+        data: Resolved configuration of the DataModule, `class_path` and `init_args` in plain types.
         task: How such networks are trained.
         ranks: Processes of the run; the teacher is trained on one, with the batch of them all.
     """
@@ -77,7 +77,7 @@ def teacher_cache_path(
 
 
 def network_code(name: str) -> str:
-    """What tells the code of a network from other versions of it."""
+    """Return the version of the code that a network is built by."""
     library = name.rpartition("/")[0]
     if library or name not in MODELS.names():  # detectors are built of torchvision's parts
         library = library or "torchvision"
@@ -86,7 +86,7 @@ def network_code(name: str) -> str:
 
 
 def code_version(thing: Any) -> str:
-    """The version of the package that a class or function comes from; of a loose file, a hash of its text."""
+    """Return the version of the package that a class or function comes from; of a loose file, a hash of its text."""
     package = thing.__module__.partition(".")[0]
     try:
         return f"{package} {importlib.metadata.version(package)}"
@@ -108,7 +108,7 @@ def obtain_teacher(
     progress_bar: bool = True,
     dry: bool = False,
 ) -> tuple[NormalizedNetwork, str]:
-    """The teacher and where it came from.
+    """Return the teacher, and one line about where it came from.
 
     Args:
         spec: The teacher.
@@ -251,7 +251,7 @@ class Progress(pl.Callback):
 
 
 def _resumable(path: Path) -> bool:
-    """Whether there is a checkpoint to go on from; a damaged one is named, and training starts anew."""
+    """Return whether there is a checkpoint to go on from; name a damaged one, after which training starts anew."""
     if not path.is_file():
         return False
     try:
