@@ -17,6 +17,8 @@ import pytest
 import yaml
 
 from kd_common.errors import UserError
+from kd_common.hub.language_models import load_tokenizer
+from llm_kd.data.encode import Encoder
 
 pytestmark = pytest.mark.slow
 RECIPES = {
@@ -83,6 +85,7 @@ def attempt(package, arguments):
 def outcome(tmp_path, target, monkeypatch):
     """What becomes of a configuration file, in a fresh fork of this process; the embedded model is a stand-in there."""
     monkeypatch.setattr("kd_common.hub.language_models.embedded_folder", lambda: target)
+    Encoder(load_tokenizer(str(target)))  # its template is tried in a child, which a process of a pool cannot have
     with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
 
         def run(package, file):
