@@ -5,48 +5,66 @@ disk without room, files that would run code.
 """
 
 import faulthandler
+import importlib
 import json
+import logging
 import os
 import resource
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
 import traceback
+import warnings
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
-WORKER = """
-import importlib, sys
-sys.path.insert(0, sys.argv[1])
-getattr(importlib.import_module(sys.argv[2]), sys.argv[3])(*sys.argv[4:])
-"""
+DEADLINE = 900  # seconds a forked process may take
 
-# Trains as the command line does, but stands still after one batch of an epoch, until it is killed.
-VICTIM = """
-import importlib, sys, time
-from pathlib import Path
-import lightning.pytorch as pl
-package, mark, epoch, batch, *arguments = sys.argv[1:]
-fit = importlib.import_module(package + ".fit")
+
+def fork(function, log):
+    """Run a function in a process that has imported all that this one has; returns its id, its output is in a file."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        sys.stdout = sys.stderr = log.open("w", buffering=1)
+        os.dup2(sys.stdout.fileno(), 1)
+        os.dup2(sys.stdout.fileno(), 2)
+        logging.getLogger("lightning.pytorch").addHandler(logging.StreamHandler(sys.stdout))
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+        tqdm.set_lock(threading.RLock())  # its own is shared by forks, and dies with whoever holds it
+        warnings.simplefilter("default")
+        faulthandler.dump_traceback_later(DEADLINE, exit=True)
+        function()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
 
 class StandStill(pl.Callback):
-    def on_train_batch_end(self, trainer, module, outputs, data, batch_idx):
-        if (trainer.current_epoch, batch_idx) == (int(epoch), int(batch)):
-            Path(mark).touch()
-            time.sleep(600)
+    """Waits after a batch of an epoch until the process is killed, and leaves a file that says so."""
 
-cli = fit.build(arguments)
-cli.trainer.callbacks.append(StandStill())
-fit.run(cli)
-"""
+    def __init__(self, mark, epoch, batch):
+        self.mark, self.at = mark, (epoch, batch)
+
+    def on_train_batch_end(self, trainer, module, outputs, data, batch_idx):
+        if (trainer.current_epoch, batch_idx) == self.at:
+            self.mark.touch()
+            time.sleep(600)
 
 
 @pytest.fixture(scope="session")
@@ -55,56 +73,42 @@ def kill_inside_epoch():
 
     def kill(package, arguments, folder, *, epoch, batch):
         mark, log = folder / "mark", folder / "output"
-        command = [sys.executable, "-c", VICTIM, package, str(mark), str(epoch), str(batch), *arguments]
-        with log.open("w") as output:
-            victim = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=output, stderr=output)
-            try:
-                deadline = time.monotonic() + 240
-                while not mark.exists():
-                    assert victim.poll() is None, log.read_text()
-                    assert time.monotonic() < deadline, log.read_text()
-                    time.sleep(0.1)
-            finally:
-                victim.kill()
-            assert victim.wait() == -signal.SIGKILL
+        fit = importlib.import_module(f"{package}.fit")
+
+        def train():
+            cli = fit.build(arguments)
+            cli.trainer.callbacks.append(StandStill(mark, epoch, batch))
+            fit.run(cli)
+
+        victim, deadline = fork(train, log), time.monotonic() + 240
+        while not mark.exists():
+            assert os.waitpid(victim, os.WNOHANG) == (0, 0), log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        os.kill(victim, signal.SIGKILL)
+        os.waitpid(victim, 0)
 
     return kill
 
 
 @pytest.fixture(scope="session")
 def run_ranks():
-    """Run ``function`` of a test module in two processes, its arguments strings; their outputs land in ``folder``."""
+    """Run a function in two processes as a launcher starts them; their outputs land in ``folder``."""
 
     def run(function, folder, *arguments):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        file = Path(function.__code__.co_filename)
-        command = [sys.executable, "-c", WORKER, str(file.parent), file.stem, function.__name__, *arguments]
-        processes = []
-        for rank in range(2):
-            launch = {
-                "WORLD_SIZE": 2,
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-            }
-            launch |= {"TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": 0, "LOCAL_WORLD_SIZE": 2, "OMP_NUM_THREADS": 1}
-            with (folder / f"output{rank}").open("w") as output:
-                processes.append(
-                    subprocess.Popen(
-                        command,
-                        env=os.environ | {key: str(value) for key, value in launch.items()},
-                        stdout=output,
-                        stderr=output,
-                    )
-                )
-        try:
-            codes = [process.wait(timeout=560) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
+
+        def work(rank):
+            launch = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
+            launch |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+            os.environ.update({key: str(value) for key, value in launch.items()})
+            rank_zero_only.rank = rank  # which Lightning reads when it is imported
+            function(*arguments)
+
+        ranks = [fork(partial(work, rank), folder / f"output{rank}") for rank in range(2)]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks]
         assert codes == [0, 0], "\n".join((folder / f"output{rank}").read_text()[-4000:] for rank in range(2))
 
     return run
@@ -196,7 +200,6 @@ def outcome():
     return read
 
 
-DEADLINE = 900  # seconds a forked process may take
 TIMES = ("seconds", "tokens_per_second")
 
 
@@ -271,32 +274,20 @@ def die():
 
     def run(function, log, folders, *, at=None, size=None):
         read, write = os.pipe()
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                os.close(read)
-                with log.open("w") as output:
-                    os.dup2(output.fileno(), 1)
-                    os.dup2(output.fileno(), 2)
-                torch.set_num_threads(1)
-                tqdm.set_lock(threading.RLock())  # its own is shared by forks, and dies with whoever holds it
-                faulthandler.dump_traceback_later(DEADLINE, exit=True)
-                moments = Moments(folders, at)
-                sys.addaudithook(moments)
-                if size is not None:
-                    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-                    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-                    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-                function()
-                with os.fdopen(write, "w") as pipe:
-                    pipe.write("\n".join(moments.seen))
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-                sys.stderr.flush()
-            finally:
-                os._exit(code)
+
+        def watched():
+            os.close(read)
+            moments = Moments(folders, at)
+            sys.addaudithook(moments)
+            if size is not None:
+                resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+                signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+            function()
+            with os.fdopen(write, "w") as pipe:
+                pipe.write("\n".join(moments.seen))
+
+        child = fork(watched, log)
         os.close(write)
         with os.fdopen(read) as pipe:
             seen = pipe.read()

@@ -103,7 +103,7 @@ def test_writing_goes_on_where_it_stopped(tmp_path):
         cache = TeacherCache(tmp_path)
         assert_holds(cache, range(stop))  # the unfinished shard was written too
         assert not cache.complete
-        with pytest.raises(CacheError, match=rf"not among the {stop} of .*, and its writing was interrupted"):
+        with pytest.raises(CacheError, match="interrupted"):
             cache.read([key(11)])
     (tmp_path / "shard-00002.safetensors.tmp").write_bytes(b"half a shard")
     (tmp_path / "shard-00002.safetensors").write_bytes(b"renamed, but the manifest was not yet written")
@@ -160,7 +160,7 @@ def test_full_disk_leaves_the_complete_part(tmp_path):
                 full.symlink_to("/dev/full")
             yield number
 
-    with pytest.raises(DiskFullError, match=r"6 examples are stored and usable.*start again") as caught:
+    with pytest.raises(DiskFullError, match="6 examples") as caught:
         write(tmp_path, numbers())
     assert caught.value.errno == errno.ENOSPC
     cache = TeacherCache(tmp_path)
@@ -176,7 +176,7 @@ def test_what_does_not_fit_is_not_started(tmp_path, monkeypatch):
         usage = shutil.disk_usage(tmp_path)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
         writer.require_space(3000, 100)
-        with pytest.raises(DiskFullError, match=r"6,000 tokens at 22 bytes need 13\d,\d{3} bytes, 100,000 are free"):
+        with pytest.raises(DiskFullError, match="100,000 are free"):
             writer.require_space(6000, 100)
 
 
@@ -214,7 +214,7 @@ def test_every_damaged_byte_is_noticed(tmp_path):
     whole = path.read_bytes()
     for position in range(len(whole)):
         flip(path, position)
-        with pytest.raises(CacheError, match=r"shard-00000.safetensors is damaged.*delete .* and cache the teacher"):
+        with pytest.raises(CacheError, match=r"shard-00000\.safetensors is damaged"):
             TeacherCache(cache.folder).read([key(n) for n in range(3)])
         path.write_bytes(whole)
     assert_holds(TeacherCache(cache.folder), range(3))
@@ -225,7 +225,7 @@ def test_truncated_shards_are_refused(tmp_path, length):
     path = write(tmp_path).folder / "shard-00001.safetensors"
     size = path.stat().st_size
     os.truncate(path, length % size)
-    with pytest.raises(CacheError, match=rf"shard-00001.safetensors is damaged \({length % size} bytes instead"):
+    with pytest.raises(CacheError, match=r"shard-00001\.safetensors is damaged"):
         TeacherCache(tmp_path)
     with pytest.raises(CacheError, match="damaged"):
         write(tmp_path)
@@ -238,7 +238,7 @@ def test_shards_of_another_cache_are_refused(tmp_path):
     write(tmp_path / "a")
     write(tmp_path / "b", header=replace(HEADER, weights="x" * 64))
     shutil.copy(tmp_path / "b" / "shard-00001.safetensors", tmp_path / "a")
-    with pytest.raises(CacheError, match=r"shard-00001.safetensors is damaged \(it was written for .*xxx"):
+    with pytest.raises(CacheError, match=r"shard-00001\.safetensors is damaged"):
         TeacherCache(tmp_path / "a")
 
 
@@ -249,7 +249,7 @@ def test_shards_of_another_cache_are_refused(tmp_path):
 def test_damaged_manifests_are_refused(tmp_path, content):
     write(tmp_path)
     (tmp_path / "manifest.json").write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(CacheError, match=r"manifest.json is damaged .*delete the folder"):
+    with pytest.raises(CacheError, match=r"manifest\.json is damaged"):
         TeacherCache(tmp_path)
 
 
@@ -257,41 +257,34 @@ def test_manifests_of_other_formats_and_none(tmp_path):
     write(tmp_path)
     path = tmp_path / "manifest.json"
     path.write_text(path.read_text().replace("teacher_cache/1", "teacher_cache/9"))
-    with pytest.raises(CacheError, match=r"format 'llm_kd.teacher_cache/9', this version reads"):
+    with pytest.raises(CacheError, match=r"llm_kd\.teacher_cache/9"):
         TeacherCache(tmp_path)
     path.unlink()
-    with pytest.raises(CacheError, match=r"has no manifest.json. Write one with llm_kd.cache_teacher"):
+    with pytest.raises(CacheError, match=r"manifest\.json"):
         TeacherCache(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"weights": "x" * 64}, "weights: 'www.*, not 'xxx"),
-        ({"tokenizer": "x"}, "tokenizer: 'ttt.*, not 'x'"),
-        ({"vocab_size": 299}, "vocab_size: 300, not 299"),
-        ({"size": 3}, "size: 4, not 3"),
-        ({"dtype": "bfloat16"}, "dtype: 'float16', not 'bfloat16'"),
-    ],
+    ("name", "value"),
+    [("weights", "x" * 64), ("tokenizer", "x"), ("vocab_size", 299), ("size", 3), ("dtype", "bfloat16")],
 )
-def test_a_foreign_cache_is_not_written_to(tmp_path, change, message):
+def test_a_foreign_cache_is_not_written_to(tmp_path, name, value):
     before = write(tmp_path)
-    with pytest.raises(CacheError, match=rf"holds another cache \(model; {message}.*choose another folder"):
-        write(tmp_path, range(20), header=replace(HEADER, **change))
+    with pytest.raises(CacheError, match=f"another cache .*{name}: .*{value}"):
+        write(tmp_path, range(20), header=replace(HEADER, **{name: value}))
     assert_holds(TeacherCache(tmp_path), range(12))
     assert TeacherCache(tmp_path).complete
     assert len(write(tmp_path, range(20), header=replace(HEADER, teacher="renamed"))) == 20
-    used = {name: value for name, value in change.items() if name not in ("size", "dtype")}
     before.check(weights=HEADER.weights, tokenizer=HEADER.tokenizer, vocab_size=V)
     before.check()
-    if used:
-        with pytest.raises(CacheError, match=rf"another teacher or vocabulary \(model; {message}"):
-            before.check(**used)
+    if name not in ("size", "dtype"):
+        with pytest.raises(CacheError, match=f"another teacher .*{name}: .*{value}"):
+            before.check(**{name: value})
 
 
 def test_missing_examples(tmp_path):
     cache = write(tmp_path)
-    with pytest.raises(CacheError, match=rf"example {key(12)} is not among the 12 of .*; run llm_kd.cache_teacher"):
+    with pytest.raises(CacheError, match=key(12)):
         cache.read([key(0), key(12)])
 
 
@@ -303,8 +296,8 @@ def test_bad_additions(tmp_path):
             writer.add([name], [3], tokens, rows)
         with pytest.raises(ValueError, match="stored once only"):
             writer.add([key(1), key(1)], [1, 2], tokens, rows)
-        with pytest.raises(ValueError, match=r"stores 4 of 300 tokens, got \(300, 2\)"):
+        with pytest.raises(ValueError, match="4 of 300 tokens"):
             writer.add([key(1)], [3], tokens, TruncatedDistribution.from_logits(torch.randn(3, V), 2))
     assert_holds(TeacherCache(tmp_path), [0])
-    with pytest.raises(ValueError, match="shard_bytes must be >= 1"):
+    with pytest.raises(ValueError, match="shard_bytes"):
         CacheWriter(tmp_path, HEADER, shard_bytes=0)

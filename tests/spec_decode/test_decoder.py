@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kd_common.errors import UserError
 from spec_decode.decoding.decoder import SpeculativeDecoder
 from spec_decode.decoding.sampling import Sampling, row_seeds
 from spec_decode.decoding.tree import DraftTree
@@ -174,9 +175,7 @@ def test_stop_strings(tiny, answers):
     decoder = SpeculativeDecoder(tiny.target, Oracle(full), tree=(4, 4, 4), tokenizer=Letters)
     out = decoder.generate(PROMPTS, max_new_tokens=24, temperature=1.0, seed=SEED, stop_strings=[stop])
     assert Letters.decode(out.new_tokens[0]) == text[:end]
-    with pytest.raises(ValueError, match="stop_strings need"):
-        generate(tiny, None, SAMPLINGS[0], stop_strings=["x"])
-    with pytest.raises(ValueError, match="must not be empty"):
+    with pytest.raises(UserError, match="stop string"):
         decoder.generate(PROMPTS, stop_strings=[""])
 
 
@@ -223,70 +222,73 @@ def test_ngram_index_finds_the_longest_then_latest_match():
 
 
 @pytest.mark.parametrize(
-    ("prompts", "message"),
+    ("prompts", "named"),
     [
         ([], "no prompt"),
-        ([[1], []], "prompt 1 is empty"),
-        ([[1] * 64], "prompt 0 has 64 tokens, the target's context 64"),
-        ([[1, 40]], r"outside the target's vocabulary \[0, 40\)"),
-        (torch.ones(1, 3), "whole numbers, got torch.float32"),
-        (torch.ones(1, 3, dtype=torch.bool), "whole numbers, got torch.bool"),
-        (torch.ones(3, dtype=torch.int64), r"must have shape \(batch, length\)"),
+        ([[1], []], "prompt 1"),
+        ([[1] * 64], "prompt 0 .* 64"),
+        ([[1, 40]], r"\[0, 40\)"),
+        (torch.ones(1, 3), "torch.float32"),
+        (torch.ones(1, 3, dtype=torch.bool), "torch.bool"),
+        (torch.ones(3, dtype=torch.int64), "shape"),
+        ([[1.5, 2.0]], "token ids"),
+        ([1, 2], "token ids"),
     ],
 )
-def test_bad_prompts(tiny, prompts, message):
-    with pytest.raises(ValueError, match=message):
+def test_bad_prompts(tiny, prompts, named):
+    with pytest.raises(UserError, match=named):
         SpeculativeDecoder(tiny.target).generate(prompts)
 
 
-def test_bad_settings(tiny):
-    decoder = SpeculativeDecoder(tiny.target)
-    wrong = [
-        {"temperature": -1.0},
-        {"top_p": 0.0},
-        {"top_k": -1},
-        {"top_k": 2.5},
-        {"top_k": True},
-        {"max_new_tokens": 0},
-    ]
-    wrong += [{"max_new_tokens": True}, {"seed": 1.5}, {"seed": True}, {"stop_tokens": [5.5]}, {"stop_tokens": ["a"]}]
-    for settings in wrong:
-        with pytest.raises(ValueError, match=next(iter(settings))):
-            decoder.generate([[1]], **settings)
-    with pytest.raises(ValueError, match="max_new_tokens must be an int"):
-        decoder.generate([[1]], max_new_tokens=2.5)
-    with pytest.raises(ValueError, match=r"seed must be a whole number in \[-2\^63, 2\^63\)"):
-        decoder.generate([[1]], max_new_tokens=1, seed=2**63)
-    with pytest.raises(ValueError, match="lists hold no padding"):
-        decoder.generate([[1, 2]], attention_mask=torch.ones(1, 2))
-    with pytest.raises(ValueError, match="attention_mask must hold 0 and 1"):
-        decoder.generate(torch.ones(1, 2, dtype=torch.int64), attention_mask=torch.tensor([[-1e9, 0.0]]))
-    for wrong in ([[1.5, 2.0]], [1, 2]):
-        with pytest.raises(ValueError, match="must be lists of token ids"):
-            decoder.generate(wrong)
+@pytest.mark.parametrize(
+    ("setting", "values"),
+    [
+        ("temperature", [-1.0]),
+        ("top_p", [0.0]),
+        ("top_k", [-1, 2.5, True]),
+        ("max_new_tokens", [0, True, 2.5]),
+        ("seed", [1.5, True, 2**63]),
+        ("stop_tokens", [[5.5], ["a"]]),
+        ("stop_strings", [["x"]]),
+        ("attention_mask", [torch.ones(1, 1)]),
+    ],
+)
+def test_bad_settings(tiny, setting, values):
+    for value in values:
+        with pytest.raises(UserError, match=setting):
+            SpeculativeDecoder(tiny.target).generate([[1]], **{setting: value})
+    ids = torch.ones(1, 2, dtype=torch.int64)
+    with pytest.raises(UserError, match="attention_mask"):
+        SpeculativeDecoder(tiny.target).generate(ids, attention_mask=torch.tensor([[-1e9, 0.0]]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"tree": DynamicTree()}, "dynamic tree"),
+        ({"rejection": True}, "does not draw"),
+        ({"tree": (1, 0)}, "number of candidates >= 1"),
+        ({"tree": "auto"}, "number of candidates >= 1"),
+        ({"tree": (2.0,)}, "number of candidates >= 1"),
+        ({"tree": (True,)}, "number of candidates >= 1"),
+        ({"tree": (1, 3)}, "PromptLookup has 1 .* 3"),
+        ({"tree": (1, 1, 1)}, "at most 2 levels"),
+    ],
+)
+def test_trees_that_a_drafter_cannot_draft(tiny, settings, named):
+    lookup = PromptLookup()
+    lookup.capabilities = replace(lookup.capabilities, max_depth=2)
+    with pytest.raises(UserError, match=named):
+        SpeculativeDecoder(tiny.target, lookup, **{"tree": (1,), **settings})
+
+
+def test_more_candidates_than_the_drafters_vocabulary(tiny):
     drafter = FastEagle(depth=3, draft_vocab=9).bind(tiny.target)
     drafter.use_vocabulary(torch.arange(9))
-    with pytest.raises(ValueError, match="has 9 candidates for a level, the tree asks for 10"):
+    with pytest.raises(UserError, match=r"has 9 .* 10"):
         SpeculativeDecoder(tiny.target, drafter, tree=(2, 10))
-    for branching in ((2.0,), (True,)):
-        with pytest.raises(ValueError, match="number of candidates >= 1"):
-            SpeculativeDecoder(tiny.target, drafter, tree=branching)
-    lookup = PromptLookup()
-    with pytest.raises(ValueError, match="cannot draft a dynamic tree"):
-        SpeculativeDecoder(tiny.target, lookup, tree=DynamicTree())
-    with pytest.raises(ValueError, match="does not draw its candidates"):
-        SpeculativeDecoder(tiny.target, lookup, rejection=True)
-    with pytest.raises(ValueError, match="number of candidates >= 1"):
-        SpeculativeDecoder(tiny.target, lookup, tree=(1, 0))
-    with pytest.raises(ValueError, match="number of candidates >= 1"):
-        SpeculativeDecoder(tiny.target, lookup, tree="auto")
-    with pytest.raises(ValueError, match="longest must be >= 1"):
+    with pytest.raises(UserError, match="longest"):
         PromptLookup(0)
-    with pytest.raises(ValueError, match="PromptLookup has 1 candidates for a level, the tree asks for 3"):
-        SpeculativeDecoder(tiny.target, lookup, tree=(1, 3))
-    lookup.capabilities = replace(lookup.capabilities, max_depth=2)
-    with pytest.raises(ValueError, match="at most 2 levels, the tree has 3"):
-        SpeculativeDecoder(tiny.target, lookup, tree=(1, 1, 1))
 
 
 def test_nan_logits_are_refused(tiny):
@@ -296,5 +298,5 @@ def test_nan_logits_are_refused(tiny):
     target = CausalLM.from_transformers(model)
     with torch.no_grad():
         model.model.norm.weight.fill_(torch.nan)
-    with pytest.raises(ValueError, match="hold NaN"):
+    with pytest.raises(ValueError, match="NaN"):
         SpeculativeDecoder(target).generate([[1, 2]], max_new_tokens=2)

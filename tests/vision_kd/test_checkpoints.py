@@ -12,6 +12,7 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
+from kd_common.errors import UserError
 from kd_common.registry import UnknownNameError
 from kd_common.run.result import count_parameters
 from vision_kd.models import (
@@ -79,20 +80,18 @@ def test_state_dict_is_the_network_alone(trained):
     "images", [torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2, 1, 8, 8), torch.zeros(3, 8, 8)]
 )
 def test_images_of_another_kind_are_refused(trained, images):
-    with pytest.raises(ValueError, match=r"expected floating-point images \(N, 3, H, W\) in \[0, 1\], got torch"):
+    with pytest.raises(ValueError, match=r"images \(N, 3, H, W\)"):
         Classifier(trained, MEAN, STD, 10)(images)
 
 
-@pytest.mark.parametrize("std", [(0.2, 0.2), (0.2, 0.0, 0.2), (0.2, -1.0, 0.2), (0.2, float("nan"), 0.2)])
-def test_bad_normalisation_is_refused(trained, std):
-    with pytest.raises(ValueError, match="one finite mean and one positive std for each channel"):
-        Classifier(trained, MEAN, std, 10)
-
-
-@pytest.mark.parametrize("mean", [float("nan"), float("inf")])
-def test_a_mean_that_is_not_finite_is_refused(trained, mean):
-    with pytest.raises(ValueError, match="one finite mean"):
-        Classifier(trained, (mean, 0.5, 0.5), STD, 10)
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [(MEAN, std) for std in ((0.2, 0.2), (0.2, 0.0, 0.2), (0.2, -1.0, 0.2), (0.2, float("nan"), 0.2))]
+    + [((mean, 0.5, 0.5), STD) for mean in (float("nan"), float("inf"))],
+)
+def test_bad_normalisation_is_refused(trained, mean, std):
+    with pytest.raises(ValueError, match=r"mean .* std"):
+        Classifier(trained, mean, std, 10)
 
 
 def test_count_parameters_counts_shared_ones_once():
@@ -128,48 +127,46 @@ def test_constructor_arguments_reach_library_models():
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "suggested"),
     [
-        ("resnet21", "unknown model 'resnet21'; did you mean .*resnet20"),
-        ("timm/resnet5O", "unknown timm model 'resnet5O'; did you mean .*resnet50"),
-        ("torchvision/resnet19", "unknown torchvision classifier 'resnet19'; did you mean .*resnet18"),
-        ("torchvision/fasterrcnn_resnet50_fpn", "unknown torchvision classifier"),
-        ("keras/resnet50", "'keras/resnet50': write a built-in name, timm/<name> or torchvision/<name>"),
+        ("resnet21", "resnet20"),
+        ("timm/resnet5O", "resnet50"),
+        ("torchvision/resnet19", "resnet18"),
+        ("torchvision/fasterrcnn_resnet50_fpn", "torchvision classifier"),
+        ("keras/resnet50", "timm/<name> or torchvision/<name>"),
     ],
 )
-def test_unknown_names(name, message):
-    with pytest.raises(UnknownNameError, match=message):
+def test_unknown_names(name, suggested):
+    with pytest.raises(UnknownNameError, match=suggested):
         build(name)
 
 
 @pytest.mark.parametrize("name", ["resnet8", "timm/test_resnet", "torchvision/resnet18"])
 @pytest.mark.parametrize("argument", ["nonsense", "num_classes"])
 def test_rejected_arguments_are_named(name, argument):
-    with pytest.raises(ValueError, match=f"model '{name}' rejects args {{'{argument}': 5}}: .*{argument}"):
+    with pytest.raises(ValueError, match=f"'{name}' .*{argument}"):
         build(name, args={argument: 5})
 
 
 def test_torchvision_needs_three_channels():
-    with pytest.raises(ValueError, match="takes 3 channels, the images have 1"):
+    with pytest.raises(ValueError, match="3 channels"):
         build("torchvision/resnet18", in_channels=1, mean=(0.5,), std=(0.5,))
 
 
 # ---- published weights ------------------------------------------------------------------------------------------
 
 
-def test_built_in_models_have_no_published_weights():
-    with pytest.raises(ValueError, match=r"'resnet8' has no published weights: .* give a checkpoint"):
-        build(pretrained=True)
-
-
-def test_timm_model_without_published_weights():
-    with pytest.raises(ValueError, match="'timm/botnet50ts_256' has no published weights"):
-        build("timm/botnet50ts_256", pretrained=True)
-
-
-@pytest.mark.parametrize("name", ["timm/test_vit", "torchvision/resnet18"])
-def test_published_weights_of_other_classes_are_refused(name):
-    with pytest.raises(ValueError, match=f"weights of '{name}' have 1000 classes, the data have 10"):
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("resnet8", "published"),
+        ("timm/botnet50ts_256", "published"),
+        ("timm/test_vit", "1000 classes"),
+        ("torchvision/resnet18", "1000 classes"),
+    ],
+)
+def test_published_weights_that_are_not_there_or_of_other_classes(name, problem):
+    with pytest.raises(UserError, match=f"'{name}' .*{problem}"):
         build(name, pretrained=True)
 
 
@@ -294,7 +291,7 @@ def test_tensors_beside_the_network_are_listed_unless_it_is_named(tmp_path, trai
     state = {f"model.{k}": t for k, t in trained.state_dict().items()} | {"criterion.weight": torch.ones(4)}
     path = str(tmp_path / "x.ckpt")
     torch.save({"state_dict": state}, path)
-    with pytest.raises(CheckpointError, match=r"behind the prefix 'model\.' .*criterion\.weight.*entry"):
+    with pytest.raises(CheckpointError, match=r"criterion\.weight.*entry"):
         build(checkpoint=path)
     for entry in ("state_dict.model", "model", "model."):
         assert same_weights(build(checkpoint=path, entry=entry).network, trained)
@@ -431,9 +428,8 @@ def error_of(tmp_path, state, **spec):
 
 def test_other_class_count_names_both(tmp_path, trained):
     message = error_of(tmp_path, trained.state_dict(), num_classes=100)
-    assert "has 10 classes and does not fit 'resnet8' with 100 classes" in message
-    assert "other shapes: fc.weight (file (10, 64), model (100, 64)), fc.bias (file (10,), model (100,))." in message
-    assert "missing in the file: none; not in the model: none" in message
+    for part in ("'resnet8' with 100", "fc.weight (file (10, 64), model (100, 64))", "missing in the file: none"):
+        assert part in message
 
 
 def test_a_file_without_the_head_says_so(tmp_path, trained):
@@ -449,9 +445,8 @@ def test_the_names_of_another_library_are_explained(tmp_path, trained):
 
 def test_other_network_names_first_keys(tmp_path, trained):
     message = error_of(tmp_path, trained.state_dict(), name="vgg8")
-    assert "has an unknown number of classes and does not fit 'vgg8' with 10 classes" in message
-    assert "missing in the file: block0.0.weight, block0.0.bias, block0.1.weight and 29 more" in message
-    assert "not in the model: conv1.weight, bn1.weight, bn1.bias and" in message
+    assert "missing in the file: block0.0.weight" in message
+    assert "not in the model: conv1.weight" in message
 
 
 def test_deeper_and_shallower_networks(tmp_path, trained):
@@ -532,13 +527,13 @@ def test_damaged_safetensors_are_named(tmp_path, trained):
 @pytest.mark.parametrize("content", [{"epoch": 3}, {"model": {}}, [1, 2], torch.zeros(3), {"model": {"conv1": 3}}])
 def test_files_without_weights_are_named(tmp_path, content):
     torch.save(content, tmp_path / "teacher.pth")
-    with pytest.raises(CheckpointError, match=r"teacher\.pth holds no state dict: expected .*, found"):
+    with pytest.raises(CheckpointError, match=r"teacher\.pth"):
         build(checkpoint=str(tmp_path / "teacher.pth"))
 
 
 def test_missing_file_says_where_it_looked(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=f"'teachers/no.pth' is not a file .looked in {tmp_path}/teachers"):
+    with pytest.raises(ValueError, match=f"{tmp_path}/teachers"):
         build(checkpoint="teachers/no.pth")
 
 
@@ -613,7 +608,7 @@ def test_interrupted_save_keeps_the_old_file(tmp_path, trained, monkeypatch):
 
 @pytest.mark.parametrize("value", [torch.tensor(1.0), Path("x"), {1: 2}, [object()]])
 def test_values_that_need_code_are_not_written(tmp_path, trained, value):
-    with pytest.raises(TypeError, match="'top1' of a student file must be text, numbers, lists or dicts"):
+    with pytest.raises(TypeError, match="'top1'"):
         save_student(tmp_path / "s.pt", Classifier(trained, MEAN, STD, 10), ModelSpec("resnet8"), {"top1": value})
     assert not list(tmp_path.iterdir())
 
@@ -651,5 +646,5 @@ def test_export_wants_its_own_suffix(tmp_path, trained):
 
 
 def test_unknown_set_of_published_weights_lists_those_there_are():
-    with pytest.raises(ValueError, match="no weights 'IMAGENET1K_V9'; pretrained can be IMAGENET1K_V1, IMAGENET1K_V2"):
+    with pytest.raises(ValueError, match=r"IMAGENET1K_V9.* IMAGENET1K_V1"):
         build("torchvision/resnet50", num_classes=1000, pretrained="IMAGENET1K_V9")
