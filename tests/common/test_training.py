@@ -120,6 +120,11 @@ class Everywhere(pl.Callback):
         self.save(trainer, "on_train_end")
 
 
+@pytest.fixture(autouse=True)
+def _folder_of_the_exports(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
 def fit(settings, callback=None, checkpoint=None, manual=False, workers=0):
     settings = {"max_epochs": 3, "num_sanity_val_steps": 0, "enable_checkpointing": False, **settings}
     module = Toy(manual)

@@ -48,11 +48,19 @@ def fork(function, log):
         faulthandler.dump_traceback_later(DEADLINE, exit=True)
         function()
         code = 0
+    except SystemExit as stopped:
+        code = stopped.code
     except BaseException:
         traceback.print_exc()
     finally:
         sys.stdout.flush()
         os._exit(code)
+
+
+@pytest.fixture(scope="session")
+def forked():
+    """:func:`fork`, for tests that cannot import a conftest."""
+    return fork
 
 
 class StandStill(pl.Callback):
