@@ -8,6 +8,7 @@ import pytest
 import torch
 from rouge_score.rouge_scorer import RougeScorer
 
+from kd_common.errors import UserError
 from kd_common.hub.language_models import ModelNotFoundError, load_causal_lm, load_tokenizer
 from kd_common.sampling import SamplingParams
 from kd_common.text import EncodingError
@@ -278,7 +279,7 @@ def test_rows_beyond_the_models_positions_are_refused(arguments, save_model, tmp
     folders[role] = save_model("short")
     data = write(tmp_path / "long.jsonl", {"instruction": "a", "output": 520 * "b"})
     flags = [flag for name, folder in folders.items() for flag in (f"--{name}", folder)]
-    with pytest.raises(ValueError, match=f"val: .* exceed the {role}'s 512 positions; set data.max_length to 512"):
+    with pytest.raises(ValueError, match=f"val: .* {role}.* data.max_length to 512"):
         main(arguments(*flags, "--data.val", data, "--data.max_length", "1024"))
 
 
@@ -296,35 +297,31 @@ def test_output_and_every_setting(arguments, teacher, speaker, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(
-    ("flags", "match"),
+    ("setting", "value", "named"),
     [
-        (["--temperature", "0"], r"every seed gives the same answers: give one, as in --seeds \[0\]"),
-        (["--data.max_length", "256"], "leaves no room for an answer behind a prompt of --max_prompt 256 tokens"),
-        (["--limit", "0"], "--limit must be >= 1, got 0"),
-        (["--max_prompt", "0"], "--max_prompt must be >= 1, got 0"),
-        (["--top_p", "0"], r"top_p must lie in \(0, 1\]"),
-        (["--k", "0"], "--k must be >= 1"),
-        (["--data.responses", "teacher"], "name it with --teacher"),
-        (["--data.val_batch_size", "0"], "val_batch_size must be at least 1"),
+        ("temperature", "0", "--seeds"),
+        ("data.max_length", "256", "--max_prompt 256"),
+        ("limit", "0", "--limit"),
+        ("max_prompt", "0", "--max_prompt"),
+        ("max_prompt", "9", "max_prompt"),
+        ("top_p", "0", "top_p"),
+        ("k", "0", "--k"),
+        ("data.responses", "teacher", "--teacher"),
+        ("data.val_batch_size", "0", "val_batch_size"),
     ],
 )
-def test_settings_that_cannot_be_used(arguments, monkeypatch, flags, match):
+def test_settings_that_cannot_be_used(arguments, monkeypatch, setting, value, named):
     monkeypatch.setattr(answers, "generate", lambda *_, **__: pytest.fail("answers were written"))
-    with pytest.raises(ValueError, match=match):
-        main(arguments(*flags))
-
-
-def test_no_prompt_is_short_enough(arguments):
-    with pytest.raises(ValueError, match="none of the 3 validation prompts has at most 9 tokens: raise max_prompt"):
-        main(arguments("--max_prompt", "9"))
+    with pytest.raises(UserError, match=named):
+        main(arguments(f"--{setting}", value))
 
 
 def test_rows_without_a_reference(arguments, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "load", lambda *_: pytest.fail("a model was loaded"))
     val = write(tmp_path / "prompts.jsonl", {"instruction": "Say", "output": "Hi"}, {"instruction": "Prompt alone"})
-    with pytest.raises(EncodingError, match=r"prompts\.jsonl, line 2: no assistant turn to learn from\. Give answers"):
+    with pytest.raises(EncodingError, match=r"prompts\.jsonl, line 2"):
         main(arguments("--data.val", val))
-    with pytest.raises(ValueError, match=r"nowhere\.jsonl: no such data file"):
+    with pytest.raises(ValueError, match=r"nowhere\.jsonl"):
         main(arguments("--data.val", "nowhere.jsonl"))
 
 
@@ -332,7 +329,7 @@ def test_other_vocabulary(arguments, teacher):
     tokenizer = load_tokenizer(teacher)
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(teacher)
-    with pytest.raises(ValueError, match="must share a tokenizer, but 1 tokens differ: '<new>'"):
+    with pytest.raises(ValueError, match="<new>"):
         main(arguments("--teacher", teacher))
 
 
@@ -350,7 +347,7 @@ def test_a_missing_student_is_named_with_an_example(capsys):
 
 
 def test_missing_model(arguments):
-    with pytest.raises(ModelNotFoundError, match="gone: no such folder"):
+    with pytest.raises(ModelNotFoundError, match="gone"):
         main(arguments("--teacher", "gone"))
 
 

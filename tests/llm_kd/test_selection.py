@@ -137,7 +137,7 @@ def test_truncated_teacher_gives_the_dense_topk():
     stored = TruncatedDistribution.from_logits(teacher, 6)
     for k in range(1, 7):
         assert torch.equal(topk_accept(student, stored, k), topk_accept(student, teacher, k))
-    with pytest.raises(ValueError, match="k=7 needs the teacher's first 7 tokens but only 6"):
+    with pytest.raises(ValueError, match="k=7"):
         topk_accept(student, stored, 7)
 
 
@@ -182,7 +182,7 @@ def test_speck_on_a_truncated_teacher_is_exact_or_refused():
         speck_accept_probability(student, whole), speck_accept_probability(student, teacher), atol=1e-12, rtol=0
     )
     part = TruncatedDistribution.from_logits(teacher, 11)
-    with pytest.raises(ValueError, match="does not say how its tail mass"):
+    with pytest.raises(ValueError, match="tail mass"):
         speck_accept_probability(student, part)
     empty_tail = teacher.clone()
     empty_tail[:, 3] = -math.inf
@@ -198,27 +198,24 @@ def test_truncated_teacher_refuses_wrong_order_and_shapes():
         TruncatedDistribution(stored.log_probs.flip(-1), stored.indices, stored.tail_mass, 6)
     with pytest.raises(ValueError, match="same shape"):
         TruncatedDistribution(stored.log_probs, stored.indices[:, :2], stored.tail_mass, 6)
-    with pytest.raises(ValueError, match=r"stored tokens must lie in \[1, 2\], got 3"):
+    with pytest.raises(ValueError, match=r"\[1, 2\]"):
         TruncatedDistribution(stored.log_probs, stored.indices, stored.tail_mass, 2)
     for wrong in (-1, 6):
         with pytest.raises(ValueError, match=r"token ids in \[0, 6\)"):
             TruncatedDistribution(stored.log_probs, stored.indices.fill_(wrong), stored.tail_mass, 6)
-    with pytest.raises(ValueError, match="vocabulary of 6 tokens, the student's logits have 7"):
+    with pytest.raises(ValueError, match="vocabulary of 6"):
         topk_accept(torch.randn(2, 7), TruncatedDistribution.from_logits(torch.randn(2, 6), 3), 1)
     for wrong in (math.nan, math.inf):
-        with pytest.raises(ValueError, match="hold NaN or infinity"):
+        with pytest.raises(ValueError, match="NaN"):
             TruncatedDistribution.from_logits(torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, wrong]]), 1)
     with pytest.raises(ValueError, match=r"size must lie in \[1, 6\]"):
         TruncatedDistribution.from_logits(torch.randn(2, 6), 7)
 
 
-@pytest.mark.parametrize("k", [0, -1, 7])
-def test_topk_refuses_k(k):
-    with pytest.raises(ValueError, match=r"k must lie in \[1, 6\]"):
-        topk_accept(torch.randn(2, 6), torch.randn(2, 6), k)
-
-
 def test_bad_input():
+    for k in (0, -1, 7):
+        with pytest.raises(ValueError, match=r"k must lie in \[1, 6\]"):
+            topk_accept(torch.randn(2, 6), torch.randn(2, 6), k)
     with pytest.raises(ValueError, match="at least 1"):
         speck_accept_probability(torch.randn(2, 6), torch.randn(2, 6), 0)
     for verify in (topk_accept, speck_accept_probability):

