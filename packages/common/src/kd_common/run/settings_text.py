@@ -128,7 +128,7 @@ class Typed(str):
 
 
 def typed_value(text: str, hint: Any, append: bool = False) -> Any:
-    """What text on a command line means to an option of a type: exactly itself, wherever the type lets it.
+    """Return the value of a text for the type of its option: the text itself, wherever the type allows it.
 
     `null` is None where the type allows that. In `[...]` and `{...}` for lists and dicts of text the elements
     are text, too.
@@ -217,9 +217,8 @@ def keep_text(parser: type) -> None:
         members = [*_members(self._typehint)]
         if inner and any(get_origin(member) in _typehints.mapping_origin_types for member in members):
             if any(map(_holds_text, members)):
-                earlier = config.get(self.dest)
-                merged = {**(earlier if isinstance(earlier, dict) else {}), inner: text}
-                return call(self, command, config, merged, f"--{self.dest}")
+                held = config.get(self.dest) if isinstance(config.get(self.dest), dict) else {}
+                return call(self, command, config, held | {inner: text}, f"--{self.dest}")
         elif inner not in ("class_path", "init_args", "dict_kwargs"):
             text = Typed(text)
         return call(self, command, config, text, option)
