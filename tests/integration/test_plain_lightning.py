@@ -9,8 +9,10 @@ import torch
 from kd_common.sampling import SamplingParams
 from kd_common.schedules import CosineDecay
 from llm_kd.data import TextDataModule
-from llm_kd.models import StudentSpec, TeacherSpec
+from llm_kd.models import StudentSpec, TeacherSpec, load_teacher
+from llm_kd.teacher import OnlineTeacher
 from llm_kd.training.distillation import DistillationModule as LanguageModule
+from llm_kd.training.rollout import OnPolicy
 from spec_decode.data.datamodule import TargetText
 from spec_decode.decoding.sampling import Sampling
 from spec_decode.drafters import FastEagle
@@ -82,3 +84,42 @@ def test_a_plain_trainer_trains_what_the_command_trains(package, tiny_run, targe
         assert torch.equal(value, expected[name]), name
     for which in ("best", "last"):
         assert (tmp_path / "own" / module.export_name.format(which)).exists()
+
+
+def test_validating_afterwards_adds_nothing_and_a_stale_export_is_said(tmp_path):
+    data, module = vision(tmp_path, None)
+    trainer = lightning.Trainer(
+        max_epochs=3,
+        check_val_every_n_epoch=2,
+        accelerator="cpu",
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    with pytest.warns(UserWarning, match="student_last"):
+        trainer.fit(module, data)
+    assert [epoch["epoch"] for epoch in module.history] == [1]
+    trainer.validate(module, data, verbose=False)
+    assert [epoch["epoch"] for epoch in module.history] == [1]
+
+
+def test_an_attached_teacher_answers_what_a_student_that_writes_is_validated_on(tiny_run, target, tmp_path):
+    tiny_run("llm_kd", tmp_path)  # writes the files
+    data, module = language(tmp_path, target)
+    module.rollout = OnPolicy(fraction=1.0, sampling=SamplingParams(max_new_tokens=2))
+    module.attach_teacher(OnlineTeacher(load_teacher(TeacherSpec(str(target)))))
+    settings = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    lightning.Trainer(max_epochs=1, log_every_n_steps=1, default_root_dir=tmp_path, **settings).fit(module, data)
+    assert data.prompts_only
+    assert [epoch["epoch"] for epoch in module.history] == [0]
+
+
+def test_data_follow_the_target_of_the_module_that_trains(target):
+    data, first = drafting(None, target)
+    _, second = drafting(None, target)
+    trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    for module in (first, second, second):
+        module.obtain(data, trainer)
+        assert data.target is module.target

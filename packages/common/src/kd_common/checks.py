@@ -33,7 +33,7 @@ def at_least(name: str, value: float, least: float) -> None:
         UserError: If it is.
     """
     if not least <= value < math.inf:
-        raise UserError(f"{name} must be >= {least}, got {value}")
+        raise UserError(f"{name} must be >= {least} and finite, got {value}")
 
 
 def within(name: str, value: float, interval: str) -> None:

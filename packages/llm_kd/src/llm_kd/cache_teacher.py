@@ -120,6 +120,8 @@ def _add(writer: CacheWriter, teacher: OnlineTeacher, batch: TokenBatch, device:
 class CacheCLI(LanguageCLI):
     """The command line of `llm_kd.fit`, so that the two agree on the data; of the run, the data alone are built."""
 
+    command = "cache_teacher"
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add where and how to store."""
         super().add_arguments_to_parser(parser)

@@ -18,7 +18,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, Trainer
@@ -89,6 +89,8 @@ class FitCLI(LightningCLI):
         SystemExit: With code 2 and a message when the configuration does not parse (unknown key, wrong type, no file).
     """
 
+    command: ClassVar[str] = "fit"
+
     def __init__(
         self,
         model_class: type[TrainingModule],
@@ -114,6 +116,7 @@ class FitCLI(LightningCLI):
             seed_everything_default=0,
             save_config_callback=SaveSettings,
             parser_kwargs={
+                "prog": f"python -m {config_dir.parent.name}.{self.command}",
                 "allow_abbrev": False,  # a mistyped flag must not be taken for a longer one
                 "defaults": config_dir / DEFAULTS,
             },

@@ -21,7 +21,7 @@ def commands(package: str) -> dict[str, str]:
     found = {}
     for file in sorted(Path(spec.origin).parent.glob("[!_]*.py")):
         docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
-        found[file.stem] = docstring.partition("\n")[0].partition("``: ")[2]
+        found[file.stem] = docstring.partition("\n")[0].partition("`: ")[2]
     return found
 
 

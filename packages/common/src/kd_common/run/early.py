@@ -59,7 +59,7 @@ def answer_early(command: str) -> None:
         arg for arg in args if (flag := arg.partition("=")[0]).startswith("--") and not _exists(flag, options, nested)
     ]
     if unknown:
-        _refuse(unknown, options, prog=text.split(maxsplit=2)[1])
+        _refuse(unknown, options, prog=f"python -m {command}")
 
 
 def options_of(text: str) -> tuple[set[str], set[str]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from kd_common.files import finish_replacing, free_name
 from kd_common.run.result import best_epoch
@@ -75,6 +75,15 @@ class Export(pl.Callback):
         module: Any = pl_module
         if module.large:
             module.export(self._path(module, LAST))
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Warn where the last updates are in no exported model."""
+        module: Any = pl_module
+        if not module.large and not module.validated:
+            rank_zero_warn(
+                f"{self._path(module, LAST)} is the model of the last validation, without later updates; let the run "
+                "end with a validation, or train with kd_common.run.training.FitTrainer, which adds one"
+            )
 
     def _path(self, module: Any, which: str) -> Path:
         assert self.folder is not None

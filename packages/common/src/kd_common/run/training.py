@@ -233,6 +233,8 @@ class TrainingModule(pl.LightningModule):
 
     def remember(self, values: Mapping[str, Any]) -> None:
         """Add the result of a validation to the history."""
+        if self.trainer.state.fn != "fit":
+            return
         self.history.append({"epoch": self.epoch, "step": self.global_step, **values, "seconds": self._seconds})
         self._validated_at = self._batches_seen
 

@@ -339,6 +339,11 @@ class TextDataModule(LightningDataModule):
         """Most tokens of a prompt that the teacher answers."""
         return self.max_length - self.sampling.max_new_tokens
 
+    @property
+    def awaits_answers(self) -> bool:
+        """Return whether the teacher is to answer prompts and has not."""
+        return any(map(self._awaits_answers, SPLITS))
+
     def _awaits_answers(self, split: str) -> bool:
         """Return whether the teacher is to answer a split's prompts and has not."""
         prompts_only = self.prompts_only and split == "train"

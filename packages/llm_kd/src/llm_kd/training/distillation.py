@@ -124,6 +124,7 @@ class DistillationModule(TokenNormalizedModule):
         # Not a submodule: the teacher stays out of the checkpoint, the optimizer and DDP.
         self._teacher: list[Teacher] = []
         self._loaded: list[Backbone | None] = []
+        self._packs = False  # the student was seen to keep packed conversations apart
         self.sharded = False
         self._val: dict[str, Any] = {}
 
@@ -164,8 +165,9 @@ class DistillationModule(TokenNormalizedModule):
                 f"data.packing puts many conversations into a row, but under model.rollout "
                 f"{type(self.rollout).__name__} the student answers each in a row of its own; set data.packing to false"
             )
-        if data.packing:
+        if data.packing and not self._packs:
             check_packing(self.student_with_head.student, "student")
+            self._packs = True
 
     def load_teacher(self, data: TextDataModule) -> Backbone | None:
         """Load the teacher, once, and return it; None if it need not run."""
@@ -174,18 +176,20 @@ class DistillationModule(TokenNormalizedModule):
         return self._loaded[0]
 
     def obtain(self, data: TextDataModule, trainer: pl.Trainer) -> None:
-        """Attach the teacher that the settings name, after it has written the responses that the data lack.
+        """Attach the teacher of the settings unless one is attached, and let it write the responses that the data lack.
 
         Raises:
             UserError: If model and data do not fit.
             CacheError: If the stored teacher is damaged or another one, or lacks examples.
         """
-        if self._teacher:
-            return
         self.check_data(data)
         device = trainer.strategy.root_device
-        self.attach_teacher(prepare_teacher(self.teacher_spec, data, device, self.load_teacher(data)))
-        self._loaded = []
+        if not self._teacher:
+            self.attach_teacher(prepare_teacher(self.teacher_spec, data, device, self.load_teacher(data)))
+            self._loaded = []
+        elif self.running_teacher is not None and data.awaits_answers:
+            self.running_teacher.to(device)
+            data.write_responses(self.running_teacher.model)
 
     @property
     def teacher(self) -> Teacher:

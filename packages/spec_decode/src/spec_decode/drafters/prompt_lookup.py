@@ -104,7 +104,7 @@ class WithLookup(Drafter):
         self.drafter.pack()
 
     def weights(self) -> list[Tensor]:
-        """Return the caches of the wrapped drafter."""
+        """Return the weights of the wrapped drafter."""
         return self.drafter.weights()
 
     def new_cache(self, batch: int, capacity: int) -> Any:

@@ -112,7 +112,7 @@ class DrafterModule(TokenNormalizedModule):
         Raises:
             UserError: If the data do not fit the target.
         """
-        if data.attached:
+        if data.attached and data.target is self.target:
             return
         tokenizer = self.target_spec.tokenizer()
         tokenizer.chat_template = data.chat_template or tokenizer.chat_template

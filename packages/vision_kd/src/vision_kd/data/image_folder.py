@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional as F
 from kd_common.errors import UserError
 from kd_common.run.loading import WorkerLoader
 from vision_kd.data.augment import SEED_RANGE, ImageDraws, distort
-from vision_kd.data.base import UNPRINTABLE, WORKERS, ImageDataModule, missing_data
+from vision_kd.data.base import UNPRINTABLE, WORKERS, ImageDataModule, MissingDataError, missing_data
 from vision_kd.data.digest import files_digest
 from vision_kd.data.image_files import (
     endings,
@@ -37,9 +37,7 @@ def class_folders(split: Path) -> tuple[str, ...]:
     entries = split.iterdir() if split.is_dir() else ()
     names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     if not names:
-        raise missing_data(
-            "A folder per class", [split], f"one sub-folder per class in {split}, each holding that class's images"
-        )
+        raise MissingDataError(f"{split} holds no folder per class; data.root must hold train/CLASS/ and val/CLASS/")
     if strange := [name for name in names if UNPRINTABLE.search(name)]:
         raise UserError(
             f"{split}: {strange[0]!r}, the name of a class, has control characters or is no UTF-8: rename it"
