@@ -262,7 +262,7 @@ def test_examples_that_a_cache_lacks_are_counted_before_training(arguments, tmp_
             r"^data\.batch_size 20: the \d training rows do not fill one batch; lower it to at most \d$",
         ),
         (["--model.selector=TopK", "--model.selector.k=1000"], r"^selector\.k must be at most 258"),
-        (["--model.selector=TopK", "--model.selector.k=0"], r"^selector\.k must be >= 1, got 0$"),
+        (["--model.selector=TopK", "--model.selector.k=0"], r"^selector\.k .* got 0$"),
         (["--trainer.limit_train_batches=0"], r"trainer\.limit_train_batches 0 leaves nothing to learn from"),
     ],
 )
