@@ -188,6 +188,8 @@ NOT_HERE = {
     "--model.teacher.name T": "T: no such folder",
     "--data.root /path/to/coco": "/path/to/coco/annotations/instances_val2017.json",
     "--data.root /path/to/imagenet": "/path/to/imagenet",
+    "--data COCO --data.root photos": "photos/val.json",
+    "--data ImageFolder --data.root photos": "photos/val",
     "--data.download true": "data.download: CIFAR-100 could not be fetched",
     "--config cifar100": "CIFAR-100 not found.*download=true",
     "compare/gsm8k": "runs/healed/student_last",
