@@ -26,7 +26,8 @@ from kd_common.run.compare import ComparedRun, run_matrix
 from kd_common.run.report import read_config as read_run_config
 from kd_common.run.report import read_metrics
 from kd_common.run.settings_text import check_config_files
-from llm_kd.data import read_rows, responses
+from kd_common.text import AnswerCache
+from llm_kd.data import read_rows
 from llm_kd.selection.acceptance import TruncatedDistribution
 from llm_kd.teacher import CacheHeader, CacheWriter, TeacherCache
 from spec_decode.benchmark import checksum, read_results
@@ -164,17 +165,9 @@ def manifest(tmp_path, target):
 
 
 def response_file(tmp_path, target):
-    path, order = tmp_path / "model-0123.jsonl", [1, 0, 2]
-    lines = [checksummed_line({"prompt": n, "asked": "0f", "tokens": [n, 7], "text": f"answer {n}"}) for n in order]
-    path.write_bytes(b"".join(lines))
-
-    def load():
-        found = responses._read(path.read_bytes(), order, path)
-        if len(found) < 3:
-            raise ValueError(f"{path}: {len(found)} responses")  # as `write_responses` says
-        return found
-
-    return Case(path, load)
+    cache = AnswerCache(tmp_path, "model", {"seed": 0}, [[1], [2, 3], [4]], batch_size=2)
+    cache.write(lambda asked, start: [[prompt[0], 7] for prompt in asked], "answers", progress=False)
+    return Case(cache.path, cache.read)
 
 
 def rows_jsonl(tmp_path, target):
