@@ -111,7 +111,7 @@ def test_report_of_two_runs(tmp_path, save_model, assert_live, monkeypatch):
     main([runs[1], f"--output={tmp_path / 'report'}", "--limit=1", "--texts=0"])
     assert used == ["eager", "eager"], "teacher and student as in the run"
     config.write_text(before.replace("max_length: ", "max_length: 1"))
-    with pytest.raises(ValueError, match=r"p_student held-out texts \(data\.max_length differ\)"):
+    with pytest.raises(ValueError, match=r"held-out texts \(data\.max_length differ\)"):
         main(runs)
     config.write_text(before)
     config.write_text(config.read_text().replace("teacher:\n      name:", "teacher:\n      name: p_student"))
