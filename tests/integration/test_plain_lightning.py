@@ -1,10 +1,12 @@
 """A script of a user's own, with Lightning alone: the weights, and the exported models, are those of the command."""
 
+import csv
 import importlib
 
 import lightning
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 
 from kd_common.sampling import SamplingParams
 from kd_common.schedules import CosineDecay
@@ -103,6 +105,21 @@ def test_validating_afterwards_adds_nothing_and_a_stale_export_is_said(tmp_path)
     assert [epoch["epoch"] for epoch in module.history] == [1]
     trainer.validate(module, data, verbose=False)
     assert [epoch["epoch"] for epoch in module.history] == [1]
+
+
+def test_validating_afterwards_logs_no_training(target, tmp_path):
+    """Of a module whose history also sums up the training since the last validation."""
+    data, module = drafting(None, target)
+    logger = CSVLogger(tmp_path, name="", version="")
+    settings = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = lightning.Trainer(max_epochs=1, log_every_n_steps=1, logger=logger, **settings)
+    trainer.fit(module, data)
+    logged = (tmp_path / "metrics.csv").read_text()
+    trained, sums = list(module.history), dict(module._since_validation)
+    trainer.validate(module, data, verbose=False)
+    assert (module.history, module._since_validation) == (trained, sums)
+    rows = [list(csv.DictReader(text.splitlines())) for text in (logged, (tmp_path / "metrics.csv").read_text())]
+    assert [sum(bool(row.get("epoch/loss")) for row in found) for found in rows] == [1, 1]
 
 
 def test_an_attached_teacher_answers_what_a_student_that_writes_is_validated_on(tiny_run, target, tmp_path):

@@ -21,12 +21,16 @@ from spec_decode.data.corpus import (
 )
 from spec_decode.data.datamodule import Sequences, StreamSampler, TargetText, collate
 from spec_decode.data.features import FeatureStore, split_states
-from spec_decode.data.prompts import read_answers, read_asked, read_prompts
+from spec_decode.data.prompts import read_asked, read_prompts
 from spec_decode.decoding.sampling import Sampling, row_seeds
 from spec_decode.models import CausalLM
 
 PROMPTS = [[5, 7, 9], [1, 2], [3, 8, 3, 8], [11], [12, 13]]
 SAMPLING = Sampling(0.0, max_new_tokens=8)
+
+
+def answers_of(path):
+    return [asked.answer for asked in read_asked(path, answered=True)]
 
 
 def write(tiny, folder, prompts=PROMPTS, sampling=SAMPLING, stops=(6,)):
@@ -135,7 +139,7 @@ def test_answers_written_elsewhere(tmp_path, tiny, standin):
         {"messages": [{"role": r, "content": c} for r, c in CHAT]},
     ]
     path.write_text("\n".join(map(json.dumps, lines)))
-    assert [answer.message.content for answer in read_answers(path)] == [
+    assert [answer.message.content for answer in answers_of(path)] == [
         "one",
         "two",
         "its prompt is too long",
@@ -167,7 +171,7 @@ def answered(tmp_path, tokenizer, *lines, longest=99):
     """Texts of the answers of a file, as they are learnt."""
     path = tmp_path / "p.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
-    samples = encode_answers(tokenizer, read_prompts(path), read_answers(path), longest=longest, max_length=200)
+    samples = encode_answers(tokenizer, read_prompts(path), answers_of(path), longest=longest, max_length=200)
     return [tokenizer.decode(sample.tokens[sample.answer_start :]) for sample in samples]
 
 

@@ -119,8 +119,8 @@ def check(settings: Namespace) -> SamplingParams:
     """Check the settings that would fail only once models are loaded, and return how answers are drawn.
 
     Raises:
-        UserError: If the harness is asked for and not installed.
-        UserError: For settings that are out of range or do not fit each other.
+        UserError: If the harness is asked for and not installed, or for settings that are out of range or do not fit
+            each other.
     """
     if settings.harness is not None:
         load_harness()
@@ -227,8 +227,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     Raises:
         CacheError, EncodingError, UserError, RowsError: From the data.
         ModelNotFoundError: If there is no such model.
-        UserError: If the harness is asked for and not installed.
-        UserError: For settings that cannot be used.
+        UserError: If the harness is asked for and not installed, or for settings that cannot be used.
     """
     settings = parser().parse_args(args)
     settings.device = settings.device or default_device()

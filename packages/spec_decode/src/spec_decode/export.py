@@ -124,9 +124,8 @@ def export(drafter: str, output: str, dtype: str = "bfloat16") -> None:
         dtype: Precision of the weights.
 
     Raises:
-        UserError: If the folder holds no drafter.
-        UserError: For another kind of drafter, one that reads other layers than EAGLE-3 does, or a target whose layers
-            or activation engines do not draft for.
+        UserError: If the folder holds no drafter, or for another kind of drafter, one that reads other layers than
+            EAGLE-3 does, or a target whose layers or activation engines do not draft for.
     """
     check_folder("--output", output)
     found = read_config(Path(drafter))

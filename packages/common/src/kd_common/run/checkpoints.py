@@ -143,9 +143,8 @@ def check_resumable(path: Path) -> dict[str, Any]:
     """Refuse a missing, damaged or foreign checkpoint before anything is built; return its content.
 
     Raises:
-        UserError: If there is no such file.
-        UserError: If it is not a complete Lightning checkpoint of plain tensors (it is read with
-            `weights_only=True`, so a pickle with code in it is refused, not run).
+        UserError: If there is no such file, or if it is not a complete Lightning checkpoint of plain tensors (it is
+            read with `weights_only=True`, so a pickle with code in it is refused, not run).
     """
     if not path.is_file():
         raise UserError(f"--ckpt_path {path}: no such file")

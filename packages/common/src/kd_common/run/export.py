@@ -81,8 +81,8 @@ class Export(pl.Callback):
         module: Any = pl_module
         if not module.large and not module.validated:
             rank_zero_warn(
-                f"{self._path(module, LAST)} is the model of the last validation, without later updates; let the run "
-                "end with a validation, or train with kd_common.run.training.FitTrainer, which adds one"
+                f"{self._path(module, LAST)} lacks the updates after the last validation; let the run end with "
+                "a validation, or train with kd_common.run.training.FitTrainer, which adds one"
             )
 
     def _path(self, module: Any, which: str) -> Path:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from jsonargparse import ArgumentParser, Namespace, _typehints
+from jsonargparse._common import parent_parser
 
 from kd_common.errors import UserError
 from kd_common.registry import subclasses, suggest
@@ -85,6 +86,8 @@ _no_type_fits = _typehints.raise_union_unexpected_value
 
 def _objection(subtypes: Any, val: Any, exceptions: list[Exception]) -> NoReturn:
     """Raise what the one type of an optional setting objects to; jsonargparse lists it beside that None is expected."""
+    if not isinstance(parent_parser.get(), CommandParser):  # of another program in this process
+        _no_type_fits(subtypes, val, exceptions)
     causes = {kind: error for kind, error in zip(subtypes, exceptions, strict=True) if kind is not type(None)}
     name: Any = val.get("class_path") if isinstance(val, dict | Namespace) else val
     for kind in causes if isinstance(name, str) else ():

@@ -119,13 +119,12 @@ class TokenNormalizedModule(TrainingModule):
             values = {**means, "tokens": sums["tokens"], "lr": optimizer.param_groups[0]["lr"]}
             self.log_now({f"train/{name}": value for name, value in values.items()})
 
-    def remember(self, values: Mapping[str, Any]) -> None:
-        """Add a validation to the history, with the means of the training since the last one."""
+    def training_since(self) -> Mapping[str, Any]:
+        """Return and log the means of the training since the last validation, and its speed."""
         trained, self._since_validation = self._since_validation, dict.fromkeys(self.sums, 0.0)
         means, speed = self.means(trained), trained["tokens"] / self._seconds
-        train = {f"train_{name}": mean for name, mean in means.items()}
-        super().remember({**values, **train, "tokens_per_second": speed})
         self.log_now({f"epoch/{name}": value for name, value in {**means, "tokens_per_second": speed}.items()})
+        return {**{f"train_{name}": mean for name, mean in means.items()}, "tokens_per_second": speed}
 
     def rank_state(self) -> dict[str, Any]:
         """Add the sums of the unfinished update, and of the updates since the last validation."""

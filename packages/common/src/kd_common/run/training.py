@@ -232,11 +232,16 @@ class TrainingModule(pl.LightningModule):
         self._clock = time.perf_counter()
 
     def remember(self, values: Mapping[str, Any]) -> None:
-        """Add the result of a validation to the history."""
+        """Add the result of a validation within a fit to the history, with the training's since the last one."""
         if self.trainer.state.fn != "fit":
             return
-        self.history.append({"epoch": self.epoch, "step": self.global_step, **values, "seconds": self._seconds})
+        place = {"epoch": self.epoch, "step": self.global_step}
+        self.history.append({**place, **values, **self.training_since(), "seconds": self._seconds})
         self._validated_at = self._batches_seen
+
+    def training_since(self) -> Mapping[str, Any]:
+        """Return the results of the training since the last validation, and start them anew."""
+        return {}
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 

@@ -317,8 +317,7 @@ class DistillationModule(TokenNormalizedModule):
         if self.trainer.sanity_checking:
             return
         self.rollout.on_validation(values["kl"])  # the untrained student's too: what follows is compared with it
-        if self.trainer.state.fn == "fit":
-            self.remember(values)
+        self.remember(values)
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 

@@ -57,16 +57,6 @@ def read_prompts(path: Path) -> list[Row]:
     return [asked.prompt for asked in read_asked(path)]
 
 
-def read_answers(path: Path) -> list[Answer]:
-    """Answers beside the prompts of a file; see `read_asked`.
-
-    Raises:
-        UserError: If there is no such file.
-        UserError: For rows without one.
-    """
-    return [asked.answer for asked in read_asked(path, answered=True) if asked.answer is not None]
-
-
 def read_asked(path: Path, *, answered: bool = False) -> list[Asked]:
     """Prompts of a JSONL or Parquet file, with the answers beside them.
 
@@ -79,8 +69,8 @@ def read_asked(path: Path, *, answered: bool = False) -> list[Asked]:
         answered: Refuse rows without an answer.
 
     Raises:
-        UserError: If there is no such file.
-        UserError: For rows that are none of these, or a file without rows; the message counts them.
+        UserError: If there is no such file, or for rows that are none of these, or a file without rows; the message
+            counts them.
     """
     if not path.is_file() and not path.is_dir():
         raise UserError(f"prompts {path}: no such file; leave it out for the packaged prompts")

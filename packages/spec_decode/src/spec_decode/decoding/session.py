@@ -74,8 +74,7 @@ def check_drafter(name: str) -> None:
 
     Raises:
         UserError: For a name whose drafter must be trained, a lookup without a drafter, damaged settings, or another
-            program's drafter.
-        UserError: If it is neither a name nor a drafter's folder.
+            program's drafter, or if it is neither a name nor a drafter's folder.
     """
     if name == "none" + LOOKUP:
         raise UserError(f"drafter {name!r}: there is no tree to add a branch to; use PromptLookup")
@@ -119,8 +118,8 @@ def find_drafter(name: str, target: CausalLM, tokenizer: Any = None) -> Drafter 
         tokenizer: The target's, which a language model must share; without it only the sizes of the heads are compared.
 
     Raises:
-        UserError: As in `check_drafter`, and for a drafter of another target or a language model of another tokenizer.
-        UserError: If it is neither a name nor a drafter's folder.
+        UserError: As in `check_drafter`, and for a drafter of another target or a language model of another
+            tokenizer, or if it is neither a name nor a drafter's folder.
     """
     check_drafter(name)
     if name == "none":

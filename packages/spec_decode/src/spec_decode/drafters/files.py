@@ -129,8 +129,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Read the JSON file of a saved drafter.
 
     Raises:
-        UserError: If the folder holds no complete drafter.
-        UserError: If it is damaged.
+        UserError: If the folder holds no complete drafter, or if it is damaged.
     """
     path = folder / CONFIG
     if not folder.is_dir():
@@ -159,8 +158,7 @@ def read_weights(folder: Path, config: Mapping[str, Any]) -> dict[str, torch.Ten
         config: What `read_config` returned.
 
     Raises:
-        UserError: If there are none.
-        UserError: If they are damaged.
+        UserError: If there are none, or if they are damaged.
     """
     path = folder / WEIGHTS
     if not path.is_file():
@@ -215,8 +213,8 @@ def load_drafter(folder: Path, target: CausalLM) -> TrainableDrafter:
     """Load a saved drafter in the target's type on its device, ready to decode.
 
     Raises:
-        UserError: If the folder holds no complete drafter.
-        UserError: If it was trained for another target, or its weights or vocabulary do not fit.
+        UserError: If the folder holds no complete drafter, or if it was trained for another target, or its weights or
+            vocabulary do not fit.
     """
     config = read_config(folder)
     if config["target_fingerprint"] != (found := target.fingerprint()):

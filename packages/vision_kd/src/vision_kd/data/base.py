@@ -161,8 +161,7 @@ class ImageDataModule(LightningDataModule):
             world_size: Number of processes.
 
         Raises:
-            UserError: If it does not fill one on each process, or from reading it.
-            UserError: If there is none.
+            UserError: If it does not fill one on each process, or from reading it, or if there is none.
         """
         self.prepare_data()
         self.setup("fit")

@@ -31,8 +31,7 @@ def class_folders(split: Path) -> tuple[str, ...]:
     """Return the sorted names of the folders in a split, one per class; hidden folders are no classes.
 
     Raises:
-        UserError: If there is none.
-        UserError: If a name cannot be shown and stored.
+        UserError: If there is none, or if a name cannot be shown and stored.
     """
     entries = split.iterdir() if split.is_dir() else ()
     names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
@@ -49,8 +48,8 @@ def list_images(split: Path, class_names: Sequence[str]) -> tuple[list[Path], li
     """Return the image files of a split in a fixed order, with their labels; a warning names the skipped files.
 
     Raises:
-        UserError: If the class folders are not the expected ones, or the header of an image is damaged.
-        UserError: If a class folder holds no image.
+        UserError: If the class folders are not the expected ones, or the header of an image is damaged, or if a class
+            folder holds no image.
     """
     found, expected = set(class_folders(split)), set(class_names)
     if found != expected:

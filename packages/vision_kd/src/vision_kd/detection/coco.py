@@ -68,8 +68,8 @@ def open_annotations(path: Path) -> CocoApi:
     """Return the pycocotools' view of an annotation file, every value of which has the type that it should have.
 
     Raises:
-        UserError: If there is no such file.
-        UserError: If it is no JSON, or not in COCO's instances format; the message names the entry.
+        UserError: If there is no such file, or if it is no JSON, or not in COCO's instances format; the message names
+            the entry.
     """
     if not path.is_file():
         raise missing_data(
@@ -139,9 +139,9 @@ def read_split(path: Path, folder: Path, *, train: bool) -> Split:
         train: Whether the split is trained on.
 
     Raises:
-        UserError: If the file, the folder or an image is missing.
-        UserError: If an annotation refers to an unknown image or category, no image is left, or the boxes are in
-            another format: more than 1% without area inside their image, 10% beyond it, or all within one pixel.
+        UserError: If the file, the folder or an image is missing, or if an annotation refers to an unknown image or
+            category, no image is left, or the boxes are in another format: more than 1% without area inside their
+            image, 10% beyond it, or all within one pixel.
     """
     api = open_annotations(path)
     ids, names = categories(api, path)

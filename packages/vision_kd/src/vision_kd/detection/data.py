@@ -132,8 +132,7 @@ class COCO(ImageDataModule):
         train_subset: Train on the first so many images only.
 
     Raises:
-        UserError: If a size is not positive, or as in `read_split`.
-        UserError: If the annotations are missing.
+        UserError: If a size is not positive, or as in `read_split`, or if the annotations are missing.
     """
 
     in_channels = 3

@@ -138,8 +138,8 @@ def build_network(
 
     Raises:
         UnknownNameError: If no detector has this name.
-        UserError: If a setting is unknown or out of range, or the backbone has no such weights.
-        UserError: If the published weights could not be downloaded.
+        UserError: If a setting is unknown or out of range, or the backbone has no such weights, or if the published
+            weights could not be downloaded.
         CheckpointError: If the weight file is damaged or does not fit.
     """
     backbone = BACKBONES.get(name)

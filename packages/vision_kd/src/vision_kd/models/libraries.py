@@ -105,8 +105,8 @@ def build_network(
 
     Raises:
         UnknownNameError: If no network has this name.
-        UserError: If the network rejects its arguments, channels or classes, or has no published weights.
-        UserError: If the published weights could not be downloaded.
+        UserError: If the network rejects its arguments, channels or classes, or has no published weights, or if the
+            published weights could not be downloaded.
     """
     library, _, name = full_name.rpartition("/")
     builders: dict[str, Callable[..., Built]]
